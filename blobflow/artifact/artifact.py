@@ -1,0 +1,315 @@
+"""An artifact on local disk: `MANIFEST.json`, `INDEX.parquet` and `data/`, and the payload they imply.
+
+In a *reference* artifact nothing is copied: `data` is a symbolic link to the source directory, and
+`REFERENCE.parquet` remembers the inode of each member, which is checked together with size and mtime when the file
+is read again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pydantic import JsonValue
+
+from blobflow.artifact.manifest import (
+    DATA_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    BodyInfo,
+    IndexInfo,
+    Manifest,
+    artifact_digest,
+)
+from blobflow.checksum import crc32c, sha256
+from blobflow.errors import ArtifactInvalid, ArtifactNotFound, ChecksumMismatch, DigestMismatch, SourceChanged
+
+if TYPE_CHECKING:
+    from blobflow.artifact.index import Index
+    from blobflow.artifact.tarmap import TarMap
+
+REFERENCE_NAME: Final = "REFERENCE.parquet"
+
+# The index needs pyarrow (0.3 s to import). An artifact that turns out to be stored already needs only its manifest,
+# so everything that touches the index is imported where it is used.
+
+
+class Artifact:
+    """A complete artifact directory, opened for reading.
+
+    Attributes:
+        path: The directory.
+        manifest: Its parsed manifest.
+        manifest_bytes: The manifest's bytes; the sibling object has the same.
+        digest: `sha256:<hex>` of those bytes, the identity of the artifact.
+    """
+
+    def __init__(self, path: Path, manifest_bytes: bytes) -> None:
+        self.path = path
+        self.manifest_bytes = manifest_bytes
+        self.manifest = Manifest.parse(manifest_bytes)
+        self.digest = artifact_digest(manifest_bytes)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Artifact:
+        """The artifact in the directory `path`. Reads the manifest only.
+
+        Raises:
+            ArtifactNotFound: there is no manifest; an export that did not finish has none.
+            ArtifactInvalid: the manifest is not valid.
+        """
+        path = Path(path)
+        try:
+            with open(path / MANIFEST_NAME, "rb") as file:
+                data = file.read(MAX_MANIFEST_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ArtifactNotFound(
+                f"{path} is not a complete artifact: it has no {MANIFEST_NAME}",
+                hint="make one with `blobflow export`",
+                path=str(path),
+            ) from error
+        return cls(path, data)
+
+    @staticmethod
+    def is_artifact(path: Path) -> bool:
+        """Whether `path` is a directory made by an export, and not just any directory with a MANIFEST.json."""
+        return (path / MANIFEST_NAME).is_file() and (path / INDEX_NAME).is_file() and (path / DATA_NAME).is_dir()
+
+    def __repr__(self) -> str:
+        return f"<Artifact {self.digest[:19]} {self.manifest.members} members in {self.path}>"
+
+    @property
+    def data(self) -> Path:
+        """The directory of the members."""
+        return self.path / DATA_NAME
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether `data` is the source itself instead of a copy."""
+        return self.data.is_symlink()
+
+    @property
+    def payload_size(self) -> int:
+        """Bytes of the payload (the tar)."""
+        from blobflow.artifact.tarmap import manifest_entry_length
+
+        return manifest_entry_length(len(self.manifest_bytes)) + self.manifest.body.size
+
+    @property
+    def payload_crc32c(self) -> int:
+        """The CRC32C of the payload, computed, not read."""
+        from blobflow.artifact.tarmap import payload_crc32c
+
+        return payload_crc32c(self.manifest_bytes, self.manifest.body.size, self.manifest.body.crc32c)
+
+    @cached_property
+    def index_bytes(self) -> bytes:
+        """The bytes of `INDEX.parquet`, checked against the manifest."""
+        data = (self.path / INDEX_NAME).read_bytes()
+        check_index_bytes(data, self.manifest)
+        return data
+
+    @cached_property
+    def index(self) -> Index:
+        """The members."""
+        from blobflow.artifact.index import Index
+
+        return Index.decode(self.index_bytes, members=self.manifest.members)
+
+    @cached_property
+    def layout(self) -> TarMap:
+        """Where each byte of the payload comes from."""
+        return checked_layout(self.manifest_bytes, self.manifest, self.index)
+
+    def adopt(self, manifest_bytes: bytes) -> Artifact:
+        """The same members under another manifest whose body is byte-identical (see `Manifest.same_body`)."""
+        other = Artifact(self.path, manifest_bytes)
+        if not other.manifest.same_body(self.manifest):
+            raise ArtifactInvalid(f"{self!r} and the manifest {other.digest} describe different payloads")
+        other.__dict__.update(index_bytes=self.index_bytes, index=self.index)
+        return other
+
+    def source(self) -> PayloadSource:
+        """The payload as a random-access source of bytes."""
+        return PayloadSource(self)
+
+
+def checked_layout(manifest_bytes: bytes, manifest: Manifest, index: Index) -> TarMap:
+    """The layout of a payload, after proving that manifest and index agree to the last bit.
+
+    The sizes, the content digest and the CRC32C of the whole tar follow from the index; each must be what the
+    manifest says. So a manifest that passes here fixes every byte of the payload but the members' contents, and those
+    are fixed by their SHA-256.
+
+    Raises:
+        ArtifactInvalid: naming what differs.
+    """
+    from blobflow.artifact.tarmap import TarMap
+
+    layout = TarMap(len(manifest_bytes), manifest.index.size, index)
+    for what, promised, actual in (
+        ("bytes", manifest.bytes, index.total_bytes),
+        ("content_digest", manifest.content_digest, index.content_digest()),
+        ("executables_digest", manifest.executables_digest or index.executables_digest(), index.executables_digest()),
+        ("body.size", manifest.body.size, layout.size - layout.body_start),
+        ("body.crc32c", manifest.body.crc32c, layout.body_crc32c(manifest.index.crc32c)),
+    ):
+        if promised != actual:
+            raise ArtifactInvalid(
+                f"the manifest's {what} is {promised}, its index gives {actual}", expected=promised, actual=actual
+            )
+    return layout
+
+
+def check_index_bytes(data: bytes, manifest: Manifest) -> None:
+    """Compare the bytes of an index with the manifest.
+
+    Raises:
+        DigestMismatch, ChecksumMismatch: they differ.
+    """
+    actual = sha256(data).hex()
+    if len(data) != manifest.index.size or actual != manifest.index.sha256:
+        raise DigestMismatch(
+            f"{INDEX_NAME} has SHA-256 {actual} in {len(data)} bytes,"
+            f" the manifest says {manifest.index.sha256} in {manifest.index.size}",
+            what=INDEX_NAME,
+            expected=manifest.index.sha256,
+            actual=actual,
+        )
+    if crc32c(data) != manifest.index.crc32c:
+        raise ChecksumMismatch(f"{INDEX_NAME} has another CRC32C than the manifest says", what=INDEX_NAME)
+
+
+class PayloadSource:
+    """Produces any range of an artifact's payload from its files. Thread-safe: it keeps no open file.
+
+    Raises `SourceChanged` from every read that meets a file other than the one that was exported.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        from blobflow.artifact.index import decode_inodes
+
+        self.layout = artifact.layout
+        self.size = artifact.layout.size
+        self._contents = (artifact.manifest_bytes, artifact.index_bytes)
+        self._index = artifact.index
+        self._root = os.path.realpath(artifact.data)
+        self._inodes = decode_inodes((artifact.path / REFERENCE_NAME).read_bytes()) if artifact.is_reference else None
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the payload's bytes from `offset`."""
+        from blobflow.artifact.tarmap import FIRST_MEMBER
+
+        position = 0
+        for span in self.layout.spans(offset, len(buffer)):
+            target = buffer[position : position + span.length]
+            if span.content_offset < 0:
+                target[:] = span.literal
+            elif span.entry < FIRST_MEMBER:
+                target[:] = self._contents[span.entry][span.content_offset : span.content_offset + span.length]
+            else:
+                self._read_member(span.entry - FIRST_MEMBER, span.content_offset, target)
+            position += span.length
+
+    def chunks(self, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
+        """The payload's bytes of a range, a bufferful at a time, each valid until the next."""
+        while length:
+            chunk = buffer[: min(length, len(buffer))]
+            self.read_into(offset, chunk)
+            yield chunk
+            offset += len(chunk)
+            length -= len(chunk)
+
+    def _read_member(self, member: int, offset: int, target: memoryview) -> None:
+        path = self._index.paths[member]
+        try:
+            descriptor = os.open(os.path.join(self._root, path), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceChanged(f"source file {path!r} cannot be read: {error.strerror}", path=path) from error
+        try:
+            self._check_unchanged(member, os.fstat(descriptor))
+            while target:
+                count = os.preadv(descriptor, [target], offset)
+                if not count:
+                    raise SourceChanged(f"source file {path!r} became shorter than {offset} bytes", path=path)
+                target = target[count:]
+                offset += count
+        finally:
+            os.close(descriptor)
+
+    def _check_unchanged(self, member: int, status: os.stat_result) -> None:
+        index = self._index
+        path = index.paths[member]
+        facts = [("size", index.sizes[member], status.st_size)]
+        if self._inodes is not None:
+            facts += [
+                ("mtime_ns", index.mtimes_ns[member], status.st_mtime_ns),
+                ("inode", self._inodes[member], status.st_ino),
+            ]
+        for what, expected, actual in facts:
+            if expected != actual:
+                raise SourceChanged(
+                    f"source file {path!r} changed after the export: {what} was {expected}, is {actual}",
+                    path=path,
+                    what=what,
+                    expected=expected,
+                    actual=actual,
+                )
+
+
+def write_artifact(
+    dest: Path,
+    index: Index,
+    *,
+    backend: str,
+    cursor: JsonValue = None,
+    created_at: datetime | None = None,
+    inodes: Sequence[int] | None = None,
+) -> Artifact:
+    """Finish the artifact in `dest`, whose `data` is already there: index first, manifest last.
+
+    Args:
+        inodes: For a reference artifact, the inode of each member.
+    """
+    from blobflow import __version__
+    from blobflow.artifact.index import encode_inodes
+    from blobflow.artifact.tarmap import TarMap
+
+    index_bytes = index.encode()
+    index_crc = crc32c(index_bytes)
+    created_at = created_at or datetime.now(timezone.utc)
+    # The layout of the body does not depend on the size of the manifest, so any size gives the body's checksum.
+    layout = TarMap(0, len(index_bytes), index)
+    manifest = Manifest(
+        backend=backend,
+        cursor=cursor,
+        created_at=created_at.replace(microsecond=0),
+        producer=f"blobflow {__version__}",
+        members=len(index),
+        bytes=index.total_bytes,
+        content_digest=index.content_digest(),
+        executables_digest=index.executables_digest(),
+        index=IndexInfo(size=len(index_bytes), sha256=sha256(index_bytes).hex(), crc32c=index_crc),
+        body=BodyInfo(size=layout.size - layout.body_start, crc32c=layout.body_crc32c(index_crc)),
+    )
+    if inodes is not None:
+        _write_durably(dest / REFERENCE_NAME, encode_inodes(inodes))
+    _write_durably(dest / INDEX_NAME, index_bytes)
+    _write_durably(dest / MANIFEST_NAME, manifest.encode())
+    artifact = Artifact.open(dest)
+    artifact.__dict__.update(index_bytes=index_bytes, index=index)
+    return artifact
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(partial, path)

@@ -1,0 +1,153 @@
+"""Holding a payload to its index as it arrives, part by part, in any order.
+
+The index is verified before the first byte, so the whole tar is known but for the members' contents: every header,
+padding and end block is compared with what it must be, and nothing in the payload is ever interpreted. A payload can
+lie only about contents, and those are held to their checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from threading import Lock
+from typing import TypeAlias
+
+from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
+from blobflow.checksum import Buffer, sha256
+from blobflow.errors import ArtifactInvalid, DigestMismatch
+
+Place: TypeAlias = Callable[[int, int, memoryview], None]
+"""`place(member, content_offset, bytes)` keeps a run of a member's content."""
+ReadBack: TypeAlias = Callable[[int, int, int], Iterable[Buffer]]
+"""`read_back(member, content_offset, length)` gives kept content again, in order."""
+
+
+class _Frontier:
+    """A member that spans parts: hashed up to `position`; `early` holds the runs kept beyond it, start -> length."""
+
+    __slots__ = ("busy", "digest", "early", "position")
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self.position = 0
+        self.early: dict[int, int] = {}
+        self.busy = False
+
+
+class PayloadChecker:
+    """Checks parts against the layout; thread-safe.
+
+    A member that lies inside one part is hashed from memory, before it is kept. One that spans parts is hashed along
+    a frontier: whoever brings the next run hashes it, and runs that came too early are read back once the frontier
+    reaches them. A checker without `read_back` must be given the parts in order.
+
+    Args:
+        digests: False checks everything but the SHA-256 of the contents (the caller proves them by CRC32C).
+    """
+
+    def __init__(self, layout: TarMap, *, digests: bool = True, read_back: ReadBack | None = None) -> None:
+        self.layout = layout
+        self._index = layout.index
+        self._digests = digests
+        self._read_back = read_back
+        self._spanning: dict[int, _Frontier] = {}
+        self._lock = Lock()
+
+    def consume(self, offset: int, data: memoryview, place: Place | None = None) -> None:
+        """Check a run of payload bytes and keep its contents through `place`.
+
+        Raises:
+            ArtifactInvalid: a byte that is no content differs from the layout.
+            DigestMismatch: a member's content differs from the index.
+        """
+        position = 0
+        for span in self.layout.spans(offset, len(data)):
+            piece = data[position : position + span.length]
+            position += span.length
+            member = span.entry - FIRST_MEMBER
+            if span.content_offset < 0:
+                if bytes(piece) != span.literal:
+                    raise ArtifactInvalid(
+                        f"the payload differs from its index at byte {offset + position - span.length},"
+                        f" in the tar header or padding of {self.layout.entry(span.entry)[0]!r}",
+                        offset=offset + position - span.length,
+                    )
+            elif span.length == self._index.sizes[member]:
+                if self._digests:
+                    self._compare(member, sha256(piece))
+                if place:
+                    place(member, 0, piece)
+            else:
+                if place:
+                    place(member, span.content_offset, piece)
+                if self._digests:
+                    self._advance(member, span.content_offset, piece)
+
+    def recall(self, offset: int, length: int) -> None:
+        """Take a range for kept by an earlier process: its spanning members are read back when their turn comes."""
+        for span in self.layout.spans(offset, length):
+            member = span.entry - FIRST_MEMBER
+            if span.content_offset >= 0 and member >= 0 and span.length != self._index.sizes[member]:
+                self._frontier(member).early[span.content_offset] = span.length
+
+    def settle(self) -> None:
+        """Finish the members that only recalled ranges completed.
+
+        Raises:
+            DigestMismatch: a member's content differs from the index.
+            ArtifactInvalid: a member is not complete.
+        """
+        if not self._digests:
+            return
+        for member, frontier in sorted(self._spanning.items()):
+            self._drain(member, frontier, b"")
+            if frontier.position != self._index.sizes[member]:
+                raise ArtifactInvalid(
+                    f"member {self._index.paths[member]!r} has {frontier.position} of {self._index.sizes[member]} bytes"
+                )
+
+    def _frontier(self, member: int) -> _Frontier:
+        with self._lock:
+            return self._spanning.setdefault(member, _Frontier())
+
+    def _advance(self, member: int, offset: int, piece: memoryview) -> None:
+        frontier = self._frontier(member)
+        with self._lock:
+            at_hand = not frontier.busy and offset == frontier.position
+            if not at_hand:
+                frontier.early[offset] = len(piece)
+                if frontier.busy or frontier.position not in frontier.early:
+                    return
+            frontier.busy = True
+        self._drain(member, frontier, piece if at_hand else b"")
+
+    def _drain(self, member: int, frontier: _Frontier, at_hand: Buffer) -> None:
+        """Hash `at_hand`, then every kept run that follows; only the owner of `frontier.busy` comes here."""
+        frontier.digest.update(at_hand)
+        position = frontier.position + len(at_hand)
+        while True:
+            with self._lock:
+                frontier.position = position
+                length = frontier.early.pop(position, None)
+                if length is None:
+                    frontier.busy = False
+                    break
+            if self._read_back is None:
+                raise AssertionError("a checker without read_back was given parts out of order")
+            for chunk in self._read_back(member, position, length):
+                frontier.digest.update(chunk)
+            position += length
+        if position == self._index.sizes[member]:
+            self._compare(member, frontier.digest.digest())
+
+    def _compare(self, member: int, actual: bytes) -> None:
+        expected = self._index.sha256_of(member)
+        if actual != expected:
+            path = self._index.paths[member]
+            raise DigestMismatch(
+                f"member {path!r} has SHA-256 {actual.hex()}, the index says {expected.hex()}",
+                what=path,
+                expected=expected.hex(),
+                actual=actual.hex(),
+                member=member,
+            )

@@ -1,0 +1,277 @@
+"""The index: one row for each member of an artifact, held in columns so that a million rows stay small."""
+
+# pyright: basic
+# pyarrow has no type stubs: under the strict rules every line that touches it would be an error.
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from blobflow.checksum import EMPTY_SHA256, SHA256_BYTES
+from blobflow.errors import ArtifactInvalid, HostileArtifact
+
+FILE_MODE: Final = 0o644
+EXECUTABLE_MODE: Final = 0o755
+
+MAX_MEMBERS: Final = 10_000_000
+MAX_INDEX_BYTES: Final = 1 << 30
+ROWS_PER_GROUP: Final = 65_536
+MAX_GROUP_BYTES: Final = 512 << 20
+"""Decoded bytes of one row group; ours have about 10 MB, and 65,536 paths of 4 KiB fit as well."""
+MAX_SEGMENT_BYTES: Final = 255
+"""The longest name that Linux file systems take."""
+
+_SCHEMA = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("size", pa.int64(), nullable=False),
+        pa.field("mode", pa.uint32(), nullable=False),
+        pa.field("mtime_ns", pa.int64(), nullable=False),
+        pa.field("sha256", pa.binary(SHA256_BYTES), nullable=False),
+        pa.field("crc32c", pa.uint32(), nullable=False),
+    ]
+)
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+
+
+class Member(NamedTuple):
+    """One file, or one empty directory (its path ends in `/`)."""
+
+    path: str
+    size: int
+    mode: int
+    mtime_ns: int
+    sha256: bytes
+    crc32c: int
+
+    @property
+    def is_directory(self) -> bool:
+        return self.path.endswith("/")
+
+
+def path_fault(path: str) -> str | None:
+    """Why `path` may not be a member's path, or None if it may."""
+    if _CONTROL.search(path):
+        return "it contains a control character"
+    try:
+        path.encode("utf-8")
+    except UnicodeEncodeError:
+        return "it is not valid UTF-8"
+    for segment in path.removesuffix("/").split("/"):
+        if segment in ("", ".", ".."):
+            return f"segment {segment!r} is not allowed"
+        if len(segment) > MAX_SEGMENT_BYTES // 4 and len(segment.encode()) > MAX_SEGMENT_BYTES:
+            return f"a segment is longer than {MAX_SEGMENT_BYTES} bytes"
+    return None
+
+
+class Index:
+    """The members of an artifact, sorted by path in UTF-8 order.
+
+    `index[i]` is a `Member`; the columns themselves (`paths`, `sizes`, `modes`, `mtimes_ns`, `sha256s`, `crcs`) are
+    there for loops over many rows.
+    """
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+        self.sizes = array("q")
+        self.modes = array("I")
+        self.mtimes_ns = array("q")
+        self.sha256s = bytearray()
+        self.crcs = array("I")
+
+    def append(self, member: Member) -> None:
+        """Add a row; rows come in the order of their paths."""
+        self.paths.append(member.path)
+        self.sizes.append(member.size)
+        self.modes.append(member.mode)
+        self.mtimes_ns.append(member.mtime_ns)
+        self.sha256s += member.sha256
+        self.crcs.append(member.crc32c)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Member:
+        return Member(self.paths[i], self.sizes[i], self.modes[i], self.mtimes_ns[i], self.sha256_of(i), self.crcs[i])
+
+    def __iter__(self) -> Iterator[Member]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"<Index {len(self)} members, {self.total_bytes} bytes>"
+
+    def sha256_of(self, i: int) -> bytes:
+        """The SHA-256 of member `i`, 32 bytes."""
+        return bytes(self.sha256s[i * SHA256_BYTES : (i + 1) * SHA256_BYTES])
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum of the sizes of all members."""
+        return sum(self.sizes)
+
+    def content_digest(self) -> str:
+        """`sha256:` of the lines `<sha256 hex> <size> <path>` in index order."""
+        digest = hashlib.sha256()
+        for i, path in enumerate(self.paths):
+            digest.update(f"{self.sha256_of(i).hex()} {self.sizes[i]} {path}\n".encode())
+        return "sha256:" + digest.hexdigest()
+
+    def executables_digest(self) -> str:
+        """`sha256:` of the lines `<path>` of the executable members in index order."""
+        digest = hashlib.sha256()
+        for path, mode in zip(self.paths, self.modes, strict=True):
+            if mode == EXECUTABLE_MODE:
+                digest.update(f"{path}\n".encode())
+        return "sha256:" + digest.hexdigest()
+
+    def encode(self) -> bytes:
+        """The index as Parquet: the explicit schema, zstd, row groups of `ROWS_PER_GROUP`."""
+        sink = io.BytesIO()
+        with pq.ParquetWriter(sink, _SCHEMA, compression="zstd", store_schema=False) as writer:
+            for start in range(0, len(self), ROWS_PER_GROUP):
+                writer.write_batch(self._batch(start, min(start + ROWS_PER_GROUP, len(self))))
+        return sink.getvalue()
+
+    def _batch(self, start: int, stop: int) -> pa.RecordBatch:
+        def column(kind: pa.DataType, values: array[int] | bytearray, width: int = 1) -> pa.Array:
+            return pa.Array.from_buffers(kind, stop - start, [None, pa.py_buffer(values[start * width : stop * width])])
+
+        return pa.record_batch(
+            [
+                pa.array(self.paths[start:stop], pa.string()),
+                column(pa.int64(), self.sizes),
+                column(pa.uint32(), self.modes),
+                column(pa.int64(), self.mtimes_ns),
+                column(pa.binary(SHA256_BYTES), self.sha256s, SHA256_BYTES),
+                column(pa.uint32(), self.crcs),
+            ],
+            schema=_SCHEMA,
+        )
+
+    @classmethod
+    def decode(cls, data: bytes, *, members: int) -> Index:
+        """The index in `data`, every row checked; the data may come from an enemy.
+
+        Args:
+            members: How many rows the manifest promises.
+
+        Raises:
+            ArtifactInvalid: not Parquet, another schema, another number of rows, or too large.
+            HostileArtifact: a row names a path, a mode or an order that must never be written.
+        """
+        if len(data) > MAX_INDEX_BYTES or members > MAX_MEMBERS:
+            raise ArtifactInvalid(
+                f"index of {members} members in {len(data)} bytes is over the limit"
+                f" of {MAX_MEMBERS} members in {MAX_INDEX_BYTES} bytes"
+            )
+        index = cls()
+        try:
+            file = pq.ParquetFile(pa.BufferReader(data))
+            _check_shape(file, members)
+            for group in range(file.num_row_groups):
+                index._extend(file.read_row_group(group, use_threads=False))
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            raise ArtifactInvalid(f"index is not readable as Parquet: {error}") from error
+        if len(index) != members:
+            raise ArtifactInvalid(f"index has {len(index)} rows, the manifest says {members}")
+        index.check()
+        return index
+
+    def _extend(self, table: pa.Table) -> None:
+        for name, values, width in (
+            ("size", self.sizes, 8),
+            ("mode", self.modes, 4),
+            ("mtime_ns", self.mtimes_ns, 8),
+            ("sha256", self.sha256s, SHA256_BYTES),
+            ("crc32c", self.crcs, 4),
+        ):
+            for chunk in table.column(name).chunks:
+                raw = memoryview(_data_buffer(chunk))[chunk.offset * width : (chunk.offset + len(chunk)) * width]
+                values.extend(raw) if isinstance(values, bytearray) else values.frombytes(raw)
+        self.paths.extend(table.column("path").to_pylist())
+
+    def check(self) -> None:
+        """Refuse rows that must never be written.
+
+        Raises:
+            HostileArtifact: naming the path and the rule.
+        """
+
+        def refuse(path: str, reason: str) -> HostileArtifact:
+            return HostileArtifact(f"member {path!r} is refused: {reason}", path=path, reason=reason)
+
+        files = {path for path in self.paths if not path.endswith("/")}
+        parents: set[str] = set()
+        previous = ""
+        for i, path in enumerate(self.paths):
+            if fault := path_fault(path):
+                raise refuse(path, fault)
+            # Code point order is UTF-8 order; strictly ascending also means that no name comes twice.
+            if path <= previous:
+                raise refuse(path, "it is a duplicate or out of order")
+            previous = path
+            if self.sizes[i] < 0:
+                raise refuse(path, f"its size is {self.sizes[i]}")
+            if self.modes[i] not in (FILE_MODE, EXECUTABLE_MODE):
+                raise refuse(path, f"its mode is {self.modes[i]:o}, neither 644 nor 755")
+            if path.endswith("/") and (self.sizes[i] or self.modes[i] != EXECUTABLE_MODE):
+                raise refuse(path, "a directory has content or another mode than 755")
+            if not self.sizes[i] and (self.crcs[i] or self.sha256_of(i) != EMPTY_SHA256):
+                raise refuse(path, "it is empty, but its checksums are not those of nothing")
+            parents.add(path.removesuffix("/").rpartition("/")[0])
+            if path.endswith("/") and path[:-1] in files:
+                raise refuse(path, "it is a file and a directory")
+        for parent in parents:
+            while parent:
+                if parent in files:
+                    raise refuse(parent, "it is a file and a directory")
+                parent = parent.rpartition("/")[0]
+
+
+def encode_inodes(inodes: Sequence[int]) -> bytes:
+    """The inode of each member of a reference artifact, as a Parquet column."""
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"inode": pa.array(inodes, pa.uint64())}), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def decode_inodes(data: bytes) -> array[int]:
+    """The inverse of `encode_inodes`.
+
+    Raises:
+        ArtifactInvalid: not such a column.
+    """
+    try:
+        return array("Q", pq.read_table(pa.BufferReader(data)).column("inode").to_pylist())
+    except (pa.ArrowException, KeyError, TypeError) as error:
+        raise ArtifactInvalid(f"the reference table is not readable: {error}", hint="export again") from error
+
+
+def _check_shape(file: pq.ParquetFile, members: int) -> None:
+    if file.schema_arrow.remove_metadata() != _SCHEMA:
+        raise ArtifactInvalid(f"index has another schema: {', '.join(file.schema_arrow.names)[:200]}")
+    metadata = file.metadata
+    if metadata.num_rows != members:
+        raise ArtifactInvalid(f"index has {metadata.num_rows} rows, the manifest says {members}")
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        if row_group.num_rows > ROWS_PER_GROUP or row_group.total_byte_size > MAX_GROUP_BYTES:
+            raise ArtifactInvalid(
+                f"row group {group} of the index has {row_group.num_rows} rows and {row_group.total_byte_size} bytes,"
+                f" over the limit of {ROWS_PER_GROUP} rows and {MAX_GROUP_BYTES} bytes"
+            )
+
+
+def _data_buffer(chunk: Any) -> Any:
+    if chunk.null_count:
+        raise ArtifactInvalid("index has empty cells")
+    return chunk.buffers()[1] or b""

@@ -1,0 +1,420 @@
+"""Landing: checked bytes become files beside the destination, and one rename makes them the destination.
+
+Adopted from an artifact: contents, sizes, the directory tree, the owner's execute bit. Everything is written through
+directory descriptors with O_NOFOLLOW and O_EXCL into a private stage. A journal of finished parts lets the next
+process continue; it is written only after the bytes that it speaks of are durable.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from blobflow.artifact.checker import PayloadChecker
+from blobflow.artifact.index import EXECUTABLE_MODE
+from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
+from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
+from blobflow.checksum import combine_all, crc32c
+from blobflow.engine.plan import Part, TransferPlan
+from blobflow.errors import ChecksumMismatch, DestinationNotEmpty, DigestMismatch, DiskFull, RefusedError, TransferBusy
+
+STAGE_PREFIX: Final = ".blobflow-download-"
+
+_JOURNAL_NAME: Final = "journal"
+_TREE_NAME: Final = "artifact"
+_HOLE: Final = bytes(64 * 1024)
+"""Aligned runs of zeros of this size are left as holes, so that a sparse file lands sparse."""
+_READ_BACK_SIZE: Final = 1 << 20
+_OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_FILE: Final = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def check_destination(dest: Path) -> None:
+    """Refuse a destination that holds anything.
+
+    Raises:
+        DestinationNotEmpty: it exists and is not an empty directory.
+    """
+    try:
+        with os.scandir(dest) as entries:
+            empty = next(entries, None) is None
+    except FileNotFoundError:
+        empty = not dest.is_symlink()
+    except NotADirectoryError:
+        empty = False
+    if not empty:
+        raise DestinationNotEmpty(f"destination {dest} exists and is not an empty directory", path=str(dest))
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Make everything written so far below `path` durable: one syncfs(2) where there is one, else sync(2).
+
+    One call, because a tree of 100,000 small files would need 100,000 times an fsync.
+    """
+    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
+    if syncfs is None:
+        os.sync()
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if syncfs(descriptor):
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code), str(path))
+    finally:
+        os.close(descriptor)
+
+
+class Stage:
+    """The private directory beside a destination where one artifact lands; held by one process at a time.
+
+    `<stage>/artifact` becomes the destination, `<stage>/journal` remembers the finished parts.
+    """
+
+    def __init__(self, dest: Path, artifact_digest: str) -> None:
+        self.dest = dest
+        self.artifact_digest = artifact_digest
+        name = f"{dest.name}-{artifact_digest.removeprefix('sha256:')}"
+        # Destination names may be as long as the file system allows, so the stage's name is a hash of it.
+        self.path = dest.parent / f"{STAGE_PREFIX}{hashlib.sha256(os.fsencode(name)).hexdigest()[:24]}"
+        self.tree = self.path / _TREE_NAME
+        self.part_size: int | None = None
+        """Part size of the parts in the journal; None in a fresh stage."""
+        self.done: dict[int, int] = {}
+        """Finished parts: number -> CRC32C."""
+
+    def __repr__(self) -> str:
+        return f"<Stage {self.path.name} for {self.dest}, {len(self.done)} parts done>"
+
+    @contextmanager
+    def held(self) -> Generator[Stage]:
+        """Hold the stage; what an earlier process left in it is taken over.
+
+        Raises:
+            TransferBusy: another process lands the same artifact at the same destination.
+        """
+        self.dest.parent.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(self.path, _OPEN_DIRECTORY)
+        try:
+            if os.fstat(descriptor).st_uid != os.geteuid():
+                raise RefusedError(f"stage {self.path} belongs to another user", hint="remove it", path=str(self.path))
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TransferBusy(f"another process is landing {self.dest}", path=str(self.dest)) from error
+            self.tree.mkdir(exist_ok=True)
+            self._read_journal()
+            yield self
+        finally:
+            os.close(descriptor)
+
+    def _read_journal(self) -> None:
+        """Lines `{"artifact", "part_size"}`, then `{"part", "crc32c"}` and `{"drop"}`; a torn line is ignored."""
+        try:
+            lines = (self.path / _JOURNAL_NAME).read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # torn by a kill; what it spoke of is fetched again
+            if "artifact" in record:
+                self.part_size = record["part_size"]
+            elif "part" in record:
+                self.done[record["part"]] = record["crc32c"]
+            else:
+                self.done.pop(record["drop"], None)
+
+    def begin(self, part_size: int) -> None:
+        """Start the journal of a fresh stage."""
+        self.part_size = part_size
+        self._append([{"artifact": self.artifact_digest, "part_size": part_size}])
+
+    def commit(self, crcs: dict[int, int]) -> None:
+        """Record parts whose bytes are in the stage; returns when both are durable."""
+        sync_tree(self.path)
+        self._append([{"part": number, "crc32c": crc} for number, crc in sorted(crcs.items())])
+        self.done.update(crcs)
+
+    def drop(self, numbers: range) -> None:
+        """Forget parts that turned out to be wrong, so that the next run fetches them again."""
+        self._append([{"drop": number} for number in numbers])
+        for number in numbers:
+            self.done.pop(number, None)
+
+    def _append(self, records: list[dict[str, int | str]]) -> None:
+        data = "".join(json.dumps(record) + "\n" for record in records).encode()
+        with open(self.path / _JOURNAL_NAME, "ab") as file:
+            # A torn line of a killed process would swallow the next record.
+            if file.tell() and not _ends_with_newline(self.path / _JOURNAL_NAME):
+                file.write(b"\n")
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def publish(self) -> None:
+        """Make the finished tree the destination, in one step, and remove the stage.
+
+        Raises:
+            DestinationNotEmpty: something appeared at the destination meanwhile; it is left alone.
+        """
+        sync_tree(self.path)
+        check_destination(self.dest)
+        try:
+            os.rename(self.tree, self.dest)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise DestinationNotEmpty(
+                    f"destination {self.dest} exists and is not an empty directory", path=str(self.dest)
+                ) from error
+            raise
+        fsync_directory(self.dest.parent)
+        self.remove()
+
+    def remove(self) -> None:
+        """Drop the stage and everything in it."""
+        shutil.rmtree(self.path)
+
+
+class Landing:
+    """Turns the parts of one payload into files of a stage. `land` is thread-safe.
+
+    Args:
+        plan: The parts, over the payload from the first member's entry to the end.
+        digests: Whether contents are held to their SHA-256; the CRC32C of the whole always is.
+    """
+
+    def __init__(self, stage: Stage, layout: TarMap, plan: TransferPlan, *, digests: bool = True) -> None:
+        self.stage = stage
+        self.layout = layout
+        self.plan = plan
+        self._index = layout.index
+        self._checker = PayloadChecker(layout, digests=digests, read_back=self._read_back)
+        self._crcs = dict(stage.done)
+        self._uncommitted: dict[int, int] = {}
+        self._prepare()
+        for number in stage.done:
+            part = plan.part(number)
+            self._checker.recall(part.offset, part.length)
+
+    def __repr__(self) -> str:
+        return f"<Landing {len(self._crcs)} of {len(self.plan)} parts at {self.stage.dest}>"
+
+    def _prepare(self) -> None:
+        """Make every directory, and the files that have no bytes to wait for."""
+        data = self.stage.tree / DATA_NAME
+        made = {data}
+        data.mkdir(exist_ok=True)
+        for path, size, mode in zip(self._index.paths, self._index.sizes, self._index.modes, strict=True):
+            parent = data / (path if path.endswith("/") else path.rpartition("/")[0])
+            if parent not in made:
+                parent.mkdir(parents=True, exist_ok=True)
+                made.add(parent)
+            if not size and not path.endswith("/"):
+                (data / path).touch(mode=_permissions(mode))
+
+    def land(self, part: Part, data: memoryview) -> int:
+        """Check the bytes of a part and write them; returns their CRC32C.
+
+        Raises:
+            IntegrityError: the bytes are not what the index promises; nothing wrong is kept as finished.
+            DiskFull: no room; finished parts are kept.
+        """
+        crc = crc32c(data)
+        with _Writer(self.stage.tree / DATA_NAME, self.layout) as writer:
+            try:
+                self._checker.consume(part.offset, data, writer.place)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise DiskFull(f"no room left for {self.stage.dest}", path=str(self.stage.dest)) from error
+                raise
+        return crc
+
+    def landed(self, part: Part, crc: int) -> None:
+        """Take note of a part that `land` has finished; durable only after `commit`. Not thread-safe."""
+        self._uncommitted[part.number] = self._crcs[part.number] = crc
+
+    def commit(self) -> None:
+        """Make the parts landed so far durable, so that no later process fetches them again. Not thread-safe."""
+        if self._uncommitted:
+            self.stage.commit(self._uncommitted)
+            self._uncommitted = {}
+
+    def finish(self, head: bytes, expected_crc32c: int, manifest_bytes: bytes, index_bytes: bytes) -> None:
+        """Prove the whole, then publish it at the destination.
+
+        Args:
+            head: The payload's bytes before the plan's first part.
+            expected_crc32c: Of the whole payload.
+
+        Raises:
+            IntegrityError: the whole is not what was promised.
+            DestinationNotEmpty: something appeared at the destination meanwhile.
+        """
+        self._checker.settle()
+        parts = [(crc32c(head), len(head)), *((self._crcs[part.number], part.length) for part in self.plan)]
+        if (actual := combine_all(parts)) != expected_crc32c:
+            self._uncommitted = {}
+            self.stage.drop(range(1, len(self.plan) + 1))
+            raise ChecksumMismatch(
+                f"the payload has CRC32C {actual:08x}, the manifest says {expected_crc32c:08x}",
+                what="payload",
+                expected=expected_crc32c,
+                actual=actual,
+            )
+        (self.stage.tree / INDEX_NAME).write_bytes(index_bytes)
+        (self.stage.tree / MANIFEST_NAME).write_bytes(manifest_bytes)
+        self.stage.publish()
+
+    def forget(self, error: DigestMismatch) -> None:
+        """Forget the parts of the member that `error` names, so that the next run fetches them again."""
+        member: int | None = error.fields.get("member")
+        if member is not None:
+            offset, length = self.layout.content_range(member + FIRST_MEMBER)
+            self.stage.drop(self.plan.parts_of(offset, length))
+
+    def _read_back(self, member: int, offset: int, length: int) -> Iterator[memoryview]:
+        buffer = memoryview(bytearray(min(length, _READ_BACK_SIZE)))
+        with open(self.stage.tree / DATA_NAME / self._index.paths[member], "rb", buffering=0) as file:
+            file.seek(offset)
+            while length:
+                count = file.readinto(buffer[: min(length, len(buffer))])
+                if not count:
+                    raise DigestMismatch(
+                        f"the stage of {self.stage.dest} lost bytes", what=str(file.name), member=member
+                    )
+                yield buffer[:count]
+                length -= count
+
+
+class _Writer:
+    """Writes runs of members below a directory, never through a link. Neighbours in the index share a parent."""
+
+    def __init__(self, data: Path, layout: TarMap) -> None:
+        self._data = data
+        self._index = layout.index
+        self._parent: str = ""
+        self._parent_descriptor = -1
+
+    def __enter__(self) -> _Writer:
+        self._root_descriptor = os.open(self._data, _OPEN_DIRECTORY)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._parent_descriptor >= 0:
+            os.close(self._parent_descriptor)
+        os.close(self._root_descriptor)
+
+    def place(self, member: int, offset: int, data: memoryview) -> None:
+        """Write a run of a member's content, the whole of it or a piece."""
+        size = self._index.sizes[member]
+        parent, _, name = self._index.paths[member].rpartition("/")
+        directory = self._open_parent(parent)
+        descriptor = self._open(directory, name, member, fresh=len(data) == size)
+        try:
+            _write_sparsely(descriptor, offset, data)
+            if len(data) == size:
+                os.ftruncate(descriptor, size)
+        finally:
+            os.close(descriptor)
+
+    def _open(self, directory: int, name: str, member: int, *, fresh: bool) -> int:
+        mode = _permissions(self._index.modes[member])
+        if not fresh:
+            try:
+                return os.open(name, _OPEN_FILE, dir_fd=directory)
+            except FileNotFoundError:
+                pass
+        try:
+            descriptor = os.open(name, _OPEN_FILE | os.O_CREAT | os.O_EXCL, mode, dir_fd=directory)
+        except FileExistsError:
+            if not fresh:  # another worker was quicker with its piece
+                return os.open(name, _OPEN_FILE, dir_fd=directory)
+            os.unlink(name, dir_fd=directory)  # left by a process that was killed before it could commit
+            return os.open(name, _OPEN_FILE | os.O_CREAT | os.O_EXCL, mode, dir_fd=directory)
+        if not fresh:
+            os.ftruncate(descriptor, self._index.sizes[member])
+        return descriptor
+
+    def _open_parent(self, parent: str) -> int:
+        if not parent:
+            return self._root_descriptor
+        if parent != self._parent or self._parent_descriptor < 0:
+            if self._parent_descriptor >= 0:
+                os.close(self._parent_descriptor)
+                self._parent_descriptor = -1
+            self._parent_descriptor = _open_below(self._root_descriptor, parent)
+            self._parent = parent
+        return self._parent_descriptor
+
+
+def _open_below(root: int, path: str) -> int:
+    descriptor = root
+    for segment in path.split("/"):
+        below = os.open(segment, _OPEN_DIRECTORY, dir_fd=descriptor)
+        if descriptor != root:
+            os.close(descriptor)
+        descriptor = below
+    return descriptor
+
+
+def _write_sparsely(descriptor: int, offset: int, data: memoryview) -> None:
+    """Write `data` at `offset`, leaving out runs of zeros where the file already has a hole."""
+    if len(data) < len(_HOLE):
+        _write_all(descriptor, offset, data)
+        return
+    start = 0
+    for position in range(0, len(data) - len(_HOLE) + 1, len(_HOLE)):
+        # One look at two bytes spares the comparison for nearly everything that is no hole.
+        if data[position] or data[position + len(_HOLE) - 1]:
+            continue
+        run = data[position : position + len(_HOLE)]
+        if bytes(run) == _HOLE and _is_hole(descriptor, offset + position):
+            _write_all(descriptor, offset + start, data[start:position])
+            start = position + len(_HOLE)
+    _write_all(descriptor, offset + start, data[start:])
+
+
+def _is_hole(descriptor: int, offset: int) -> bool:
+    """Whether the file has no data in the `_HOLE`-sized run at `offset`: a killed process may have left some."""
+    try:
+        return os.lseek(descriptor, offset, os.SEEK_DATA) >= offset + len(_HOLE)
+    except OSError as error:
+        return error.errno == errno.ENXIO  # nothing but holes up to the end
+
+
+def _write_all(descriptor: int, offset: int, data: memoryview) -> None:
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data = data[count:]
+        offset += count
+
+
+def _permissions(mode: int) -> int:
+    """What the umask is applied to: the archive decides about the execute bit, the user about everything else."""
+    return 0o777 if mode == EXECUTABLE_MODE else 0o666
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

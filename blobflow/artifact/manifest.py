@@ -1,0 +1,119 @@
+"""The manifest: the small JSON document whose SHA-256 is the identity of an artifact. No I/O happens here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+from typing import Annotated, Any, Final, cast
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from blobflow.errors import ArtifactInvalid
+
+FORMAT: Final = "blobflow.artifact/1"
+MANIFEST_NAME: Final = "MANIFEST.json"
+INDEX_NAME: Final = "INDEX.parquet"
+DATA_NAME: Final = "data"
+
+MAX_MANIFEST_BYTES: Final = 1024 * 1024
+"""A manifest is read whole from an untrusted place; a real one has about 500 bytes, most of the rest is for cursors."""
+
+Crc32c = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
+HexSha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Sha256Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+ByteCount = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class IndexInfo(BaseModel):
+    """Size (bytes) and checksums of `INDEX.parquet`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    size: ByteCount
+    sha256: HexSha256
+    crc32c: Crc32c
+
+
+class BodyInfo(BaseModel):
+    """Size (bytes) and CRC32C of the payload after the `MANIFEST.json` member, which cannot cover itself."""
+
+    model_config = ConfigDict(frozen=True)
+
+    size: ByteCount
+    crc32c: Crc32c
+
+
+class Manifest(BaseModel):
+    """Everything about an artifact but the list of its members. Fields added by later minor versions are ignored."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: str = FORMAT
+    backend: str = Field(description="Which exporter made it, e.g. `directory`.")
+    cursor: JsonValue = Field(default=None, description="Where in the source's history this snapshot stands.")
+    created_at: datetime
+    producer: str
+    members: ByteCount = Field(description="Rows of the index: files and empty directories.")
+    bytes: ByteCount = Field(description="Sum of the sizes of the members.")
+    content_digest: Sha256Digest = Field(description="Of the content alone: equal trees, equal digests.")
+    executables_digest: Sha256Digest | None = Field(
+        default=None, description="Of the list of executable members; with content_digest it decides 'unchanged'."
+    )
+    index: IndexInfo
+    body: BodyInfo
+
+    @classmethod
+    def parse(cls, data: bytes) -> Manifest:
+        """The manifest in `data`.
+
+        Raises:
+            ArtifactInvalid: too large, not JSON, of another format or version, or with wrong fields.
+        """
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ArtifactInvalid(f"manifest exceeds {MAX_MANIFEST_BYTES} bytes", actual=len(data))
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ArtifactInvalid(f"manifest is not JSON: {error}") from error
+        found = cast("dict[str, object]", document).get("format") if isinstance(document, dict) else None
+        if found != FORMAT:
+            raise ArtifactInvalid(
+                f"manifest has format {found!r}, this blobflow reads {FORMAT!r}",
+                hint="a newer blobflow may be needed",
+                expected=FORMAT,
+                actual=str(found),
+            )
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(step) for step in first["loc"])
+            raise ArtifactInvalid(f"manifest field {field!r}: {first['msg']}", field=field) from error
+
+    def encode(self) -> bytes:
+        """The JSON document as it is stored; its bytes are the artifact's identity.
+
+        Raises:
+            ArtifactInvalid: it would exceed `MAX_MANIFEST_BYTES` (a huge cursor).
+        """
+        document: dict[str, Any] = self.model_dump(mode="json")
+        data = json.dumps(document, ensure_ascii=False, indent=1).encode() + b"\n"
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise ArtifactInvalid(
+                f"manifest exceeds {MAX_MANIFEST_BYTES} bytes", hint="make the cursor smaller", actual=len(data)
+            )
+        return data
+
+    def same_content(self, other: Manifest) -> bool:
+        """Whether both describe the same tree: paths, bytes and executable bits; times do not count."""
+        return (self.content_digest, self.executables_digest) == (other.content_digest, other.executables_digest)
+
+    def same_body(self, other: Manifest) -> bool:
+        """Whether both payloads are byte-identical after the manifest member, so that one may stand for the other."""
+        return (self.content_digest, self.index, self.body) == (other.content_digest, other.index, other.body)
+
+
+def artifact_digest(manifest_bytes: bytes) -> str:
+    """The identity of an artifact: `sha256:<hex>` of its manifest's bytes."""
+    return "sha256:" + hashlib.sha256(manifest_bytes).hexdigest()

@@ -1,0 +1,72 @@
+"""The members of an artifact on local disk: opening them safely, and verifying them all."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
+from blobflow.checksum import EMPTY_SHA256
+from blobflow.errors import DigestMismatch, SourceChanged
+
+
+def verify_members(artifact: Artifact, *, on_progress: Callable[[int, int], None] | None = None) -> None:
+    """Read every member of a local artifact and compare size and SHA-256 with the index.
+
+    Args:
+        on_progress: Called in the calling thread with bytes done and bytes in total.
+
+    Raises:
+        DigestMismatch: naming the first member that differs.
+        SourceChanged: a member is missing or not a regular file.
+    """
+    index = artifact.index
+    root = os.path.realpath(artifact.data)
+    total = index.total_bytes
+
+    def hash_member(i: int, buffer: memoryview) -> FileHash:
+        path = index.paths[i]
+        if path.endswith("/"):
+            if not os.path.isdir(os.path.join(root, path)):
+                raise SourceChanged(f"directory {path!r} of {artifact!r} is missing", path=path)
+            return FileHash(0, EMPTY_SHA256, 0)
+        with open_regular(root, path) as file:
+            return hash_descriptor(file.fileno(), buffer)
+
+    hashes = hash_files(
+        len(index),
+        lambda i: index.sizes[i],
+        hash_member,
+        on_batch=(lambda _, done: on_progress(done, total)) if on_progress else None,
+    )
+    for i, hashed in enumerate(hashes):
+        expected = FileHash(index.sizes[i], index.sha256_of(i), index.crcs[i])
+        if hashed != expected:
+            raise DigestMismatch(
+                f"member {index.paths[i]!r} has SHA-256 {hashed.sha256.hex()} in {hashed.size} bytes,"
+                f" the index says {expected.sha256.hex()} in {expected.size}",
+                what=index.paths[i],
+                expected=expected.sha256.hex(),
+                actual=hashed.sha256.hex(),
+            )
+
+
+def open_regular(root: str | Path, path: str) -> io.FileIO:
+    """A file below `root`, opened for reading; anything but a regular file is refused.
+
+    Raises:
+        SourceChanged: naming the path.
+    """
+    try:
+        # Non-blocking, so that a pipe that took a file's place cannot hang the export.
+        descriptor = os.open(os.path.join(root, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise SourceChanged(f"file {path!r} cannot be read: {error.strerror}", path=path) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise SourceChanged(f"{path!r} is no longer a regular file", path=path)
+    return io.FileIO(descriptor)

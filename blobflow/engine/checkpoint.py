@@ -1,0 +1,95 @@
+"""The durable record of a transfer that is under way."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from blobflow.errors import UsageError
+
+CHECKPOINT_VERSION: Final = 1
+
+
+class TransferCheckpoint(BaseModel):
+    """How far a stream has come. `transfer` advances it in place; save it with `to_json`.
+
+    Only bytes that the target has acknowledged count.
+    """
+
+    model_config = ConfigDict(extra="ignore", validate_assignment=True)
+
+    version: int = CHECKPOINT_VERSION
+    session_id: str
+    digest: str = Field(default="", description="Expected `sha256:<hex>` of the whole; empty if unknown.")
+    total_size: int | None = Field(default=None, ge=0, description="Bytes; None for a stream of unknown length.")
+    offset: int = Field(default=0, ge=0, description="Bytes acknowledged by the target.")
+    chunks_completed: int = Field(default=0, ge=0)
+    prefix_crc32c: int = Field(default=0, ge=0, description="CRC32C of the bytes before `offset`.")
+    upload_session_url: str | None = Field(default=None, description="The target's own name for the session, if any.")
+
+    @classmethod
+    def new(cls, session_id: str, digest: str = "", total_size: int | None = None) -> TransferCheckpoint:
+        """The checkpoint of a transfer that has not begun."""
+        return cls(session_id=session_id, digest=digest, total_size=total_size)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything has arrived; never true while the length is unknown."""
+        return self.total_size is not None and self.offset >= self.total_size
+
+    @property
+    def progress(self) -> float:
+        """Fraction done, 0.0 to 1.0; nothing to do is 1.0, an unknown length 0.0."""
+        if self.total_size is None:
+            return 0.0
+        return min(1.0, self.offset / self.total_size) if self.total_size else 1.0
+
+    @property
+    def remaining(self) -> int:
+        """Bytes still to move, never negative; 0 while the length is unknown."""
+        return max(0, (self.total_size or 0) - self.offset)
+
+    def to_json(self) -> str:
+        """The checkpoint as JSON."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> TransferCheckpoint:
+        """The inverse of `to_json`. Fields that it does not know are ignored.
+
+        Raises:
+            UsageError: not a checkpoint, or written by a newer version whose meaning is unknown here.
+        """
+        try:
+            checkpoint = cls.model_validate_json(text)
+        except ValidationError as error:
+            raise UsageError(f"not a checkpoint: {error.errors(include_url=False)[0]['msg']}") from error
+        if checkpoint.version > CHECKPOINT_VERSION:
+            raise UsageError(
+                f"the checkpoint has version {checkpoint.version}, this blobflow reads up to {CHECKPOINT_VERSION}",
+                hint="continue this transfer with the newer blobflow that began it",
+            )
+        return checkpoint
+
+
+class TransferRecord(BaseModel):
+    """What is told of an artifact's transfer at each checkpoint; the store holds the truth, this is for people."""
+
+    model_config = ConfigDict(frozen=True)
+
+    transfer_id: str = Field(description="Same store, key, artifact and direction: same id, on every machine.")
+    kind: Literal["upload", "verify", "download"]
+    key: str
+    artifact_digest: str
+    upload_id: str | None = None
+    part_size: int
+    parts_total: int
+    parts_done: int
+    bytes_done: int
+    bytes_total: int
+    state: Literal["running", "done", "failed"]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,92 @@
+"""How a byte range is cut into numbered parts. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from blobflow.config import MIB
+from blobflow.errors import Unsupported
+
+MAX_PARTS: Final = 10_000
+"""Parts of one multipart upload, S3's limit."""
+
+
+class Part(NamedTuple):
+    """A numbered range; numbers start at 1, as in S3."""
+
+    number: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """Equal parts of `part_size` bytes over `size` bytes from `start`; only the last may be smaller.
+
+    Nothing to move is one empty part, because an upload needs at least one.
+    """
+
+    size: int
+    part_size: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        if self.part_size <= 0 or self.size < 0 or self.start < 0:
+            raise ValueError(f"not a plan: {self!r}")
+
+    @classmethod
+    def for_upload(
+        cls,
+        size: int,
+        chunk_size: int,
+        *,
+        min_part_size: int = 1,
+        max_part_size: int = 5 * 1024 * MIB,
+        max_parts: int = MAX_PARTS,
+    ) -> TransferPlan:
+        """The plan of a multipart upload: parts of `chunk_size`, grown where the store's limits ask for it.
+
+        Raises:
+            Unsupported: not even parts of `max_part_size` are enough.
+        """
+        part_size = max(chunk_size, min_part_size)
+        if size > part_size * max_parts:
+            needed = -(-size // max_parts)
+            part_size = -(-needed // MIB) * MIB
+        if part_size > max_part_size:
+            raise Unsupported(
+                f"{size} bytes do not fit in {max_parts} parts of at most {max_part_size} bytes",
+                hint="split the artifact, or make the profile's chunks smaller",
+            )
+        return cls(size, part_size)
+
+    def __len__(self) -> int:
+        return max(1, -(-self.size // self.part_size))
+
+    def part(self, number: int) -> Part:
+        """Part `number`, from 1.
+
+        Raises:
+            IndexError: there is no such part.
+        """
+        if not 1 <= number <= len(self):
+            raise IndexError(f"part {number} of {len(self)}")
+        done = (number - 1) * self.part_size
+        return Part(number, self.start + done, min(self.part_size, self.size - done))
+
+    def __iter__(self) -> Iterator[Part]:
+        return (self.part(number) for number in range(1, len(self) + 1))
+
+    def missing(self, done: Container[int]) -> list[Part]:
+        """The parts whose numbers are not in `done`."""
+        return [part for part in self if part.number not in done]
+
+    def parts_of(self, offset: int, length: int) -> range:
+        """The numbers of the parts that overlap a byte range inside the plan."""
+        if not length:
+            return range(0)
+        first = (offset - self.start) // self.part_size
+        last = (offset + length - 1 - self.start) // self.part_size
+        return range(first + 1, last + 2)

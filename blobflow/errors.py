@@ -1,0 +1,223 @@
+"""Every error blobflow raises, grouped by what a handler does about it.
+
+| group | the handler | exit code |
+|---|---|---|
+| `TemporaryError` | waits and tries again; nothing is lost, the next run continues | 75 |
+| `IntegrityError` | stops: the bytes are not the ones that were promised | 3 |
+| `NotFoundError` | names another key | 4 |
+| `RefusedError` | stops: untrusted input, or a conflict that somebody has to settle | 5 |
+| `UsageError` | corrects the configuration or the call | 2 |
+
+Errors of other libraries are translated once, at the store seam, and kept as `__cause__`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class BlobflowError(Exception):
+    """Base of all errors of this package.
+
+    Attributes:
+        message: What happened, naming the thing it happened to.
+        hint: What the operator can do about it; empty where there is nothing to say.
+        fields: Machine-readable facts (key, offset, expected, actual ...). They also are attributes.
+        retryable: Whether the same call may succeed later without anybody changing anything.
+        exit_code: What the command line exits with.
+    """
+
+    retryable: ClassVar[bool] = False
+    exit_code: ClassVar[int] = 1
+    default_hint: ClassVar[str] = ""
+
+    def __init__(self, message: str, *, hint: str | None = None, **fields: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = self.default_hint if hint is None else hint
+        self.fields = {name: value for name, value in fields.items() if value is not None}
+
+    def __getattr__(self, name: str) -> Any:
+        fields = self.__dict__.get("fields", {})
+        if name in fields:
+            return fields[name]
+        raise AttributeError(f"{type(self).__name__} has no field {name!r}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.message, self.hint, self.fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as the command line prints it under `--json`."""
+        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.fields.items()}
+        return {**plain, "type": type(self).__name__, "message": self.message, "hint": self.hint}
+
+
+def _rebuild(kind: type[BlobflowError], message: str, hint: str, fields: dict[str, Any]) -> BlobflowError:
+    return kind(message, hint=hint, **fields)
+
+
+class TemporaryError(BlobflowError):
+    """Try again later: what was moved so far is kept."""
+
+    retryable = True
+    exit_code = 75
+    default_hint = "run the same command again; it continues where it stopped"
+
+
+class StoreUnavailable(TemporaryError):
+    """The store refused, dropped or never answered a request.
+
+    Fields: operation, key, offset; status (HTTP) where there was an answer.
+    """
+
+
+class SlowDown(StoreUnavailable):
+    """The store asks for fewer requests. Field: retry_after_s, where the store said so."""
+
+
+class TimedOut(TemporaryError):
+    """No byte moved for the whole idle timeout. Fields: operation, key, offset, timeout_s."""
+
+
+class ObjectChanged(TemporaryError):
+    """A pinned object was replaced while it was read; reading again gives the new one.
+
+    Fields: key, expected and actual (entity tags).
+    """
+
+
+class ReplacementInProgress(TemporaryError):
+    """The key's artifact is being replaced at this moment. Field: key."""
+
+
+class TransferBusy(TemporaryError):
+    """Another process holds what this call needs. Fields: key or path, owner."""
+
+    default_hint = "wait for the other process to end, or for its lease to expire"
+
+
+class DiskFull(TemporaryError):
+    """The local disk has no room. Fields: path."""
+
+    default_hint = "free some space and run the same command again; it continues where it stopped"
+
+
+class IntegrityError(BlobflowError):
+    """The bytes are not the ones that were promised."""
+
+    exit_code = 3
+
+
+class ChecksumMismatch(IntegrityError):
+    """A checksum differs. Fields: what, expected, actual."""
+
+    default_hint = "the data was damaged in storage or on the way; restore it from another copy"
+
+
+class DigestMismatch(ChecksumMismatch):
+    """A SHA-256 digest differs. Fields: what, expected, actual."""
+
+
+class SizeMismatch(IntegrityError):
+    """A length differs. Fields: what, expected, actual (bytes)."""
+
+
+class SourceTruncated(SizeMismatch):
+    """The source ended early. Fields: at, want (byte positions)."""
+
+
+class SourceChanged(IntegrityError):
+    """A source file is not the one that was exported. Fields: path, what."""
+
+    default_hint = "export again; a source that is written to needs a snapshot or mode 'copy'"
+
+
+class ArtifactInvalid(IntegrityError):
+    """Manifest, index or payload contradict each other or the format. Field: key or path."""
+
+
+class ObjectTooLarge(IntegrityError):
+    """An object that must be small is not. Fields: key, limit (bytes)."""
+
+
+class UploadIncomplete(IntegrityError):
+    """The parts in the store are not the parts of the plan. Fields: key, expected, actual."""
+
+
+class NotFoundError(BlobflowError):
+    """The named thing does not exist."""
+
+    exit_code = 4
+
+
+class ObjectNotFound(NotFoundError):
+    """No object under this key. Field: key."""
+
+
+class ArtifactNotFound(NotFoundError):
+    """No complete artifact under this key. Field: key."""
+
+    default_hint = "list what there is with `blobflow ls`"
+
+
+class NoSuchUpload(NotFoundError):
+    """The multipart upload is unknown: completed, aborted or expired. Fields: key, upload_id."""
+
+
+class RefusedError(BlobflowError):
+    """Refused as a matter of safety; nothing was changed."""
+
+    exit_code = 5
+
+
+class HostileArtifact(RefusedError):
+    """The artifact names something that must never be written. Fields: path, reason."""
+
+
+class UnsupportedSource(RefusedError):
+    """The source holds something that an artifact cannot. Fields: path, reason."""
+
+
+class DestinationNotEmpty(RefusedError):
+    """The destination exists and is not an empty directory. Field: path."""
+
+    default_hint = "name a new path, or remove what is there"
+
+
+class KeyConflict(RefusedError):
+    """The key holds, or is receiving, another artifact. Fields: key, expected, actual (digests)."""
+
+    default_hint = "use another key, or overwrite it explicitly"
+
+
+class PreconditionFailed(RefusedError):
+    """A conditional write found another object. Fields: key, expected, actual (entity tags).
+
+    Callers that take part in a race treat this as the answer "lost", not as a failure.
+    """
+
+
+class LeaseLost(RefusedError):
+    """Somebody else took the lease over; the holder must not publish. Fields: name, generation."""
+
+
+class UsageError(BlobflowError):
+    """The call or the configuration is wrong."""
+
+    exit_code = 2
+
+
+class InvalidStoreUrl(UsageError):
+    """Not a store URL. Field: url (never with credentials)."""
+
+
+class InvalidKey(UsageError):
+    """Not a key. Fields: key, reason."""
+
+
+class StoreConfigurationError(UsageError):
+    """The store refuses these credentials, this bucket or this region. Fields: operation, status."""
+
+
+class Unsupported(UsageError):
+    """This store or file system lacks an ability the call needs. Fields: store, ability."""

@@ -1,0 +1,223 @@
+"""The intent: the object `<key>.upload.json` that lets any machine take an upload up again (docs/format.md).
+
+It is written before the first part and removed after the sibling manifest is published. It names the upload id, the
+part size and the exact manifest, and remembers the CRC32C of the parts that were acknowledged.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+import time
+import uuid
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Final
+
+from blobflow.artifact.manifest import MAX_MANIFEST_BYTES, Manifest, artifact_digest
+from blobflow.errors import ArtifactInvalid, ObjectNotFound, PreconditionFailed, TransferBusy
+from blobflow.owner import owner_is_gone, process_owner
+from blobflow.stores.base import PutMode, Store
+
+FORMAT: Final = "blobflow.upload/1"
+SUFFIX: Final = ".upload.json"
+TTL_S: Final = 120.0
+"""Seconds after its last renewal for which an intent keeps uploads of other content away; renewed at a third."""
+
+_MAX_BYTES: Final = 4 * MAX_MANIFEST_BYTES
+_SAVE_ATTEMPTS: Final = 20
+
+
+@dataclass(frozen=True)
+class Intent:
+    """One upload under way."""
+
+    manifest_bytes: bytes
+    upload_id: str
+    part_size: int
+    owner: str
+    generation: int
+    expires_at: float
+    """Seconds since the epoch."""
+    write_id: str
+    """Differs in every write, so that two equal intents are still two."""
+    crcs: dict[int, int]
+    """CRC32C of the parts that the store has acknowledged, by part number."""
+    replaces: str | None = None
+    """Digest of the artifact that this upload will replace, if it was told to."""
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest.parse(self.manifest_bytes)
+
+    def is_alive(self, now: float) -> bool:
+        """Whether its owner may still be at work."""
+        return now < self.expires_at and not owner_is_gone(self.owner)
+
+    def encode(self) -> bytes:
+        """The JSON document; the checksums of 10,000 parts take 54 kB."""
+        numbers = sorted(self.crcs)
+        packed = array("I", (self.crcs[number] for number in numbers))
+        document = {
+            "format": FORMAT,
+            "artifact_digest": artifact_digest(self.manifest_bytes),
+            "upload_id": self.upload_id,
+            "part_size": self.part_size,
+            "owner": self.owner,
+            "generation": self.generation,
+            "expires_at": self.expires_at,
+            "write_id": self.write_id,
+            "replaces": self.replaces,
+            "parts": _encode_ranges(numbers),
+            "crc32c": base64.b64encode(_little_endian(packed).tobytes()).decode(),
+            "manifest": self.manifest_bytes.decode(),
+        }
+        return json.dumps(document, ensure_ascii=False).encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> Intent:
+        """The inverse of `encode`.
+
+        Raises:
+            ArtifactInvalid: not an intent of a known version, or damaged.
+        """
+        try:
+            document: dict[str, Any] = json.loads(data)
+            if document["format"] != FORMAT:
+                raise ArtifactInvalid(f"the intent has format {document['format']!r}, this blobflow reads {FORMAT!r}")
+            packed = array("I", base64.b64decode(document["crc32c"], validate=True))
+            intent = cls(
+                manifest_bytes=document["manifest"].encode(),
+                upload_id=str(document["upload_id"]),
+                part_size=int(document["part_size"]),
+                owner=str(document["owner"]),
+                generation=int(document["generation"]),
+                expires_at=float(document["expires_at"]),
+                write_id=str(document["write_id"]),
+                crcs=dict(zip(_decode_ranges(document["parts"]), _little_endian(packed), strict=True)),
+                replaces=document["replaces"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactInvalid(f"the intent of an upload is damaged: {error!r}") from error
+        if artifact_digest(intent.manifest_bytes) != document["artifact_digest"] or intent.part_size <= 0:
+            raise ArtifactInvalid("the intent of an upload contradicts itself")
+        return intent
+
+
+class IntentKeeper:
+    """Reads and writes the intent of one key. Every write is a compare-and-swap where the store has one."""
+
+    def __init__(self, store: Store, key: str, *, clock: Callable[[], float] = time.time) -> None:
+        self._store = store
+        self._key = key + SUFFIX
+        self._clock = clock
+        self._e_tag = ""
+        self.intent: Intent | None = None
+        self._renewed_at = clock()
+
+    def __repr__(self) -> str:
+        return f"<IntentKeeper {self._key} {'held' if self.intent else 'empty'}>"
+
+    def load(self) -> Intent | None:
+        """The intent in the store, or None. A damaged one counts as none and is replaced."""
+        try:
+            data, meta = self._store.get(self._key, max_bytes=_MAX_BYTES)
+        except ObjectNotFound:
+            self.intent, self._e_tag = None, ""
+            return None
+        self._e_tag = meta.e_tag
+        try:
+            self.intent = Intent.parse(data)
+        except ArtifactInvalid:
+            self.intent = None
+        return self.intent
+
+    def is_alive(self) -> bool:
+        """Whether somebody may be at work on the loaded intent."""
+        return self.intent is not None and self.intent.is_alive(self._clock())
+
+    def begin(self, manifest_bytes: bytes, upload_id: str, part_size: int, *, replaces: str | None) -> bool:
+        """Write a new intent in the place of what `load` saw. False: somebody else was first."""
+        intent = Intent(
+            manifest_bytes=manifest_bytes,
+            upload_id=upload_id,
+            part_size=part_size,
+            owner=process_owner(),
+            generation=self.intent.generation + 1 if self.intent else 1,
+            expires_at=self._clock() + TTL_S,
+            write_id=uuid.uuid4().hex,
+            crcs={},
+            replaces=replaces,
+        )
+        return self._write(intent)
+
+    def save(self, crcs: dict[int, int]) -> None:
+        """Add acknowledged parts and renew the intent; merges with what a joined uploader wrote.
+
+        Raises:
+            TransferBusy: the intent now belongs to another upload; this one must stop.
+        """
+        mine = self.intent
+        if mine is None:
+            raise AssertionError("save without an intent")
+        for _ in range(_SAVE_ATTEMPTS):
+            current = self.intent
+            if current is None or current.upload_id != mine.upload_id:
+                break
+            renewed = replace(
+                current,
+                owner=process_owner(),
+                expires_at=self._clock() + TTL_S,
+                write_id=uuid.uuid4().hex,
+                crcs={**current.crcs, **crcs},
+            )
+            if self._write(renewed):
+                return
+            self.load()
+        raise TransferBusy(f"another upload took {self._key.removesuffix(SUFFIX)!r} over", key=self._key)
+
+    def renewal_due(self) -> bool:
+        """Whether a third of the time to live is over."""
+        return self._clock() - self._renewed_at > TTL_S / 3
+
+    def remove(self) -> None:
+        """The upload is published or given up."""
+        self._store.delete(self._key)
+        self.intent, self._e_tag = None, ""
+
+    def _write(self, intent: Intent) -> bool:
+        mode, e_tag = PutMode.OVERWRITE, None
+        if self._store.abilities.conditional:
+            mode, e_tag = (PutMode.UPDATE, self._e_tag) if self._e_tag else (PutMode.CREATE, None)
+        try:
+            meta = self._store.put(self._key, intent.encode(), mode=mode, e_tag=e_tag, content_type="application/json")
+        except PreconditionFailed:
+            return False
+        self.intent, self._e_tag, self._renewed_at = intent, meta.e_tag, self._clock()
+        return True
+
+
+def _little_endian(values: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        values = values[:]
+        values.byteswap()
+    return values
+
+
+def _encode_ranges(numbers: list[int]) -> str:
+    """`[1, 2, 3, 7]` as `1-3,7`."""
+    starts = [n for before, n in pairwise([-1, *numbers]) if n != before + 1]
+    ends = [n for n, after in pairwise([*numbers, -1]) if after != n + 1]
+    return ",".join(f"{start}-{end}" if start != end else str(start) for start, end in zip(starts, ends, strict=True))
+
+
+def _decode_ranges(text: str) -> Iterable[int]:
+    for piece in text.split(",") if text else ():
+        start, _, end = piece.partition("-")
+        first, last = int(start), int(end or start)
+        if not 1 <= first <= last <= 10_000:
+            raise ValueError(f"part numbers {piece!r}")
+        yield from range(first, last + 1)

@@ -1,0 +1,29 @@
+"""Stores: local directory, S3 and its relatives, any other fsspec file system."""
+
+from __future__ import annotations
+
+from blobflow.stores.base import (
+    Abilities,
+    Body,
+    ObjectMeta,
+    PartMeta,
+    PutMode,
+    Store,
+    StoredObject,
+    UploadMeta,
+    check_key,
+)
+from blobflow.stores.open import open_store
+
+__all__ = [
+    "Abilities",
+    "Body",
+    "ObjectMeta",
+    "PartMeta",
+    "PutMode",
+    "Store",
+    "StoredObject",
+    "UploadMeta",
+    "check_key",
+    "open_store",
+]

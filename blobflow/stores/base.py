@@ -1,0 +1,287 @@
+"""The Store protocol: where objects live, in the field's own vocabulary.
+
+A store holds immutable byte strings under keys. Every method is synchronous, thread-safe and makes one attempt;
+`blobflow.stores.retry.RetryingStore` repeats the attempts that failed for a passing reason. What each method
+promises when it is called again after a crash or a lost answer stands in its docstring, and the contract suite in
+`blobflow.testing.StoreContract` holds every implementation to it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from typing import NamedTuple
+
+from blobflow.checksum import Buffer, crc32c
+from blobflow.errors import InvalidKey, ObjectNotFound
+
+MAX_KEY_BYTES = 900
+"""S3 allows 1,024 bytes; what is left is for the store's prefix and our own suffixes."""
+
+RESERVED_SEGMENT = ".blobflow"
+"""The local store keeps its uploads and locks below this name."""
+
+
+class PutMode(Enum):
+    """When a put may replace what is there."""
+
+    OVERWRITE = "overwrite"
+    CREATE = "create"
+    """Only if the key is absent."""
+    UPDATE = "update"
+    """Only if the object still has the given e_tag (compare-and-swap)."""
+
+
+class ObjectMeta(NamedTuple):
+    """What a store says of an object without its bytes."""
+
+    key: str
+    size: int
+    e_tag: str
+    """Changes whenever the object is replaced, even by equal bytes in some stores. Opaque."""
+    last_modified: datetime | None = None
+    crc32c: int | None = None
+    """Of the whole object, where the store itself computed it; otherwise None."""
+
+
+class StoredObject(NamedTuple):
+    """A small object, whole."""
+
+    data: bytes
+    meta: ObjectMeta
+
+
+class PartMeta(NamedTuple):
+    """A part of a multipart upload that the store has acknowledged."""
+
+    part_number: int
+    size: int
+    e_tag: str
+    crc32c: int | None = None
+
+
+class UploadMeta(NamedTuple):
+    """A multipart upload under way."""
+
+    key: str
+    upload_id: str
+    initiated: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a store can do; plans are made from it."""
+
+    multipart: bool = True
+    """Parts in any order from any process, and resume by upload id."""
+    conditional: bool = True
+    """PutMode.CREATE and PutMode.UPDATE are atomic between processes."""
+    min_part_size: int = 1
+    """Bytes; the last part may be smaller."""
+    max_part_size: int = 5 * 1024**3
+    max_parts: int = 10_000
+
+
+class Body:
+    """Bytes on their way into a store: their number, their CRC32C, and the means to produce them again.
+
+    Each attempt iterates anew, so that a retry never sends the rest of a half-read stream.
+
+    Args:
+        size: Total bytes.
+        chunks: Gives the bytes from the start at every call, in buffers that are valid until the next one.
+        crc32c: Checksum of all of them, if it is known beforehand.
+    """
+
+    __slots__ = ("_chunks", "crc32c", "size")
+
+    def __init__(self, size: int, chunks: Callable[[], Iterable[Buffer]], crc32c: int | None = None) -> None:
+        self.size = size
+        self.crc32c = crc32c
+        self._chunks = chunks
+
+    @classmethod
+    def of(cls, data: Buffer) -> Body:
+        """A body that lies in memory."""
+        return cls(len(data), lambda: (data,), crc32c(data))
+
+    def __iter__(self) -> Iterator[Buffer]:
+        return iter(self._chunks())
+
+    def __repr__(self) -> str:
+        return f"<Body {self.size} bytes>"
+
+
+def check_key(key: str) -> str:
+    """`key` itself, if it is one: relative, `/`-separated, no empty, `.`, `..` or reserved segments.
+
+    Raises:
+        InvalidKey: naming the rule that is broken.
+    """
+
+    def refuse(reason: str) -> InvalidKey:
+        return InvalidKey(
+            f"invalid key {key!r}: {reason}",
+            hint="keys are relative, '/'-separated, without empty, '.' or '..' segments",
+            key=key,
+            reason=reason,
+        )
+
+    try:
+        encoded = key.encode("utf-8")
+    except UnicodeEncodeError:
+        raise refuse("it is not valid Unicode") from None
+    if not key:
+        raise refuse("it is empty")
+    if len(encoded) > MAX_KEY_BYTES:
+        raise refuse(f"{len(encoded)} bytes are more than {MAX_KEY_BYTES}")
+    if any(ord(char) < 0x20 or ord(char) == 0x7F for char in key):
+        raise refuse("it contains a control character")
+    for segment in key.split("/"):
+        if segment in ("", ".", ".."):
+            raise refuse(f"segment {segment!r} is not allowed")
+        if segment == RESERVED_SEGMENT:
+            raise refuse(f"segment {segment!r} is reserved")
+        if len(segment.encode()) > 255:
+            raise refuse("a segment is longer than 255 bytes")
+    return key
+
+
+class Store(ABC):
+    """A place for objects. Keys are relative to the store's URL, prefix included.
+
+    Methods raise `ObjectNotFound`, `PreconditionFailed`, `NoSuchUpload`, `StoreUnavailable` (and its kinds),
+    `TimedOut`, `StoreConfigurationError`, `InvalidKey`; nothing of the client library underneath escapes.
+    """
+
+    url: str
+    """For people and metadata; never with credentials."""
+    abilities: Abilities
+
+    @abstractmethod
+    def put(
+        self,
+        key: str,
+        body: Buffer | Body,
+        *,
+        mode: PutMode = PutMode.OVERWRITE,
+        e_tag: str | None = None,
+        content_type: str = "application/octet-stream",
+    ) -> ObjectMeta:
+        """Store `body` whole or not at all; once it returns, the object is durable and visible.
+
+        Args:
+            e_tag: With `PutMode.UPDATE`, the entity tag the object must still have.
+
+        Raises:
+            PreconditionFailed: the object exists (CREATE), or is another or absent (UPDATE).
+            Unsupported: a conditional mode on a store without `abilities.conditional`.
+        """
+
+    @abstractmethod
+    def get(self, key: str, *, max_bytes: int) -> StoredObject:
+        """A small object whole.
+
+        Raises:
+            ObjectTooLarge: it has more than `max_bytes`; at most one chunk beyond that was read.
+        """
+
+    @abstractmethod
+    def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
+        """Fill `buffer` with the object's bytes from `offset`.
+
+        Args:
+            e_tag: Pins the object: another one under the same key is refused.
+
+        Raises:
+            ObjectChanged: the object no longer has `e_tag`.
+            SizeMismatch: the object ends before the buffer is full.
+        """
+
+    @abstractmethod
+    def head(self, key: str) -> ObjectMeta:
+        """What the store says of the object."""
+
+    @abstractmethod
+    def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:
+        """Objects whose keys start with `prefix`, in UTF-8 order of the key, lazily, page by page.
+
+        Args:
+            prefix: A plain string prefix; it need not end at a `/`.
+            start_after: Only keys greater than this one.
+        """
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove the object; absent is not an error."""
+
+    @abstractmethod
+    def copy(self, source: str, target: str) -> ObjectMeta:
+        """Copy within the store without moving the bytes through this process where the store can."""
+
+    @abstractmethod
+    def create_multipart(
+        self, key: str, *, part_size: int, content_type: str = "application/octet-stream"
+    ) -> str:
+        """Begin an upload of equal parts (the last one may be smaller) and return its upload id.
+
+        The id is valid in every process until complete or abort. Nothing is visible under the key before complete.
+        """
+
+    @abstractmethod
+    def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
+        """Store part `part_number` (from 1). A part sent again replaces the earlier one.
+
+        Raises:
+            NoSuchUpload: completed, aborted or expired.
+        """
+
+    @abstractmethod
+    def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
+        """All parts the store has, by number, from all pages.
+
+        Raises:
+            NoSuchUpload: completed, aborted or expired.
+        """
+
+    @abstractmethod
+    def list_uploads(self, prefix: str = "") -> list[UploadMeta]:
+        """All uploads under way whose keys start with `prefix`, from all pages."""
+
+    @abstractmethod
+    def complete_multipart(self, key: str, upload_id: str, parts: Sequence[PartMeta]) -> ObjectMeta:
+        """Make the object out of `parts` (dense from 1), replacing what the key held.
+
+        After a lost answer the upload is gone: the caller settles `NoSuchUpload` by looking at the object.
+
+        Raises:
+            NoSuchUpload: completed, aborted or expired.
+            UploadIncomplete: the store does not hold these parts.
+        """
+
+    @abstractmethod
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        """Drop the upload and its parts; unknown is not an error."""
+
+    def close(self) -> None:
+        """Release connections. The store may not be used afterwards."""
+
+    def get_range(self, key: str, offset: int, length: int, *, e_tag: str | None = None) -> bytes:
+        """`length` bytes from `offset`; see `get_range_into`."""
+        buffer = bytearray(length)
+        self.get_range_into(key, offset, memoryview(buffer), e_tag=e_tag)
+        return bytes(buffer)
+
+    def exists(self, key: str) -> bool:
+        """Whether there is an object under `key`."""
+        try:
+            self.head(key)
+        except ObjectNotFound:
+            return False
+        return True
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url}>"

@@ -1,0 +1,311 @@
+"""HTTP/1.1 for large bodies: pooled connections, no copies, and timeouts on silence instead of on whole requests.
+
+This is the data plane of the S3 store. It knows nothing of S3: the caller names the target and signs each attempt.
+It stands on `http.client` because that moves a gibibyte for a third of the processor time of the usual clients.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import logging
+import select
+import socket
+import ssl
+from collections import deque
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from blobflow.errors import SizeMismatch
+from blobflow.stores.base import Body
+
+_log = logging.getLogger(__name__)
+
+SLICE_BYTES = 128 * 1024
+"""What one send may carry. Over TLS a send returns only when all of it is gone, so on a slow link a large one would
+look like silence."""
+
+DRAIN_BYTES = 64 * 1024
+"""The rest of an answer that is cheaper to read than a new connection is to open."""
+
+_BROKEN = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+"""The other side is gone: what a connection shows that was closed while it lay idle."""
+
+
+class WireError(Exception):
+    """An exchange failed below HTTP; the reason is the `__cause__`.
+
+    Attributes:
+        moved: Bytes of the body that had moved, in either direction.
+        timeout_s: How long it was silent, if that is what happened.
+    """
+
+    def __init__(self, error: Exception, moved: int, timeout_s: float | None = None) -> None:
+        super().__init__(f"{type(error).__name__}: {error}")
+        self.moved = moved
+        self.timeout_s = timeout_s if isinstance(error, TimeoutError) else None
+
+
+class Answer:
+    """A response whose head was read. Leaving the `with` block gives the connection back, or drops it."""
+
+    def __init__(self, response: _Response, idle_timeout_s: float, release: Callable[[bool], None]) -> None:
+        self.status = response.status
+        self.headers = {name.lower(): value for name, value in response.headers.items()}
+        """By names in lower case."""
+        self._response = response
+        self._idle_timeout_s = idle_timeout_s
+        self._release = release
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the body still to come; None if the server did not say."""
+        return self._response.length
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Fill `buffer` with the next bytes of the body; fewer only where the body ends.
+
+        Raises:
+            WireError: the connection broke or went silent.
+        """
+        filled = 0
+        try:
+            while filled < len(buffer):
+                received = self._response.receive_into(buffer[filled:])
+                if not received:
+                    break
+                filled += received
+        except (OSError, http.client.HTTPException) as error:
+            raise WireError(error, filled, self._idle_timeout_s) from error
+        return filled
+
+    def read(self, limit: int) -> bytes:
+        """The rest of the body, cut off after `limit` bytes."""
+        buffer = memoryview(bytearray(limit if self.length is None else min(limit, self.length)))
+        return bytes(buffer[: self.read_into(buffer)])
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        reusable = kind is None and not self._response.will_close and self.length is not None
+        if reusable and self.length is not None and self.length <= DRAIN_BYTES:
+            try:
+                self._response.read()
+            except (OSError, http.client.HTTPException):
+                reusable = False
+        reusable = reusable and self._response.isclosed()
+        self._response.close()  # it may own the socket, where the connection has let go of it
+        self._release(reusable)
+
+
+class Wire:
+    """Connections to one origin, kept open between requests, for any number of threads.
+
+    Args:
+        origin: `http://host[:port]` or `https://host[:port]`.
+        tls: Context for https; None is Python's default.
+        connect_timeout_s: For a connection to be made.
+        idle_timeout_s: For a single byte to move on it.
+        max_idle: Connections kept while nobody uses them; how many are in use is up to the callers' threads.
+        proxy: URL of an HTTP proxy to go through.
+    """
+
+    def __init__(
+        self,
+        origin: str,
+        *,
+        connect_timeout_s: float,
+        idle_timeout_s: float,
+        max_idle: int,
+        tls: ssl.SSLContext | None = None,
+        proxy: str | None = None,
+    ) -> None:
+        parts = urlsplit(origin)
+        self._origin = origin
+        self._host = parts.hostname or ""
+        self._port = parts.port
+        self._secure = parts.scheme == "https"
+        self._tls = tls if tls is not None or not self._secure else ssl.create_default_context()
+        self._proxy = urlsplit(proxy) if proxy else None
+        self._connect_timeout_s = connect_timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._max_idle = max_idle
+        # Last in, first out: the connection used last is the one the server is least likely to have closed.
+        # A deque needs no lock, so that no fork can leave one locked.
+        self._idle: deque[http.client.HTTPConnection] = deque()
+        self._closed = False
+
+    def send(
+        self,
+        method: str,
+        target: str,
+        headers: Callable[[], Mapping[str, str]],
+        body: Body | None = None,
+        *,
+        idempotent: bool = True,
+    ) -> Answer:
+        """Send a request and return the head of its answer.
+
+        A connection that the server closed while it lay idle is replaced, once and silently, and an idempotent
+        request is sent again on the new one.
+
+        Args:
+            target: Path and query, encoded.
+            headers: Makes the headers of one attempt, `Host` included, so that every signature is fresh.
+
+        Raises:
+            WireError: no connection, or it broke or went silent before the head of the answer.
+            SizeMismatch: the body is not as long as it says.
+        """
+        connection = self._take()
+        reused = connection is not None
+        try:
+            return self._attempt(connection or self._connection(), method, target, headers(), body)
+        except WireError as error:
+            if not (reused and idempotent and isinstance(error.__cause__, _BROKEN)):
+                raise
+            _log.debug("stale_connection origin=%s error=%s", self._origin, error)
+        return self._attempt(self._connection(), method, target, headers(), body)
+
+    def close(self) -> None:
+        """Close the idle connections; those in use are closed when they come back."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
+
+    def __repr__(self) -> str:
+        return f"<Wire {self._origin}, {len(self._idle)} idle>"
+
+    def _attempt(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: Body | None,
+    ) -> Answer:
+        try:
+            self._send_head(connection, method, target, headers)
+            try:
+                sent = self._send_body(connection, body) if body is not None else 0
+            except WireError as error:
+                # A server that refuses early answers and closes: what it says is worth more than our broken pipe.
+                if not isinstance(error.__cause__, _BROKEN):
+                    raise
+                answer = self._answer(connection, error.moved, reusable=False)
+                if answer.status < 400:
+                    raise
+                return answer
+            return self._answer(connection, sent)
+        except BaseException:
+            connection.close()
+            raise
+
+    def _send_head(
+        self, connection: http.client.HTTPConnection, method: str, target: str, headers: Mapping[str, str]
+    ) -> None:
+        timeout_s = self._connect_timeout_s if connection.sock is None else self._idle_timeout_s
+        try:
+            if connection.sock is None:
+                connection.connect()  # turns Nagle's algorithm off
+                _socket(connection).settimeout(self._idle_timeout_s)
+            if self._proxy is not None and not self._secure:
+                target = self._origin + target
+                headers = {**headers, **_proxy_authorization(self._proxy)}
+            connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
+            for name, value in headers.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+        except (OSError, http.client.HTTPException) as error:
+            raise WireError(error, 0, timeout_s) from error
+
+    def _send_body(self, connection: http.client.HTTPConnection, body: Body) -> int:
+        """Send all of the body and return its length. Errors of the body's own source pass through as they are."""
+        sent = 0
+        for chunk in body:
+            view = memoryview(chunk).cast("B")
+            if sent + len(view) > body.size:
+                raise SizeMismatch(
+                    "the body is longer than it says", what="body", expected=body.size, actual=sent + len(view)
+                )
+            position = 0
+            while position < len(view):
+                try:
+                    moved = _socket(connection).send(view[position : position + SLICE_BYTES])
+                except OSError as error:
+                    raise WireError(error, sent + position, self._idle_timeout_s) from error
+                position += moved
+            sent += position
+        if sent != body.size:
+            raise SizeMismatch("the body is shorter than it says", what="body", expected=body.size, actual=sent)
+        return sent
+
+    def _answer(self, connection: http.client.HTTPConnection, sent: int, *, reusable: bool = True) -> Answer:
+        try:
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise WireError(error, sent, self._idle_timeout_s) from error
+        assert isinstance(response, _Response)
+        return Answer(response, self._idle_timeout_s, lambda at_end: self._give_back(connection, reusable and at_end))
+
+    def _take(self) -> http.client.HTTPConnection | None:
+        """An idle connection on which nothing has happened since."""
+        while self._idle:
+            try:
+                connection = self._idle.pop()
+            except IndexError:  # another thread was faster
+                break
+            poll = select.poll()
+            poll.register(_socket(connection), select.POLLIN)
+            if not poll.poll(0):
+                return connection
+            connection.close()  # readable without a question: an end of file, or an answer to nobody
+        return None
+
+    def _give_back(self, connection: http.client.HTTPConnection, reusable: bool) -> None:
+        if reusable and not self._closed and len(self._idle) < self._max_idle:
+            self._idle.append(connection)
+        else:
+            connection.close()
+
+    def _connection(self) -> http.client.HTTPConnection:
+        host, port = self._host, self._port
+        if self._proxy is not None:
+            host, port = self._proxy.hostname or "", self._proxy.port
+        if self._secure:
+            connection = http.client.HTTPSConnection(host, port, timeout=self._connect_timeout_s, context=self._tls)
+            if self._proxy is not None:
+                connection.set_tunnel(self._host, self._port, _proxy_authorization(self._proxy))
+        else:
+            connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout_s)
+        connection.response_class = _Response
+        return connection
+
+
+class _Response(http.client.HTTPResponse):
+    def receive_into(self, view: memoryview) -> int:
+        """Put what arrives next into `view`; waits for the first byte, not for all, so that silence has an offset."""
+        if self.length is None or self.chunked:
+            return self.readinto(view)
+        received = self.fp.readinto1(view[: self.length]) if self.length else 0
+        self.length -= received
+        return received
+
+
+def _socket(connection: http.client.HTTPConnection) -> socket.socket:
+    opened: socket.socket | None = connection.sock
+    if opened is None:
+        raise http.client.NotConnected
+    return opened
+
+
+def _proxy_authorization(proxy: Any) -> dict[str, str]:
+    if proxy.username is None:
+        return {}
+    user = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+    return {"Proxy-Authorization": f"Basic {base64.b64encode(user.encode()).decode()}"}

@@ -1,0 +1,1148 @@
+"""Tools for your own tests: the contract of a store, a store with faults, and directory trees as literals.
+
+Nothing here imports pytest, so the module may be imported anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import stat
+import subprocess
+import sys
+import threading
+import unittest
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+
+from typing_extensions import override
+
+from blobflow.checksum import Buffer, crc32c
+from blobflow.errors import (
+    BlobflowError,
+    InvalidKey,
+    NoSuchUpload,
+    ObjectChanged,
+    ObjectNotFound,
+    ObjectTooLarge,
+    PreconditionFailed,
+    SizeMismatch,
+    StoreUnavailable,
+    Unsupported,
+    UploadIncomplete,
+    UsageError,
+)
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store, StoredObject, UploadMeta
+
+__all__ = [
+    "CorruptRead",
+    "Executable",
+    "FailAfter",
+    "FailBefore",
+    "Fault",
+    "FaultyStore",
+    "Fifo",
+    "Hook",
+    "Request",
+    "StoreContract",
+    "Symlink",
+    "Tree",
+    "Truncate",
+    "random_faults",
+    "read_tree",
+    "scripted_faults",
+    "write_tree",
+]
+
+_T = TypeVar("_T")
+_E = TypeVar("_E", bound=BaseException)
+
+# ------------------------------------------------------------------------------------------------------ directory trees
+
+
+@dataclass(frozen=True)
+class Symlink:
+    """A symbolic link."""
+
+    target: str
+
+
+@dataclass(frozen=True)
+class Executable:
+    """A file whose owner may execute it."""
+
+    content: str | bytes
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "content", _Content(_encoded(self.content)))
+
+
+@dataclass(frozen=True)
+class Fifo:
+    """A named pipe."""
+
+
+Tree: TypeAlias = "Mapping[str, str | bytes | Tree | Symlink | Executable | Fifo]"
+"""A directory as a literal: text and bytes are files, mappings are directories."""
+
+
+class _Content(bytes):
+    """A file's bytes, equal to the text they encode: trees may be written as text."""
+
+    __slots__ = ()
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        return bytes(self) == (other.encode() if isinstance(other, str) else other)
+
+    __hash__ = bytes.__hash__
+
+
+def _encoded(content: str | bytes) -> bytes:
+    return content.encode() if isinstance(content, str) else content
+
+
+def write_tree(path: str | os.PathLike[str], tree: Tree) -> Path:
+    """Make the directory `path` with the contents of `tree`; what is there already stays.
+
+    >>> write_tree(tmp_path / "orders", {"readme": "hello", "data": {"0.bin": b"...", "latest": Symlink("0.bin")}})
+    """
+    root = Path(path)
+    root.mkdir(parents=True, exist_ok=True)
+    for name, node in tree.items():
+        target = root / name
+        match node:
+            case Symlink():
+                target.symlink_to(node.target)
+            case Fifo():
+                os.mkfifo(target)
+            case Executable():
+                target.write_bytes(_encoded(node.content))
+                target.chmod(0o755)
+            case str() | bytes():
+                target.write_bytes(_encoded(node))
+            case _:
+                write_tree(target, node)
+    return root
+
+
+def read_tree(path: str | os.PathLike[str]) -> Tree:
+    """The contents of a directory, to be compared with the literal it should be."""
+    tree: dict[str, str | bytes | Tree | Symlink | Executable | Fifo] = {}
+    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+        status = entry.stat(follow_symlinks=False)
+        if stat.S_ISLNK(status.st_mode):
+            tree[entry.name] = Symlink(os.readlink(entry.path))
+        elif stat.S_ISDIR(status.st_mode):
+            tree[entry.name] = read_tree(entry.path)
+        elif stat.S_ISFIFO(status.st_mode):
+            tree[entry.name] = Fifo()
+        else:
+            content = _Content(Path(entry.path).read_bytes())
+            tree[entry.name] = Executable(content) if status.st_mode & stat.S_IXUSR else content
+    return tree
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+
+class Request(NamedTuple):
+    """One request that reached a `FaultyStore`."""
+
+    operation: str
+    """The name of the method; `get_range` for both ways to read a range."""
+    key: str
+    """Or the prefix, for listings."""
+    number: int
+    """Counts the requests of this operation, from 1."""
+
+
+@dataclass(frozen=True)
+class FailBefore:
+    """The request never arrives: nothing happens."""
+
+    error: BlobflowError | None = None
+
+
+@dataclass(frozen=True)
+class FailAfter:
+    """The answer is lost: the store did it, and the caller does not know."""
+
+    error: BlobflowError | None = None
+
+
+@dataclass(frozen=True)
+class CorruptRead:
+    """One byte of what is read is wrong, and nobody says so."""
+
+    at: int = 0
+
+
+@dataclass(frozen=True)
+class Truncate:
+    """The connection breaks in the middle: after `keep` bytes of a body or a read, or entries of a listing."""
+
+    keep: int = 0
+    error: BlobflowError | None = None
+
+
+@dataclass(frozen=True)
+class Hook:
+    """`call` runs before the request: to block it, to count, to change the store behind the caller's back."""
+
+    call: Callable[[Request], None]
+
+
+Fault: TypeAlias = FailBefore | FailAfter | CorruptRead | Truncate | Hook
+
+
+def scripted_faults(script: Mapping[tuple[str, int], Fault]) -> Callable[[Request], Fault | None]:
+    """Faults by operation and number.
+
+    >>> FaultyStore(store, scripted_faults({("put_part", 3): FailAfter(), ("list", 1): Truncate(keep=10)}))
+    """
+    return lambda request: script.get((request.operation, request.number))
+
+
+def random_faults(
+    seed: int, rate: float, kinds: Sequence[Fault] = (FailBefore(), FailAfter(), Truncate(keep=1))
+) -> Callable[[Request], Fault | None]:
+    """A fault of one of the kinds for that share of the requests; the same ones for a seed and an order of calls."""
+    generator = random.Random(seed)
+
+    def faults(_: Request) -> Fault | None:
+        return generator.choice(kinds) if generator.random() < rate else None
+
+    return faults
+
+
+class FaultyStore(Store):
+    """Passes requests on to `store`, except where `faults` says otherwise.
+
+    Faults of one request come one after the other, so that a callable `faults` may keep a state without a lock.
+
+    Attributes:
+        log: All requests, in order.
+    """
+
+    def __init__(self, store: Store, faults: Callable[[Request], Fault | None] = lambda _: None) -> None:
+        self.store = store
+        self.url = store.url
+        self.abilities = store.abilities
+        self.faults = faults
+        self.log: list[Request] = []
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def count(self, operation: str) -> int:
+        """How many requests of an operation there were."""
+        return self._counts[operation]
+
+    def _next(self, operation: str, key: str) -> tuple[Request, Fault | None]:
+        with self._lock:
+            self._counts[operation] += 1
+            request = Request(operation, key, self._counts[operation])
+            self.log.append(request)
+            fault = self.faults(request)
+        if isinstance(fault, Hook):
+            fault.call(request)
+        if isinstance(fault, FailBefore):
+            raise fault.error or _injected(request, "was not sent")
+        return request, fault
+
+    def _send(self, operation: str, key: str, call: Callable[[], _T]) -> _T:
+        request, fault = self._next(operation, key)
+        if isinstance(fault, Truncate):
+            raise fault.error or _injected(request, "was not sent whole")
+        answer = call()
+        if isinstance(fault, FailAfter):
+            raise fault.error or _injected(request, "got no answer")
+        return answer
+
+    def _send_body(self, operation: str, key: str, body: Body, call: Callable[[Body], _T]) -> _T:
+        request, fault = self._next(operation, key)
+        if isinstance(fault, Truncate):
+            error = fault.error or _injected(request, f"broke after {fault.keep} bytes")
+            body = Body(body.size, lambda whole=body: _first(whole, fault.keep, error), body.crc32c)
+        answer = call(body)
+        if isinstance(fault, FailAfter):
+            raise fault.error or _injected(request, "got no answer")
+        return answer
+
+    @override
+    def put(
+        self,
+        key: str,
+        body: Buffer | Body,
+        *,
+        mode: PutMode = PutMode.OVERWRITE,
+        e_tag: str | None = None,
+        content_type: str = "application/octet-stream",
+    ) -> ObjectMeta:
+        def call(body: Body) -> ObjectMeta:
+            return self.store.put(key, body, mode=mode, e_tag=e_tag, content_type=content_type)
+
+        return self._send_body("put", key, body if isinstance(body, Body) else Body.of(body), call)
+
+    @override
+    def get(self, key: str, *, max_bytes: int) -> StoredObject:
+        request, fault = self._next("get", key)
+        found = self.store.get(key, max_bytes=max_bytes)
+        match fault:
+            case FailAfter() | Truncate():
+                raise fault.error or _injected(request, "got no answer")
+            case CorruptRead():
+                data = bytearray(found.data)
+                _flip(memoryview(data), fault.at)
+                return StoredObject(bytes(data), found.meta)
+            case _:
+                return found
+
+    @override
+    def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
+        request, fault = self._next("get_range", key)
+        match fault:
+            case Truncate():
+                self.store.get_range_into(key, offset, buffer[: fault.keep], e_tag=e_tag)
+                raise fault.error or _injected(request, f"broke after {fault.keep} bytes")
+            case FailAfter():
+                self.store.get_range_into(key, offset, buffer, e_tag=e_tag)
+                raise fault.error or _injected(request, "got no answer")
+            case CorruptRead():
+                self.store.get_range_into(key, offset, buffer, e_tag=e_tag)
+                _flip(buffer, fault.at)
+            case _:
+                self.store.get_range_into(key, offset, buffer, e_tag=e_tag)
+
+    @override
+    def head(self, key: str) -> ObjectMeta:
+        return self._send("head", key, lambda: self.store.head(key))
+
+    @override
+    def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:
+        request, fault = self._next("list", prefix)
+        for position, meta in enumerate(self.store.list(prefix, start_after=start_after)):
+            if isinstance(fault, Truncate | FailAfter) and position >= getattr(fault, "keep", 0):
+                raise fault.error or _injected(request, f"broke after {position} entries")
+            yield meta
+
+    @override
+    def delete(self, key: str) -> None:
+        self._send("delete", key, lambda: self.store.delete(key))
+
+    @override
+    def copy(self, source: str, target: str) -> ObjectMeta:
+        return self._send("copy", source, lambda: self.store.copy(source, target))
+
+    @override
+    def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
+        def call() -> str:
+            return self.store.create_multipart(key, part_size=part_size, content_type=content_type)
+
+        return self._send("create_multipart", key, call)
+
+    @override
+    def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
+        def call(body: Body) -> PartMeta:
+            return self.store.put_part(key, upload_id, part_number, body)
+
+        return self._send_body("put_part", key, body, call)
+
+    @override
+    def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
+        return self._send("list_parts", key, lambda: self.store.list_parts(key, upload_id))
+
+    @override
+    def list_uploads(self, prefix: str = "") -> list[UploadMeta]:
+        return self._send("list_uploads", prefix, lambda: self.store.list_uploads(prefix))
+
+    @override
+    def complete_multipart(self, key: str, upload_id: str, parts: Sequence[PartMeta]) -> ObjectMeta:
+        return self._send("complete_multipart", key, lambda: self.store.complete_multipart(key, upload_id, parts))
+
+    @override
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        self._send("abort_multipart", key, lambda: self.store.abort_multipart(key, upload_id))
+
+    @override
+    def close(self) -> None:
+        self.store.close()
+
+
+def _injected(request: Request, what: str) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"injected fault: {request.operation} {request.key!r} (number {request.number}) {what}",
+        operation=request.operation,
+        key=request.key,
+    )
+
+
+def _flip(buffer: memoryview, at: int) -> None:
+    if buffer:
+        buffer[at % len(buffer)] ^= 0x01
+
+
+def _first(body: Body, keep: int, error: BlobflowError) -> Iterator[Buffer]:
+    for buffer in body:
+        if keep > 0:
+            yield memoryview(buffer)[:keep]
+        keep -= len(buffer)
+        if keep <= 0:
+            break
+    raise error
+
+
+# ------------------------------------------------------------------------------------------------------------- contract
+
+_ODD_KEYS = (
+    "plain",
+    "with space",
+    "plus+percent%41",
+    "a&b=c;d?e#f",
+    "quote'\"<tag>",
+    "~tilde!$()*,:@[]^`{|}",
+    "back\\slash",
+    "grüße/日本語/🙂",
+    "combining-e\u0301",
+    "dots/.hidden/..two/three...",
+    "deep/" + "/".join("abcdefgh"),
+    "long/" + "x" * 200,
+)
+
+_ORDERED_KEYS = (
+    "a!",
+    "a-b",
+    "a/b",
+    "a/b-c",
+    "a/c/d",
+    "a/c/e",
+    "a/c0",
+    "a0",
+    "b",
+    "ba/a",
+    "z",
+    "é/x",
+    "\ufffd",
+    "\U0001f642",
+)
+"""In UTF-8 order, which is neither the order of directories nor that of UTF-16."""
+
+_CHILD = """
+import json, sys
+from blobflow.stores import Body, PutMode, open_store
+from blobflow.errors import PreconditionFailed
+
+url, options, job, *args = json.loads(sys.argv[1])
+store = open_store(url, **options)
+print("ready", flush=True)
+sys.stdin.readline()
+
+if job == "create":
+    key, text = args
+    try:
+        store.put(key, text.encode(), mode=PutMode.CREATE)
+        print("won")
+    except PreconditionFailed:
+        print("lost")
+elif job == "count":
+    key, times = args
+    done = 0
+    while done < times:
+        found = store.get(key, max_bytes=100)
+        try:
+            store.put(key, str(int(found.data) + 1).encode(), mode=PutMode.UPDATE, e_tag=found.meta.e_tag)
+            done += 1
+        except PreconditionFailed:
+            pass
+    print(done)
+elif job == "parts":
+    key, upload_id, size, numbers = args
+    for number in numbers:
+        store.put_part(key, upload_id, number, Body.of(bytes([number]) * size))
+    print(len(numbers))
+"""
+
+
+class _Caught(Generic[_E]):
+    value: _E
+
+
+@contextmanager
+def _raises(kind: type[_E]) -> Generator[_Caught[_E]]:
+    caught: _Caught[_E] = _Caught()
+    try:
+        yield caught
+    except kind as error:
+        caught.value = error
+    else:
+        raise AssertionError(f"{kind.__name__} was not raised")
+
+
+def _noise(size: int, seed: int = 0) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+class _SourceFailed(Exception):
+    """What a source raises has to come out of the store as it went in."""
+
+
+def _failing_body(data: bytes, size: int) -> Body:
+    """A body that gives `data` and then fails, short of its size."""
+
+    def chunks() -> Iterator[bytes]:
+        yield data
+        raise _SourceFailed
+
+    return Body(size, chunks)
+
+
+class StoreContract:
+    """Every promise of `blobflow.stores.base.Store` as tests. Inherit, and give them your store as a fixture.
+
+    >>> class TestMyStore(StoreContract):
+    ...     @pytest.fixture
+    ...     def store(self):
+    ...         return MyStore(...)  # empty
+
+    Call `pytest.register_assert_rewrite("blobflow.testing")` before the import to see the values of failed assertions.
+    Override `reopen` and `how_to_open` to have resumption and races between processes tested too.
+    """
+
+    many_objects = 1100
+    """More than a page of the store's listings."""
+
+    def reopen(self, store: Store) -> Store:
+        """Another store object for the same place, as another process would make it."""
+        return store
+
+    def how_to_open(self, store: Store) -> tuple[str, dict[str, Any]] | None:
+        """URL and options with which `open_store` opens `store`'s place in another process; None where none can."""
+        del store
+        return None
+
+    # Objects
+
+    def test_what_was_put_is_read_back(self, store: Store) -> None:
+        """The bytes of a put come back, with the size and the e_tag that put and head tell."""
+        data = _noise(100_000)
+        put = store.put("dir/object", data)
+        found = store.get("dir/object", max_bytes=len(data))
+        assert found.data == data
+        assert (put.key, put.size) == ("dir/object", len(data))
+        assert put.e_tag
+        assert found.meta.e_tag == store.head("dir/object").e_tag == put.e_tag
+        assert store.head("dir/object").size == len(data)
+        assert store.exists("dir/object")
+
+    def test_an_object_may_be_empty(self, store: Store) -> None:
+        """Zero bytes make an object that is there."""
+        assert store.put("empty", b"").size == 0
+        assert store.get("empty", max_bytes=0).data == b""
+        assert [(meta.key, meta.size) for meta in store.list()] == [("empty", 0)]
+
+    def test_a_body_is_streamed(self, store: Store) -> None:
+        """A body in chunks of any kind and size is stored in order."""
+        data = _noise(300_000)
+        pieces = [data[:1], bytearray(data[1:70_000]), b"", memoryview(data)[70_000:]]
+        store.put("streamed", Body(len(data), lambda: pieces, crc32c(data)))
+        assert store.get("streamed", max_bytes=len(data)).data == data
+
+    def test_a_put_replaces(self, store: Store) -> None:
+        """The second put of a key wins, and its e_tag is another."""
+        first = store.put("key", b"first")
+        second = store.put("key", b"other")
+        assert store.get("key", max_bytes=10).data == b"other"
+        assert first.e_tag != second.e_tag
+
+    def test_absent_objects_are_named(self, store: Store) -> None:
+        """Whoever reads what is not there learns which key is missing."""
+        for read in (
+            lambda: store.get("absent", max_bytes=1),
+            lambda: store.head("absent/deep"),
+            lambda: store.get_range("absent", 0, 1),
+            lambda: store.copy("absent", "elsewhere"),
+        ):
+            with _raises(ObjectNotFound) as refusal:
+                read()
+            assert refusal.value.key.startswith("absent")
+        assert not store.exists("absent")
+
+    def test_a_directory_is_no_object(self, store: Store) -> None:
+        """A prefix of keys is not a key."""
+        store.put("a/b", b"x")
+        with _raises(ObjectNotFound):
+            store.head("a")
+        with _raises(ObjectNotFound):
+            store.get("a", max_bytes=1)
+        with _raises(ObjectNotFound):
+            store.head("a/b/c")
+        store.delete("a")
+        assert store.exists("a/b")
+
+    def test_small_objects_have_a_limit(self, store: Store) -> None:
+        """As many bytes as allowed are read, one more is refused with the limit."""
+        store.put("small", b"12345")
+        assert store.get("small", max_bytes=5).data == b"12345"
+        with _raises(ObjectTooLarge) as refusal:
+            store.get("small", max_bytes=4)
+        assert (refusal.value.key, refusal.value.limit) == ("small", 4)
+
+    def test_a_failing_source_stores_nothing(self, store: Store) -> None:
+        """What a body raises comes out as it is, and the key keeps what it held."""
+        with _raises(_SourceFailed):
+            store.put("new", _failing_body(b"abc", 6))
+        store.put("old", b"earlier")
+        with _raises(_SourceFailed):
+            store.put("old", _failing_body(b"abc", 6))
+        assert store.get("old", max_bytes=10).data == b"earlier"
+        assert [meta.key for meta in store.list()] == ["old"]
+
+    def test_a_body_of_another_size_stores_nothing(self, store: Store) -> None:
+        """A body that ends early or goes on is refused."""
+        for chunks in ((b"12345",), (b"1234", b"567")):
+            with _raises(SizeMismatch):
+                store.put("wrong", Body(6, lambda chunks=chunks: chunks))
+            assert not store.exists("wrong")
+
+    def test_keys_may_contain_anything_printable(self, store: Store) -> None:
+        """Every legal key is stored, found and listed under exactly its name."""
+        for number, key in enumerate(_ODD_KEYS):
+            store.put(key, str(number).encode())
+        for number, key in enumerate(_ODD_KEYS):
+            assert store.get(key, max_bytes=10).data == str(number).encode(), key
+        assert [meta.key for meta in store.list()] == sorted(_ODD_KEYS, key=str.encode)
+
+    def test_bad_keys_are_refused_everywhere(self, store: Store) -> None:
+        """No method takes a key that leads out of the store or into its internals."""
+        for key in (
+            "",
+            "/abs",
+            "a//b",
+            "a/",
+            "../up",
+            "a/../b",
+            "a/./b",
+            ".blobflow/locks/00",
+            "a\0b",
+            "a\nb",
+            "\udcff",
+        ):
+            calls: list[Callable[[], object]] = [
+                lambda key=key: store.put(key, b""),
+                lambda key=key: store.get(key, max_bytes=1),
+                lambda key=key: store.get_range(key, 0, 1),
+                lambda key=key: store.head(key),
+                lambda key=key: store.delete(key),
+                lambda key=key: store.copy(key, "target"),
+                lambda key=key: store.copy("source", key),
+            ]
+            if store.abilities.multipart:
+                calls.append(lambda key=key: store.create_multipart(key, part_size=store.abilities.min_part_size))
+            for call in calls:
+                with _raises(InvalidKey):
+                    call()
+
+    def test_delete_is_idempotent(self, store: Store) -> None:
+        """Delete removes one object, and may be called for one that is not there."""
+        store.put("a/b/one", b"1")
+        store.put("a/b/two", b"2")
+        store.delete("a/b/one")
+        store.delete("a/b/one")
+        store.delete("never/was")
+        assert [meta.key for meta in store.list()] == ["a/b/two"]
+
+    def test_names_are_free_after_delete(self, store: Store) -> None:
+        """When all objects below a prefix are gone, the prefix can be a key, and the reverse."""
+        store.put("a/b/c", b"1")
+        store.delete("a/b/c")
+        store.put("a", b"2")
+        assert [meta.key for meta in store.list()] == ["a"]
+        store.delete("a")
+        store.put("a/b", b"3")
+        assert [meta.key for meta in store.list()] == ["a/b"]
+
+    def test_copy_gives_an_equal_object(self, store: Store) -> None:
+        """A copy has the bytes of its source and replaces its target."""
+        data = _noise(200_000)
+        store.put("source/of it", data)
+        store.put("target", b"earlier")
+        assert store.copy("source/of it", "target").size == len(data)
+        store.copy("source/of it", "deep/target")
+        for key in ("target", "deep/target", "source/of it"):
+            assert store.get(key, max_bytes=len(data)).data == data
+
+    # Conditional writes
+
+    def test_create_never_replaces(self, store: Store) -> None:
+        """A create-only put succeeds once; the object stays the first one."""
+        self._need_conditional(store)
+        meta = store.put("once", b"first", mode=PutMode.CREATE)
+        with _raises(PreconditionFailed) as refusal:
+            store.put("once", b"second", mode=PutMode.CREATE)
+        assert refusal.value.key == "once"
+        found = store.get("once", max_bytes=10)
+        assert (found.data, found.meta.e_tag) == (b"first", meta.e_tag)
+        store.delete("once")
+        store.put("once", b"third", mode=PutMode.CREATE)
+
+    def test_update_needs_the_current_object(self, store: Store) -> None:
+        """Compare-and-swap replaces the object it has seen, and no other."""
+        self._need_conditional(store)
+        first = store.put("ref", b"1")
+        second = store.put("ref", b"2", mode=PutMode.UPDATE, e_tag=first.e_tag)
+        with _raises(PreconditionFailed):
+            store.put("ref", b"3", mode=PutMode.UPDATE, e_tag=first.e_tag)
+        assert store.get("ref", max_bytes=1).data == b"2"
+        store.put("ref", b"4", mode=PutMode.UPDATE, e_tag=second.e_tag)
+        assert store.get("ref", max_bytes=1).data == b"4"
+
+    def test_update_of_nothing_is_refused(self, store: Store) -> None:
+        """Compare-and-swap of an object that is gone is a lost race, not a new object."""
+        self._need_conditional(store)
+        gone = store.put("ref", b"1")
+        store.delete("ref")
+        with _raises(PreconditionFailed):
+            store.put("ref", b"2", mode=PutMode.UPDATE, e_tag=gone.e_tag)
+        assert not store.exists("ref")
+
+    def test_an_e_tag_belongs_to_update(self, store: Store) -> None:
+        """A mode without its e_tag, or an e_tag without its mode, is a mistake of the caller."""
+        for mode, e_tag in ((PutMode.UPDATE, None), (PutMode.CREATE, '"x"'), (PutMode.OVERWRITE, '"x"')):
+            with _raises(UsageError):
+                store.put("key", b"", mode=mode, e_tag=e_tag)
+
+    def test_only_one_thread_creates(self, store: Store) -> None:
+        """Of many threads that create one key, one wins, and its bytes are the object."""
+        self._need_conditional(store)
+
+        def create(number: int) -> int | None:
+            try:
+                store.put("race/once", str(number).encode(), mode=PutMode.CREATE)
+            except PreconditionFailed:
+                return None
+            return number
+
+        winners = [number for number in _together(8, create) if number is not None]
+        assert len(winners) == 1
+        assert store.get("race/once", max_bytes=10).data == str(winners[0]).encode()
+
+    def test_no_update_of_a_thread_is_lost(self, store: Store) -> None:
+        """A counter that threads raise by compare-and-swap counts every success."""
+        self._need_conditional(store)
+        store.put("counter", b"0")
+
+        def raise_it(_: int) -> None:
+            done = 0
+            while done < 5:
+                found = store.get("counter", max_bytes=10)
+                try:
+                    raised = str(int(found.data) + 1).encode()
+                    store.put("counter", raised, mode=PutMode.UPDATE, e_tag=found.meta.e_tag)
+                    done += 1
+                except PreconditionFailed:
+                    continue
+
+        _together(4, raise_it)
+        assert store.get("counter", max_bytes=10).data == b"20"
+
+    def test_only_one_process_creates(self, store: Store) -> None:
+        """Of several processes that create one key, one wins, and its bytes are the object."""
+        self._need_conditional(store)
+        answers = self._in_processes(store, [("create", "race/once", str(number)) for number in range(4)])
+        assert sorted(answers) == ["lost", "lost", "lost", "won"]
+        assert store.get("race/once", max_bytes=10).data == str(answers.index("won")).encode()
+
+    def test_no_update_of_a_process_is_lost(self, store: Store) -> None:
+        """A counter that processes raise by compare-and-swap counts every success."""
+        self._need_conditional(store)
+        store.put("counter", b"0")
+        assert self._in_processes(store, [("count", "counter", 10)] * 3) == ["10", "10", "10"]
+        assert store.get("counter", max_bytes=10).data == b"30"
+
+    def test_conditional_writes_are_refused_where_they_are_not_safe(self, store: Store) -> None:
+        """A store without conditional writes says so instead of pretending."""
+        if store.abilities.conditional:
+            raise unittest.SkipTest("the store has conditional writes")
+        for mode, e_tag in ((PutMode.CREATE, None), (PutMode.UPDATE, '"x"')):
+            with _raises(Unsupported) as refusal:
+                store.put("key", b"", mode=mode, e_tag=e_tag)
+            assert (refusal.value.store, refusal.value.ability) == (store.url, "conditional writes")
+        assert not store.exists("key")
+
+    # Ranges
+
+    def test_any_range_is_read(self, store: Store) -> None:
+        """First, middle, last byte and the whole: each range is exactly what lies there."""
+        data = _noise(70_000)
+        e_tag = store.put("object", data).e_tag
+        for offset, length in ((0, 1), (0, 70_000), (12_345, 40_000), (69_999, 1)):
+            assert store.get_range("object", offset, length) == data[offset : offset + length]
+            assert store.get_range("object", offset, length, e_tag=e_tag) == data[offset : offset + length]
+
+    def test_a_range_fills_the_buffer_in_place(self, store: Store) -> None:
+        """The bytes land in the caller's buffer and nowhere beside it."""
+        store.put("object", b"0123456789")
+        buffer = bytearray(b"........")
+        store.get_range_into("object", 3, memoryview(buffer)[2:6])
+        assert buffer == b"..3456.."
+
+    def test_a_range_beyond_the_end_is_refused(self, store: Store) -> None:
+        """An object that ends before the buffer is full is not what the caller thinks it is."""
+        store.put("object", b"0123456789")
+        store.put("empty", b"")
+        for key, offset, length in (("object", 5, 6), ("object", 10, 1), ("object", 100, 1), ("empty", 0, 1)):
+            with _raises(SizeMismatch):
+                store.get_range(key, offset, length)
+
+    def test_a_pin_refuses_another_object(self, store: Store) -> None:
+        """A pinned read never gives bytes of a successor, and the error can be retried."""
+        first = store.put("object", b"first")
+        second = store.put("object", b"other")
+        with _raises(ObjectChanged) as refusal:
+            store.get_range("object", 0, 5, e_tag=first.e_tag)
+        assert refusal.value.retryable
+        assert (refusal.value.key, refusal.value.expected) == ("object", first.e_tag)
+        assert store.get_range("object", 0, 5, e_tag=second.e_tag) == b"other"
+
+    def test_ranges_may_be_read_at_once(self, store: Store) -> None:
+        """Threads that read ranges of one object do not disturb each other."""
+        data = _noise(400_000)
+        store.put("object", data)
+
+        def read(number: int) -> bool:
+            return all(
+                store.get_range("object", offset, 999) == data[offset : offset + 999]
+                for offset in range(number * 1000, 400_000 - 999, 40_000)
+            )
+
+        assert all(_together(8, read))
+
+    def test_readers_never_see_a_mixture(self, store: Store) -> None:
+        """While an object is replaced again and again, a pinned range is of one version, or refused."""
+        size = 50_000
+        store.put("object", bytes(size))
+        stop = threading.Event()
+
+        def replace() -> None:
+            for version in range(1, 30):
+                store.put("object", bytes([version]) * size)
+            stop.set()
+
+        with ThreadPoolExecutor(1) as pool:
+            writer = pool.submit(replace)
+            while not stop.is_set() and not writer.done():
+                meta = store.head("object")
+                assert meta.size == size
+                try:
+                    seen = store.get_range("object", 0, size, e_tag=meta.e_tag)
+                except ObjectChanged:
+                    continue
+                assert len(set(seen)) == 1
+            writer.result()
+
+    # Listings
+
+    def test_listings_are_in_utf8_order(self, store: Store) -> None:
+        """Keys come in the order of their UTF-8 bytes, each with the size and e_tag of its object."""
+        for key in reversed(_ORDERED_KEYS):
+            store.put(key, key.encode())
+        listed = list(store.list())
+        assert [meta.key for meta in listed] == list(_ORDERED_KEYS)
+        for meta in listed:
+            head = store.head(meta.key)
+            assert (meta.size, meta.e_tag) == (len(meta.key.encode()), head.e_tag)
+
+    def test_a_prefix_is_a_plain_string(self, store: Store) -> None:
+        """A prefix may end anywhere in a key, and what does not start with it is left out."""
+        for key in _ORDERED_KEYS:
+            store.put(key, b"")
+        for prefix in ("", "a", "a/", "a/c", "a/c/", "a/c/e", "b", "é", "a/b-c", "nothing", "a/nothing/", "z/"):
+            expected = [key for key in _ORDERED_KEYS if key.startswith(prefix)]
+            assert [meta.key for meta in store.list(prefix)] == expected, prefix
+
+    def test_listings_continue_after_any_key(self, store: Store) -> None:
+        """`start_after` gives the keys greater than it, whether it exists or not."""
+        for key in _ORDERED_KEYS:
+            store.put(key, b"")
+        for prefix in ("", "a/", "a/c"):
+            for after in (*_ORDERED_KEYS, "a", "a/", "a/b.", "a/c", "a/c/", "a/c/dd", "a/zzz", "c", "\U0010ffff"):
+                expected = [key for key in _ORDERED_KEYS if key.startswith(prefix) and key.encode() > after.encode()]
+                listed = [meta.key for meta in store.list(prefix, start_after=after)]
+                assert listed == expected, (prefix, after)
+
+    def test_listings_have_no_last_page(self, store: Store) -> None:
+        """More objects than fit a page are all listed, once, and taken up again in the middle."""
+        keys = [f"many/{number:05}" for number in range(self.many_objects)]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(store.put, keys, repeat(b"")))
+        assert [meta.key for meta in store.list("many/")] == keys
+        middle = keys[len(keys) // 2]
+        assert [meta.key for meta in store.list(start_after=middle)] == keys[len(keys) // 2 + 1 :]
+        first = next(iter(store.list()))
+        assert first.key == keys[0]
+
+    # Multipart uploads
+
+    def test_parts_arrive_in_any_order(self, store: Store) -> None:
+        """Parts sent out of order make the object, and nothing is seen of it before complete."""
+        parts, data = self._parts(store, 3)
+        upload_id = store.create_multipart("dir/large", part_size=len(parts[0]))
+        acknowledged = [store.put_part("dir/large", upload_id, n, Body.of(parts[n - 1])) for n in (3, 1, 2)]
+        assert [(part.part_number, part.size) for part in acknowledged] == [(n, len(parts[n - 1])) for n in (3, 1, 2)]
+        assert all(part.crc32c in (None, crc32c(parts[part.part_number - 1])) for part in acknowledged)
+        assert not store.exists("dir/large")
+        assert list(store.list()) == []
+        listed = store.list_parts("dir/large", upload_id)
+        assert [(part.part_number, part.size) for part in listed] == [(n, len(parts[n - 1])) for n in (1, 2, 3)]
+        meta = store.complete_multipart("dir/large", upload_id, sorted(acknowledged))
+        assert (meta.key, meta.size) == ("dir/large", len(data))
+        assert store.get("dir/large", max_bytes=len(data)).data == data
+        assert store.head("dir/large").e_tag == meta.e_tag
+        assert store.list_uploads() == []
+
+    def test_one_small_part_is_enough(self, store: Store) -> None:
+        """The last part may be smaller than the others, also when it is the only one."""
+        self._need_multipart(store)
+        upload_id = store.create_multipart("small", part_size=store.abilities.min_part_size + 10)
+        part = store.put_part("small", upload_id, 1, Body.of(b"tiny"))
+        assert store.complete_multipart("small", upload_id, [part]).size == 4
+        assert store.get("small", max_bytes=4).data == b"tiny"
+
+    def test_a_part_sent_again_replaces_the_earlier_one(self, store: Store) -> None:
+        """Of two parts of one number the last counts, also a shorter one at the end."""
+        parts, _ = self._parts(store, 2)
+        again = _noise(len(parts[0]), seed=99)
+        upload_id = store.create_multipart("large", part_size=len(parts[0]))
+        for number, content in ((1, parts[0]), (2, parts[1]), (1, again), (2, b"end")):
+            store.put_part("large", upload_id, number, Body.of(content))
+        listed = store.list_parts("large", upload_id)
+        assert [(part.part_number, part.size) for part in listed] == [(1, len(again)), (2, 3)]
+        store.complete_multipart("large", upload_id, listed)
+        assert store.get("large", max_bytes=len(again) + 3).data == again + b"end"
+
+    def test_an_upload_is_taken_up_by_its_id(self, store: Store) -> None:
+        """Another store object finds the upload, lists its parts as they were acknowledged, and completes it."""
+        parts, data = self._parts(store, 3)
+        upload_id = store.create_multipart("large", part_size=len(parts[0]))
+        first = store.put_part("large", upload_id, 1, Body.of(parts[0]))
+        third = store.put_part("large", upload_id, 3, Body.of(parts[2]))
+        other = self.reopen(store)
+        assert [(upload.key, upload.upload_id) for upload in other.list_uploads("lar")] == [("large", upload_id)]
+        listed = other.list_parts("large", upload_id)
+        assert [part[:3] for part in listed] == [first[:3], third[:3]]
+        second = other.put_part("large", upload_id, 2, Body.of(parts[1]))
+        assert len(store.list_parts("large", upload_id)) == 3
+        other.complete_multipart("large", upload_id, [listed[0], second, listed[1]])
+        assert store.get("large", max_bytes=len(data)).data == data
+
+    def test_a_gap_is_refused(self, store: Store) -> None:
+        """Parts that are missing or not dense from 1 are no object; the upload stays and can be finished."""
+        parts, data = self._parts(store, 3)
+        upload_id = store.create_multipart("large", part_size=len(parts[0]))
+        first = store.put_part("large", upload_id, 1, Body.of(parts[0]))
+        third = store.put_part("large", upload_id, 3, Body.of(parts[2]))
+        for wrong in ([first, third], [third], [], [first, third._replace(part_number=2)]):
+            with _raises(UploadIncomplete):
+                store.complete_multipart("large", upload_id, wrong)
+        assert not store.exists("large")
+        second = store.put_part("large", upload_id, 2, Body.of(parts[1]))
+        store.complete_multipart("large", upload_id, [first, second, third])
+        assert store.get("large", max_bytes=len(data)).data == data
+
+    def test_a_completed_upload_is_gone(self, store: Store) -> None:
+        """After complete the id is unknown, and the object cannot be touched through it."""
+        parts, _ = self._parts(store, 1)
+        upload_id = store.create_multipart("large", part_size=len(parts[0]))
+        part = store.put_part("large", upload_id, 1, Body.of(parts[0]))
+        store.complete_multipart("large", upload_id, [part])
+        self._assert_gone(store, upload_id)
+        store.abort_multipart("large", upload_id)
+        assert store.get("large", max_bytes=len(parts[0])).data == parts[0]
+
+    def test_an_aborted_upload_is_gone(self, store: Store) -> None:
+        """Abort removes the upload and its parts, leaves the key alone, and may be repeated."""
+        parts, _ = self._parts(store, 1)
+        store.put("large", b"earlier")
+        upload_id = store.create_multipart("large", part_size=len(parts[0]))
+        store.put_part("large", upload_id, 1, Body.of(parts[0]))
+        store.abort_multipart("large", upload_id)
+        store.abort_multipart("large", upload_id)
+        self._assert_gone(store, upload_id)
+        assert store.list_uploads() == []
+        assert store.get("large", max_bytes=10).data == b"earlier"
+
+    def test_complete_replaces(self, store: Store) -> None:
+        """Complete takes the place of what the key held, at once."""
+        parts, data = self._parts(store, 2)
+        earlier = store.put("large", b"earlier")
+        upload_id = store.create_multipart("large", part_size=len(parts[0]))
+        acknowledged = [store.put_part("large", upload_id, n, Body.of(part)) for n, part in enumerate(parts, 1)]
+        assert store.get("large", max_bytes=10).data == b"earlier"
+        store.complete_multipart("large", upload_id, acknowledged)
+        assert store.get("large", max_bytes=len(data)).data == data
+        with _raises(ObjectChanged):
+            store.get_range("large", 0, 1, e_tag=earlier.e_tag)
+
+    def test_a_failing_part_changes_nothing(self, store: Store) -> None:
+        """A part whose source fails is not acknowledged, and the one sent before stays whole."""
+        parts, _ = self._parts(store, 1)
+        upload_id = store.create_multipart("large", part_size=len(parts[0]))
+        with _raises(_SourceFailed):
+            store.put_part("large", upload_id, 1, _failing_body(b"abc", len(parts[0])))
+        assert store.list_parts("large", upload_id) == []
+        part = store.put_part("large", upload_id, 1, Body.of(parts[0]))
+        with _raises(_SourceFailed):
+            store.put_part("large", upload_id, 1, _failing_body(b"abc", len(parts[0])))
+        store.complete_multipart("large", upload_id, [part])
+        assert store.get("large", max_bytes=len(parts[0])).data == parts[0]
+
+    def test_uploads_are_told_apart(self, store: Store) -> None:
+        """Uploads of one key do not mix, and are listed by prefix."""
+        self._need_multipart(store)
+        size = max(store.abilities.min_part_size, 10)
+        ids = {key: store.create_multipart(key, part_size=size) for key in ("b/one", "a/one", "b/two")}
+        second = store.create_multipart("b/one", part_size=size)
+        store.put_part("b/one", second, 1, Body.of(b"second"))
+        assert store.list_parts("b/one", ids["b/one"]) == []
+        assert sorted((upload.key, upload.upload_id) for upload in store.list_uploads("b/")) == sorted(
+            [("b/one", ids["b/one"]), ("b/one", second), ("b/two", ids["b/two"])]
+        )
+        assert [upload.upload_id for upload in store.list_uploads("a/o")] == [ids["a/one"]]
+
+    def test_an_upload_id_belongs_to_its_key(self, store: Store) -> None:
+        """Under another key the id is unknown."""
+        self._need_multipart(store)
+        upload_id = store.create_multipart("one", part_size=max(store.abilities.min_part_size, 10))
+        part = store.put_part("one", upload_id, 1, Body.of(b"1"))
+        for call in (
+            lambda: store.put_part("two", upload_id, 1, Body.of(b"2")),
+            lambda: store.list_parts("two", upload_id),
+            lambda: store.complete_multipart("two", upload_id, [part]),
+        ):
+            with _raises(NoSuchUpload):
+                call()
+        store.abort_multipart("two", upload_id)
+        assert store.list_parts("one", upload_id) == [part]
+
+    def test_an_upload_is_completed_once(self, store: Store) -> None:
+        """Whoever completes second learns that the upload is gone, and the object stays as it is."""
+        parts, _ = self._parts(store, 1)
+        upload_id = store.create_multipart("large", part_size=len(parts[0]))
+        part = store.put_part("large", upload_id, 1, Body.of(parts[0]))
+        meta = store.complete_multipart("large", upload_id, [part])
+        with _raises(NoSuchUpload) as refusal:
+            store.complete_multipart("large", upload_id, [part])
+        assert (refusal.value.key, refusal.value.upload_id) == ("large", upload_id)
+        assert store.head("large").e_tag == meta.e_tag
+
+    def test_parts_may_come_from_several_threads(self, store: Store) -> None:
+        """Threads send parts of one upload at once."""
+        parts, data = self._parts(store, 4)
+        upload_id = store.create_multipart("large", part_size=len(parts[0]))
+        acknowledged = _together(4, lambda n: store.put_part("large", upload_id, n + 1, Body.of(parts[n])))
+        store.complete_multipart("large", upload_id, acknowledged)
+        assert store.get("large", max_bytes=len(data)).data == data
+
+    def test_parts_may_come_from_several_processes(self, store: Store) -> None:
+        """Processes send parts of one upload at once, and any of them completes it."""
+        self._need_multipart(store)
+        size = max(store.abilities.min_part_size, 10_000)
+        upload_id = store.create_multipart("large", part_size=size)
+        jobs = [("parts", "large", upload_id, size, numbers) for numbers in ([5, 1], [4, 2], [3])]
+        assert self._in_processes(store, jobs) == ["2", "2", "1"]
+        parts = store.list_parts("large", upload_id)
+        assert [part.part_number for part in parts] == [1, 2, 3, 4, 5]
+        store.complete_multipart("large", upload_id, parts)
+        assert store.get("large", max_bytes=5 * size).data == b"".join(bytes([n]) * size for n in range(1, 6))
+
+    def test_multipart_is_refused_where_there_is_none(self, store: Store) -> None:
+        """A store without multipart uploads names itself and what it lacks."""
+        if store.abilities.multipart:
+            raise unittest.SkipTest("the store has multipart uploads")
+        for call in (
+            lambda: store.create_multipart("key", part_size=1),
+            lambda: store.put_part("key", "id", 1, Body.of(b"")),
+            lambda: store.list_parts("key", "id"),
+            store.list_uploads,
+            lambda: store.complete_multipart("key", "id", []),
+            lambda: store.abort_multipart("key", "id"),
+        ):
+            with _raises(Unsupported) as refusal:
+                call()
+            assert (refusal.value.store, refusal.value.ability) == (store.url, "multipart uploads")
+
+    # What the tests stand on
+
+    @staticmethod
+    def _need_conditional(store: Store) -> None:
+        if not store.abilities.conditional:
+            raise unittest.SkipTest("the store has no conditional writes")
+
+    @staticmethod
+    def _need_multipart(store: Store) -> None:
+        if not store.abilities.multipart:
+            raise unittest.SkipTest("the store has no multipart uploads")
+
+    def _parts(self, store: Store, count: int) -> tuple[list[bytes], bytes]:
+        """Parts of the smallest size the store takes, the last one smaller, and all of them together."""
+        self._need_multipart(store)
+        size = max(store.abilities.min_part_size, 10_000)
+        data = _noise(size * count - size // 3)
+        return [data[start : start + size] for start in range(0, len(data), size)], data
+
+    @staticmethod
+    def _assert_gone(store: Store, upload_id: str) -> None:
+        for call in (
+            lambda: store.list_parts("large", upload_id),
+            lambda: store.put_part("large", upload_id, 1, Body.of(b"late")),
+        ):
+            with _raises(NoSuchUpload) as refusal:
+                call()
+            assert (refusal.value.key, refusal.value.upload_id) == ("large", upload_id)
+
+    def _in_processes(self, store: Store, jobs: Sequence[tuple[Any, ...]]) -> list[str]:
+        """The answers of one process per job; they begin together."""
+        opening = self.how_to_open(store)
+        if opening is None:
+            raise unittest.SkipTest("the store cannot be opened by another process")
+        children = [
+            subprocess.Popen(
+                [sys.executable, "-c", _CHILD, json.dumps([*opening, *job])],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for job in jobs
+        ]
+        try:
+            for child in children:
+                assert child.stdout is not None
+                assert child.stdout.readline() == "ready\n"
+            for child in children:
+                assert child.stdin is not None
+                child.stdin.write("go\n")
+                child.stdin.flush()
+            return [child.communicate(timeout=60)[0].strip() for child in children]
+        finally:
+            for child in children:
+                child.kill()
+                child.communicate()
+
+
+def _together(count: int, call: Callable[[int], _T]) -> list[_T]:
+    """The results of `call(0)` to `call(count - 1)`, begun at the same moment."""
+    barrier = threading.Barrier(count)
+
+    def run(number: int) -> _T:
+        barrier.wait()
+        return call(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))

@@ -1,0 +1,37 @@
+"""Moving artifacts: upload, read the manifest, verify, download. The wire format is in docs/format.md.
+
+Order is everything here. Upload: intent, parts, complete, sibling manifest last, intent removed. Download: manifest,
+head (embedded manifest and index), parts, proof, one rename. So a reader sees a whole artifact or none, and whoever
+comes after a crash finds in the bucket what is left to do.
+"""
+
+from __future__ import annotations
+
+from blobflow.transport.books import ProgressEvent
+from blobflow.transport.catalog import (
+    MANIFEST_SUFFIX,
+    ArtifactEntry,
+    check_artifact_key,
+    list_artifacts,
+    read_manifest,
+    read_manifest_bytes,
+)
+from blobflow.transport.read import DownloadResult, VerifyMode, VerifyResult, download, verify
+from blobflow.transport.upload import UploadResult, upload
+
+__all__ = [
+    "MANIFEST_SUFFIX",
+    "ArtifactEntry",
+    "DownloadResult",
+    "ProgressEvent",
+    "UploadResult",
+    "VerifyMode",
+    "VerifyResult",
+    "check_artifact_key",
+    "download",
+    "list_artifacts",
+    "read_manifest",
+    "read_manifest_bytes",
+    "upload",
+    "verify",
+]

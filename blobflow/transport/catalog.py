@@ -1,0 +1,82 @@
+"""Which artifacts a store has: keys, listing, sibling manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Final, NamedTuple
+
+from blobflow.artifact.manifest import MAX_MANIFEST_BYTES, Manifest
+from blobflow.errors import (
+    ArtifactInvalid,
+    ArtifactNotFound,
+    InvalidKey,
+    ObjectNotFound,
+    ObjectTooLarge,
+    ReplacementInProgress,
+)
+from blobflow.intent import SUFFIX as INTENT_SUFFIX
+from blobflow.intent import IntentKeeper
+from blobflow.lease import LEASE_SUFFIX, REF_SUFFIX
+from blobflow.stores.base import Store, check_key
+
+MANIFEST_SUFFIX: Final = ".manifest.json"
+_RESERVED_SUFFIXES: Final = (MANIFEST_SUFFIX, INTENT_SUFFIX, REF_SUFFIX, LEASE_SUFFIX)
+
+
+class ArtifactEntry(NamedTuple):
+    """An artifact in a listing."""
+
+    key: str
+    last_modified: datetime | None
+
+
+def check_artifact_key(key: str) -> str:
+    """`key` itself, if an artifact may live under it.
+
+    Raises:
+        InvalidKey: naming the rule that is broken.
+    """
+    for suffix in _RESERVED_SUFFIXES:
+        if key.endswith(suffix):
+            raise InvalidKey(f"invalid key {key!r}: the ending {suffix!r} is reserved", key=key)
+    return check_key(key)
+
+
+def list_artifacts(store: Store, prefix: str = "", *, start_after: str | None = None) -> Iterator[ArtifactEntry]:
+    """The complete artifacts whose keys start with `prefix`, in key order of their manifests.
+
+    Args:
+        start_after: Only artifacts after this one.
+    """
+    after = start_after + MANIFEST_SUFFIX if start_after else None
+    for meta in store.list(prefix, start_after=after):
+        if meta.key.endswith(MANIFEST_SUFFIX):
+            yield ArtifactEntry(meta.key.removesuffix(MANIFEST_SUFFIX), meta.last_modified)
+
+
+def read_manifest_bytes(store: Store, key: str) -> bytes:
+    """The bytes of the sibling manifest; no byte of the payload is fetched.
+
+    Raises:
+        ArtifactNotFound: no complete artifact is there.
+        ReplacementInProgress: the artifact is being replaced at this moment; try again.
+        ArtifactInvalid: the object is larger than a manifest may be.
+    """
+    check_artifact_key(key)
+    try:
+        return store.get(key + MANIFEST_SUFFIX, max_bytes=MAX_MANIFEST_BYTES).data
+    except ObjectTooLarge as error:
+        raise ArtifactInvalid(f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key) from error
+    except ObjectNotFound as error:
+        intent = IntentKeeper(store, key).load()
+        if intent is not None and intent.replaces:
+            raise ReplacementInProgress(f"the artifact {key!r} is being replaced", key=key) from error
+        raise ArtifactNotFound(
+            f"no artifact {key!r} in {store.url}" + (": its upload is not finished" if intent else ""), key=key
+        ) from error
+
+
+def read_manifest(store: Store, key: str) -> Manifest:
+    """The manifest of the artifact under `key`; see `read_manifest_bytes`."""
+    return Manifest.parse(read_manifest_bytes(store, key))

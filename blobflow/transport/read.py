@@ -1,0 +1,269 @@
+"""Verify and download: nothing is believed, and nothing lands before all of it is proven."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.manifest import Manifest
+from blobflow.config import ChunkProfile
+from blobflow.engine.plan import Part, TransferPlan
+from blobflow.engine.pool import move_parts
+from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch, ObjectChanged
+from blobflow.stores.base import Store
+from blobflow.transport.books import OnProgress, OnRecord
+from blobflow.transport.remote import RemoteArtifact
+
+VerifyMode: TypeAlias = Literal["auto", "shallow", "deep"]
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What a verification read; a failed one raises."""
+
+    status: Literal["verified"]
+    key: str
+    artifact_digest: str
+    manifest: Manifest
+    mode_used: Literal["shallow", "deep"]
+    bytes_total: int
+    bytes_read: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DownloadResult:
+    """Where the artifact landed and what it took."""
+
+    status: Literal["downloaded", "unchanged"]
+    key: str
+    path: Path
+    artifact_digest: str
+    manifest: Manifest
+    bytes_total: int
+    bytes_received: int
+    bytes_resumed: int
+    seconds: float
+    parts: int = 0
+    checkpoints_saved: int = 0
+
+
+def verify(
+    store: Store,
+    key: str,
+    *,
+    mode: VerifyMode = "auto",
+    expected_digest: str | None = None,
+    profile: ChunkProfile | None = None,
+    on_progress: OnProgress | None = None,
+) -> VerifyResult:
+    """Prove that the artifact under `key` is whole.
+
+    Args:
+        mode: `shallow` compares sizes, the embedded manifest with the sibling, and the checksum that the store
+            attests, if any. `deep` reads every byte and holds every member to its SHA-256. `auto` is deep, except
+            where the store attests a CRC32C of the whole object.
+        expected_digest: The artifact that is expected.
+
+    Raises:
+        IntegrityError, HostileArtifact: it is not; the message says what differs.
+        ArtifactNotFound: nothing there.
+    """
+    started = time.monotonic()
+    remote = RemoteArtifact.open(store, key, expected_digest)
+    attested = remote.payload.crc32c
+    if attested is not None and attested != remote.payload_crc32c:
+        raise ChecksumMismatch(
+            f"the store attests CRC32C {attested:08x} for {key!r}, its manifest says {remote.payload_crc32c:08x}",
+            what=key,
+            expected=remote.payload_crc32c,
+            actual=attested,
+        )
+    mode_used: Literal["shallow", "deep"]
+    if mode == "shallow" or (mode == "auto" and attested is not None):
+        mode_used = "shallow"
+        remote.check_embedded()
+        bytes_read = len(remote.head)
+    else:
+        mode_used = "deep"
+        _read_all(remote, profile or ChunkProfile(), on_progress)
+        bytes_read = remote.payload.size
+    return VerifyResult(
+        status="verified",
+        key=key,
+        artifact_digest=remote.digest,
+        manifest=remote.manifest,
+        mode_used=mode_used,
+        bytes_total=remote.payload.size,
+        bytes_read=bytes_read,
+        seconds=time.monotonic() - started,
+    )
+
+
+class _Turnstile:
+    """Lets numbered parts through in order, so that members spanning several can be hashed as they pass."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._next = 1
+        self._broken = False
+
+    @contextmanager
+    def turn(self, number: int) -> Generator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: self._broken or self._next == number)
+            if self._broken:
+                raise ObjectChanged("an earlier part failed")
+        yield
+        with self._condition:
+            self._next += 1
+            self._condition.notify_all()
+
+    def break_down(self) -> None:
+        """Nobody will come through any more: wake those who wait."""
+        with self._condition:
+            self._broken = True
+            self._condition.notify_all()
+
+
+def _read_all(remote: RemoteArtifact, profile: ChunkProfile, on_progress: OnProgress | None) -> None:
+    from blobflow.artifact.checker import PayloadChecker
+
+    layout = remote.open_layout()
+    plan = TransferPlan(layout.size - layout.data_start, profile.chunk_size, start=layout.data_start)
+    books = remote.books(plan, profile, "verify", lambda: None, on_progress, None)
+    checker = PayloadChecker(layout)
+    turnstile = _Turnstile()
+
+    def move(part: Part, buffer: memoryview) -> int:
+        try:
+            view = remote.fetch(part, buffer)
+            with turnstile.turn(part.number):
+                checker.consume(part.offset, view)
+        except BaseException:
+            turnstile.break_down()
+            raise
+        return part.length
+
+    move_parts(
+        list(plan),
+        move,
+        workers=profile.workers,
+        buffer_size=min(profile.chunk_size, plan.size),
+        on_moved=lambda _, length: books.moved(length),
+        on_tick=books.tick,
+    )
+    checker.settle()
+    books.done()
+
+
+def download(
+    store: Store,
+    key: str,
+    dest: str | Path,
+    *,
+    profile: ChunkProfile | None = None,
+    expected_digest: str | None = None,
+    on_progress: OnProgress | None = None,
+    on_checkpoint: OnRecord | None = None,
+) -> DownloadResult:
+    """Land the artifact under `key` at `dest`: every byte checked, then one rename.
+
+    May be called again after a crash: it fetches what is missing. Until it returns, nothing is at `dest`. If `dest`
+    holds this very artifact already, its members are verified in place and nothing is fetched (`unchanged`).
+
+    Args:
+        dest: A path that does not exist or is an empty directory; its parents are made.
+        expected_digest: The artifact that is expected.
+        on_progress: Called in the calling thread about twice a second; raising from it stops the download cleanly.
+        on_checkpoint: Called in the calling thread after each saved checkpoint, at the end and on failure.
+
+    Raises:
+        DestinationNotEmpty: `dest` holds something else; it is left alone.
+        ArtifactNotFound: nothing under the key.
+        IntegrityError, HostileArtifact: the artifact is damaged or dangerous; nothing is at `dest`.
+        ObjectChanged: it was replaced meanwhile; try again.
+        TransferBusy: another process lands the same artifact at the same place.
+    """
+    from blobflow.artifact.landing import Landing, Stage, check_destination
+
+    started = time.monotonic()
+    profile = profile or ChunkProfile()
+    dest = Path(dest).absolute()
+    remote = RemoteArtifact.open(store, key, expected_digest)
+    try:
+        check_destination(dest)
+    except DestinationNotEmpty:
+        if not _holds(dest, remote.digest):
+            raise
+        seconds = time.monotonic() - started
+        return DownloadResult(
+            "unchanged", key, dest, remote.digest, remote.manifest, remote.payload.size, 0, 0, seconds
+        )
+    with Stage(dest, remote.digest).held() as stage:
+        layout = remote.open_layout()
+        if stage.part_size is None:
+            stage.begin(profile.chunk_size)
+        plan = TransferPlan(
+            layout.size - layout.data_start, stage.part_size or profile.chunk_size, start=layout.data_start
+        )
+        landing = Landing(stage, layout, plan, digests=profile.verify_digest)
+        books = remote.books(plan, profile, "download", landing.commit, on_progress, on_checkpoint)
+        for number in stage.done:
+            books.resumed(plan.part(number).length)
+
+        def moved(part: Part, crc: int) -> None:
+            landing.landed(part, crc)
+            books.moved(part.length)
+
+        try:
+            move_parts(
+                plan.missing(stage.done),
+                lambda part, buffer: landing.land(part, remote.fetch(part, buffer)),
+                workers=profile.workers,
+                buffer_size=min(plan.part_size, plan.size),
+                on_moved=moved,
+                on_tick=books.tick,
+            )
+            landing.finish(remote.head, remote.payload_crc32c, remote.manifest_bytes, remote.index_bytes)
+        except DigestMismatch as error:
+            books.failed()
+            landing.forget(error)
+            raise
+        except BaseException:
+            books.failed()
+            raise
+    books.done()
+    return DownloadResult(
+        status="downloaded",
+        key=key,
+        path=dest,
+        artifact_digest=remote.digest,
+        manifest=remote.manifest,
+        bytes_total=remote.payload.size,
+        bytes_received=books.bytes_moved + len(remote.head),
+        bytes_resumed=books.bytes_resumed,
+        seconds=time.monotonic() - started,
+        parts=len(plan),
+        checkpoints_saved=books.saved,
+    )
+
+
+def _holds(dest: Path, digest: str) -> bool:
+    """Whether `dest` is the artifact `digest`, every member verified."""
+    from blobflow.artifact.members import verify_members
+
+    try:
+        artifact = Artifact.open(dest)
+    except BlobflowError:
+        return False
+    if artifact.digest != digest:
+        return False
+    verify_members(artifact)
+    return True

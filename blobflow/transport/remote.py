@@ -1,0 +1,181 @@
+"""An artifact in a store, opened for reading and verified as far as nothing but its contents is open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from blobflow.artifact.artifact import check_index_bytes, checked_layout
+from blobflow.artifact.manifest import INDEX_NAME, Manifest, artifact_digest
+from blobflow.config import ChunkProfile
+from blobflow.engine.checkpoint import TransferRecord
+from blobflow.engine.plan import Part, TransferPlan
+from blobflow.errors import (
+    ArtifactInvalid,
+    ArtifactNotFound,
+    BlobflowError,
+    DigestMismatch,
+    ObjectChanged,
+    ObjectNotFound,
+    ReplacementInProgress,
+    SizeMismatch,
+)
+from blobflow.stores.base import ObjectMeta, Store
+from blobflow.transport.books import Books, OnProgress, OnRecord, transfer_id
+from blobflow.transport.catalog import read_manifest_bytes
+
+if TYPE_CHECKING:
+    from blobflow.artifact.tarmap import TarMap
+
+# pyarrow, which the index needs, costs 0.3 s: it is imported only when the layout is asked for.
+
+
+def payload_size(manifest_bytes: bytes, manifest: Manifest) -> int:
+    """Bytes of the payload that belongs to a manifest."""
+    from blobflow.artifact.tarmap import manifest_entry_length
+
+    return manifest_entry_length(len(manifest_bytes)) + manifest.body.size
+
+
+@dataclass
+class RemoteArtifact:
+    """An artifact in a store, opened for reading: its parts verified as far as nothing but contents is open."""
+
+    store: Store
+    key: str
+    manifest_bytes: bytes
+    manifest: Manifest
+    digest: str
+    payload: ObjectMeta
+    head: bytes = b""
+    index_bytes: bytes = field(default=b"", repr=False)
+
+    @classmethod
+    def open(cls, store: Store, key: str, expected_digest: str | None) -> RemoteArtifact:
+        """Read the manifest and pin the payload.
+
+        Raises:
+            ArtifactNotFound: nothing there.
+            DigestMismatch: it is not the artifact that was asked for.
+            SizeMismatch, ArtifactInvalid: manifest and payload do not belong together.
+            ObjectChanged: the artifact was replaced at this moment.
+        """
+        manifest_bytes = read_manifest_bytes(store, key)
+        manifest = Manifest.parse(manifest_bytes)
+        digest = artifact_digest(manifest_bytes)
+        if expected_digest and digest != expected_digest:
+            raise DigestMismatch(
+                f"{key!r} is the artifact {digest}, not {expected_digest}",
+                what=key,
+                expected=expected_digest,
+                actual=digest,
+            )
+        try:
+            payload = store.head(key)
+        except ObjectNotFound as error:
+            raise _replaced_or(
+                store, key, manifest_bytes, ArtifactInvalid(f"{key!r} has a manifest but no payload", key=key)
+            ) from error
+        if payload.size != (expected := payload_size(manifest_bytes, manifest)):
+            raise _replaced_or(
+                store,
+                key,
+                manifest_bytes,
+                SizeMismatch(
+                    f"the payload of {key!r} has {payload.size} bytes, its manifest says {expected}",
+                    what=key,
+                    expected=expected,
+                    actual=payload.size,
+                ),
+            )
+        return cls(store, key, manifest_bytes, manifest, digest, payload)
+
+    def check_embedded(self) -> None:
+        """Compare the embedded manifest with the sibling.
+
+        Raises:
+            ArtifactInvalid: they differ, or there is none.
+        """
+        from blobflow.artifact.tarmap import manifest_entry
+
+        entry = manifest_entry(self.manifest_bytes)
+        self.head = self.store.get_range(self.key, 0, len(entry), e_tag=self.payload.e_tag)
+        if self.head != entry:
+            raise _replaced_or(
+                self.store,
+                self.key,
+                self.manifest_bytes,
+                ArtifactInvalid(f"the payload of {self.key!r} does not begin with its sibling manifest", key=self.key),
+            )
+
+    def open_layout(self) -> TarMap:
+        """Fetch the index and derive the layout of the whole payload from it, everything checked."""
+        from blobflow.artifact.index import MAX_INDEX_BYTES, Index
+        from blobflow.artifact.tarmap import FILE_MODE, header, member_length
+
+        self.check_embedded()
+        size = self.manifest.index.size
+        length = member_length(INDEX_NAME, size)
+        if size > MAX_INDEX_BYTES or len(self.head) + length > self.payload.size:
+            raise ArtifactInvalid(f"the manifest of {self.key!r} speaks of an index of {size} bytes", key=self.key)
+        entry = self.store.get_range(self.key, len(self.head), length, e_tag=self.payload.e_tag)
+        expected_header = header(INDEX_NAME, size, FILE_MODE)
+        start = len(expected_header)
+        if entry[:start] != expected_header or any(entry[start + size :]):
+            raise ArtifactInvalid(f"the index of {self.key!r} is not where the format puts it", key=self.key)
+        self.index_bytes = entry[start : start + size]
+        check_index_bytes(self.index_bytes, self.manifest)
+        self.head += entry
+        index = Index.decode(self.index_bytes, members=self.manifest.members)
+        return checked_layout(self.manifest_bytes, self.manifest, index)
+
+    @property
+    def payload_crc32c(self) -> int:
+        from blobflow.artifact.tarmap import payload_crc32c
+
+        return payload_crc32c(self.manifest_bytes, self.manifest.body.size, self.manifest.body.crc32c)
+
+    def fetch(self, part: Part, buffer: memoryview) -> memoryview:
+        """The bytes of a part of the pinned payload."""
+        view = buffer[: part.length]
+        self.store.get_range_into(self.key, part.offset, view, e_tag=self.payload.e_tag)
+        return view
+
+    def books(
+        self,
+        plan: TransferPlan,
+        profile: ChunkProfile,
+        kind: Literal["download", "verify"],
+        save: Callable[[], None],
+        on_progress: OnProgress | None,
+        on_checkpoint: OnRecord | None,
+    ) -> Books:
+        record = TransferRecord(
+            transfer_id=transfer_id(self.store, self.key, self.digest, kind),
+            kind=kind,
+            key=self.key,
+            artifact_digest=self.digest,
+            part_size=plan.part_size,
+            parts_total=len(plan),
+            parts_done=0,
+            bytes_done=len(self.head),
+            bytes_total=self.payload.size,
+            state="running",
+        )
+        return Books(
+            record,
+            interval=profile.checkpoint_interval,
+            save=save,
+            on_progress=on_progress,
+            on_checkpoint=on_checkpoint,
+        )
+
+
+def _replaced_or(store: Store, key: str, manifest_bytes: bytes, error: BlobflowError) -> BlobflowError:
+    """`error`, unless the artifact was replaced between two of our requests: then trying again helps."""
+    try:
+        unchanged = read_manifest_bytes(store, key) == manifest_bytes
+    except (ReplacementInProgress, ArtifactNotFound):
+        unchanged = False
+    return error if unchanged else ObjectChanged(f"the artifact {key!r} was replaced while it was read", key=key)

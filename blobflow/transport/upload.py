@@ -1,0 +1,465 @@
+"""Upload: numbered parts that any process can take up again, published by the sibling manifest, which comes last."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+from blobflow.artifact.artifact import Artifact, PayloadSource
+from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.checksum import combine_all, crc32c
+from blobflow.config import ChunkProfile
+from blobflow.engine.checkpoint import TransferRecord
+from blobflow.engine.plan import Part, TransferPlan
+from blobflow.engine.pool import move_parts
+from blobflow.errors import (
+    ArtifactNotFound,
+    ChecksumMismatch,
+    KeyConflict,
+    NoSuchUpload,
+    ObjectChanged,
+    ObjectNotFound,
+    PreconditionFailed,
+    ReplacementInProgress,
+    TransferBusy,
+    UploadIncomplete,
+)
+from blobflow.intent import IntentKeeper
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store
+from blobflow.transport.books import Books, OnProgress, OnRecord, transfer_id
+from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key, read_manifest_bytes
+from blobflow.transport.remote import payload_size
+
+log = logging.getLogger(__name__)
+
+CONTENT_TYPE: Final = "application/x-tar"
+_CLAIM_ATTEMPTS: Final = 5
+
+
+@dataclass(frozen=True)
+class UploadResult:
+    """What an upload did."""
+
+    status: Literal["uploaded", "unchanged"]
+    key: str
+    artifact_digest: str
+    """Of the artifact that is now under the key; with `unchanged` it may be an older one of equal content."""
+    manifest: Manifest
+    bytes_total: int
+    bytes_sent: int
+    bytes_resumed: int
+    seconds: float
+    parts: int = 0
+    checkpoints_saved: int = 0
+
+
+def upload(
+    store: Store,
+    key: str,
+    artifact: Artifact | str | Path,
+    *,
+    profile: ChunkProfile | None = None,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+    on_checkpoint: OnRecord | None = None,
+) -> UploadResult:
+    """Bring an artifact under `key`, payload first, sibling manifest last.
+
+    May be called again after a crash, from any machine: it sends what is missing. Uploading what is there already is
+    a no-op (`unchanged`).
+
+    Args:
+        overwrite: Replace another artifact under the key. Readers see the old, the new, or a retryable error.
+        on_progress: Called in the calling thread about twice a second; raising from it stops the upload cleanly.
+        on_checkpoint: Called in the calling thread after each saved checkpoint, at the end and on failure.
+
+    Raises:
+        ArtifactNotFound, ArtifactInvalid: the local artifact is no artifact; no request was sent.
+        KeyConflict: the key holds another artifact.
+        TransferBusy: another process is uploading other content to this key.
+        SourceChanged, ChecksumMismatch: the files are not the ones that were exported; nothing was published.
+    """
+    started = time.monotonic()
+    check_artifact_key(key)
+    if not isinstance(artifact, Artifact):
+        artifact = Artifact.open(artifact)
+    replaces: str | None = None
+    try:
+        existing_bytes = read_manifest_bytes(store, key)
+    except (ArtifactNotFound, ReplacementInProgress):
+        pass
+    else:
+        existing = Manifest.parse(existing_bytes)
+        replaces = artifact_digest(existing_bytes)
+        if existing.same_content(artifact.manifest):
+            # A manifest that lost its payload is repaired by uploading again.
+            if _payload_is_there(store, key, existing_bytes):
+                size = payload_size(existing_bytes, existing)
+                return UploadResult("unchanged", key, replaces, existing, size, 0, 0, time.monotonic() - started)
+        elif not overwrite:
+            raise KeyConflict(f"key {key!r} holds another artifact", key=key, expected=artifact.digest, actual=replaces)
+    kind = _MultipartUpload if store.abilities.multipart else _StreamUpload
+    return kind(store, key, artifact, profile or ChunkProfile(), replaces, on_progress, on_checkpoint).run(started)
+
+
+def _payload_is_there(store: Store, key: str, manifest_bytes: bytes) -> bool:
+    try:
+        return store.head(key).size == payload_size(manifest_bytes, Manifest.parse(manifest_bytes))
+    except ObjectNotFound:
+        return False
+
+
+class _Upload:
+    """What both ways of uploading share: publishing, and the result."""
+
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        artifact: Artifact,
+        profile: ChunkProfile,
+        replaces: str | None,
+        on_progress: OnProgress | None,
+        on_checkpoint: OnRecord | None,
+    ) -> None:
+        self.store = store
+        self.key = key
+        self.artifact = artifact
+        self.profile = profile
+        self.replaces = replaces
+        self.on_progress = on_progress
+        self.on_checkpoint = on_checkpoint
+
+    def run(self, started: float) -> UploadResult:
+        raise NotImplementedError
+
+    def books(self, plan: TransferPlan, upload_id: str | None, save: Callable[[], None]) -> Books:
+        record = TransferRecord(
+            transfer_id=transfer_id(self.store, self.key, self.artifact.digest, "upload"),
+            kind="upload",
+            key=self.key,
+            artifact_digest=self.artifact.digest,
+            upload_id=upload_id,
+            part_size=plan.part_size,
+            parts_total=len(plan),
+            parts_done=0,
+            bytes_done=0,
+            bytes_total=plan.size,
+            state="running",
+        )
+        return Books(
+            record,
+            interval=self.profile.checkpoint_interval,
+            save=save,
+            on_progress=self.on_progress,
+            on_checkpoint=self.on_checkpoint,
+        )
+
+    def clear_the_way(self) -> None:
+        """Before the payload is replaced, its old manifest goes: a manifest means that its payload is complete."""
+        if self.replaces:
+            self.store.delete(self.key + MANIFEST_SUFFIX)
+
+    def publish(self, payload: ObjectMeta) -> None:
+        """Put the sibling manifest, which makes the artifact visible.
+
+        Raises:
+            KeyConflict: another artifact was published under this key meanwhile.
+        """
+        if payload.size != self.artifact.payload_size:
+            raise UploadIncomplete(
+                f"the payload {self.key!r} has {payload.size} bytes in the store, not {self.artifact.payload_size}",
+                key=self.key,
+                expected=self.artifact.payload_size,
+                actual=payload.size,
+            )
+        mode = PutMode.CREATE if self.store.abilities.conditional else PutMode.OVERWRITE
+        manifest_bytes = self.artifact.manifest_bytes
+        try:
+            self.store.put(self.key + MANIFEST_SUFFIX, manifest_bytes, mode=mode, content_type="application/json")
+        except PreconditionFailed:
+            found = read_manifest_bytes(self.store, self.key)
+            if found != manifest_bytes:
+                raise KeyConflict(
+                    f"another artifact was published under {self.key!r} meanwhile",
+                    key=self.key,
+                    expected=self.artifact.digest,
+                    actual=artifact_digest(found),
+                ) from None
+        now = self.store.head(self.key)
+        if now.e_tag != payload.e_tag:
+            raise KeyConflict(
+                f"the payload of {self.key!r} was replaced while its manifest was published",
+                hint="upload again, and find out who else writes to this key",
+                key=self.key,
+                expected=payload.e_tag,
+                actual=now.e_tag,
+            )
+
+    def result(self, books: Books, started: float) -> UploadResult:
+        return UploadResult(
+            status="uploaded",
+            key=self.key,
+            artifact_digest=self.artifact.digest,
+            manifest=self.artifact.manifest,
+            bytes_total=books.record.bytes_total,
+            bytes_sent=books.bytes_moved,
+            bytes_resumed=books.bytes_resumed,
+            seconds=time.monotonic() - started,
+            parts=books.record.parts_total,
+            checkpoints_saved=books.saved,
+        )
+
+
+class _StreamUpload(_Upload):
+    """For stores without multipart uploads: one request, from the beginning each time."""
+
+    def run(self, started: float) -> UploadResult:
+        source = self.artifact.source()
+        plan = TransferPlan(source.size, self.profile.chunk_size)
+        books = self.books(plan, None, save=lambda: None)
+        expected = self.artifact.payload_crc32c
+
+        def chunks() -> Iterator[memoryview]:
+            nonlocal books
+            books = self.books(plan, None, save=lambda: None)
+            crc = 0
+            for chunk in source.chunks(0, source.size, memoryview(bytearray(self.profile.chunk_size))):
+                crc = crc32c(chunk, crc)
+                if books.bytes_moved + len(chunk) == source.size and crc != expected:
+                    raise _source_differs(self.artifact, crc)
+                yield chunk
+                books.moved(len(chunk))
+                books.tick()
+
+        self.clear_the_way()
+        payload = self.store.put(self.key, Body(source.size, chunks, expected), content_type=CONTENT_TYPE)
+        self.publish(payload)
+        books.done()
+        return self.result(books, started)
+
+
+def _source_differs(artifact: Artifact, actual: int) -> ChecksumMismatch:
+    expected = artifact.payload_crc32c
+    return ChecksumMismatch(
+        f"the payload of {artifact!r} has CRC32C {actual:08x}, its manifest says {expected:08x}",
+        hint="a source file changed, or was damaged, after the export: export again",
+        what="payload",
+        expected=expected,
+        actual=actual,
+    )
+
+
+class _MultipartUpload(_Upload):
+    """Numbered parts under an upload id that any process can take up again."""
+
+    def run(self, started: float) -> UploadResult:
+        self.keeper = IntentKeeper(self.store, self.key)
+        self.crcs: dict[int, int] = {}
+        for _ in range(_CLAIM_ATTEMPTS):
+            upload_id, plan = self._claim()
+            books = self.books(plan, upload_id, save=lambda: self.keeper.save(self.crcs))
+            try:
+                payload = self._send_and_complete(upload_id, plan, books)
+            except NoSuchUpload as error:
+                # Somebody completed, aborted or expired it: the object itself says which.
+                settled = self._completed_by_somebody()
+                if settled is None:
+                    log.info("upload.vanished key=%s upload_id=%s error=%s", self.key, upload_id, error)
+                    self.keeper.remove()
+                    continue
+                payload = settled
+            self.publish(payload)
+            self.keeper.remove()
+            books.done()
+            return self.result(books, started)
+        raise TransferBusy(f"the upload of {self.key!r} was taken away {_CLAIM_ATTEMPTS} times", key=self.key)
+
+    # Claiming
+
+    def _claim(self) -> tuple[str, TransferPlan]:
+        """An upload id and its plan: a running upload of the same payload taken over or joined, or a new one."""
+        for _ in range(_CLAIM_ATTEMPTS):
+            intent = self.keeper.load()
+            if intent is not None and intent.manifest.same_body(self.artifact.manifest):
+                if intent.manifest_bytes != self.artifact.manifest_bytes:
+                    self.artifact = self.artifact.adopt(intent.manifest_bytes)
+                self.replaces = self.replaces or intent.replaces
+                return intent.upload_id, TransferPlan(self.artifact.payload_size, intent.part_size)
+            if intent is not None and self.keeper.is_alive():
+                raise TransferBusy(
+                    f"another upload to {self.key!r} is under way, by {intent.owner}", key=self.key, owner=intent.owner
+                )
+            if intent is not None:
+                log.info("upload.superseded key=%s upload_id=%s", self.key, intent.upload_id)
+                self.store.abort_multipart(self.key, intent.upload_id)
+                self.replaces = self.replaces or intent.replaces
+            plan = self._plan()
+            upload_id = self.store.create_multipart(self.key, part_size=plan.part_size, content_type=CONTENT_TYPE)
+            if self.keeper.begin(self.artifact.manifest_bytes, upload_id, plan.part_size, replaces=self.replaces):
+                return upload_id, plan
+            self.store.abort_multipart(self.key, upload_id)
+        raise TransferBusy(f"too many processes begin an upload to {self.key!r}", key=self.key)
+
+    def _plan(self) -> TransferPlan:
+        abilities = self.store.abilities
+        return TransferPlan.for_upload(
+            self.artifact.payload_size,
+            self.profile.chunk_size,
+            min_part_size=abilities.min_part_size,
+            max_part_size=abilities.max_part_size,
+            max_parts=abilities.max_parts,
+        )
+
+    def _completed_by_somebody(self) -> ObjectMeta | None:
+        """The payload under the key, if it is this artifact's: its embedded manifest is as unique as its digest."""
+        from blobflow.artifact.tarmap import manifest_entry
+
+        head = manifest_entry(self.artifact.manifest_bytes)
+        try:
+            meta = self.store.head(self.key)
+            if meta.size == self.artifact.payload_size:
+                found = self.store.get_range(self.key, 0, len(head), e_tag=meta.e_tag)
+                return meta if found == head else None
+        except (ObjectNotFound, ObjectChanged):
+            pass
+        return None
+
+    # Sending
+
+    def _send_and_complete(self, upload_id: str, plan: TransferPlan, books: Books) -> ObjectMeta:
+        known, unproven = self._held(upload_id, plan)
+        self.crcs = known
+        for number in known:
+            books.resumed(plan.part(number).length)
+        try:
+            self._send(upload_id, plan, books, unproven)
+        except NoSuchUpload:
+            raise
+        except BaseException:
+            books.failed()
+            raise
+        books.save()
+        actual = combine_all((self.crcs[part.number], part.length) for part in plan)
+        if actual != self.artifact.payload_crc32c:
+            # Nothing of this upload can be used again: its parts came from files that are no longer the same.
+            self.store.abort_multipart(self.key, upload_id)
+            self.keeper.remove()
+            raise _source_differs(self.artifact, actual)
+        parts = self._proven_parts(upload_id, plan)
+        self.clear_the_way()
+        self.store.complete_multipart(self.key, upload_id, parts)
+        return self.store.head(self.key)
+
+    def _held(self, upload_id: str, plan: TransferPlan) -> tuple[dict[int, int], dict[int, str]]:
+        """The parts that the store holds: CRC32C where it is known, and the e_tag of those where it is not.
+
+        The store's list is the truth; the intent only adds the checksums that the store does not tell.
+        """
+        remembered = self.keeper.intent.crcs if self.keeper.intent else {}
+        known: dict[int, int] = {}
+        unproven: dict[int, str] = {}
+        for held in self.store.list_parts(self.key, upload_id):
+            if held.part_number > len(plan) or held.size != plan.part(held.part_number).length:
+                continue  # sent again, which replaces it
+            crc = held.crc32c if held.crc32c is not None else remembered.get(held.part_number)
+            if crc is None:
+                unproven[held.part_number] = held.e_tag
+            else:
+                known[held.part_number] = crc
+        return known, unproven
+
+    def _send(self, upload_id: str, plan: TransferPlan, books: Books, unproven: dict[int, str]) -> None:
+        missing = plan.missing(self.crcs)
+        if not missing:
+            return
+        source = self.artifact.source()
+
+        def move(part: Part, buffer: memoryview) -> tuple[int, bool]:
+            if part.number in unproven:
+                crc = _crc_if_same(source, part, buffer, unproven[part.number])
+                if crc is not None:
+                    return crc, False
+            body = _part_body(source, part, buffer)
+            self.store.put_part(self.key, upload_id, part.number, body)
+            return _known_crc(body), True
+
+        def moved(part: Part, outcome: tuple[int, bool]) -> None:
+            crc, sent = outcome
+            self.crcs[part.number] = crc
+            if sent:
+                books.moved(part.length)
+            else:
+                books.resumed(part.length)
+
+        def tick() -> None:
+            books.tick()
+            if self.keeper.renewal_due():
+                self.keeper.save(self.crcs)
+
+        move_parts(
+            missing,
+            move,
+            workers=self.profile.workers,
+            buffer_size=min(plan.part_size, self.profile.chunk_size),
+            on_moved=moved,
+            on_tick=tick,
+        )
+
+    def _proven_parts(self, upload_id: str, plan: TransferPlan) -> list[PartMeta]:
+        """What the store holds, after comparing it with the plan: dense numbers, sizes, checksums where told.
+
+        Raises:
+            UploadIncomplete: naming the first part that is missing or wrong; running again sends it.
+        """
+        held = {part.part_number: part for part in self.store.list_parts(self.key, upload_id)}
+        for part in plan:
+            found = held.get(part.number)
+            if found is None or found.size != part.length or found.crc32c not in (None, self.crcs[part.number]):
+                raise UploadIncomplete(
+                    f"part {part.number} of {self.key!r} is {'missing' if found is None else 'damaged'} in the store",
+                    hint="run the same command again; it sends what is missing",
+                    key=self.key,
+                    expected=len(plan),
+                    actual=len(held),
+                )
+        return [held[part.number]._replace(crc32c=self.crcs[part.number]) for part in plan]
+
+
+def _known_crc(body: Body) -> int:
+    if body.crc32c is None:
+        raise AssertionError("a part always knows its checksum")
+    return body.crc32c
+
+
+def _part_body(source: PayloadSource, part: Part, buffer: memoryview) -> Body:
+    """The bytes of a part, through `buffer`: read once if it fits, else once to checksum it and once to send it."""
+    if part.length <= len(buffer):
+        view = buffer[: part.length]
+        source.read_into(part.offset, view)
+        return Body.of(view)
+    crc = 0
+    for chunk in source.chunks(part.offset, part.length, buffer):
+        crc = crc32c(chunk, crc)
+    return Body(part.length, lambda: source.chunks(part.offset, part.length, buffer), crc)
+
+
+def _crc_if_same(source: PayloadSource, part: Part, buffer: memoryview, e_tag: str) -> int | None:
+    """The CRC32C of a part that an earlier process sent, if its e_tag proves that it sent these bytes.
+
+    On S3 and Ceph the e_tag of a part is the MD5 of its bytes unless it is encrypted with KMS; any other e_tag proves
+    nothing, and the part is sent again.
+    """
+    md5 = hashlib.md5(usedforsecurity=False)
+    if len(e_tag.strip('"')) != 2 * md5.digest_size:
+        return None
+    crc = 0
+    for chunk in source.chunks(part.offset, part.length, buffer):
+        md5.update(chunk)
+        crc = crc32c(chunk, crc)
+    return crc if md5.hexdigest() == e_tag.strip('"').lower() else None

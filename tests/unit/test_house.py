@@ -1,0 +1,110 @@
+"""The house itself: start-up time, versions, the lock, and the rules no linter knows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import blobflow
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("botocore", "boto3", "dagster", "fsspec", "pyarrow", "s3fs")
+
+
+def project() -> dict[str, Any]:
+    """pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def project_files() -> Iterator[Path]:
+    """Every file somebody wrote: not what the tools make."""
+    made = {"__pycache__", "dist", "site", "results"}
+    for directory, folders, names in os.walk(ROOT):
+        folders[:] = [name for name in folders if name not in made and (name == ".ci" or not name.startswith("."))]
+        yield from (Path(directory, name) for name in names)
+
+
+def locked() -> dict[str, str]:
+    """requirements.lock: each requirement's name and its whole entry."""
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    entries = re.findall(r"^([A-Za-z0-9._-]+)==(.*(?:\n +.*)*)", text, re.MULTILINE)
+    return {name.lower().replace("_", "-").replace(".", "-"): entry for name, entry in entries}
+
+
+def test_importing_blobflow_loads_nothing_heavy():
+    """A shard worker or a `blobflow --help` does not pay for clients it does not use."""
+    code = f"import sys, blobflow; print(*(name for name in {HEAVY} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_installed_version_is_the_one_in_the_package():
+    """`blobflow.__version__` is the single source of the version."""
+    assert metadata.version("blobflow") == blobflow.__version__
+
+
+def test_the_package_says_that_it_is_typed():
+    """Type checkers read our annotations only where py.typed lies."""
+    assert (ROOT / "blobflow" / "py.typed").exists()
+
+
+def test_the_lock_covers_every_dependency_with_hashes():
+    """`make` installs nothing that is not pinned and hashed."""
+    tables = project()
+    wanted = [
+        *tables["project"]["dependencies"],
+        *tables["project"]["optional-dependencies"]["ui"],
+        *tables["dependency-groups"]["dev"],
+        *tables["build-system"]["requires"],
+    ]
+    entries = locked()
+    names = {re.split(r"[\[<>=~!; ]", requirement, maxsplit=1)[0] for requirement in wanted}
+    assert names - entries.keys() == set()
+    assert [name for name, entry in entries.items() if "--hash=sha256:" not in entry] == []
+
+
+def test_dependencies_have_lower_bounds_only():
+    """A library that forbids newer versions of its dependencies cannot be installed beside others."""
+    bounds = re.compile(r"[a-z0-9-]+>=[0-9.]+")
+    assert [name for name in project()["project"]["dependencies"] if not bounds.fullmatch(name)] == []
+
+
+def test_the_lock_holds_no_address():
+    """Where packages come from is the machine's configuration, not the project's."""
+    text = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    assert re.findall(r"\S*://\S*|^\s*-+(?:i|f|index-url|extra-index-url|find-links)\b.*", text, re.MULTILINE) == []
+
+
+def test_no_file_names_a_package_registry():
+    """Nothing ties the project to one package index."""
+    hosts = [host.replace("_", ".").encode() for host in ("pypi_org", "files_pythonhosted", "registry_npmjs")]
+    named = [
+        f"{path.relative_to(ROOT)} names {host.decode()}"
+        for path in project_files()
+        for host in hosts
+        if host in path.read_bytes()
+    ]
+    assert named == []
+
+
+def test_every_core_package_is_checked_strictly():
+    """A new package of the core cannot slip past pyright's strict mode; the Dagster layer is in standard mode."""
+    core = {path.parent.name for path in (ROOT / "blobflow").glob("*/__init__.py")} - {"dagster"}
+    assert {"blobflow/*.py", *(f"blobflow/{name}" for name in core)} == set(project()["tool"]["pyright"]["strict"])
+
+
+def test_dagster_can_read_our_annotations():
+    """Dagster resolves annotations while it defines things, so its layer does not postpone them."""
+    files = [ROOT / "definitions.py", *(ROOT / "blobflow" / "dagster").rglob("*.py")]
+    assert [f for f in files if "from __future__ import annotations" in f.read_text(encoding="utf-8")] == []
