@@ -158,6 +158,10 @@ class Peer:
         line, headers = self.head()
         return line, headers, self._stream.read(int(headers.get("content-length", 0)))
 
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes of a body, fewer only at its end."""
+        return self._stream.read(size)
+
     def send(self, data: bytes) -> None:
         self.connection.sendall(data)
 
@@ -184,7 +188,9 @@ class Peer:
 
 
 @contextmanager
-def scripted_server(*scripts: Callable[[Peer], None], tls: ssl.SSLContext | None = None) -> Generator[str, None, None]:
+def scripted_server(
+    *scripts: Callable[[Peer], object], tls: ssl.SSLContext | None = None
+) -> Generator[str, None, None]:
     """A server whose n-th connection is played by the n-th script and then closed.
 
     Fails at the end if a script failed or did not get its connection.
@@ -202,7 +208,7 @@ def scripted_server(*scripts: Callable[[Peer], None], tls: ssl.SSLContext | None
             thread.start()
             players.append(thread)
 
-    def play(connection: socket.socket, script: Callable[[Peer], None]) -> None:
+    def play(connection: socket.socket, script: Callable[[Peer], object]) -> None:
         try:
             if tls is not None:
                 connection = tls.wrap_socket(connection, server_side=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from pydantic import JsonValue
 
+from blobflow.artifact.crowd import CrowdLock
 from blobflow.artifact.manifest import (
     DATA_NAME,
     INDEX_NAME,
@@ -198,11 +199,16 @@ class PayloadSource:
         self.size = artifact.layout.size
         self._contents = (artifact.manifest_bytes, artifact.index_bytes)
         self._index = artifact.index
+        self._crowd = CrowdLock()
         self._root = os.path.realpath(artifact.data)
         self._inodes = decode_inodes((artifact.path / REFERENCE_NAME).read_bytes()) if artifact.is_reference else None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the payload's bytes from `offset`."""
+        with self._crowd.around(self.layout.entries_in(offset, len(buffer))):
+            self._read_into(offset, buffer)
+
+    def _read_into(self, offset: int, buffer: memoryview) -> None:
         from blobflow.artifact.tarmap import FIRST_MEMBER
 
         position = 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, NamedTuple
 
+from blobflow.artifact.crowd import CrowdLock
 from blobflow.checksum import crc32c
 
 READ_SIZE: Final = 1 << 20
@@ -54,9 +55,12 @@ def hash_files(
     """
     workers = workers or min(4, os.cpu_count() or 1)
 
+    crowd = CrowdLock()
+
     def run(batch: range) -> list[FileHash]:
         buffer = memoryview(bytearray(READ_SIZE))
-        return [hash_one(i, buffer) for i in batch]
+        with crowd.around(len(batch)):
+            return [hash_one(i, buffer) for i in batch]
 
     batches = _batches(count, sizes)
     files_done = bytes_done = 0

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from blobflow.artifact.checker import PayloadChecker
+from blobflow.artifact.crowd import CrowdLock
 from blobflow.artifact.index import EXECUTABLE_MODE
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
@@ -209,6 +210,7 @@ class Landing:
         self.plan = plan
         self._index = layout.index
         self._checker = PayloadChecker(layout, digests=digests, read_back=self._read_back)
+        self._crowd = CrowdLock()
         self._crcs = dict(stage.done)
         self._uncommitted: dict[int, int] = {}
         self._prepare()
@@ -240,7 +242,8 @@ class Landing:
             DiskFull: no room; finished parts are kept.
         """
         crc = crc32c(data)
-        with _Writer(self.stage.tree / DATA_NAME, self.layout) as writer:
+        crowd = self._crowd.around(self.layout.entries_in(part.offset, part.length))
+        with crowd, _Writer(self.stage.tree / DATA_NAME, self.layout) as writer:
             try:
                 self._checker.consume(part.offset, data, writer.place)
             except OSError as error:

@@ -140,6 +140,10 @@ class TarMap:
         name, size, _ = self.entry(number)
         return self._starts[number] + _header_length(name, size), size
 
+    def entries_in(self, offset: int, length: int) -> int:
+        """How many entries a non-empty range touches."""
+        return bisect_right(self._starts, offset + length - 1) - bisect_right(self._starts, offset) + 1
+
     def spans(self, offset: int, length: int) -> Iterator[Span]:
         """The runs that make up `length` payload bytes from `offset`, in order.
 

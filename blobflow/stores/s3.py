@@ -5,7 +5,7 @@ Two planes share one configuration:
 * the control plane is a botocore client without retries: listing, head, delete, copy, and the life of an upload;
 * the data plane (`blobflow.stores.s3_wire`) carries the bytes: requests are signed by botocore, each attempt anew, and
   sent over pooled connections. Where they go (addressing style, dual stack, accelerate ...) is botocore's decision
-  too, read from a presigned URL.
+  too, read from a request that it prepared.
 
 Checksums: every body goes out with its CRC32C in a header, never with a trailer, and unsigned otherwise; an upload is
 created with a CRC32C of the full object and completed with the combination of its parts. A server that refuses one of
@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, cast
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import quote, urlsplit
 
 import botocore
 import botocore.auth
@@ -97,6 +97,7 @@ PAGE = 1000
 ABORT_ROUNDS = 5
 """A part that was under way while its upload was aborted may appear afterwards; then it is aborted again."""
 
+_SAMPLE_KEY = "x"
 _ERROR_BODY_BYTES = 64 * 1024
 
 
@@ -514,7 +515,9 @@ class S3Store(Store):
                 plane = self._plane
                 if plane is None or plane.pid != os.getpid():
                     if plane is not None:
-                        plane.close()  # closes the child's copies of the descriptors; the parent's live on
+                        # Only the child's copies of the descriptors; the parent's live on. The client is left
+                        # alone: its pool has locks, which a thread of the parent may have held.
+                        plane.wire.close()
                     try:
                         plane = self._plane = _Plane(self.options)
                     except (botocore.exceptions.BotoCoreError, ValueError, OSError) as error:
@@ -594,6 +597,15 @@ class S3Store(Store):
         return _translate(error, call, timeout_s)
 
 
+class _Prepared(Exception):
+    """A request that botocore made ready and must not send."""
+
+    def __init__(self, url: str, authorization: str) -> None:
+        super().__init__(url)
+        self.url = url
+        self.authorization = authorization
+
+
 class _Plane:
     """What one process needs to talk to the bucket: clients, connections, and a way to sign."""
 
@@ -614,14 +626,10 @@ class _Plane:
         self._patient: Any = None
         self.client = self._new_client(options.idle_timeout)
         self._credentials: Any = None if options.anonymous else self._session.get_credentials()
-        # Where an object lies and which region signs for it: botocore's answer, read from a URL it made.
-        probe = "x"
-        url: str = self.client.generate_presigned_url("get_object", Params={"Bucket": options.bucket, "Key": probe})
+        url, self._signing = self._address()
         parts = urlsplit(url)
         self._host = parts.netloc
-        self._base = parts.path.removesuffix(probe)
-        scope = parse_qs(parts.query).get("X-Amz-Credential", [f"/{self._region}/s3/"])[0].split("/")
-        self._signing = scope[-2], scope[-3]
+        self._base = parts.path.removesuffix(_SAMPLE_KEY)
         self._origin = f"{parts.scheme}://{parts.netloc}"
         self.wire = Wire(
             self._origin,
@@ -631,6 +639,28 @@ class _Plane:
             tls=self._tls() if parts.scheme == "https" else None,
             proxy=botocore.utils.get_environ_proxies(self._origin).get(parts.scheme),
         )
+
+    def _address(self) -> tuple[str, tuple[str, str]]:
+        """Where an object lies, and the service and region its requests are signed for.
+
+        Addressing, dual stack, accelerate, FIPS and the rest are botocore's decision: it prepares a request, which is
+        caught before it is sent. (A presigned URL would not do: for most regions it names the global endpoint.)
+        """
+
+        def catch(request: Any, **_: Any) -> None:
+            raise _Prepared(request.url, str(request.headers.get("Authorization", "")))
+
+        events = self.client.meta.events
+        events.register_first("before-send.s3.HeadObject", catch)
+        try:
+            self.client.head_object(Bucket=self._options.bucket, Key=_SAMPLE_KEY)
+        except _Prepared as prepared:
+            scope = re.search(r"/(?P<region>[^/]+)/(?P<service>[^/]+)/aws4_request", prepared.authorization)
+            signing = (scope["service"], scope["region"]) if scope is not None else ("s3", self._region)
+            return prepared.url, signing
+        finally:
+            events.unregister("before-send.s3.HeadObject", catch)
+        raise AssertionError("botocore sent a request without the before-send event")
 
     def patient_client(self) -> Any:
         """A client for the calls that take the server minutes; made when first needed."""

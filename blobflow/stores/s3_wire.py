@@ -7,11 +7,15 @@ It stands on `http.client` because that moves a gibibyte for a third of the proc
 from __future__ import annotations
 
 import base64
+import fcntl
 import http.client
 import logging
 import select
 import socket
 import ssl
+import sys
+import termios
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -247,11 +251,31 @@ class Wire:
 
     def _answer(self, connection: http.client.HTTPConnection, sent: int, *, reusable: bool = True) -> Answer:
         try:
+            self._outlast_send_queue(connection)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
             raise WireError(error, sent, self._idle_timeout_s) from error
         assert isinstance(response, _Response)
         return Answer(response, self._idle_timeout_s, lambda at_end: self._give_back(connection, reusable and at_end))
+
+    def _outlast_send_queue(self, connection: http.client.HTTPConnection) -> None:
+        """Wait while the kernel still has bytes to deliver and gets rid of some.
+
+        It takes megabytes at once, which a slow link may need longer for than the timeout; the server cannot answer
+        before, and as long as they go, nothing is silent.
+        """
+        opened = _socket(connection)
+        poll = select.poll()
+        # Over TLS something to read need not be an answer: session tickets come at any time.
+        poll.register(opened, 0 if self._secure else select.POLLIN)
+        queued, moved_at, pause_s = _unsent(opened), time.monotonic(), 0.001
+        while queued and not poll.poll(pause_s * 1000):
+            left = _unsent(opened)
+            if left < queued:
+                queued, moved_at = left, time.monotonic()
+            elif time.monotonic() - moved_at > self._idle_timeout_s:
+                raise TimeoutError("the kernel cannot get rid of what was sent")
+            pause_s = min(pause_s * 2, self._idle_timeout_s / 8)
 
     def _take(self) -> http.client.HTTPConnection | None:
         """An idle connection on which nothing has happened since."""
@@ -302,6 +326,11 @@ def _socket(connection: http.client.HTTPConnection) -> socket.socket:
     if opened is None:
         raise http.client.NotConnected
     return opened
+
+
+def _unsent(opened: socket.socket) -> int:
+    """Bytes the kernel took and the other side has not acknowledged."""
+    return int.from_bytes(fcntl.ioctl(opened, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def _proxy_authorization(proxy: Any) -> dict[str, str]:

@@ -16,8 +16,8 @@ from blobflow.transport.catalog import (
     read_manifest,
     read_manifest_bytes,
 )
-from blobflow.transport.read import DownloadResult, VerifyMode, VerifyResult, download, verify
-from blobflow.transport.upload import UploadResult, upload
+from blobflow.transport.reading import DownloadResult, VerifyMode, VerifyResult, download, verify
+from blobflow.transport.uploading import UploadResult, upload
 
 __all__ = [
     "MANIFEST_SUFFIX",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from blobflow.checksum import combine_all, crc32c
 from blobflow.errors import (
@@ -28,8 +28,8 @@ from blobflow.stores.base import Body, PartMeta, PutMode
 from blobflow.stores.s3 import S3Options, S3Store
 from tests.servers import Peer, S3Endpoint, scripted_server
 
-SECRET = "a-secret-that-must-never-show"  # noqa: S105
-TOKEN = "a-token-that-must-never-show"  # noqa: S105
+SECRET = "a-secret-that-must-never-show"
+TOKEN = "a-token-that-must-never-show"
 
 Request = tuple[str, dict[str, str], bytes]
 
@@ -40,7 +40,7 @@ def open_s3() -> Iterator[Callable[..., S3Store]]:
 
     def make(url: str, **options: Any) -> S3Store:
         keys = {"access_key_id": "key", "secret_access_key": SECRET, "session_token": TOKEN}
-        stores.append(S3Store(S3Options(bucket="bucket", endpoint_url=url, **keys | options)))
+        stores.append(S3Store(S3Options.model_validate({"bucket": "bucket", "endpoint_url": url} | keys | options)))
         return stores[-1]
 
     yield make
@@ -49,7 +49,10 @@ def open_s3() -> Iterator[Callable[..., S3Store]]:
 
 
 class Script:
-    """Answers one request after the other, whatever connections they come on, and remembers them."""
+    """Answers one request after the other on one connection, and remembers them.
+
+    The data plane, the control plane and the patient client each have a connection, in the order of their first use.
+    """
 
     def __init__(self, *answers: Callable[[Peer], None]) -> None:
         self.requests: list[Request] = []
@@ -59,19 +62,6 @@ class Script:
         for answer in self._answers:
             self.requests.append(peer.request())
             answer(peer)
-
-    @property
-    def connections(self) -> tuple[Callable[[Peer], None], ...]:
-        """The two planes' calls mixed need a connection each: one script per request."""
-
-        def one(answer: Callable[[Peer], None]) -> Callable[[Peer], None]:
-            def play(peer: Peer) -> None:
-                self.requests.append(peer.request())
-                answer(peer)
-
-            return play
-
-        return tuple(one(answer) for answer in self._answers)
 
 
 def refuses(status: int, code: str, message: str = "", **headers: str) -> Callable[[Peer], None]:
@@ -196,25 +186,298 @@ def test_bodies_carry_their_checksum_in_a_header(open_s3: Callable[..., S3Store]
 
 
 def test_a_server_without_checksums_is_asked_without(open_s3: Callable[..., S3Store]) -> None:
-    """A server that refuses the checksum headers gets the same request without them, and is not asked again."""
-    parts = [PartMeta(1, 5, '"1"', 11), PartMeta(2, 4, '"2"', 22)]
-    control = Script(
-        refuses(501, "NotImplemented"),
-        answers(CREATED),
-        answers(CREATED),
-        refuses(400, "InvalidRequest", "Checksum Type mismatch occurred, expected checksum Type: null"),
-        answers(COMPLETED),
-    )
-    data = Script(
-        refuses(400, "InvalidArgument", "unknown header x-amz-checksum-crc32c"),
-        answers(etag='"1"'),
-        answers(etag='"1"'),
-    )
-    with scripted_server(data, *control.connections) as url:
+    """A server that refuses the checksum headers gets the same requests without them, and is not asked again."""
+    no_checksums = refuses(400, "InvalidArgument", "unknown header x-amz-checksum-crc32c")
+    data = Script(no_checksums, answers(etag='"1"'), answers(etag='"1"'))
+    control = Script(refuses(501, "NotImplemented"), answers(CREATED), answers(CREATED))
+    patient = Script(refuses(400, "InvalidRequest", "Checksum Type mismatch occurred"), answers(COMPLETED))
+    with scripted_server(data, control, patient) as url:
         store = open_s3(url)
-        assert store.put_part("k", "id", 1, Body.of(b"x")).crc32c == crc32c(b"x")
-        store.put_part("k", "id", 1, Body.of(b"x"))
-        for _ in range(2):
-            store.close()  # the client would use the connection again, and the script ends with it
-            assert store.create_multipart("k", part_size=5) == "the-id" if _ else True
-    assert ["x-amz-checksum-crc32c" in headers for _, headers, _ in data.requests] == [True, False, False]
+        part = store.put_part("k", "id", 1, Body.of(b"x"))
+        assert store.put_part("k", "id", 1, Body.of(b"x")) == part == PartMeta(1, 1, '"1"', crc32c(b"x"))
+        assert store.create_multipart("k", part_size=5) == "the-id"
+        assert store.create_multipart("k", part_size=5) == "the-id"
+        assert store.complete_multipart("k", "id", [part]).e_tag == '"whole-2"'
+
+    def checked(script: Script) -> list[bool]:
+        return [any(name.startswith("x-amz-checksum") for name in headers) for _, headers, _ in script.requests]
+
+    assert checked(data) == [True, False, False]
+    assert checked(control) == [True, False, False]
+    assert checked(patient) == [True, False]
+
+
+def test_an_upload_is_completed_with_what_it_must_be(open_s3: Callable[..., S3Store]) -> None:
+    """Create asks for a CRC32C of the full object; complete sends the combination of the parts and the size."""
+    one, two = b"first part", b"second"
+    control, patient = Script(answers(CREATED)), Script(answers(COMPLETED), answers(COMPLETED))
+    with scripted_server(control, patient) as url:
+        store = open_s3(url)
+        store.create_multipart("k", part_size=len(one), content_type="application/zstd")
+        parts = [PartMeta(1, len(one), '"1"', crc32c(one)), PartMeta(2, len(two), '"2"', crc32c(two))]
+        made = store.complete_multipart("k", "the-id", parts)
+        store.complete_multipart("k", "the-id", [parts[0], parts[1]._replace(crc32c=None)])
+    assert (made.size, made.e_tag) == (16, '"whole-2"')
+    created, completed, unknown = control.requests[0][1], patient.requests[0][1], patient.requests[1][1]
+    assert created["x-amz-checksum-algorithm"] == "CRC32C"
+    assert created["x-amz-checksum-type"] == completed["x-amz-checksum-type"] == "FULL_OBJECT"
+    assert created["content-type"] == "application/zstd"
+    whole = combine_all((part.crc32c or 0, part.size) for part in parts)
+    assert whole == crc32c(one + two)
+    assert base64.b64decode(completed["x-amz-checksum-crc32c"]) == whole.to_bytes(4, "big")
+    assert completed["x-amz-mp-object-size"] == unknown["x-amz-mp-object-size"] == "16"
+    assert "x-amz-checksum-crc32c" not in unknown
+
+
+def test_an_error_inside_a_success_is_an_error(open_s3: Callable[..., S3Store]) -> None:
+    """Complete may say 200 first and fail later, in the body: that is a failure, and a retryable one."""
+    failed = "<Error><Code>InternalError</Code><Message>We encountered an internal error.</Message></Error>"
+    with scripted_server(Script(answers(failed))) as url, pytest.raises(StoreUnavailable) as late:
+        open_s3(url).complete_multipart("k", "id", [PartMeta(1, 1, '"1"', 0)])
+    assert late.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("InvalidPart", "One or more of the specified parts could not be found"),
+        ("InvalidPartOrder", ""),
+        ("EntityTooSmall", ""),
+        ("InvalidRequest", "The provided 'x-amz-mp-object-size' header value 1 does not match what was computed: 2"),
+    ],
+)
+def test_wrong_parts_are_an_incomplete_upload(open_s3: Callable[..., S3Store], code: str, message: str) -> None:
+    """A server that finds the parts wanting is believed, at once."""
+    with scripted_server(Script(refuses(400, code, message))) as url, pytest.raises(UploadIncomplete):
+        open_s3(url).complete_multipart("k", "id", [PartMeta(1, 1, '"1"', 0)])
+
+
+@pytest.mark.parametrize("digest", ["BadDigest", "XAmzContentChecksumMismatch"])
+def test_damage_on_the_way_is_told_from_a_wrong_promise(open_s3: Callable[..., S3Store], digest: str) -> None:
+    """A refused digest is retryable if the bytes here are right, and an integrity error if they are not."""
+    with scripted_server(Script(refuses(400, digest), refuses(400, digest))) as url:
+        store = open_s3(url)
+        with pytest.raises(StoreUnavailable, match="damaged on the way"):
+            store.put_part("k", "id", 1, Body.of(b"right"))
+        with pytest.raises(ChecksumMismatch):
+            store.put_part("k", "id", 1, Body(5, lambda: [b"wrong"], crc32c=crc32c(b"right")))
+
+
+@pytest.mark.seed("3.15")
+def test_a_missing_entity_tag_is_refused(open_s3: Callable[..., S3Store]) -> None:
+    """A part or an object acknowledged without an entity tag counts as not stored, retryably."""
+    with scripted_server(Script(answers(), answers())) as url:
+        store = open_s3(url)
+        with pytest.raises(StoreUnavailable, match="no ETag returned for part 3 of 'k'"):
+            store.put_part("k", "id", 3, Body.of(b"x"))
+        with pytest.raises(StoreUnavailable, match="no ETag returned for 'k'"):
+            store.put("k", b"x")
+
+
+def test_a_concurrent_conditional_put_may_be_repeated(open_s3: Callable[..., S3Store]) -> None:
+    """409 says that another write was under way: not lost, not won, try again."""
+    script = Script(refuses(409, "ConditionalRequestConflict"))
+    with scripted_server(script) as url, pytest.raises(StoreUnavailable) as conflict:
+        open_s3(url).put("k", b"x", mode=PutMode.CREATE)
+    assert conflict.value.status == 409
+
+
+def parts_page(numbers: range, *, truncated: bool, crc: bool = False) -> Callable[[Peer], None]:
+    checksum = "<ChecksumCRC32C>AAAAAQ==</ChecksumCRC32C>" if crc else ""
+    parts = "".join(f"<Part><PartNumber>{n}</PartNumber><ETag>t</ETag><Size>5</Size>{checksum}</Part>" for n in numbers)
+    return answers(f"<ListPartsResult><IsTruncated>{str(truncated).lower()}</IsTruncated>{parts}</ListPartsResult>")
+
+
+def test_a_full_page_is_not_believed_to_be_the_last(open_s3: Callable[..., S3Store]) -> None:
+    """A server that forgets to say that the list of parts goes on does not cost the parts beyond 1,000."""
+    script = Script(
+        parts_page(range(1, 1001), truncated=False), parts_page(range(1001, 1004), truncated=False, crc=True)
+    )
+    with scripted_server(script) as url:
+        parts = open_s3(url).list_parts("k", "id")
+    assert [part.part_number for part in parts] == list(range(1, 1004))
+    assert (parts[0].crc32c, parts[-1].crc32c) == (None, 1)
+    assert "part-number-marker=1000" in script.requests[1][0]
+
+
+def test_a_list_that_stands_still_is_given_up(open_s3: Callable[..., S3Store]) -> None:
+    """A server that gives the same truncated page for ever raises instead of looping, or losing the rest."""
+    same_parts = parts_page(range(1, 4), truncated=True)
+    same_keys = answers(
+        "<ListBucketResult><IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken>"
+        "<Contents><Key>a</Key><ETag>t</ETag><Size>1</Size></Contents></ListBucketResult>"
+    )
+    same_uploads = answers(
+        "<ListMultipartUploadsResult><IsTruncated>true</IsTruncated><NextKeyMarker>a</NextKeyMarker>"
+        "<NextUploadIdMarker>1</NextUploadIdMarker><Upload><Key>a</Key><UploadId>1</UploadId></Upload>"
+        "</ListMultipartUploadsResult>"
+    )
+    with scripted_server(Script(same_parts, same_parts, same_keys, same_keys, same_uploads, same_uploads)) as url:
+        store = open_s3(url)
+        for call in (lambda: store.list_parts("k", "id"), lambda: list(store.list()), store.list_uploads):
+            with pytest.raises(StoreUnavailable, match="stands still"):
+                call()
+
+
+def test_abort_goes_on_until_no_part_is_left(open_s3: Callable[..., S3Store]) -> None:
+    """A part that arrived during the abort is aborted too; one that keeps coming is an error, not an endless loop."""
+    aborted, stragglers = answers(status=204), parts_page(range(1, 2), truncated=False)
+    script = Script(aborted, stragglers, aborted, refuses(404, "NoSuchUpload"), *[aborted, stragglers] * 5)
+    with scripted_server(script) as url:
+        store = open_s3(url)
+        store.abort_multipart("k", "id")
+        assert len(script.requests) == 4
+        with pytest.raises(StoreUnavailable, match="after 5 aborts"):
+            store.abort_multipart("k", "id")
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """No trace of the machine's own AWS configuration."""
+    for name in ("AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_explicit_keys_ignore_the_environment(
+    open_s3: Callable[..., S3Store], environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With keys in the options no variable and no file has a say: not in endpoint, region, profile, keys or CA."""
+    (tmp_path / "config").write_text("this is [ no configuration file")
+    environment.setenv("AWS_PROFILE", "no-such-profile")
+    environment.setenv("AWS_REGION", "eu-west-9")
+    environment.setenv("AWS_DEFAULT_REGION", "eu-west-9")
+    environment.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    environment.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    environment.setenv("AWS_CA_BUNDLE", "/no/such/bundle")
+    environment.setenv("AWS_ACCESS_KEY_ID", "environment")
+    environment.setenv("AWS_SECRET_ACCESS_KEY", "environment")
+    data, control = Script(answers(etag='"1"')), Script(answers(status=204))
+    with scripted_server(data, control) as url:
+        store = open_s3(url)
+        store.put("k", b"1")
+        store.delete("k")
+    for script in (data, control):
+        assert "Credential=key/" in script.requests[0][1]["authorization"]
+        assert "/us-east-1/s3/aws4_request" in script.requests[0][1]["authorization"]
+
+
+def test_without_an_endpoint_explicit_keys_mean_aws(environment: pytest.MonkeyPatch) -> None:
+    """Explicit keys and no endpoint_url address AWS itself in the given region, whatever AWS_ENDPOINT_URL says."""
+    environment.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    options = S3Options(
+        bucket="my-bucket", region="eu-central-1", access_key_id="k", secret_access_key=SecretStr(SECRET)
+    )
+    store = S3Store(options)
+    plane = store._connected()
+    assert repr(plane.wire) == "<Wire https://my-bucket.s3.eu-central-1.amazonaws.com, 0 idle>"
+    assert plane.target("a b+c/ü") == "/a%20b%2Bc/%C3%BC"
+    store.close()
+    dotted = S3Store(options.model_copy(update={"bucket": "my.bucket"}))
+    assert repr(dotted._connected().wire) == "<Wire https://s3.eu-central-1.amazonaws.com, 0 idle>"
+    assert dotted._connected().target("k") == "/my.bucket/k"
+    dotted.close()
+
+
+def test_the_usual_chain_is_used_without_keys(open_s3: Callable[..., S3Store], environment: pytest.MonkeyPatch) -> None:
+    """Without keys in the options the variables count, for keys and region."""
+    environment.setenv("AWS_ACCESS_KEY_ID", "from-the-environment")
+    environment.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    environment.setenv("AWS_REGION", "eu-west-9")
+    script = Script(answers(etag='"1"'))
+    with scripted_server(script) as url:
+        open_s3(url, access_key_id=None, secret_access_key=None, session_token=None).put("k", b"1")
+    signature = script.requests[0][1]["authorization"]
+    assert "Credential=from-the-environment/" in signature
+    assert "/eu-west-9/s3/aws4_request" in signature
+
+
+def test_expired_credentials_are_looked_up_again(
+    open_s3: Callable[..., S3Store], environment: pytest.MonkeyPatch
+) -> None:
+    """ExpiredToken is retryable, and the next attempt uses what the chain gives then."""
+    environment.setenv("AWS_ACCESS_KEY_ID", "old")
+    environment.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    expired, renewed = Script(refuses(400, "ExpiredToken")), Script(answers(etag='"1"'))
+    with scripted_server(expired, renewed) as url:
+        store = open_s3(url, access_key_id=None, secret_access_key=None, session_token=None)
+        with pytest.raises(StoreUnavailable) as stale:
+            store.put("k", b"1")
+        assert stale.value.retryable
+        environment.setenv("AWS_ACCESS_KEY_ID", "new")
+        store.put("k", b"1")
+    assert "Credential=old/" in expired.requests[0][1]["authorization"]
+    assert "Credential=new/" in renewed.requests[0][1]["authorization"]
+
+
+def test_no_credentials_at_all_is_a_configuration_error(
+    open_s3: Callable[..., S3Store], environment: pytest.MonkeyPatch
+) -> None:
+    """Where the chain finds nothing, either plane says what to set, before anything is sent."""
+    store = open_s3("http://127.0.0.1:1", access_key_id=None, secret_access_key=None, session_token=None)
+    for call in (lambda: store.get("k", max_bytes=1), lambda: list(store.list())):
+        with pytest.raises(StoreConfigurationError) as nobody:
+            call()
+        assert "AWS_ACCESS_KEY_ID" in nobody.value.hint
+
+
+def test_anonymous_requests_are_not_signed(open_s3: Callable[..., S3Store]) -> None:
+    """Anonymous access sends no signature on either plane."""
+    data, control = Script(answers(etag='"1"')), Script(answers(status=204))
+    with scripted_server(data, control) as url:
+        store = open_s3(url, access_key_id=None, secret_access_key=None, session_token=None, anonymous=True)
+        store.put("k", b"1")
+        store.delete("k")
+    for script in (data, control):
+        assert "authorization" not in script.requests[0][1]
+
+
+def test_secrets_do_not_show(caplog: pytest.LogCaptureFixture, moto_s3: S3Endpoint) -> None:
+    """Neither options nor store nor our own log lines show key, secret or token."""
+    caplog.set_level(logging.DEBUG, logger="blobflow")
+    options = S3Options(
+        bucket=moto_s3.new_bucket(),
+        endpoint_url=moto_s3.endpoint_url,
+        access_key_id="key-that-must-not-show",
+        secret_access_key=SecretStr(SECRET),
+        session_token=SecretStr(TOKEN),
+    )
+    store = S3Store(options)
+    store.put("k", b"1")
+    store.delete("k")
+    store.close()
+    shown = f"{options!r} {options} {store!r} {store.url} {caplog.text}"
+    for secret in (SECRET, TOKEN, "key-that-must-not-show"):
+        assert secret not in shown
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"access_key_id": "k"},
+        {"secret_access_key": "s"},
+        {"session_token": "t"},
+        {"anonymous": True, "access_key_id": "k", "secret_access_key": "s"},
+        {"bucket": ""},
+        {"bucket": "base--use1-az4--x-s3"},
+        {"idle_timeout": 0},
+        {"unknown": 1},
+    ],
+)
+def test_contradictory_options_are_refused(options: dict[str, Any]) -> None:
+    """Options that cannot mean anything are refused when they are made."""
+    with pytest.raises(ValidationError):
+        S3Options.model_validate({"bucket": "bucket"} | options)
+
+
+def test_the_url_names_bucket_and_prefix() -> None:
+    """The store's URL is s3://bucket/prefix, however the prefix was written."""
+    assert S3Store(S3Options(bucket="b")).url == "s3://b"
+    assert S3Store(S3Options(bucket="b", prefix="/x/y/")).url == "s3://b/x/y"
+    with pytest.raises(InvalidKey):
+        S3Options(bucket="b", prefix="x/../y")

@@ -1,0 +1,82 @@
+"""The command line: what an operator needs, with or without an orchestrator. docs/cli.md is its reference page.
+
+Start-up time is part of the interface: only click is imported at the top, everything else by the command that uses it.
+Under `--json` standard output carries one JSON document and nothing else; progress and logs go to standard error.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from io import TextIOWrapper
+from typing import NoReturn
+
+import click
+
+from blobflow.cli.commands import cli
+from blobflow.cli.settings import Settings
+from blobflow.errors import BlobflowError
+
+__all__ = ["main", "run"]
+
+
+def main() -> NoReturn:
+    """The console script: run the command line and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A path that is not valid Unicode must not be what makes a report fail.
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
+            signal.signal(number, _stop)
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line, report its outcome and return its exit code.
+
+    0 done, 1 failed, 2 usage, 3 integrity, 4 not found, 5 refused, 75 temporary, 128 + n stopped by signal n.
+    """
+    # `--json` counts even where the rest of the line cannot be parsed.
+    settings = Settings(json="--json" in arguments)
+    try:
+        return _run(arguments, settings)
+    except BrokenPipeError:
+        # Whoever reads our output has seen enough. Nothing may be left for the interpreter to flush at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: Sequence[str], settings: Settings) -> int:
+    try:
+        return cli.main(list(arguments), prog_name="blobflow", standalone_mode=False, obj=settings) or 0
+    except BlobflowError as error:
+        settings.fail(error.to_dict(), error)
+        return error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"see {context.command_path if context else 'blobflow'} --help"
+        settings.fail({"type": type(error).__name__, "message": error.format_message(), "hint": hint})
+        return error.exit_code
+    except click.Abort:  # what click makes of a KeyboardInterrupt
+        return settings.stopped(signal.SIGINT)
+    except _Stopped as stopped:
+        return settings.stopped(stopped.signal)
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # noqa: BLE001  # the last resort: an operator gets one line, and -v the rest
+        settings.fail({"type": type(error).__name__, "message": str(error), "hint": ""}, error)
+        return 1
+
+
+class _Stopped(BaseException):
+    """A signal asks the process to end. No Exception, as KeyboardInterrupt is none: nothing takes it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    raise _Stopped(number)

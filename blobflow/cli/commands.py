@@ -1,0 +1,386 @@
+"""The commands. Each is a thin shell: it calls the core and words the result."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import click
+
+from blobflow import __version__
+from blobflow.cli.progress import Progress, processed, show_progress, transferred
+from blobflow.cli.scratch import scratch_directory
+from blobflow.cli.settings import CommandGroup, DigestType, Settings, shared_options
+from blobflow.cli.words import human_size, human_time, table
+from blobflow.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from blobflow.artifact.manifest import Manifest
+    from blobflow.lease import RefState
+    from blobflow.stores.base import Store
+    from blobflow.transport import DownloadResult
+
+_PATH: Final = click.Path(path_type=Path)
+
+
+def _export_options(function: Callable[..., None]) -> Callable[..., None]:
+    for decorate in (
+        click.option("--mode", type=click.Choice(["reference", "link", "copy"]), help="How the artifact holds the files: not at all, as hard links, or as copies."),
+        click.option("--symlinks", type=click.Choice(["refuse", "skip", "follow"]), help="What to do with symbolic links.  [default: refuse]"),
+        click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out names that match, or paths if it has a '/'; may be repeated."),
+    ):  # fmt: skip
+        function = decorate(function)
+    return function
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value}
+
+
+@cli.command()
+@click.argument("source", metavar="SRC", type=_PATH)
+@click.argument("dest", metavar="DEST", type=_PATH)
+@_export_options
+@click.pass_obj
+def export(settings: Settings, source: Path, dest: Path, **options: Any) -> None:
+    """Make an artifact of the directory SRC in the new directory DEST.
+
+    The artifact keeps copies of the files unless --mode says otherwise.
+    """
+    from blobflow.backends import export_artifact
+
+    with _progress() as progress:
+        result = export_artifact(
+            source, dest, on_progress=_processed(progress, "export"), **{"mode": "copy", **_given(options)}
+        )
+    artifact = result.artifact
+    settings.report(
+        {
+            "status": "exported",
+            "path": str(artifact.path.absolute()),
+            "artifact_digest": artifact.digest,
+            "content_digest": artifact.manifest.content_digest,
+            "bytes_total": artifact.payload_size,
+            "content_bytes": result.bytes,
+            "members": result.members,
+            "excluded": result.excluded,
+            "symlinks_skipped": result.symlinks_skipped,
+            "seconds": result.seconds,
+        },
+        f"exported {artifact.path}  {artifact.digest}",
+        f"{_members(artifact.manifest)} in {result.seconds:.1f} s",
+        *_left_out(result.excluded, result.symlinks_skipped),
+    )
+
+
+def _left_out(excluded: int, symlinks_skipped: int) -> list[str]:
+    counts = [f"{excluded} excluded"] * bool(excluded) + [f"{symlinks_skipped} symbolic links"] * bool(symlinks_skipped)
+    return [f"left out: {', '.join(counts)}"] if counts else []
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=_PATH)
+@click.argument("key")
+@_export_options
+@click.option("--overwrite", is_flag=True, help="Replace another artifact under KEY.")
+@click.pass_obj
+def push(settings: Settings, directory: Path, key: str, overwrite: bool, **options: Any) -> None:
+    """Upload the directory DIR, or an artifact made by `export`, under KEY.
+
+    Files are read where they are; nothing is copied unless --mode says so. Run it again after a crash, on any machine
+    that has the directory: it sends what is missing.
+    """
+    from blobflow.artifact.artifact import Artifact
+    from blobflow.backends import export_artifact
+    from blobflow.transport import check_artifact_key, upload
+
+    settings.resumes = True
+    started = time.monotonic()
+    check_artifact_key(key)
+    with settings.open_store() as store, _progress() as progress:
+        arguments: dict[str, Any] = {
+            "profile": settings.transfer_profile(),
+            "overwrite": overwrite,
+            "on_progress": _transferred(progress),
+        }
+        excluded = symlinks_skipped = 0
+        if Artifact.is_artifact(directory):
+            if given := _given(options):
+                raise click.UsageError(f"{directory} is an artifact already: --{next(iter(given))} comes too late")
+            result = upload(store, key, directory, **arguments)
+        else:
+            store.exists(key)  # wrong credentials should not show only after an hour of hashing
+            with _scratch(directory) as scratch:
+                exported = export_artifact(
+                    directory, scratch / "artifact", on_progress=_processed(progress, "export"), **_given(options)
+                )
+                excluded, symlinks_skipped = exported.excluded, exported.symlinks_skipped
+                result = upload(store, key, exported.artifact, **arguments)
+    seconds = time.monotonic() - started
+    settings.report(
+        {
+            "status": result.status,
+            "key": key,
+            "store": store.url,
+            "artifact_digest": result.artifact_digest,
+            "content_digest": result.manifest.content_digest,
+            "bytes_total": result.bytes_total,
+            "bytes_sent": result.bytes_sent,
+            "bytes_resumed": result.bytes_resumed,
+            "content_bytes": result.manifest.bytes,
+            "members": result.manifest.members,
+            "excluded": excluded,
+            "symlinks_skipped": symlinks_skipped,
+            "parts": result.parts,
+            "checkpoints_saved": result.checkpoints_saved,
+            "seconds": seconds,
+        },
+        f"{result.status} {key}  {result.artifact_digest}",
+        f"{_members(result.manifest)}; sent {_size(result.bytes_sent)}{_resumed(result.bytes_resumed)}"
+        f" in {seconds:.1f} s",
+        *_left_out(excluded, symlinks_skipped),
+    )
+
+
+def _resumed(count: int) -> str:
+    return f", {_size(count)} were there from before," if count else ""
+
+
+@cli.command()
+@click.argument("key")
+@click.argument("dest", required=False, type=_PATH)
+@click.option(
+    "--import",
+    "target",
+    nargs=2,
+    type=(click.Choice(["directory"]), _PATH),
+    metavar="BACKEND TARGET",
+    help="Bring the artifact to life at TARGET instead; BACKEND is 'directory', which keeps TARGET/current up to date.",
+)
+@click.option("--digest", type=_Digest(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
+@click.pass_obj
+def pull(
+    settings: Settings, key: str, dest: Path | None, target: tuple[str, Path] | None, digest: str | None
+) -> None:
+    """Download the artifact under KEY to DEST, which must be new or empty.
+
+    Every byte is verified beside DEST, which then appears whole, in one step. Run it again after a crash: it fetches
+    what is missing.
+    """
+    from blobflow.transport import download
+
+    if (dest is None) == (target is None):
+        raise click.UsageError("name either DEST or --import BACKEND TARGET")
+    settings.resumes = True
+    started = time.monotonic()
+    with settings.open_store() as store, _progress() as progress:
+        options: dict[str, Any] = {
+            "profile": settings.transfer_profile(),
+            "expected_digest": digest,
+            "on_progress": _transferred(progress),
+        }
+        if target is not None:
+            status, path, result = _pull_into(target[1], store, key, digest, progress, options)
+        else:
+            result = download(store, key, dest or "", **options)
+            status, path = result.status, result.path
+    seconds = time.monotonic() - started
+    settings.report(
+        {
+            "status": status,
+            "key": key,
+            "store": store.url,
+            "path": str(path),
+            "artifact_digest": result.artifact_digest,
+            "content_digest": result.manifest.content_digest,
+            "bytes_total": result.bytes_total,
+            "bytes_received": result.bytes_received,
+            "bytes_resumed": result.bytes_resumed,
+            "content_bytes": result.manifest.bytes,
+            "members": result.manifest.members,
+            "parts": result.parts,
+            "checkpoints_saved": result.checkpoints_saved,
+            "seconds": seconds,
+        },
+        f"{status} {path}  {result.artifact_digest}",
+        f"{_members(result.manifest)}; received {_size(result.bytes_received)}{_resumed(result.bytes_resumed)}"
+        f" in {seconds:.1f} s",
+    )
+
+
+def _pull_into(
+    target: Path, store: Store, key: str, digest: str | None, progress: _Progress, options: dict[str, Any]
+) -> tuple[str, Path, DownloadResult]:
+    """Download into the importer's own staging, so that the import is a rename; what is alive there is left alone."""
+    from blobflow.artifact.manifest import artifact_digest
+    from blobflow.backends import DirectoryImporter, import_artifact
+    from blobflow.transport import DownloadResult, download, read_manifest_bytes
+
+    importer = DirectoryImporter(path=target)
+    offered = artifact_digest(read_manifest_bytes(store, key))
+    alive = importer.current()
+    if alive is not None and alive.digest == offered == (digest or offered):
+        path = importer.path / "current"
+        unchanged = DownloadResult("unchanged", key, path, offered, alive.manifest, alive.payload_size, 0, 0, 0.0)
+        return "unchanged", path, unchanged
+    result = download(store, key, importer.staging(offered), **options)
+    imported = import_artifact(result.path, importer, consume=True, on_progress=_processed(progress, "import"))
+    return imported.status, imported.path, result
+
+
+@cli.command()
+@click.argument("key")
+@click.option("--deep", "mode", flag_value="deep", help="Read and check every byte.")
+@click.option("--shallow", "mode", flag_value="shallow", help="Check sizes, manifests and what the store attests.")
+@click.option("--digest", type=_Digest(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
+@click.pass_obj
+def verify(settings: Settings, key: str, mode: Literal["deep", "shallow"] | None, digest: str | None) -> None:
+    """Prove that the artifact under KEY is whole.
+
+    Without --deep or --shallow every byte is read, except where the store itself attests the checksum of the payload.
+    """
+    from blobflow.transport import verify as verify_artifact
+
+    with settings.open_store() as store, _progress() as progress:
+        result = verify_artifact(
+            store,
+            key,
+            mode=mode or "auto",
+            expected_digest=digest,
+            profile=settings.transfer_profile(),
+            on_progress=_transferred(progress),
+        )
+    settings.report(
+        {
+            "status": result.status,
+            "mode": result.mode_used,
+            "key": key,
+            "store": store.url,
+            "artifact_digest": result.artifact_digest,
+            "content_digest": result.manifest.content_digest,
+            "bytes_total": result.bytes_total,
+            "bytes_received": result.bytes_read,
+            "bytes_resumed": 0,
+            "content_bytes": result.manifest.bytes,
+            "members": result.manifest.members,
+            "seconds": result.seconds,
+        },
+        f"verified {key}  {result.artifact_digest}",
+        f"{_members(result.manifest)}; {result.mode_used}: read {_size(result.bytes_read)} of"
+        f" {_size(result.bytes_total)} in {result.seconds:.1f} s",
+    )
+
+
+# ls, show, ref
+
+
+@cli.command()
+@click.argument("prefix", default="")
+@click.pass_obj
+def ls(settings: Settings, prefix: str) -> None:
+    """List the complete artifacts whose keys start with PREFIX."""
+    from blobflow.transport import list_artifacts
+
+    with settings.open_store() as store:
+        entries = list_artifacts(store, prefix)
+        if settings.json:
+            artifacts = [
+                {"key": entry.key, "last_modified": entry.last_modified and entry.last_modified.isoformat()}
+                for entry in entries
+            ]
+            settings.report({"status": "listed", "store": store.url, "prefix": prefix, "artifacts": artifacts})
+        else:
+            _table(("key", "published"), ((entry.key, _time(entry.last_modified)) for entry in entries))
+
+
+@cli.command()
+@click.argument("key")
+@click.pass_obj
+def show(settings: Settings, key: str) -> None:
+    """Show the manifest of the artifact under KEY; nothing of its payload is read."""
+    from blobflow.artifact.manifest import Manifest, artifact_digest
+    from blobflow.transport import read_manifest_bytes
+
+    with settings.open_store() as store:
+        manifest_bytes = read_manifest_bytes(store, key)
+        payload = store.head(key)
+    manifest = Manifest.parse(manifest_bytes)
+    digest = artifact_digest(manifest_bytes)
+    if settings.json:
+        settings.report(
+            {
+                "status": "found",
+                "key": key,
+                "store": store.url,
+                "artifact_digest": digest,
+                "bytes_total": payload.size,
+                "manifest": manifest.model_dump(mode="json"),
+            }
+        )
+        return
+    _table(
+        ("", ""),
+        [
+            ("key", key),
+            ("store", store.url),
+            ("artifact", digest),
+            ("content", manifest.content_digest),
+            ("backend", manifest.backend),
+            ("cursor", json.dumps(manifest.cursor)),
+            ("created", _time(manifest.created_at)),
+            ("producer", manifest.producer),
+            ("members", str(manifest.members)),
+            ("bytes", f"{manifest.bytes} ({_size(manifest.bytes)})"),
+            ("payload", f"{payload.size} ({_size(payload.size)})"),
+            ("published", _time(payload.last_modified)),
+        ],
+    )
+
+
+@cli.group()
+def ref() -> None:
+    """Read and move refs: names, like orders/latest, that point to an artifact."""
+
+
+@ref.command("get")
+@click.argument("name")
+@click.pass_obj
+def ref_get(settings: Settings, name: str) -> None:
+    """Print the key that the ref NAME points to."""
+    from blobflow.lease import read_ref
+
+    with settings.open_store() as store:
+        state = read_ref(store, name)
+    if state is None:
+        raise NotFoundError(f"no ref {name!r} in {store.url}", name=name)
+    settings.report(_ref_document("found", store, name, state), state.key)
+
+
+@ref.command("set")
+@click.argument("name")
+@click.argument("key")
+@click.pass_obj
+def ref_set(settings: Settings, name: str, key: str) -> None:
+    """Point the ref NAME to the artifact under KEY, in one step."""
+    from blobflow.artifact.manifest import artifact_digest
+    from blobflow.lease import move_ref
+    from blobflow.transport import read_manifest_bytes
+
+    with settings.open_store() as store:
+        state = move_ref(store, name, key, artifact_digest(read_manifest_bytes(store, key)))
+    settings.report(_ref_document("set", store, name, state), f"{name} -> {state.key}  {state.manifest_sha256}")
+
+
+def _ref_document(status: str, store: Store, name: str, state: RefState) -> dict[str, Any]:
+    return {
+        "status": status,
+        "name": name,
+        "store": store.url,
+        "key": state.key,
+        "artifact_digest": state.manifest_sha256,
+        "generation": state.generation,
+        "updated_at": state.updated_at.isoformat(),
+    }

@@ -1,0 +1,68 @@
+"""The scratch directory of a push: private, small, and gone afterwards whatever happens."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from blobflow.errors import RefusedError, TransferBusy
+
+_PREFIX: Final = ".blobflow-push-"
+_ATTEMPTS: Final = 10
+
+
+@contextmanager
+def scratch_directory(source: Path) -> Generator[Path]:
+    """A private directory that goes at the end, and what killed processes left of theirs goes first.
+
+    Its owner holds a lock on it, which ends with the process: a directory that nobody holds is left over.
+    """
+    parent = Path(tempfile.gettempdir())
+    if parent.resolve().is_relative_to(source.resolve()):
+        raise RefusedError(
+            f"the directory for temporary files, {parent}, lies inside {source}",
+            hint="set TMPDIR to a directory elsewhere",
+            path=str(parent),
+        )
+    for leftover in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # another user's, or another process removes it at this moment
+            if (descriptor := _hold(leftover)) is not None:
+                shutil.rmtree(leftover)
+                os.close(descriptor)
+    for _ in range(_ATTEMPTS):
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        descriptor = _hold(path)
+        if descriptor is not None:
+            try:
+                yield path
+            finally:
+                shutil.rmtree(path)
+                os.close(descriptor)
+            return
+        # Another process took it for a leftover in the moment before it was held.
+    raise TransferBusy(f"no directory for temporary files stays in {parent}", path=str(parent))
+
+
+def _hold(path: Path) -> int | None:
+    """A descriptor that holds the directory until it is closed, or None if another process holds or removed it."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.exists():
+            return descriptor
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None

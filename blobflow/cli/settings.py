@@ -1,0 +1,194 @@
+"""What every command shares: its options, its store, and how it reports an outcome."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+from typing_extensions import override
+
+from blobflow.cli.words import printable
+from blobflow.errors import BlobflowError, TemporaryError
+
+if TYPE_CHECKING:
+    from blobflow.config import ChunkProfile
+    from blobflow.stores.base import Store
+
+
+@dataclass
+class Settings:
+    """The options that every command takes, and how it speaks."""
+
+    store: str | None = None
+    endpoint_url: str | None = None
+    region: str | None = None
+    profile: str = "tactical"
+    chunk_size: int | None = None
+    workers: int | None = None
+    json: bool = False
+    verbose: int = 0
+    resumes: bool = False
+    """Whether the command continues where it stopped when it is run again."""
+
+    def transfer_profile(self) -> ChunkProfile:
+        """The named profile, with what was given beside it."""
+        from blobflow.config import ChunkProfile
+
+        given = {"chunk_size": self.chunk_size, "workers": self.workers}
+        changes = {name: value for name, value in given.items() if value is not None}
+        return ChunkProfile(**{**ChunkProfile.named(self.profile).model_dump(), **changes})
+
+    @contextmanager
+    def open_store(self) -> Generator[Store]:
+        """The store that was named; `UsageError` if there is none, or for an option it does not take."""
+        if not self.store:
+            raise click.UsageError("no store is named: use --store URL, or set BLOBFLOW_STORE")
+        from blobflow.stores.open import open_store
+
+        options: dict[str, Any] = {"endpoint_url": self.endpoint_url, "region": self.region}
+        if self.store.lower().startswith("s3://"):
+            # The environment means every S3 client on the machine; to other stores these options are unknown.
+            from_environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            profile = self.transfer_profile()
+            options["endpoint_url"] = self.endpoint_url or from_environment or None
+            options["idle_timeout"] = max(profile.read_timeout, profile.write_timeout)
+        store = open_store(self.store, **options)
+        try:
+            yield store
+        finally:
+            store.close()
+
+    def report(self, document: dict[str, Any], *lines: str) -> None:
+        """The result: the document under `--json`, otherwise the lines."""
+        if self.json:
+            click.echo(json.dumps(document))
+        else:
+            for line in lines:
+                click.echo(_printable(line))
+
+    def fail(self, document: dict[str, Any], error: Exception | None = None) -> None:
+        """The error: as a document on standard output under `--json`, otherwise in words on standard error."""
+        if error is not None and self.verbose:
+            traceback.print_exception(error)
+        if self.json:
+            click.echo(json.dumps({"error": document}))
+            return
+        unexpected = error is not None and not isinstance(error, BlobflowError)
+        message = f"{document['type']}: {document['message']}" if unexpected else document["message"]
+        click.echo(f"Error: {_printable(message)}", err=True)
+        if document["hint"]:
+            click.echo(f"Hint: {_printable(document['hint'])}", err=True)
+
+    def stopped(self, number: signal.Signals) -> int:
+        """Report the signal that ended the command; the exit code that says so."""
+        hint = TemporaryError.default_hint if self.resumes else ""
+        self.fail({"type": "Interrupted", "message": f"stopped by {number.name}", "hint": hint})
+        return 128 + number
+
+
+class _LogLines(logging.Handler):
+    """Log lines on whatever standard error is at the moment: a progress bar puts itself in its place."""
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
+def _show_log(verbose: int) -> None:
+    # This package's own log alone: what a client library logs may hold what it signs.
+    handler = _LogLines()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    package = logging.getLogger("blobflow")
+    package.handlers = [handler]
+    package.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
+
+
+class _Size(click.ParamType):
+    """Bytes, as a number or with a binary unit."""
+
+    name = "size"
+
+    @override
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"(\d+)(?:([KMG])(?:iB)?)?", str(value))
+        size = int(found[1]) << 10 * " KMG".index(found[2] or " ") if found else 0
+        if not size:
+            self.fail(f"{value!r} is not a size: use bytes, or for example 64KiB, 8MiB, 1GiB", param, ctx)
+        return size
+
+
+class _Digest(click.ParamType):
+    """An artifact digest."""
+
+    name = "digest"
+
+    @override
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not re.fullmatch(r"sha256:[0-9a-f]{64}", str(value)):
+            self.fail(f"{value!r} is not an artifact digest: 'sha256:' and 64 hexadecimal digits", param, ctx)
+        return value
+
+
+def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    """Put a shared option where every command finds it; given after the command it wins over one before."""
+    name = parameter.name or ""
+    source = context.get_parameter_source(name)
+    from_environment = source is ParameterSource.ENVIRONMENT and context.parent is None
+    if source is ParameterSource.COMMANDLINE or from_environment:
+        setattr(context.ensure_object(Settings), name, value)
+
+
+def _shared_options() -> list[click.Parameter]:
+    def option(*names: str, **attributes: Any) -> click.Option:
+        return click.Option(names, expose_value=False, callback=_keep, **attributes)
+
+    return [
+        option("--store", metavar="URL", envvar="BLOBFLOW_STORE", show_envvar=True, help="s3://bucket/prefix, a path, or an fsspec URL."),
+        option("--endpoint-url", metavar="URL", help="S3 server, unless it is AWS.  [env var: AWS_ENDPOINT_URL]"),
+        option("--region", metavar="NAME", help="S3 region."),
+        option("--profile", type=click.Choice(["datacenter", "tactical", "edge"]), help="How a transfer is cut and paced.  [default: tactical]"),
+        option("--chunk-size", type=_Size(), metavar="SIZE", help="Instead of the profile's, e.g. 64MiB."),
+        option("--workers", type=click.IntRange(1, 256), metavar="N", help="Chunks in flight, instead of the profile's."),
+        option("--json", is_flag=True, help="One JSON document on standard output."),
+        option("-v", "--verbose", count=True, help="Log to standard error, and show tracebacks; -vv for more."),
+    ]  # fmt: skip
+
+
+class _Command(click.Command):
+    """A command that takes the shared options as well."""
+
+    @override
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.params += _shared_options()
+
+    @override
+    def invoke(self, ctx: click.Context) -> Any:
+        _show_log(ctx.ensure_object(Settings).verbose)
+        return super().invoke(ctx)
+
+
+class _Group(click.Group):
+    command_class = _Command
+
+
+@click.group(
+    cls=_Group,
+    params=_shared_options(),
+    epilog="The options above may stand before the command or after it. Exit codes: 0 done, 1 failed, 2 usage, "
+    "3 integrity, 4 not found, 5 refused, 75 temporary (run it again).",
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Move large directories through object stores: resumable, verified, whole or not at all."""
