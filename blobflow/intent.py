@@ -18,7 +18,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 from blobflow.artifact.manifest import MAX_MANIFEST_BYTES, Manifest, artifact_digest
-from blobflow.errors import ArtifactInvalid, ObjectNotFound, PreconditionFailed, TransferBusy
+from blobflow.errors import ArtifactInvalid, NoSuchUpload, ObjectNotFound, PreconditionFailed, TransferBusy
 from blobflow.owner import owner_is_gone, process_owner
 from blobflow.stores.base import PutMode, Store
 
@@ -100,10 +100,12 @@ class Intent:
                 crcs=dict(zip(_decode_ranges(document["parts"]), _little_endian(packed), strict=True)),
                 replaces=document["replaces"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            digest = document["artifact_digest"]
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ArtifactInvalid(f"the intent of an upload is damaged: {error!r}") from error
-        if artifact_digest(intent.manifest_bytes) != document["artifact_digest"] or intent.part_size <= 0:
+        if artifact_digest(intent.manifest_bytes) != digest or intent.part_size <= 0:
             raise ArtifactInvalid("the intent of an upload contradicts itself")
+        Manifest.parse(intent.manifest_bytes)
         return intent
 
 
@@ -159,13 +161,20 @@ class IntentKeeper:
 
         Raises:
             TransferBusy: the intent now belongs to another upload; this one must stop.
+            NoSuchUpload: there is no intent any more: a joined uploader has published, or given up.
         """
         mine = self.intent
         if mine is None:
             raise AssertionError("save without an intent")
         for _ in range(_SAVE_ATTEMPTS):
             current = self.intent
-            if current is None or current.upload_id != mine.upload_id:
+            if current is None:
+                raise NoSuchUpload(
+                    f"the intent of {self._key.removesuffix(SUFFIX)!r} is gone",
+                    key=self._key.removesuffix(SUFFIX),
+                    upload_id=mine.upload_id,
+                )
+            if current.upload_id != mine.upload_id:
                 break
             renewed = replace(
                 current,
@@ -183,9 +192,11 @@ class IntentKeeper:
         """Whether a third of the time to live is over."""
         return self._clock() - self._renewed_at > TTL_S / 3
 
-    def remove(self) -> None:
-        """The upload is published or given up."""
-        self._store.delete(self._key)
+    def remove(self, upload_id: str) -> None:
+        """The upload is published or given up. An intent that meanwhile belongs to another upload is left alone."""
+        current = self.load()
+        if current is None or current.upload_id == upload_id:
+            self._store.delete(self._key)
         self.intent, self._e_tag = None, ""
 
     def _write(self, intent: Intent) -> bool:

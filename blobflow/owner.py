@@ -23,7 +23,7 @@ def owner_is_gone(owner: str) -> bool:
         return False
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no pid is that large
         return True
     except PermissionError:
         return False

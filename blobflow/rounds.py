@@ -30,8 +30,15 @@ class RoundResult:
 
 
 def content_key(name: str, artifact: Artifact) -> str:
-    """The immutable key of an artifact: the same content always goes to the same key."""
-    return f"{name}/{artifact.manifest.content_digest.removeprefix('sha256:')[:16]}.tar"
+    """The immutable key of an artifact: the same content always goes to the same key, other content to another.
+
+    Executable bits are content as well (`Manifest.same_content`), but the content digest does not know them.
+    """
+    manifest = artifact.manifest
+    content, executables = (
+        (digest or "").removeprefix("sha256:") for digest in (manifest.content_digest, manifest.executables_digest)
+    )
+    return f"{name}/{content[:16]}-{executables[:8]}.tar"
 
 
 def run_export_round(

@@ -111,7 +111,7 @@ class Artifact:
     @cached_property
     def index_bytes(self) -> bytes:
         """The bytes of `INDEX.parquet`, checked against the manifest."""
-        data = (self.path / INDEX_NAME).read_bytes()
+        data = _read_own(self.path / INDEX_NAME)
         check_index_bytes(data, self.manifest)
         return data
 
@@ -152,19 +152,32 @@ def checked_layout(manifest_bytes: bytes, manifest: Manifest, index: Index) -> T
     """
     from blobflow.artifact.tarmap import TarMap
 
+    # First, because a promise is below 2**63: sizes that are lies cannot overflow the layout after that.
+    if manifest.bytes != index.total_bytes:
+        raise _contradiction("bytes", manifest.bytes, index.total_bytes)
     layout = TarMap(len(manifest_bytes), manifest.index.size, index)
     for what, promised, actual in (
-        ("bytes", manifest.bytes, index.total_bytes),
         ("content_digest", manifest.content_digest, index.content_digest()),
         ("executables_digest", manifest.executables_digest or index.executables_digest(), index.executables_digest()),
         ("body.size", manifest.body.size, layout.size - layout.body_start),
         ("body.crc32c", manifest.body.crc32c, layout.body_crc32c(manifest.index.crc32c)),
     ):
         if promised != actual:
-            raise ArtifactInvalid(
-                f"the manifest's {what} is {promised}, its index gives {actual}", expected=promised, actual=actual
-            )
+            raise _contradiction(what, promised, actual)
     return layout
+
+
+def _contradiction(what: str, promised: object, actual: object) -> ArtifactInvalid:
+    return ArtifactInvalid(
+        f"the manifest's {what} is {promised}, its index gives {actual}", expected=promised, actual=actual
+    )
+
+
+def _read_own(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ArtifactInvalid(f"{path} is missing", hint="export again", path=str(path)) from error
 
 
 def check_index_bytes(data: bytes, manifest: Manifest) -> None:
@@ -201,7 +214,7 @@ class PayloadSource:
         self._index = artifact.index
         self._crowd = CrowdLock()
         self._root = os.path.realpath(artifact.data)
-        self._inodes = decode_inodes((artifact.path / REFERENCE_NAME).read_bytes()) if artifact.is_reference else None
+        self._inodes = decode_inodes(_read_own(artifact.path / REFERENCE_NAME)) if artifact.is_reference else None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the payload's bytes from `offset`."""
@@ -234,7 +247,8 @@ class PayloadSource:
     def _read_member(self, member: int, offset: int, target: memoryview) -> None:
         path = self._index.paths[member]
         try:
-            descriptor = os.open(os.path.join(self._root, path), os.O_RDONLY | os.O_CLOEXEC)
+            # Non-blocking, so that a pipe that took a file's place cannot hang the upload.
+            descriptor = os.open(os.path.join(self._root, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise SourceChanged(f"source file {path!r} cannot be read: {error.strerror}", path=path) from error
         try:

@@ -49,10 +49,11 @@ def check_destination(dest: Path) -> None:
         with os.scandir(dest) as entries:
             empty = next(entries, None) is None
     except FileNotFoundError:
-        empty = not dest.is_symlink()
+        empty = True
     except NotADirectoryError:
         empty = False
-    if not empty:
+    # A link, wherever it leads, cannot be replaced by a directory in one step.
+    if not empty or dest.is_symlink():
         raise DestinationNotEmpty(f"destination {dest} exists and is not an empty directory", path=str(dest))
 
 
@@ -121,7 +122,11 @@ class Stage:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise TransferBusy(f"another process is landing {self.dest}", path=str(self.dest)) from error
-            self.tree.mkdir(exist_ok=True)
+            try:
+                self.tree.mkdir(exist_ok=True)
+            except FileNotFoundError as error:
+                # The other process published and removed the stage between our open and our lock.
+                raise TransferBusy(f"another process has just landed {self.dest}", path=str(self.dest)) from error
             self._read_journal()
             yield self
         finally:
@@ -344,18 +349,21 @@ class _Writer:
         mode = _permissions(self._index.modes[member])
         if not fresh:
             try:
-                return os.open(name, _OPEN_FILE, dir_fd=directory)
+                return self._sized(os.open(name, _OPEN_FILE, dir_fd=directory), member)
             except FileNotFoundError:
                 pass
         try:
             descriptor = os.open(name, _OPEN_FILE | os.O_CREAT | os.O_EXCL, mode, dir_fd=directory)
         except FileExistsError:
             if not fresh:  # another worker was quicker with its piece
-                return os.open(name, _OPEN_FILE, dir_fd=directory)
+                return self._sized(os.open(name, _OPEN_FILE, dir_fd=directory), member)
             os.unlink(name, dir_fd=directory)  # left by a process that was killed before it could commit
             return os.open(name, _OPEN_FILE | os.O_CREAT | os.O_EXCL, mode, dir_fd=directory)
-        if not fresh:
-            os.ftruncate(descriptor, self._index.sizes[member])
+        return descriptor if fresh else self._sized(descriptor, member)
+
+    def _sized(self, descriptor: int, member: int) -> int:
+        """Give the file its length, whoever made it: its last piece may be a hole, which nobody writes."""
+        os.ftruncate(descriptor, self._index.sizes[member])
         return descriptor
 
     def _open_parent(self, parent: str) -> int:

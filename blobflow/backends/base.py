@@ -45,8 +45,10 @@ class ImportResult:
 class Exporter(Protocol):
     """Makes an artifact of a source."""
 
-    backend: str
-    """Stands in the manifest and picks the importer."""
+    @property
+    def backend(self) -> str:
+        """Stands in the manifest and picks the importer."""
+        ...
 
     def export(self, dest: Path, *, on_progress: OnProgress | None = None) -> ExportResult:
         """Write an artifact into `dest`, which must be absent or an empty directory.
@@ -59,7 +61,10 @@ class Exporter(Protocol):
 class Importer(Protocol):
     """Brings an artifact to life at its target."""
 
-    backend: str
+    @property
+    def backend(self) -> str:
+        """The backend of the artifacts it takes."""
+        ...
 
     def staging(self, artifact_digest: str) -> Path:
         """Where a download for this importer should land, so that `consume` needs no copy."""

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from blobflow.artifact.artifact import Artifact, write_artifact
 from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
-from blobflow.artifact.landing import check_destination, fsync_directory, sync_tree
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.members import open_regular, verify_members
 from blobflow.backends.base import ExportResult, ImportResult, OnProgress
@@ -73,7 +72,9 @@ class DirectoryExporter(BaseModel):
             SourceChanged: a file was written to while it was read.
             DestinationNotEmpty: `dest` holds something.
         """
+        # Not at the top: pyarrow behind them costs 0.3 s, and a pipeline is defined more often than it is run.
         from blobflow.artifact.index import EXECUTABLE_MODE, FILE_MODE, Index, Member
+        from blobflow.artifact.landing import check_destination
 
         started = time.monotonic()
         root = self._root()
@@ -261,6 +262,8 @@ class DirectoryImporter(BaseModel):
 
     def _keep(self, artifact: Artifact, *, consume: bool) -> Path:
         """Make the artifact a version: by rename if it may be consumed, by copy otherwise."""
+        from blobflow.artifact.landing import fsync_directory, sync_tree
+
         version = self._versions / _version_name(artifact.digest)
         self._versions.mkdir(parents=True, exist_ok=True)
         if artifact.path == version:
@@ -289,6 +292,8 @@ class DirectoryImporter(BaseModel):
         return version
 
     def _show(self, version: Path, link: Path) -> None:
+        from blobflow.artifact.landing import fsync_directory
+
         fresh = self.path / ".current.new"
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(Path("versions") / version.name / DATA_NAME)

@@ -25,8 +25,9 @@ __all__ = ["main", "run"]
 def main() -> NoReturn:
     """The console script: run the command line and exit with its code."""
     for stream in (sys.stdout, sys.stderr):
-        # A path that is not valid Unicode must not be what makes a report fail.
-        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+        if isinstance(stream, TextIOWrapper):
+            # A path that is not valid Unicode must not be what makes a report fail.
+            stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
             signal.signal(number, _stop)
@@ -57,7 +58,7 @@ def _run(arguments: Sequence[str], settings: Settings) -> int:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"see {context.command_path if context else 'blobflow'} --help"
-        settings.fail({"type": type(error).__name__, "message": error.format_message(), "hint": hint})
+        settings.fail({"type": "UsageError", "message": error.format_message(), "hint": hint})
         return error.exit_code
     except click.Abort:  # what click makes of a KeyboardInterrupt
         return settings.stopped(signal.SIGINT)

@@ -26,13 +26,37 @@ if TYPE_CHECKING:
 _PATH: Final = click.Path(path_type=Path)
 
 
+@click.group(
+    cls=CommandGroup,
+    params=shared_options(),
+    epilog="The options above may stand before the command or after it. Exit codes: 0 done, 1 failed, 2 usage, "
+    "3 integrity, 4 not found, 5 refused, 75 temporary (run it again).",
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Move large directories through object stores: resumable, verified, whole or not at all."""
+
+
 def _export_options(function: Callable[..., None]) -> Callable[..., None]:
-    for decorate in (
-        click.option("--mode", type=click.Choice(["reference", "link", "copy"]), help="How the artifact holds the files: not at all, as hard links, or as copies."),
-        click.option("--symlinks", type=click.Choice(["refuse", "skip", "follow"]), help="What to do with symbolic links.  [default: refuse]"),
-        click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out names that match, or paths if it has a '/'; may be repeated."),
-    ):  # fmt: skip
-        function = decorate(function)
+    for option in (
+        click.option(
+            "--mode",
+            type=click.Choice(["reference", "link", "copy"]),
+            help="How the artifact holds the files: it points to them, as hard links, or as copies.",
+        ),
+        click.option(
+            "--symlinks",
+            type=click.Choice(["refuse", "skip", "follow"]),
+            help="What to do with symbolic links; follow stays inside.  [default: refuse]",
+        ),
+        click.option(
+            "--exclude",
+            multiple=True,
+            metavar="PATTERN",
+            help="Leave out names that match or, if the pattern has a '/', paths; may be repeated.",
+        ),
+    ):
+        function = option(function)
     return function
 
 
@@ -52,9 +76,9 @@ def export(settings: Settings, source: Path, dest: Path, **options: Any) -> None
     """
     from blobflow.backends import export_artifact
 
-    with _progress() as progress:
+    with show_progress() as progress:
         result = export_artifact(
-            source, dest, on_progress=_processed(progress, "export"), **{"mode": "copy", **_given(options)}
+            source, dest, on_progress=processed(progress, "export"), **{"mode": "copy", **_given(options)}
         )
     artifact = result.artifact
     settings.report(
@@ -74,6 +98,10 @@ def export(settings: Settings, source: Path, dest: Path, **options: Any) -> None
         f"{_members(artifact.manifest)} in {result.seconds:.1f} s",
         *_left_out(result.excluded, result.symlinks_skipped),
     )
+
+
+def _members(manifest: Manifest) -> str:
+    return f"{manifest.members} {'member' if manifest.members == 1 else 'members'}, {human_size(manifest.bytes)}"
 
 
 def _left_out(excluded: int, symlinks_skipped: int) -> list[str]:
@@ -100,11 +128,11 @@ def push(settings: Settings, directory: Path, key: str, overwrite: bool, **optio
     settings.resumes = True
     started = time.monotonic()
     check_artifact_key(key)
-    with settings.open_store() as store, _progress() as progress:
+    with settings.open_store() as store, show_progress() as progress:
         arguments: dict[str, Any] = {
             "profile": settings.transfer_profile(),
             "overwrite": overwrite,
-            "on_progress": _transferred(progress),
+            "on_progress": transferred(progress),
         }
         excluded = symlinks_skipped = 0
         if Artifact.is_artifact(directory):
@@ -113,9 +141,9 @@ def push(settings: Settings, directory: Path, key: str, overwrite: bool, **optio
             result = upload(store, key, directory, **arguments)
         else:
             store.exists(key)  # wrong credentials should not show only after an hour of hashing
-            with _scratch(directory) as scratch:
+            with scratch_directory(directory) as scratch:
                 exported = export_artifact(
-                    directory, scratch / "artifact", on_progress=_processed(progress, "export"), **_given(options)
+                    directory, scratch / "artifact", on_progress=processed(progress, "export"), **_given(options)
                 )
                 excluded, symlinks_skipped = exported.excluded, exported.symlinks_skipped
                 result = upload(store, key, exported.artifact, **arguments)
@@ -139,14 +167,14 @@ def push(settings: Settings, directory: Path, key: str, overwrite: bool, **optio
             "seconds": seconds,
         },
         f"{result.status} {key}  {result.artifact_digest}",
-        f"{_members(result.manifest)}; sent {_size(result.bytes_sent)}{_resumed(result.bytes_resumed)}"
+        f"{_members(result.manifest)}; sent {human_size(result.bytes_sent)}{_resumed(result.bytes_resumed)}"
         f" in {seconds:.1f} s",
         *_left_out(excluded, symlinks_skipped),
     )
 
 
 def _resumed(count: int) -> str:
-    return f", {_size(count)} were there from before," if count else ""
+    return f", {human_size(count)} were there from before," if count else ""
 
 
 @cli.command()
@@ -160,11 +188,9 @@ def _resumed(count: int) -> str:
     metavar="BACKEND TARGET",
     help="Bring the artifact to life at TARGET instead; BACKEND is 'directory', which keeps TARGET/current up to date.",
 )
-@click.option("--digest", type=_Digest(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
+@click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
 @click.pass_obj
-def pull(
-    settings: Settings, key: str, dest: Path | None, target: tuple[str, Path] | None, digest: str | None
-) -> None:
+def pull(settings: Settings, key: str, dest: Path | None, target: tuple[str, Path] | None, digest: str | None) -> None:
     """Download the artifact under KEY to DEST, which must be new or empty.
 
     Every byte is verified beside DEST, which then appears whole, in one step. Run it again after a crash: it fetches
@@ -176,11 +202,11 @@ def pull(
         raise click.UsageError("name either DEST or --import BACKEND TARGET")
     settings.resumes = True
     started = time.monotonic()
-    with settings.open_store() as store, _progress() as progress:
+    with settings.open_store() as store, show_progress() as progress:
         options: dict[str, Any] = {
             "profile": settings.transfer_profile(),
             "expected_digest": digest,
-            "on_progress": _transferred(progress),
+            "on_progress": transferred(progress),
         }
         if target is not None:
             status, path, result = _pull_into(target[1], store, key, digest, progress, options)
@@ -206,13 +232,13 @@ def pull(
             "seconds": seconds,
         },
         f"{status} {path}  {result.artifact_digest}",
-        f"{_members(result.manifest)}; received {_size(result.bytes_received)}{_resumed(result.bytes_resumed)}"
+        f"{_members(result.manifest)}; received {human_size(result.bytes_received)}{_resumed(result.bytes_resumed)}"
         f" in {seconds:.1f} s",
     )
 
 
 def _pull_into(
-    target: Path, store: Store, key: str, digest: str | None, progress: _Progress, options: dict[str, Any]
+    target: Path, store: Store, key: str, digest: str | None, progress: Progress, options: dict[str, Any]
 ) -> tuple[str, Path, DownloadResult]:
     """Download into the importer's own staging, so that the import is a rename; what is alive there is left alone."""
     from blobflow.artifact.manifest import artifact_digest
@@ -227,7 +253,7 @@ def _pull_into(
         unchanged = DownloadResult("unchanged", key, path, offered, alive.manifest, alive.payload_size, 0, 0, 0.0)
         return "unchanged", path, unchanged
     result = download(store, key, importer.staging(offered), **options)
-    imported = import_artifact(result.path, importer, consume=True, on_progress=_processed(progress, "import"))
+    imported = import_artifact(result.path, importer, consume=True, on_progress=processed(progress, "import"))
     return imported.status, imported.path, result
 
 
@@ -235,7 +261,7 @@ def _pull_into(
 @click.argument("key")
 @click.option("--deep", "mode", flag_value="deep", help="Read and check every byte.")
 @click.option("--shallow", "mode", flag_value="shallow", help="Check sizes, manifests and what the store attests.")
-@click.option("--digest", type=_Digest(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
+@click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
 @click.pass_obj
 def verify(settings: Settings, key: str, mode: Literal["deep", "shallow"] | None, digest: str | None) -> None:
     """Prove that the artifact under KEY is whole.
@@ -244,14 +270,14 @@ def verify(settings: Settings, key: str, mode: Literal["deep", "shallow"] | None
     """
     from blobflow.transport import verify as verify_artifact
 
-    with settings.open_store() as store, _progress() as progress:
+    with settings.open_store() as store, show_progress() as progress:
         result = verify_artifact(
             store,
             key,
             mode=mode or "auto",
             expected_digest=digest,
             profile=settings.transfer_profile(),
-            on_progress=_transferred(progress),
+            on_progress=transferred(progress),
         )
     settings.report(
         {
@@ -269,8 +295,8 @@ def verify(settings: Settings, key: str, mode: Literal["deep", "shallow"] | None
             "seconds": result.seconds,
         },
         f"verified {key}  {result.artifact_digest}",
-        f"{_members(result.manifest)}; {result.mode_used}: read {_size(result.bytes_read)} of"
-        f" {_size(result.bytes_total)} in {result.seconds:.1f} s",
+        f"{_members(result.manifest)}; {result.mode_used}: read {human_size(result.bytes_read)} of"
+        f" {human_size(result.bytes_total)} in {result.seconds:.1f} s",
     )
 
 
@@ -293,7 +319,7 @@ def ls(settings: Settings, prefix: str) -> None:
             ]
             settings.report({"status": "listed", "store": store.url, "prefix": prefix, "artifacts": artifacts})
         else:
-            _table(("key", "published"), ((entry.key, _time(entry.last_modified)) for entry in entries))
+            table(("key", "published"), ((entry.key, human_time(entry.last_modified)) for entry in entries))
 
 
 @cli.command()
@@ -321,7 +347,7 @@ def show(settings: Settings, key: str) -> None:
             }
         )
         return
-    _table(
+    table(
         ("", ""),
         [
             ("key", key),
@@ -330,12 +356,12 @@ def show(settings: Settings, key: str) -> None:
             ("content", manifest.content_digest),
             ("backend", manifest.backend),
             ("cursor", json.dumps(manifest.cursor)),
-            ("created", _time(manifest.created_at)),
+            ("created", human_time(manifest.created_at)),
             ("producer", manifest.producer),
             ("members", str(manifest.members)),
-            ("bytes", f"{manifest.bytes} ({_size(manifest.bytes)})"),
-            ("payload", f"{payload.size} ({_size(payload.size)})"),
-            ("published", _time(payload.last_modified)),
+            ("bytes", f"{manifest.bytes} ({human_size(manifest.bytes)})"),
+            ("payload", f"{payload.size} ({human_size(payload.size)})"),
+            ("published", human_time(payload.last_modified)),
         ],
     )
 

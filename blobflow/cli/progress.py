@@ -10,57 +10,38 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import click
 
-from blobflow.cli.words import duration, human_size
+from blobflow.cli.words import human_duration, human_size
 
 if TYPE_CHECKING:
     from blobflow.transport import ProgressEvent
 
-class _Progress(Protocol):
-    """Shows on standard error how far the work is."""
+LINE_EVERY_S: Final = 10.0
+
+
+class Progress(Protocol):
+    """Shows how far the work is."""
 
     def show(self, phase: str, done: int, total: int) -> None:
         """`done` of `total` bytes are done in this phase."""
         ...
 
 
-def _progress() -> AbstractContextManager[_Progress]:
-    return _bar() if sys.stderr.isatty() else _lines()
+def show_progress() -> AbstractContextManager[Progress]:
+    """The display that suits standard error."""
+    return _bar() if sys.stderr.isatty() else nullcontext(Lines())
 
 
-@contextmanager
-def _bar() -> Generator[_Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-
-        class Bar:
-            phase = ""
-            task = bar.add_task("", visible=False)
-
-            def show(self, phase: str, done: int, total: int) -> None:
-                if phase != self.phase:
-                    # A new task, so that what an earlier process did counts neither for the rate nor for the rest.
-                    bar.remove_task(self.task)
-                    self.phase, self.task = phase, bar.add_task(phase, total=total, completed=done)
-                bar.update(self.task, completed=done, total=total)
-
-        yield Bar()
+def transferred(progress: Progress) -> Callable[[ProgressEvent], None]:
+    """The `on_progress` of transfers."""
+    return lambda event: progress.show(event.phase, event.bytes_done, event.bytes_total)
 
 
-@contextmanager
-def _lines() -> Generator[_Progress]:
-    yield _Lines()
+def processed(progress: Progress, phase: str) -> Callable[[int, int], None]:
+    """The `on_progress` of exports and imports."""
+    return lambda done, total: progress.show(phase, done, total)
 
 
-class _Lines:
+class Lines:
     """A line every ten seconds, with the rate of those ten seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -73,19 +54,39 @@ class _Lines:
         now = self._clock()
         if phase != self._phase:
             self._phase, self._at, self._done = phase, now, done
-        elif now - self._at >= _LINE_EVERY_S:
+        elif now - self._at >= LINE_EVERY_S:
             rate = (done - self._done) / (now - self._at)
-            left = f", {_duration((total - done) / rate)} left" if rate > 0 else ""
+            left = f", {human_duration((total - done) / rate)} left" if rate > 0 else ""
             percent = f"{done / total:.0%}" if total else "100%"
-            click.echo(f"{phase} {_size(done)} of {_size(total)} ({percent}), {_size(rate)}/s{left}", err=True)
+            click.echo(
+                f"{phase} {human_size(done)} of {human_size(total)} ({percent}), {human_size(rate)}/s{left}", err=True
+            )
             self._at, self._done = now, done
 
 
-def _transferred(progress: _Progress) -> Callable[[ProgressEvent], None]:
-    return lambda event: progress.show(event.phase, event.bytes_done, event.bytes_total)
+@contextmanager
+def _bar() -> Generator[Progress]:
+    from rich import progress
+    from rich.console import Console
 
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(binary_units=True),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
 
-def _processed(progress: _Progress, phase: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress.show(phase, done, total)
+        class Bar:
+            phase = ""
+            task = bars.add_task("", visible=False)
 
+            def show(self, phase: str, done: int, total: int) -> None:
+                if phase != self.phase:
+                    # A new task, so that what an earlier process did counts neither for the rate nor for the time.
+                    bars.remove_task(self.task)
+                    self.phase, self.task = phase, bars.add_task(phase, total=total, completed=done)
+                bars.update(self.task, completed=done, total=total)
 
+        yield Bar()

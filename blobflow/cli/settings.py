@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
-from typing_extensions import override
 
 from blobflow.cli.words import printable
 from blobflow.errors import BlobflowError, TemporaryError
@@ -47,7 +46,7 @@ class Settings:
 
         given = {"chunk_size": self.chunk_size, "workers": self.workers}
         changes = {name: value for name, value in given.items() if value is not None}
-        return ChunkProfile(**{**ChunkProfile.named(self.profile).model_dump(), **changes})
+        return ChunkProfile.named(self.profile).model_copy(update=changes)
 
     @contextmanager
     def open_store(self) -> Generator[Store]:
@@ -75,7 +74,7 @@ class Settings:
             click.echo(json.dumps(document))
         else:
             for line in lines:
-                click.echo(_printable(line))
+                click.echo(printable(line))
 
     def fail(self, document: dict[str, Any], error: Exception | None = None) -> None:
         """The error: as a document on standard output under `--json`, otherwise in words on standard error."""
@@ -86,9 +85,9 @@ class Settings:
             return
         unexpected = error is not None and not isinstance(error, BlobflowError)
         message = f"{document['type']}: {document['message']}" if unexpected else document["message"]
-        click.echo(f"Error: {_printable(message)}", err=True)
+        click.echo(f"Error: {printable(message)}", err=True)
         if document["hint"]:
-            click.echo(f"Hint: {_printable(document['hint'])}", err=True)
+            click.echo(f"Hint: {printable(document['hint'])}", err=True)
 
     def stopped(self, number: signal.Signals) -> int:
         """Report the signal that ended the command; the exit code that says so."""
@@ -100,7 +99,6 @@ class Settings:
 class _LogLines(logging.Handler):
     """Log lines on whatever standard error is at the moment: a progress bar puts itself in its place."""
 
-    @override
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(self.format(record) + "\n")
 
@@ -114,12 +112,11 @@ def _show_log(verbose: int) -> None:
     package.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType[int]):
     """Bytes, as a number or with a binary unit."""
 
     name = "size"
 
-    @override
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         found = re.fullmatch(r"(\d+)(?:([KMG])(?:iB)?)?", str(value))
         size = int(found[1]) << 10 * " KMG".index(found[2] or " ") if found else 0
@@ -128,12 +125,11 @@ class _Size(click.ParamType):
         return size
 
 
-class _Digest(click.ParamType):
+class DigestType(click.ParamType[str]):
     """An artifact digest."""
 
     name = "digest"
 
-    @override
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not re.fullmatch(r"sha256:[0-9a-f]{64}", str(value)):
             self.fail(f"{value!r} is not an artifact digest: 'sha256:' and 64 hexadecimal digits", param, ctx)
@@ -149,46 +145,48 @@ def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> Non
         setattr(context.ensure_object(Settings), name, value)
 
 
-def _shared_options() -> list[click.Parameter]:
+def shared_options() -> list[click.Parameter]:
+    """Fresh copies of the options that every command takes."""
+
     def option(*names: str, **attributes: Any) -> click.Option:
         return click.Option(names, expose_value=False, callback=_keep, **attributes)
 
     return [
-        option("--store", metavar="URL", envvar="BLOBFLOW_STORE", show_envvar=True, help="s3://bucket/prefix, a path, or an fsspec URL."),
+        option(
+            "--store",
+            metavar="URL",
+            envvar="BLOBFLOW_STORE",
+            show_envvar=True,
+            help="s3://bucket/prefix, a path, or an fsspec URL.",
+        ),
         option("--endpoint-url", metavar="URL", help="S3 server, unless it is AWS.  [env var: AWS_ENDPOINT_URL]"),
         option("--region", metavar="NAME", help="S3 region."),
-        option("--profile", type=click.Choice(["datacenter", "tactical", "edge"]), help="How a transfer is cut and paced.  [default: tactical]"),
-        option("--chunk-size", type=_Size(), metavar="SIZE", help="Instead of the profile's, e.g. 64MiB."),
-        option("--workers", type=click.IntRange(1, 256), metavar="N", help="Chunks in flight, instead of the profile's."),
+        option(
+            "--profile",
+            type=click.Choice(["datacenter", "tactical", "edge"]),
+            help="How a transfer is cut and paced.  [default: tactical]",
+        ),
+        option("--chunk-size", type=_Size(), metavar="SIZE", help="For example 64MiB, instead of the profile's."),
+        option("--workers", type=click.IntRange(1, 256), metavar="N", help="Chunks in flight, likewise."),
         option("--json", is_flag=True, help="One JSON document on standard output."),
         option("-v", "--verbose", count=True, help="Log to standard error, and show tracebacks; -vv for more."),
-    ]  # fmt: skip
+    ]
 
 
 class _Command(click.Command):
     """A command that takes the shared options as well."""
 
-    @override
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
-        self.params += _shared_options()
+        self.params += shared_options()
 
-    @override
     def invoke(self, ctx: click.Context) -> Any:
         _show_log(ctx.ensure_object(Settings).verbose)
         return super().invoke(ctx)
 
 
-class _Group(click.Group):
+class CommandGroup(click.Group):
+    """A group whose commands take the shared options."""
+
     command_class = _Command
-
-
-@click.group(
-    cls=_Group,
-    params=_shared_options(),
-    epilog="The options above may stand before the command or after it. Exit codes: 0 done, 1 failed, 2 usage, "
-    "3 integrity, 4 not found, 5 refused, 75 temporary (run it again).",
-)
-@click.version_option(__version__, message="%(prog)s %(version)s")
-def cli() -> None:
-    """Move large directories through object stores: resumable, verified, whole or not at all."""
+    group_class = type

@@ -9,7 +9,7 @@ from datetime import datetime
 import click
 
 
-def _size(count: float) -> str:
+def human_size(count: float) -> str:
     """`count` bytes for people."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024:
@@ -18,36 +18,34 @@ def _size(count: float) -> str:
     return f"{count:.1f} PiB"
 
 
-def _duration(seconds: float) -> str:
+def human_duration(seconds: float) -> str:
+    """`h:mm:ss`, or `m:ss` below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _time(moment: datetime | None) -> str:
+def human_time(moment: datetime | None) -> str:
+    """The moment in local time."""
     return moment.astimezone().isoformat(sep=" ", timespec="seconds") if moment else ""
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """`text` on one line and without what a terminal would obey: names and manifests may come from a stranger."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _members(manifest: Manifest) -> str:
-    return f"{manifest.members} {'member' if manifest.members == 1 else 'members'}, {_size(manifest.bytes)}"
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on a terminal; elsewhere a line for each row as it comes, with tabs between the cells."""
     if not sys.stdout.isatty():
         for row in rows:
-            click.echo("\t".join(map(_printable, row)))
+            click.echo("\t".join(map(printable, row)))
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*headings, box=None, pad_edge=False, show_header=any(headings))
+    grid = Table(*headings, box=None, pad_edge=False, show_header=any(headings))
     for row in rows:
-        table.add_row(*(Text(_printable(cell), overflow="fold") for cell in row))
-    Console().print(table)
+        grid.add_row(*(Text(printable(cell), overflow="fold") for cell in row))
+    Console().print(grid)

@@ -6,7 +6,10 @@ reading, hashing and writing overlap, and a call into somebody else's hung strea
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
+import logging
 import os
 import queue
 import stat
@@ -29,6 +32,8 @@ from blobflow.errors import (
     StoreUnavailable,
     TimedOut,
 )
+
+log = logging.getLogger(__name__)
 
 
 class ReadableStream(Protocol):
@@ -120,10 +125,14 @@ class _Clock:
     def __exit__(self, *_: object) -> None:
         self._since = None
 
-    def check(self) -> None:
-        """Raise if the call under way has been silent for too long."""
+    def is_silent(self) -> bool:
+        """Whether the call under way has been silent for too long."""
         since = self._since
-        if since is not None and time.monotonic() - since > self.timeout_s:
+        return since is not None and time.monotonic() - since > self.timeout_s
+
+    def check(self) -> None:
+        """Raise if it is."""
+        if self.is_silent():
             raise TimedOut(
                 f"{self.what} timed out after {self.timeout_s:g} s at offset {self.offset}",
                 operation=self.what,
@@ -143,6 +152,7 @@ class _Transfer:
     ) -> None:
         self._read_into = _reader(source)
         self._target = target
+        self._write = _writer(target)
         self._profile = profile
         self._checkpoint = checkpoint
         self._on_checkpoint = on_checkpoint
@@ -202,8 +212,9 @@ class _Transfer:
                     unsaved = False
                     self._save()
         except BaseException:
-            if unsaved:
-                self._save()
+            # A target that hangs in a write would hang in a flush too, and without it nothing new is durable.
+            if unsaved and not self._writing.is_silent():
+                self._save_last()
             raise
         self._flush()
 
@@ -224,6 +235,13 @@ class _Transfer:
             self._flush()
             self._on_checkpoint(self._checkpoint)
             self._saved += 1
+
+    def _save_last(self) -> None:
+        """Save what can be saved while an error is on its way; it must not be hidden by another one."""
+        try:
+            self._save()
+        except Exception as error:  # noqa: BLE001  # the first error is the one to report
+            log.warning("transfer.last_checkpoint_failed session=%s error=%r", self._checkpoint.session_id, error)
 
     def _flush(self) -> None:
         """Make what was written durable, as far as the target knows how."""
@@ -332,10 +350,9 @@ class _Transfer:
             while view:
                 try:
                     with self._writing:
-                        count = self._target.write(view[:_SLICE])
+                        count = self._write(view[:_SLICE])
                 except Exception as error:
                     raise _failed("write", self._writing.offset, error) from error
-                count = min(len(view), _SLICE) if count is None else count
                 view = view[count:]
                 self._writing.offset += count
             self._events.put(chunk)
@@ -353,7 +370,7 @@ def _reader(source: Source) -> Callable[[memoryview], int]:
     """`read_into(view)` over a stream or the pieces of an iterable: bytes read, 0 at the end."""
     read_into: Any = getattr(source, "readinto", None)
     if read_into is not None:
-        return lambda view: read_into(view) or 0
+        return lambda view: _ready(read_into(view), "source")
     read: Any = getattr(source, "read", None)
     pieces = iter(cast("Iterable[bytes]", () if read else source))
     rest = memoryview(b"")
@@ -361,7 +378,7 @@ def _reader(source: Source) -> Callable[[memoryview], int]:
     def read_pieces(view: memoryview) -> int:
         nonlocal rest
         while not rest:
-            piece = read(len(view)) if read else next(pieces, None)
+            piece = _ready(read(len(view)), "source") if read else next(pieces, None)
             if not piece and (read or piece is None):
                 return 0
             rest = memoryview(piece)
@@ -371,3 +388,22 @@ def _reader(source: Source) -> Callable[[memoryview], int]:
         return length
 
     return read_pieces
+
+
+def _writer(target: WritableStream) -> Callable[[memoryview], int]:
+    """`write(view)` to a stream: bytes taken, at least one."""
+
+    def write(view: memoryview) -> int:
+        count = target.write(view)
+        if count is None and not isinstance(target, io.RawIOBase):
+            return len(view)  # an object that only looks like a file, and says nothing
+        return _ready(count or None, "target")
+
+    return write
+
+
+def _ready(answer: Any, what: str) -> Any:
+    """`answer`, unless it is None: a non-blocking stream says so that nothing moved, which is not the end."""
+    if answer is None:
+        raise BlockingIOError(errno.EAGAIN, f"the {what} is not ready, and does not wait until it is")
+    return answer

@@ -44,7 +44,7 @@ class ObjectMeta(NamedTuple):
     """Changes whenever the object is replaced, even by equal bytes in some stores. Opaque."""
     last_modified: datetime | None = None
     crc32c: int | None = None
-    """Of the whole object, where the store itself computed it; otherwise None."""
+    """Of the whole object, as the store tells it; whether that may be believed, `Abilities.attests_crc32c` says."""
 
 
 class StoredObject(NamedTuple):
@@ -83,6 +83,17 @@ class Abilities:
     """Bytes; the last part may be smaller."""
     max_part_size: int = 5 * 1024**3
     max_parts: int = 10_000
+    attests_crc32c: bool = False
+    """The CRC32C that `head` tells was computed by the store itself, from the bytes that it keeps."""
+
+
+class Server(NamedTuple):
+    """Who answers for a store."""
+
+    endpoint: str = ""
+    """Scheme and host; never with credentials."""
+    software: str = ""
+    """What it calls itself in its answers, once there was one."""
 
 
 class Body:
@@ -160,6 +171,12 @@ class Store(ABC):
     url: str
     """For people and metadata; never with credentials."""
     abilities: Abilities
+    """Reading it may send requests, where the abilities of a server have to be found out first."""
+
+    @property
+    def server(self) -> Server:
+        """Empty where there is none."""
+        return Server()
 
     @abstractmethod
     def put(
@@ -274,6 +291,11 @@ class Store(ABC):
         buffer = bytearray(length)
         self.get_range_into(key, offset, memoryview(buffer), e_tag=e_tag)
         return bytes(buffer)
+
+    def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
+        """`list_parts` in pages of at most `page_size`, where the store has pages: to find out whether they end."""
+        del page_size
+        return self.list_parts(key, upload_id)
 
     def exists(self, key: str) -> bool:
         """Whether there is an object under `key`."""

@@ -65,7 +65,9 @@ _E_TAG_FIELDS = ("ETag", "etag", "e_tag")
 _TIME_FIELDS = ("LastModified", "last_modified", "mtime", "updated", "created")
 
 _memory_lock = threading.RLock()
-"""fsspec's memory files have one position for all readers; and the lock makes conditional writes of it."""
+"""fsspec's memory looks twice, at whether a file is there and at what it is; between the two it may go. And the lock
+makes conditional writes of it.
+"""
 
 
 class FsspecStore(Store):

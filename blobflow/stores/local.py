@@ -45,6 +45,7 @@ from blobflow.checksum import Buffer, crc32c
 from blobflow.errors import (
     BlobflowError,
     ChecksumMismatch,
+    DiskFull,
     InvalidKey,
     NoSuchUpload,
     ObjectChanged,
@@ -974,11 +975,7 @@ def _raise_translated(error: OSError, operation: str, key: str, offset: int | No
             operation=operation,
             key=key,
         ) from error
-    hint = "free space on the store's file system; then run the same command again"
-    raise StoreUnavailable(
-        message,
-        hint=hint if error.errno in (errno.ENOSPC, errno.EDQUOT) else None,
-        operation=operation,
-        key=key,
-        offset=offset,
-    ) from error
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # Not StoreUnavailable: repeating it at once makes no room.
+        raise DiskFull(message, operation=operation, key=key, offset=offset) from error
+    raise StoreUnavailable(message, operation=operation, key=key, offset=offset) from error

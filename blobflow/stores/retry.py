@@ -13,7 +13,17 @@ from typing_extensions import override
 
 from blobflow.checksum import Buffer
 from blobflow.errors import ObjectNotFound, ObjectTooLarge, PreconditionFailed, StoreUnavailable, TimedOut
-from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store, StoredObject, UploadMeta
+from blobflow.stores.base import (
+    Abilities,
+    Body,
+    ObjectMeta,
+    PartMeta,
+    PutMode,
+    Server,
+    Store,
+    StoredObject,
+    UploadMeta,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -65,12 +75,21 @@ class RetryingStore(Store):
     ) -> None:
         self.store = store
         self.url = store.url
-        self.abilities = store.abilities
         self.retries = 0
         self._patience_s = patience_s
         self._sleep = sleep
         self._clock = clock
         self._lock = threading.Lock()
+
+    @property
+    @override
+    def abilities(self) -> Abilities:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.store.abilities
+
+    @property
+    @override
+    def server(self) -> Server:
+        return self.store.server
 
     @override
     def put(
@@ -164,6 +183,10 @@ class RetryingStore(Store):
     @override
     def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
         return self._call("list_parts", key, lambda: self.store.list_parts(key, upload_id))
+
+    @override
+    def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
+        return self._call("list_parts", key, lambda: self.store.list_parts_by(key, upload_id, page_size))
 
     @override
     def list_uploads(self, prefix: str = "") -> list[UploadMeta]:

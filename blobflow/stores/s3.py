@@ -10,7 +10,7 @@ Two planes share one configuration:
 Checksums: every body goes out with its CRC32C in a header, never with a trailer, and unsigned otherwise; an upload is
 created with a CRC32C of the full object and completed with the combination of its parts. A server that refuses one of
 these headers is asked again without, and the store remembers. What a server does with them is another matter (Ceph
-16 and moto accept wrong ones): the capability probe finds out.
+16 and moto accept wrong ones): `blobflow.stores.probe` finds out.
 """
 # botocore has no types
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
@@ -70,6 +70,7 @@ from blobflow.stores.base import (
     ObjectMeta,
     PartMeta,
     PutMode,
+    Server,
     Store,
     StoredObject,
     UploadMeta,
@@ -165,6 +166,12 @@ class S3Store(Store):
         self._checksum_headers = True
         self._checksummed_uploads = True
         self._bare_if_match = False
+        self._software = ""
+
+    @property
+    @override
+    def server(self) -> Server:
+        return Server(self._connected().endpoint, self._software)
 
     # Objects
 
@@ -382,6 +389,10 @@ class S3Store(Store):
 
     @override
     def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
+        return self.list_parts_by(key, upload_id, PAGE)
+
+    @override
+    def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
         check_key(key)
         call = _Call("list parts of", key, upload_id=upload_id)
         found: dict[int, PartMeta] = {}
@@ -393,7 +404,7 @@ class S3Store(Store):
                 Key=self._full(key),
                 UploadId=upload_id,
                 PartNumberMarker=last,
-                MaxParts=PAGE,
+                MaxParts=page_size,
             )
             entries = page.get("Parts", ())
             for entry in entries:
@@ -402,7 +413,7 @@ class S3Store(Store):
                 found[number] = PartMeta(number, entry["Size"], _quoted(entry["ETag"]), crc)
             newest = max(found, default=0)
             # A full page is not believed to be the last one: a server that forgets IsTruncated would cost data.
-            if not page.get("IsTruncated") and len(entries) < PAGE:
+            if not page.get("IsTruncated") and len(entries) < page_size:
                 return [found[number] for number in sorted(found)]
             if newest <= last:
                 if not page.get("IsTruncated"):
@@ -551,6 +562,7 @@ class S3Store(Store):
             with plane.wire.send(
                 method, target, lambda: plane.signed(method, target, headers), body, idempotent=idempotent
             ) as answer:
+                self._software = answer.headers.get("server", "")
                 refusal = None if answer.status < 300 else _Refusal.by_answer(answer)
                 if refusal is None:
                     yield answer
@@ -631,6 +643,7 @@ class _Plane:
         self._host = parts.netloc
         self._base = parts.path.removesuffix(_SAMPLE_KEY)
         self._origin = f"{parts.scheme}://{parts.netloc}"
+        self.endpoint = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
         self.wire = Wire(
             self._origin,
             connect_timeout_s=options.connect_timeout,

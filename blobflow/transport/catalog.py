@@ -51,8 +51,10 @@ def list_artifacts(store: Store, prefix: str = "", *, start_after: str | None = 
     """
     after = start_after + MANIFEST_SUFFIX if start_after else None
     for meta in store.list(prefix, start_after=after):
-        if meta.key.endswith(MANIFEST_SUFFIX):
-            yield ArtifactEntry(meta.key.removesuffix(MANIFEST_SUFFIX), meta.last_modified)
+        key = meta.key.removesuffix(MANIFEST_SUFFIX)
+        # Not `.manifest.json` alone: what ends up there belongs to somebody else.
+        if key != meta.key and key and not key.endswith("/"):
+            yield ArtifactEntry(key, meta.last_modified)
 
 
 def read_manifest_bytes(store: Store, key: str) -> bytes:
@@ -65,16 +67,25 @@ def read_manifest_bytes(store: Store, key: str) -> bytes:
     """
     check_artifact_key(key)
     try:
-        return store.get(key + MANIFEST_SUFFIX, max_bytes=MAX_MANIFEST_BYTES).data
-    except ObjectTooLarge as error:
-        raise ArtifactInvalid(f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key) from error
-    except ObjectNotFound as error:
+        return _get_manifest(store, key)
+    except ObjectNotFound:
         intent = IntentKeeper(store, key).load()
+    try:
+        # Again, because an upload may have published and removed its intent between the two requests.
+        return _get_manifest(store, key)
+    except ObjectNotFound as error:
         if intent is not None and intent.replaces:
             raise ReplacementInProgress(f"the artifact {key!r} is being replaced", key=key) from error
         raise ArtifactNotFound(
             f"no artifact {key!r} in {store.url}" + (": its upload is not finished" if intent else ""), key=key
         ) from error
+
+
+def _get_manifest(store: Store, key: str) -> bytes:
+    try:
+        return store.get(key + MANIFEST_SUFFIX, max_bytes=MAX_MANIFEST_BYTES).data
+    except ObjectTooLarge as error:
+        raise ArtifactInvalid(f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key) from error
 
 
 def read_manifest(store: Store, key: str) -> Manifest:

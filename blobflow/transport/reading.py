@@ -15,7 +15,7 @@ from blobflow.artifact.manifest import Manifest
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
-from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch, ObjectChanged
+from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch
 from blobflow.stores.base import Store
 from blobflow.transport.books import OnProgress, OnRecord
 from blobflow.transport.remote import RemoteArtifact
@@ -112,23 +112,23 @@ class _Turnstile:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._next = 1
-        self._broken = False
+        self._error: BaseException | None = None
 
     @contextmanager
     def turn(self, number: int) -> Generator[None]:
         with self._condition:
-            self._condition.wait_for(lambda: self._broken or self._next == number)
-            if self._broken:
-                raise ObjectChanged("an earlier part failed")
+            self._condition.wait_for(lambda: self._error or self._next == number)
+            if self._error:
+                raise self._error  # whoever is heard first tells what went wrong, and not that somebody else failed
         yield
         with self._condition:
             self._next += 1
             self._condition.notify_all()
 
-    def break_down(self) -> None:
+    def break_down(self, error: BaseException) -> None:
         """Nobody will come through any more: wake those who wait."""
         with self._condition:
-            self._broken = True
+            self._error = self._error or error
             self._condition.notify_all()
 
 
@@ -146,8 +146,8 @@ def _read_all(remote: RemoteArtifact, profile: ChunkProfile, on_progress: OnProg
             view = remote.fetch(part, buffer)
             with turnstile.turn(part.number):
                 checker.consume(part.offset, view)
-        except BaseException:
-            turnstile.break_down()
+        except BaseException as error:
+            turnstile.break_down(error)
             raise
         return part.length
 
@@ -206,8 +206,8 @@ def download(
         return DownloadResult(
             "unchanged", key, dest, remote.digest, remote.manifest, remote.payload.size, 0, 0, seconds
         )
+    layout = remote.open_layout()
     with Stage(dest, remote.digest).held() as stage:
-        layout = remote.open_layout()
         if stage.part_size is None:
             stage.begin(profile.chunk_size)
         plan = TransferPlan(

@@ -161,9 +161,30 @@ class _Upload:
         )
 
     def clear_the_way(self) -> None:
-        """Before the payload is replaced, its old manifest goes: a manifest means that its payload is complete."""
-        if self.replaces:
-            self.store.delete(self.key + MANIFEST_SUFFIX)
+        """Before the payload is replaced, its old manifest goes: a manifest means that its payload is complete.
+
+        Raises:
+            KeyConflict: another artifact was published under this key meanwhile; it is left alone.
+        """
+        try:
+            found = read_manifest_bytes(self.store, self.key)
+        except (ArtifactNotFound, ReplacementInProgress):
+            return
+        except ArtifactInvalid:
+            if not self.replaces:
+                raise
+        else:
+            actual = artifact_digest(found)
+            if actual != self.replaces:
+                if found == self.artifact.manifest_bytes:
+                    return  # a joined uploader was quicker
+                raise KeyConflict(
+                    f"another artifact was published under {self.key!r} meanwhile",
+                    key=self.key,
+                    expected=self.artifact.digest,
+                    actual=actual,
+                )
+        self.store.delete(self.key + MANIFEST_SUFFIX)
 
     def publish(self, payload: ObjectMeta) -> None:
         """Put the sibling manifest, which makes the artifact visible.
@@ -271,11 +292,12 @@ class _MultipartUpload(_Upload):
                 settled = self._completed_by_somebody()
                 if settled is None:
                     log.info("upload.vanished key=%s upload_id=%s error=%s", self.key, upload_id, error)
-                    self.keeper.remove()
+                    self.store.abort_multipart(self.key, upload_id)
+                    self.keeper.remove(upload_id)
                     continue
                 payload = settled
             self.publish(payload)
-            self.keeper.remove()
+            self.keeper.remove(upload_id)
             books.done()
             return self.result(books, started)
         raise TransferBusy(f"the upload of {self.key!r} was taken away {_CLAIM_ATTEMPTS} times", key=self.key)
@@ -348,13 +370,20 @@ class _MultipartUpload(_Upload):
         actual = combine_all((self.crcs[part.number], part.length) for part in plan)
         if actual != self.artifact.payload_crc32c:
             # Nothing of this upload can be used again: its parts came from files that are no longer the same.
-            self.store.abort_multipart(self.key, upload_id)
-            self.keeper.remove()
+            self._give_up(upload_id)
             raise _source_differs(self.artifact, actual)
         parts = self._proven_parts(upload_id, plan)
-        self.clear_the_way()
+        try:
+            self.clear_the_way()
+        except KeyConflict:
+            self._give_up(upload_id)
+            raise
         self.store.complete_multipart(self.key, upload_id, parts)
         return self.store.head(self.key)
+
+    def _give_up(self, upload_id: str) -> None:
+        self.store.abort_multipart(self.key, upload_id)
+        self.keeper.remove(upload_id)
 
     def _held(self, upload_id: str, plan: TransferPlan) -> tuple[dict[int, int], dict[int, str]]:
         """The parts that the store holds: CRC32C where it is known, and the e_tag of those where it is not.

@@ -19,6 +19,7 @@ import pytest
 from blobflow.checksum import crc32c
 from blobflow.errors import (
     ChecksumMismatch,
+    DiskFull,
     InvalidKey,
     ObjectChanged,
     ObjectNotFound,
@@ -101,6 +102,21 @@ def test_a_file_edited_by_hand_is_another_object(store: LocalStore, root: Path) 
     meta = store.put("key", b"first")
     with open(root / "key", "r+b") as file:
         file.write(b"other")
+    with pytest.raises(ObjectChanged):
+        store.get_range("key", 0, 5, e_tag=meta.e_tag)
+
+
+def test_an_edit_during_a_read_is_noticed(store: LocalStore, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is edited in place while a pinned range is read gives no mixture."""
+    meta = store.put("key", b"first")
+    real = os.preadv
+
+    def edit_then_read(fd: int, buffers: list[memoryview], offset: int) -> int:
+        with open(root / "key", "r+b") as file:
+            file.write(b"oth")
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", edit_then_read)
     with pytest.raises(ObjectChanged):
         store.get_range("key", 0, 5, e_tag=meta.e_tag)
 
@@ -233,8 +249,8 @@ def test_a_hostile_upload_id_reaches_nothing(store: LocalStore, root: Path) -> N
 @pytest.mark.parametrize(
     ("code", "kind"),
     [
-        (errno.ENOSPC, StoreUnavailable),
-        (errno.EDQUOT, StoreUnavailable),
+        (errno.ENOSPC, DiskFull),
+        (errno.EDQUOT, DiskFull),
         (errno.EIO, StoreUnavailable),
         (errno.EACCES, StoreConfigurationError),
         (errno.EROFS, StoreConfigurationError),
@@ -414,6 +430,24 @@ def test_complete_takes_the_parts_that_were_named(store: LocalStore) -> None:
         store.complete_multipart("key", upload_id, [first, second])
     assert store.complete_multipart("key", upload_id, [first, replaced]).size == 8
     assert store.get("key", max_bytes=8).data == b"1111xxxx"
+
+
+def test_a_failed_complete_leaves_no_record_without_bytes(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that complete cut off are taken back before, so that the upload never lists what it no longer has."""
+    upload_id = store.create_multipart("key", part_size=4)
+    parts = [store.put_part("key", upload_id, n, Body.of(b"%d" % n * 4)) for n in (1, 2, 3)]
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(StoreUnavailable, match="complete_multipart 'key'"):
+        store.complete_multipart("key", upload_id, parts[:2])
+    monkeypatch.undo()
+    assert store.list_parts("key", upload_id) == parts[:2]
+    parts[2] = store.put_part("key", upload_id, 3, Body.of(b"3333"))
+    store.complete_multipart("key", upload_id, parts)
+    assert store.get("key", max_bytes=12).data == b"111122223333"
 
 
 def test_a_torn_record_is_no_part_and_harms_no_other(store: LocalStore, root: Path) -> None:

@@ -1,0 +1,193 @@
+"""The server that is measured against: our own cheap one, or a real one that `--endpoint` names."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from benchmarks.native import compiled
+
+BUCKET = "benchmarks"
+_SETTLE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the server saw since the last reset; bytes are those of bodies."""
+
+    requests: int
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What lies below a prefix."""
+
+    objects: int
+    bytes: int
+    uploads: int
+    """Multipart uploads that were begun and neither completed nor aborted."""
+
+
+class Endpoint(ABC):
+    """An S3 server and one bucket of it."""
+
+    url: str
+    bucket: str
+    name: str
+    environment: dict[str, str]
+    """Credentials and region, as every client reads them from its environment."""
+
+    @abstractmethod
+    def holds(self, prefix: str) -> Holding: ...
+
+    @abstractmethod
+    def drop(self, prefix: str) -> None:
+        """Remove the objects and uploads below a prefix."""
+
+    def reset(self) -> None:
+        """Begin to count anew."""
+
+    def traffic(self) -> Traffic | None:
+        """What was seen since `reset`; None where the server does not tell."""
+        return None
+
+
+class CheapServer(Endpoint):
+    """server/cheap_s3.cpp; its page of control calls is there."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.bucket = BUCKET
+        self.name = "cheap_s3 (benchmarks/server), loopback, objects in memory"
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": "benchmark",
+            "AWS_SECRET_ACCESS_KEY": "benchmark-secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        parts = urlsplit(url)
+        self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
+
+    def _control(self, call: str, method: str = "GET") -> dict[str, Any]:
+        self._connection.request(method, call)
+        answer = self._connection.getresponse()
+        body = answer.read()
+        if answer.status != 200:
+            raise RuntimeError(f"{call}: status {answer.status}")
+        return json.loads(body or b"{}")
+
+    def create_bucket(self) -> None:
+        self._control(f"/{self.bucket}", "PUT")
+
+    def holds(self, prefix: str) -> Holding:
+        return Holding(**self._control(f"/-/holds?bucket={self.bucket}&prefix={quote(prefix)}"))
+
+    def drop(self, prefix: str) -> None:
+        self._control(f"/-/drop?bucket={self.bucket}&prefix={quote(prefix)}")
+
+    def reset(self) -> None:
+        self._control("/-/reset")
+
+    def traffic(self) -> Traffic:
+        seen = self._control("/-/stats")
+        return Traffic(seen["requests"], seen["bytes_in"], seen["bytes_out"])
+
+    def stop_bodies_after(self, size: int) -> None:
+        """Let no byte of a body move once `size` were moved since the reset; 0 lets everything go on."""
+        self._control(f"/-/gate?at={size}")
+
+    def bodies_stand_still(self) -> bool:
+        """Whether that point was reached."""
+        return self._control("/-/stats")["gated"]
+
+    def wait_until_left(self) -> None:
+        """Wait until no client is connected: what a killed one left in the kernel has arrived then.
+
+        Raises:
+            TimeoutError: somebody is still there.
+        """
+        deadline = time.monotonic() + _SETTLE_S
+        while self._control("/-/stats")["open"]:
+            if time.monotonic() > deadline:
+                raise TimeoutError("a client is still connected")
+            time.sleep(0.005)
+
+
+@contextmanager
+def cheap_server(*, warm_bytes: int, limit_bytes: int) -> Generator[CheapServer]:
+    """The cheap server in a process of its own, which ends with this one.
+
+    Args:
+        warm_bytes: Memory that is mapped at once, so that no client pays for it.
+        limit_bytes: What it may hold at all.
+    """
+    command = [str(compiled("cheap_s3")), "--warm", str(warm_bytes), "--limit", str(limit_bytes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            url = process.stdout.readline().strip()
+            if not url:
+                raise RuntimeError("cheap_s3 did not start")
+            server = CheapServer(url)
+            server.create_bucket()
+            yield server
+        finally:
+            process.stdin.close()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+class RealServer(Endpoint):
+    """An S3 server somewhere, with the credentials of the environment; its traffic is not seen.
+
+    Everything happens below one random prefix, which is removed at the end.
+    """
+
+    def __init__(self, url: str, bucket: str) -> None:
+        import botocore.session
+
+        self.url = url
+        self.bucket = bucket
+        self.name = urlsplit(url).scheme + " endpoint given on the command line"
+        self.environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        self._client: Any = botocore.session.Session().create_client("s3", endpoint_url=url)
+
+    def _keys(self, prefix: str) -> list[tuple[str, int]]:
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=prefix)
+        return [(entry["Key"], entry["Size"]) for page in pages for entry in page.get("Contents", ())]
+
+    def _uploads(self, prefix: str) -> list[tuple[str, str]]:
+        pages = self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=prefix)
+        return [(entry["Key"], entry["UploadId"]) for page in pages for entry in page.get("Uploads", ())]
+
+    def holds(self, prefix: str) -> Holding:
+        keys = self._keys(prefix)
+        return Holding(len(keys), sum(size for _, size in keys), len(self._uploads(prefix)))
+
+    def drop(self, prefix: str) -> None:
+        keys = [{"Key": key} for key, _ in self._keys(prefix)]
+        for at in range(0, len(keys), 1000):
+            self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": keys[at : at + 1000], "Quiet": True})
+        for key, upload_id in self._uploads(prefix):
+            with suppress(self._client.exceptions.NoSuchUpload):
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload_id)
+
+
+def new_prefix() -> str:
+    """A prefix that nothing else uses."""
+    return f"bench-{uuid.uuid4().hex[:12]}"

@@ -1,0 +1,63 @@
+"""What the steps hand to each other: small values that any IO manager can keep. No payload ever passes here."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blobflow.artifact.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class SnapshotHandle:
+    """An artifact on the disk of the machine that exported it."""
+
+    key: str
+    """Where it belongs in the store."""
+    scratch: str
+    """The directory that is removed once the artifact is verified in the store."""
+    manifest_json: bytes
+
+    @property
+    def path(self) -> Path:
+        """The artifact directory."""
+        return Path(self.scratch) / "artifact"
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest.parse(self.manifest_json)
+
+
+@dataclass(frozen=True)
+class UploadHandle:
+    """An artifact that was brought into the store and awaits its verification."""
+
+    key: str
+    digest: str
+    scratch: str
+    status: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RemoteHandle:
+    """A verified artifact in the store. The value of the asset `[name, "remote"]`."""
+
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class StagedHandle:
+    """An artifact that is on the importer's disk, or alive there already."""
+
+    key: str
+    digest: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MirrorHandle:
+    """A mirror that is alive. The value of the asset `[name, "mirror"]`."""
+
+    path: str
+    digest: str

@@ -1,0 +1,537 @@
+"""`artifact_pipeline`: export, upload, verify, download and import as three assets.
+
+| asset | nodes | materialized means |
+|---|---|---|
+| `[name, "snapshot"]` | export | an artifact lies in the scratch directory |
+| `[name, "remote"]` | upload, verify | the artifact is whole in the store, and the ref names it |
+| `[name, "mirror"]` | download, import | the target shows the artifact |
+
+All three carry the artifact's digest as their data version. The steps only read their inputs, call the core and turn
+its result into metadata; that a step continues where an earlier one stopped is the core's doing.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, TypeAlias, TypeVar
+
+import dagster as dg
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.backends import Exporter, Importer, import_artifact
+from blobflow.dagster import metadata as md
+from blobflow.dagster.automation import export_schedule
+from blobflow.dagster.failures import dagster_errors, error_metadata
+from blobflow.dagster.handles import MirrorHandle, RemoteHandle, SnapshotHandle, StagedHandle, UploadHandle
+from blobflow.dagster.progress import ProgressLog
+from blobflow.dagster.resource import BlobflowResource
+from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator, Stage
+from blobflow.errors import (
+    ArtifactNotFound,
+    IntegrityError,
+    NotFoundError,
+    RefusedError,
+    ReplacementInProgress,
+    TransferBusy,
+    UsageError,
+)
+from blobflow.lease import Lease, move_ref
+from blobflow.rounds import content_key
+from blobflow.stores import Store
+from blobflow.transport import VerifyMode, download, read_manifest_bytes, upload, verify
+
+CHECK_NAME: Final = "verified"
+DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
+    max_retries=3, delay=10, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS
+)
+
+_UNPARTITIONED: Final = "-"
+_USER_MARK: Final = "run-"
+
+Backend = TypeVar("Backend", Exporter, Importer)
+ExporterOf: TypeAlias = Exporter | Callable[[str], Exporter]
+ImporterOf: TypeAlias = Importer | Callable[[str], Importer]
+
+
+@dataclass(frozen=True)
+class ArtifactPipeline:
+    """The Dagster definitions of one pipeline, to be taken together (`definitions`) or one by one."""
+
+    name: str
+    snapshot: dg.AssetsDefinition
+    remote: dg.AssetsDefinition
+    mirror: dg.AssetsDefinition
+    job: Any
+    """Materializes all three: what `dg.define_asset_job` returns."""
+    schedules: Sequence[dg.ScheduleDefinition] = field(default=())
+
+    @property
+    def assets(self) -> list[dg.AssetsDefinition]:
+        """Snapshot, remote, mirror."""
+        return [self.snapshot, self.remote, self.mirror]
+
+    @property
+    def jobs(self) -> list[Any]:
+        return [self.job]
+
+    @cached_property
+    def definitions(self) -> dg.Definitions:
+        """All of it but the resource, which is the code location's to configure."""
+        return dg.Definitions(assets=self.assets, jobs=self.jobs, schedules=self.schedules)
+
+
+def artifact_pipeline(
+    name: str,
+    exporter: ExporterOf,
+    importer: ImporterOf,
+    *,
+    partitions_def: dg.PartitionsDefinition[str] | None = None,
+    schedule: str | None = None,
+    ref: str | None = "latest",
+    verify_mode: VerifyMode = "auto",
+    deps: Sequence[dg.AssetKey | Sequence[str] | str] = (),
+    group_name: str | None = None,
+    translator: BlobflowTranslator | None = None,
+    retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
+    pool: str | None = None,
+    resource_key: str = "blobflow",
+) -> ArtifactPipeline:
+    """Assets that take snapshots of a source, keep them in a store, and bring them to life at a target.
+
+    The artifact goes to `<name>/<content digest>.tar`, and once it is verified, the ref `<name>/<ref>` names it. With
+    partitions, `<name>/<partition>` stands for `<name>`. What is unchanged is neither sent, fetched nor imported
+    again; what lies in the store is verified in every run.
+
+    Args:
+        name: Letters, digits and `_`.
+        exporter: Of the source; or a function of the partition key that returns one.
+        importer: Of the target; or a function of the partition key. A fixed importer of a partitioned pipeline shows
+            the partition that was materialized last.
+        schedule: Cron string; see `export_schedule`.
+        ref: None: no ref is moved.
+        verify_mode: `shallow` compares sizes, manifests and the store's own checksum, `deep` reads every byte, `auto`
+            is deep except where the store attests a checksum.
+        deps: Assets that the export waits for.
+        group_name: Of the three assets; by default `name`.
+        translator: Decides keys, groups, descriptions, tags and so on.
+        retry_policy: For every step. Errors that pass (a store that is down, a busy round) are retried, others fail
+            the step at once.
+        pool: Concurrency pool of which uploads and downloads take a slot.
+        resource_key: Under which the `BlobflowResource` is found.
+
+    Raises:
+        UsageError: an argument makes no sense; the message says which.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise UsageError(f"invalid pipeline name {name!r}", hint="use letters, digits and underscores")
+    if partitions_def is None and not (_is_backend(exporter) and _is_backend(importer)):
+        raise UsageError("an exporter or importer that depends on the partition needs a partitions_def")
+
+    def spec(stage: Stage, backend: object) -> dg.AssetSpec:
+        known = str(getattr(backend, "backend", "")) or None
+        made = (translator or BlobflowTranslator()).get_asset_spec(BlobflowAssetProps(name, stage, known))
+        return made.replace_attributes(group_name=group_name) if group_name else made
+
+    plan = _Plan(name, exporter, importer, ref, verify_mode, partitions_def, retry_policy, pool, resource_key)
+    snapshot_spec = spec("snapshot", exporter).merge_attributes(deps=deps)
+    remote_spec = spec("remote", None)
+    snapshot = _snapshot_asset(plan, snapshot_spec)
+    remote = _remote_asset(plan, remote_spec, snapshot_spec.key)
+    mirror = _mirror_asset(plan, spec("mirror", importer), remote_spec.key)
+    job = dg.define_asset_job(
+        f"{name}_job",
+        selection=dg.AssetSelection.assets(snapshot, remote, mirror),
+        description=f"Exports {name}, keeps it in the store, and brings the mirror up to date.",
+    )
+    pipeline = ArtifactPipeline(name, snapshot, remote, mirror, job)
+    return replace(pipeline, schedules=[export_schedule(pipeline, schedule)]) if schedule else pipeline
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the steps of one pipeline share."""
+
+    name: str
+    exporter: ExporterOf
+    importer: ImporterOf
+    ref: str | None
+    verify_mode: VerifyMode
+    partitions_def: dg.PartitionsDefinition[str] | None
+    retry_policy: dg.RetryPolicy | None
+    pool: str | None
+    resource_key: str
+
+    def op(self, node: str, *, pool: bool = False, **options: Any) -> Callable[[Callable[..., Any]], dg.OpDefinition]:
+        """The decorator of a step. The op's name is unique in the code location, the node's is not."""
+        return dg.op(
+            name=f"{self.name}__{node}",
+            ins={"after": dg.In(dg.Nothing)},
+            required_resource_keys={self.resource_key},
+            retry_policy=self.retry_policy,
+            pool=self.pool if pool else None,
+            **options,
+        )
+
+    @contextmanager
+    def step(self, context: dg.OpExecutionContext) -> Iterator[BlobflowResource]:
+        """Gives the resource, and raises the core's errors as Dagster's."""
+        with dagster_errors(context, self.retry_policy):
+            yield getattr(context.resources, self.resource_key)
+
+    def prefix(self, context: dg.OpExecutionContext) -> str:
+        """What keys, lease and ref of this run begin with."""
+        return f"{self.name}/{_segment(context)}" if context.has_partition_key else self.name
+
+
+def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
+    @plan.op("export")
+    def export(context: dg.OpExecutionContext):
+        with plan.step(context) as blobflow:
+            prefix = plan.prefix(context)
+            store = blobflow.get_store()
+            scratch = blobflow.scratch_path(plan.name, _segment(context), context.run_id)
+            progress = ProgressLog(context.log.info, "export")
+            lease = _take_round(store, prefix)
+
+            def alive(done: int, total: int) -> None:
+                if lease is not None and lease.renewal_due():
+                    lease.renew()
+                progress.bytes(done, total)
+
+            try:
+                _remove_abandoned(scratch.parent, context)
+                _mark_used(scratch, context)
+                result = _chosen(plan.exporter, context).export(scratch / "artifact", on_progress=alive)
+            except BaseException:
+                shutil.rmtree(scratch, ignore_errors=True)
+                if lease is not None:
+                    lease.abandon()
+                raise
+            if lease is not None:
+                lease.complete(result.artifact.manifest.cursor)
+            artifact, manifest = result.artifact, result.artifact.manifest
+            handle = SnapshotHandle(content_key(prefix, artifact), str(scratch), artifact.manifest_bytes)
+            stored = _stored_digest(store, handle.key, manifest)
+            status = "unchanged" if stored else "exported"
+            context.log.info(
+                "export.done status=%s members=%d bytes=%d excluded=%d symlinks_skipped=%d seconds=%.1f",
+                *(status, result.members, result.bytes, result.excluded, result.symlinks_skipped, result.seconds),
+            )
+            return dg.MaterializeResult(
+                asset_key=spec.key,
+                value=handle,
+                # Content that is stored already keeps the identity under which it is stored.
+                data_version=dg.DataVersion(stored or artifact.digest),
+                metadata={
+                    md.STATUS: status,
+                    md.SIZE: manifest.bytes,
+                    md.MEMBERS: result.members,
+                    md.EXCLUDED: result.excluded,
+                    md.SYMLINKS_SKIPPED: result.symlinks_skipped,
+                    md.EXPORT_SECONDS: result.seconds,
+                    md.ARTIFACT_DIGEST: stored or artifact.digest,
+                    md.CONTENT_DIGEST: manifest.content_digest,
+                    md.BACKEND: manifest.backend,
+                    **md.cursor(manifest.cursor),
+                    md.KEY: handle.key,
+                    md.SCRATCH: dg.MetadataValue.path(scratch),
+                    **md.largest_members(artifact),
+                },
+            )
+
+    def snapshot(**after: Any):
+        return export.alias("export")(**_waiting(after))
+
+    return _graph_asset(plan, spec, snapshot)
+
+
+def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) -> dg.AssetsDefinition:
+    @plan.op("upload", pool=True)
+    def upload_artifact(context: dg.OpExecutionContext, snapshot: SnapshotHandle) -> UploadHandle:
+        with plan.step(context) as blobflow:
+            store = blobflow.get_store()
+            manifest = snapshot.manifest
+            metadata: dict[str, Any] = {
+                md.URI: f"{store.url}/{snapshot.key}",
+                md.KEY: snapshot.key,
+                md.MEMBERS: manifest.members,
+                md.CONTENT_DIGEST: manifest.content_digest,
+                md.BACKEND: manifest.backend,
+                md.CREATED_AT: dg.MetadataValue.timestamp(manifest.created_at),
+            }
+            if not Artifact.is_artifact(snapshot.path):
+                # It was removed after an earlier verification, and only this asset is materialized again.
+                digest = _stored_digest(store, snapshot.key, manifest)
+                if digest is None:
+                    raise ArtifactNotFound(
+                        f"the exported artifact {snapshot.path} is gone, and {snapshot.key!r} is not in {store.url}",
+                        hint=f"materialize {snapshot_key.to_user_string()} again",
+                        path=str(snapshot.path),
+                        key=snapshot.key,
+                    )
+                status, sent, resumed = "unchanged", 0, 0
+            else:
+                _mark_used(Path(snapshot.scratch), context)
+                progress = ProgressLog(context.log.info, "upload")
+                result = upload(
+                    store,
+                    snapshot.key,
+                    snapshot.path,
+                    profile=blobflow.get_profile(),
+                    on_progress=progress.transfer,
+                )
+                digest, status = result.artifact_digest, result.status
+                sent, resumed = result.bytes_sent, result.bytes_resumed
+                metadata |= {md.UPLOAD_SECONDS: result.seconds, md.CHECKPOINTS: result.checkpoints_saved}
+                metadata |= md.throughput(sent, result.seconds)
+            metadata |= {md.STATUS: status, md.BYTES_SENT: sent, md.BYTES_RESUMED: resumed}
+            context.log.info(
+                "upload.done status=%s key=%s bytes_sent=%d bytes_resumed=%d", status, snapshot.key, sent, resumed
+            )
+            context.add_output_metadata(metadata)
+            return UploadHandle(snapshot.key, digest, snapshot.scratch, status, metadata)
+
+    check_spec = dg.AssetCheckSpec(
+        CHECK_NAME, asset=spec.key, blocking=True, description="The artifact in the store is whole."
+    )
+
+    @plan.op("verify", out={"result": dg.Out(), CHECK_NAME: dg.Out(is_required=False)})
+    def verify_artifact(context: dg.OpExecutionContext, uploaded: UploadHandle):
+        with plan.step(context) as blobflow:
+            store = blobflow.get_store()
+            progress = ProgressLog(context.log.info, "verify")
+            try:
+                result = verify(
+                    store,
+                    uploaded.key,
+                    mode=plan.verify_mode,
+                    expected_digest=uploaded.digest,
+                    profile=blobflow.get_profile(),
+                    on_progress=progress.transfer,
+                )
+            except (IntegrityError, RefusedError, NotFoundError) as error:
+                yield dg.AssetCheckResult(
+                    passed=False,
+                    asset_key=spec.key,
+                    check_name=CHECK_NAME,
+                    description=error.message,
+                    metadata=error_metadata(error),
+                )
+                raise
+            metadata = {
+                **uploaded.metadata,
+                md.SIZE: result.bytes_total,
+                md.ARTIFACT_DIGEST: result.artifact_digest,
+                md.VERIFY_SECONDS: result.seconds,
+            }
+            if plan.ref is not None:
+                ref = f"{plan.prefix(context)}/{plan.ref}"
+                move_ref(store, ref, uploaded.key, result.artifact_digest)
+                metadata[md.REF] = ref
+            shutil.rmtree(uploaded.scratch, ignore_errors=True)
+            context.log.info(
+                "verify.done mode=%s bytes_read=%d seconds=%.1f uri=%s",
+                *(result.mode_used, result.bytes_read, result.seconds, uploaded.metadata[md.URI]),
+            )
+            yield dg.MaterializeResult(
+                asset_key=spec.key,
+                value=RemoteHandle(uploaded.key, result.artifact_digest),
+                data_version=dg.DataVersion(result.artifact_digest),
+                metadata=metadata,
+                check_results=[
+                    dg.AssetCheckResult(
+                        passed=True,
+                        asset_key=spec.key,
+                        check_name=CHECK_NAME,
+                        metadata={md.VERIFY_MODE: result.mode_used, md.BYTES_VERIFIED: result.bytes_read},
+                    )
+                ],
+            )
+
+    def remote(snapshot: Any, **after: Any):
+        uploaded = upload_artifact.alias("upload")(snapshot, **_waiting(after))
+        result, verified = verify_artifact.alias("verify")(uploaded)
+        return {"result": result, check_spec.get_python_identifier(): verified}
+
+    return _graph_asset(plan, spec, remote, ins={"snapshot": dg.AssetIn(snapshot_key)}, check_specs=[check_spec])
+
+
+def _mirror_asset(plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey) -> dg.AssetsDefinition:
+    def fetch(
+        context: dg.OpExecutionContext, blobflow: BlobflowResource, importer: Importer, key: str, digest: str
+    ) -> dict[str, Any]:
+        """Land the artifact where the importer takes it from; what landed before is not fetched again."""
+        progress = ProgressLog(context.log.info, "download")
+        result = download(
+            blobflow.get_store(),
+            key,
+            importer.staging(digest),
+            profile=blobflow.get_profile(),
+            expected_digest=digest,
+            on_progress=progress.transfer,
+        )
+        context.log.info(
+            "download.done status=%s key=%s bytes_received=%d bytes_resumed=%d",
+            *(result.status, key, result.bytes_received, result.bytes_resumed),
+        )
+        return {
+            md.STATUS: result.status,
+            md.BYTES_RECEIVED: result.bytes_received,
+            md.BYTES_RESUMED: result.bytes_resumed,
+            md.DOWNLOAD_SECONDS: result.seconds,
+            **md.throughput(result.bytes_received, result.seconds),
+        }
+
+    @plan.op("download", pool=True)
+    def download_artifact(context: dg.OpExecutionContext, remote: RemoteHandle) -> StagedHandle:
+        with plan.step(context) as blobflow:
+            importer = _chosen(plan.importer, context)
+            alive = importer.current()
+            if alive is not None and alive.digest == remote.digest:
+                context.log.info("download.done status=unchanged key=%s alive=%s", remote.key, alive.path)
+                metadata: dict[str, Any] = {md.STATUS: "unchanged", md.BYTES_RECEIVED: 0, md.BYTES_RESUMED: 0}
+            else:
+                metadata = fetch(context, blobflow, importer, remote.key, remote.digest)
+            context.add_output_metadata(metadata)
+            return StagedHandle(remote.key, remote.digest, metadata)
+
+    @plan.op("import")
+    def import_staged(context: dg.OpExecutionContext, staged: StagedHandle):
+        with plan.step(context) as blobflow:
+            importer = _chosen(plan.importer, context)
+            metadata = staged.metadata
+            artifact = importer.current()
+            if artifact is None or artifact.digest != staged.digest:
+                landed = importer.staging(staged.digest)
+                if not Artifact.is_artifact(landed):
+                    # An import that was killed may have moved it away; or this step runs on another machine.
+                    metadata = fetch(context, blobflow, importer, staged.key, staged.digest)
+                artifact = Artifact.open(landed)
+            progress = ProgressLog(context.log.info, "import")
+            result = import_artifact(artifact, importer, consume=True, on_progress=progress.bytes)
+            context.log.info(
+                "import.done status=%s members=%d bytes=%d seconds=%.1f path=%s",
+                *(result.status, result.members, result.bytes, result.seconds, result.path),
+            )
+            return dg.MaterializeResult(
+                asset_key=spec.key,
+                value=MirrorHandle(str(result.path), result.artifact_digest),
+                data_version=dg.DataVersion(result.artifact_digest),
+                metadata={
+                    **metadata,
+                    md.STATUS: result.status,
+                    md.MIRROR_STATUS: "Following",
+                    md.MIRROR_PATH: dg.MetadataValue.path(result.path),
+                    **md.cursor(result.cursor),
+                    md.SIZE: result.bytes,
+                    md.MEMBERS: result.members,
+                    md.IMPORT_SECONDS: result.seconds,
+                    md.ARTIFACT_DIGEST: result.artifact_digest,
+                    md.KEY: staged.key,
+                },
+            )
+
+    def mirror(remote: Any, **after: Any):
+        # `import` is a word of Python's, which Dagster does not allow as a name.
+        return import_staged.alias("import_")(download_artifact.alias("download")(remote, **_waiting(after)))
+
+    return _graph_asset(plan, spec, mirror, ins={"remote": dg.AssetIn(remote_key)})
+
+
+def _graph_asset(
+    plan: _Plan,
+    spec: dg.AssetSpec,
+    compose: Callable[..., Any],
+    *,
+    ins: Mapping[str, dg.AssetIn] | None = None,
+    check_specs: Sequence[dg.AssetCheckSpec] = (),
+) -> dg.AssetsDefinition:
+    """The graph asset that `compose` describes, looking like `spec` and waiting for the spec's deps."""
+    after = {
+        f"after_{number}": dg.AssetIn(dep.asset_key, dagster_type=dg.Nothing, partition_mapping=dep.partition_mapping)
+        for number, dep in enumerate(spec.deps)
+    }
+    decorate = dg.graph_asset(
+        key=spec.key,
+        ins={**(ins or {}), **after},
+        partitions_def=plan.partitions_def,
+        check_specs=list(check_specs),
+    )
+    return decorate(compose).map_asset_specs(
+        lambda own: spec.replace_attributes(
+            deps=own.deps, partitions_def=own.partitions_def, metadata={**own.metadata, **spec.metadata}
+        )
+    )
+
+
+def _waiting(after: Mapping[str, Any]) -> dict[str, Any]:
+    return {"after": list(after.values())} if after else {}
+
+
+def _is_backend(candidate: object) -> bool:
+    return hasattr(candidate, "backend")
+
+
+def _chosen(backend: Backend | Callable[[str], Backend], context: dg.OpExecutionContext) -> Backend:
+    if _is_backend(backend):
+        return backend  # pyright: ignore[reportReturnType]
+    return backend(context.partition_key)  # pyright: ignore[reportCallIssue]
+
+
+def _segment(context: dg.OpExecutionContext) -> str:
+    """The partition as one segment of a key or a path."""
+    if not context.has_partition_key:
+        return _UNPARTITIONED
+    segment = context.partition_key.replace("%", "%25").replace("/", "%2F")
+    return segment.replace(".", "%2E") if segment in (".", "..") else segment
+
+
+def _take_round(store: Store, prefix: str) -> Lease | None:
+    """The lease of the round; None where the store cannot hold one.
+
+    Raises:
+        TransferBusy: another run exports the same thing at this moment.
+    """
+    if not store.abilities.conditional:
+        return None
+    lease = Lease(store, f"{prefix}/round")
+    if not lease.try_acquire():
+        raise TransferBusy(
+            f"another run is exporting {prefix!r} at this moment",
+            hint="let that run end; this one would do the same again",
+            key=prefix,
+        )
+    return lease
+
+
+def _stored_digest(store: Store, key: str, manifest: Manifest) -> str | None:
+    """The digest of the artifact under `key`, if it has the content that `manifest` describes."""
+    try:
+        data = read_manifest_bytes(store, key)
+    except (ArtifactNotFound, ReplacementInProgress):
+        return None
+    return artifact_digest(data) if Manifest.parse(data).same_content(manifest) else None
+
+
+def _mark_used(scratch: Path, context: dg.OpExecutionContext) -> None:
+    """Say that this run needs the directory, so that no other run takes it for abandoned."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    (scratch / f"{_USER_MARK}{context.run_id}").touch()
+
+
+def _remove_abandoned(rounds: Path, context: dg.OpExecutionContext) -> None:
+    """Remove the scratch directories that no unfinished run uses, and what an earlier attempt of this step left.
+
+    A failed run keeps its artifact, for its retry, until a newer round begins: publishing it after that would put an
+    old snapshot in the place of a newer one.
+    """
+    for scratch in rounds.iterdir() if rounds.is_dir() else ():
+        users = {mark.name.removeprefix(_USER_MARK) for mark in scratch.glob(f"{_USER_MARK}*")} - {context.run_id}
+        runs = [context.instance.get_run_by_id(user) for user in users]
+        if all(run is None or run.is_finished for run in runs):
+            shutil.rmtree(scratch, ignore_errors=True)

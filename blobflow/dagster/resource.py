@@ -1,0 +1,121 @@
+"""The resource: where artifacts are stored and how they are moved there."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import dagster as dg
+from pydantic import Field, PrivateAttr
+
+from blobflow.config import ChunkProfile
+from blobflow.errors import UsageError
+from blobflow.stores import Store, open_store
+
+STORE_DIR = "blobflow/store"
+SCRATCH_DIR = "blobflow/scratch"
+
+
+class ProfileConfig(dg.Config, ChunkProfile):
+    """A transfer profile of your own; the fields of `ChunkProfile`."""
+
+
+class BlobflowResource(dg.ConfigurableResource):
+    """A store and a transfer profile.
+
+    Give secrets as `dg.EnvVar(...)`: Dagster then shows the name of the variable and never its value. Without keys
+    the usual places are searched (environment, shared configuration files, the machine's role).
+    """
+
+    store: str | None = Field(
+        default=None,
+        description="URL of the store (s3://bucket/prefix, an fsspec URL) or an absolute path; by default a directory"
+        " in the Dagster instance's storage. Never with credentials in it.",
+    )
+    profile: Literal["datacenter", "tactical", "edge"] = Field(
+        default="tactical",
+        description="32 MiB chunks for fast networks, 8 MiB for most, 1 MiB and patience for broken links.",
+    )
+    custom_profile: ProfileConfig | None = Field(
+        default=None, description="Chunk size (bytes), checkpoint interval (chunks) and more, instead of `profile`."
+    )
+    endpoint_url: str | None = Field(default=None, description="Of an S3 server that is not AWS.")
+    region: str | None = Field(default=None, description="Of the bucket.")
+    access_key_id: str | None = Field(default=None, description="Together with the secret, or not at all.")
+    secret_access_key: str | None = Field(default=None, description="As dg.EnvVar(...).")
+    session_token: str | None = Field(default=None, description="As dg.EnvVar(...); of temporary credentials.")
+    s3: dg.ResourceDependency[Any] = None  # pyright: ignore[reportAssignmentType]
+    """A dagster-aws `S3Resource` to take endpoint, region and keys from. Typed loosely: its import costs seconds."""
+    scratch_dir: str | None = Field(
+        default=None,
+        description="Absolute path for what lives between two steps of a run; by default in the Dagster instance's"
+        " storage. The steps of one asset need to see the same directory.",
+    )
+
+    _instance_storage: Path | None = PrivateAttr(default=None)
+
+    def __repr__(self) -> str:
+        return f"BlobflowResource(store={self.store!r}, profile={'custom' if self.custom_profile else self.profile!r})"
+
+    __str__ = __repr__
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Learn where the Dagster instance keeps its files."""
+        if context.instance is not None:
+            self._instance_storage = Path(context.instance.storage_directory())
+
+    def get_store(self) -> Store:
+        """The store; nothing is sent yet.
+
+        Raises:
+            UsageError: naming the setting that is wrong.
+        """
+        return open_store(self.store or self._instance_path(STORE_DIR), **self._s3_options())
+
+    def get_profile(self) -> ChunkProfile:
+        """The transfer profile."""
+        if self.custom_profile is not None:
+            return ChunkProfile(**self.custom_profile.model_dump())
+        return ChunkProfile.named(self.profile)
+
+    def scratch_path(self, *names: str) -> Path:
+        """A path of that name for local files that are needed until the end of a run; it need not exist yet."""
+        root = Path(self.scratch_dir) if self.scratch_dir else self._instance_path(SCRATCH_DIR)
+        return root.expanduser().absolute().joinpath(*names)
+
+    def _instance_path(self, name: str) -> Path:
+        if self._instance_storage is None:
+            home = os.environ.get("DAGSTER_HOME")
+            if not home:
+                raise UsageError(
+                    "outside of a run the Dagster instance's storage is not known",
+                    hint="give `store` and `scratch_dir`, or set DAGSTER_HOME",
+                )
+            return Path(home, "storage", name)
+        return self._instance_storage / name
+
+    def _s3_options(self) -> Mapping[str, Any]:
+        own = {
+            "endpoint_url": self.endpoint_url,
+            "region": self.region,
+            "access_key_id": self.access_key_id,
+            "secret_access_key": self.secret_access_key,
+            "session_token": self.session_token,
+        }
+        if self.s3 is None:
+            return own
+        if self.s3.profile_name:
+            raise UsageError(
+                "S3Resource.profile_name is not supported", hint="give keys, or set AWS_PROFILE in the environment"
+            )
+        if self.access_key_id or self.secret_access_key or self.session_token:
+            raise UsageError("keys are given twice", hint="give them here or in the S3Resource, not in both")
+        return {
+            "endpoint_url": self.endpoint_url or self.s3.endpoint_url,
+            "region": self.region or self.s3.region_name,
+            "access_key_id": self.s3.aws_access_key_id,
+            "secret_access_key": self.s3.aws_secret_access_key,
+            "session_token": self.s3.aws_session_token,
+            "anonymous": self.s3.use_unsigned_session or None,
+            "verify": self.s3.verify,
+        }

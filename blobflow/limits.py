@@ -1,0 +1,134 @@
+"""Limits that all transfers of a process share: memory, bandwidth, and requests in flight."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Final
+
+from blobflow.config import MIB
+
+DEFAULT_MEMORY_BYTES: Final = 512 * MIB
+"""Four transfers of the largest profile (4 workers x 32 MiB) side by side."""
+
+
+class ByteBudget:
+    """Bytes that may be held at the same time; who asks for more than is free waits.
+
+    A request above the whole budget waits until nothing else is held, and then gets it: a small budget makes
+    transfers take turns, never fail.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        if limit_bytes <= 0:
+            raise ValueError(f"a budget of {limit_bytes} bytes lets nothing through")
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self._condition = threading.Condition()
+
+    def __repr__(self) -> str:
+        return f"<ByteBudget {self.held_bytes} of {self.limit_bytes} bytes held>"
+
+    def acquire(self, size: int, *, timeout_s: float) -> bool:
+        """Take `size` bytes; False if they did not become free within `timeout_s`."""
+        with self._condition:
+            free = self._condition.wait_for(
+                lambda: not self.held_bytes or self.held_bytes + size <= self.limit_bytes, timeout_s
+            )
+            if free:
+                self.held_bytes += size
+            return free
+
+    def release(self, size: int) -> None:
+        """Give `size` bytes back."""
+        with self._condition:
+            self.held_bytes -= size
+            self._condition.notify_all()
+
+
+memory_budget = ByteBudget(DEFAULT_MEMORY_BYTES)
+"""Payload buffers of all transfers of this process. Set its `limit_bytes` before transfers begin."""
+
+
+class Bandwidth:
+    """A token bucket: on average at most `bytes_per_s`, in bursts of at most one second's worth.
+
+    Takes are served in order. One larger than a second's worth goes through at once and is paid for by those after
+    it, so any part size works with any rate.
+    """
+
+    def __init__(
+        self,
+        bytes_per_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if bytes_per_s <= 0:
+            raise ValueError(f"a bandwidth of {bytes_per_s} bytes per second lets nothing through")
+        self.bytes_per_s = bytes_per_s
+        self._clock = clock
+        self._sleep = sleep
+        self._lock = threading.Lock()
+        self._free_at = clock()
+        """When everything taken so far is paid for; in the past, it is credit for a burst."""
+
+    def take(self, size: int) -> None:
+        """Wait until `size` bytes may pass."""
+        with self._lock:
+            now = self._clock()
+            begin = max(self._free_at, now - 1.0)
+            self._free_at = begin + size / self.bytes_per_s
+            wait_s = begin - now
+        if wait_s > 0:
+            self._sleep(wait_s)
+
+
+class AdaptiveLimit:
+    """Requests in flight to one endpoint: halved when it says SlowDown, then raised by one for each round without.
+
+    Additive increase, multiplicative decrease, as TCP does it (RFC 5681), with the number of requests in flight as
+    the window: so several processes that share an endpoint end up with fair shares of it.
+    """
+
+    def __init__(self, maximum: int) -> None:
+        if maximum < 1:
+            raise ValueError(f"a limit of {maximum} requests lets nothing through")
+        self.maximum = maximum
+        self._window = float(maximum)
+        self._in_flight = 0
+        self._condition = threading.Condition()
+        self._epoch = 0
+        """Decreases so far; a request that began before the last one says nothing about the new window."""
+
+    def __repr__(self) -> str:
+        return f"<AdaptiveLimit {self._in_flight} in flight, window {self.window} of {self.maximum}>"
+
+    @property
+    def window(self) -> int:
+        """Requests that may be in flight now."""
+        return int(self._window)
+
+    @contextmanager
+    def slot(self) -> Generator[Callable[[bool], None]]:
+        """Hold one place; the block tells the outcome with `answered(slow_down)`."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._in_flight < self.window)
+            self._in_flight += 1
+            epoch = self._epoch
+        try:
+            yield lambda slow_down: self._answered(epoch, slow_down)
+        finally:
+            with self._condition:
+                self._in_flight -= 1
+                self._condition.notify_all()
+
+    def _answered(self, epoch: int, slow_down: bool) -> None:
+        with self._condition:
+            if not slow_down:
+                self._window = min(float(self.maximum), self._window + 1.0 / self._window)
+            elif epoch == self._epoch:
+                self._window = max(1.0, self._window / 2)
+                self._epoch += 1

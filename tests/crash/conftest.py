@@ -1,0 +1,78 @@
+"""Fixtures of the crash tests: what is sent, and where to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from blobflow.testing import read_tree, write_tree
+from tests.crash.machines import KIB, MIB, LocalPlace, Machine, Place, S3Place
+from tests.kit import noise
+
+
+@dataclass(frozen=True)
+class Freight:
+    """A directory to send, and the chunk that cuts it into enough parts to be interrupted among them."""
+
+    source: Path
+    chunk_size: int
+    parts: int
+
+    def is_whole(self, landed: Path) -> bool:
+        """Whether `landed` has the same contents."""
+        return read_tree(landed) == read_tree(self.source)
+
+
+@pytest.fixture(scope="session")
+def freight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Freight]:
+    """Makes freight of about `parts` chunks of `chunk_size` bytes; sources are never written to again."""
+    made: dict[tuple[int, int], Freight] = {}
+
+    def make(chunk_size: int, parts: int) -> Freight:
+        if (chunk_size, parts) not in made:
+            size = chunk_size * parts
+            tree = {
+                "a small one": "hello\n",
+                "nested": {"big.bin": noise(size * 3 // 4, 1), "empty": {}},
+                "rest.bin": noise(size // 4 - chunk_size // 2, 2),
+            }
+            made[chunk_size, parts] = Freight(write_tree(tmp_path_factory.mktemp("freight"), tree), chunk_size, parts)
+        return made[chunk_size, parts]
+
+    return make
+
+
+@pytest.fixture(params=["local", "moto", pytest.param("rgw", marks=pytest.mark.rgw)])
+def where(request: pytest.FixtureRequest) -> str:
+    """Which kind of store the test runs on."""
+    return request.param
+
+
+@pytest.fixture
+def place(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> Place:
+    """An empty store."""
+    if where == "local":
+        return LocalPlace(tmp_path / "store")
+    return S3Place(request.getfixturevalue(f"{where}_s3"))
+
+
+@pytest.fixture
+def cargo(where: str, freight: Callable[[int, int], Freight]) -> Freight:
+    """Freight for an upload: S3 takes no parts below 5 MiB."""
+    return freight(64 * KIB, 320) if where == "local" else freight(6 * MIB, 16)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, place: Place) -> Callable[..., Machine]:
+    """Makes machines that send to the place, each with a home and temporary files of its own."""
+    count = 0
+
+    def make(*options: str) -> Machine:
+        nonlocal count
+        count += 1
+        return Machine(tmp_path / f"machine-{count}", place, *options)
+
+    return make

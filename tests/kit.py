@@ -1,0 +1,73 @@
+"""What the tests of the core share: small trees, small profiles, and a process that dies at a chosen request."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from blobflow import Artifact, ChunkProfile, export_artifact
+from blobflow.stores.base import Store
+from blobflow.stores.local import LocalStore
+from blobflow.testing import FaultyStore, Request, Tree, write_tree
+
+SMALL = ChunkProfile.custom(4096, 2, workers=2)
+"""Parts of 4 KiB, a checkpoint after every second one."""
+SERIAL = ChunkProfile.custom(4096, 1, workers=1)
+"""One part after the other, a checkpoint after each: requests come in one order."""
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    """`size` bytes that no compression and no hole finding can shorten; the same ones for the same seed."""
+    return random.Random(seed).randbytes(size)
+
+
+TREE: Tree = {
+    "big.bin": noise(20_000, 1),
+    "empty": "",
+    "empty dir": {},
+    "nested": {"deep": {"file.txt": "hello\n", "other": noise(5_000, 2)}},
+    "ünïcode": {"日本語.txt": "text"},
+}
+"""A file that spans parts, small ones, an empty one, an empty directory, names that need pax records."""
+
+
+def artifact_of(path: Path, tree: Tree = TREE, **options: Any) -> Artifact:
+    """The artifact `<path>/artifact` of `tree`, which is written to `<path>/source` unless it is there."""
+    source = path / "source"
+    if not source.exists():
+        write_tree(source, tree)
+    return export_artifact(source, path / "artifact", **options).artifact
+
+
+class Killed(BaseException):
+    """The process is dead: no handler of an `Exception` sees it."""
+
+
+def dies_at(request_number: int) -> Callable[[Request], None]:
+    """Faults for a `FaultyStore`: the process dies at this request, counted from 1, and sends nothing after it."""
+    sent = 0
+
+    def faults(_: Request) -> None:
+        nonlocal sent
+        sent += 1
+        if sent >= request_number:
+            raise Killed
+
+    return faults
+
+
+def keys(store: Store) -> list[str]:
+    """The keys of all objects."""
+    return [meta.key for meta in store.list()]
+
+
+def local_store(path: Path) -> LocalStore:
+    """A local store at `<path>/store`."""
+    return LocalStore(path / "store")
+
+
+def watched(store: Store) -> FaultyStore:
+    """`store`, writing down its requests."""
+    return FaultyStore(store)
