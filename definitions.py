@@ -1,7 +1,8 @@
 """The demo's code location: wiring only.
 
 `BLOBFLOW_SOURCE` is the directory that travels, by default Python's own standard library: thousands of real files
-that every machine has. `BLOBFLOW_STORE` is where to, by default `.blobflow/store`.
+that every machine has. `BLOBFLOW_STORE` is where to, by default `.blobflow/store`, and `BLOBFLOW_MIRROR` is where it
+is brought to life, by default `.blobflow/mirror`.
 """
 
 import os
@@ -29,13 +30,15 @@ def source() -> DirectoryExporter:
 demo = artifact_pipeline(
     name="demo",
     exporter=source(),
-    importer=DirectoryImporter(path=HOME / "mirror"),
+    importer=DirectoryImporter(path=Path(os.environ.get("BLOBFLOW_MIRROR") or HOME / "mirror")),
 )
+
+blobflow = BlobflowResource(store=os.environ.get("BLOBFLOW_STORE") or str(HOME / "store"))
 
 defs = dg.Definitions.merge(
     demo.definitions,
     dg.Definitions(
-        resources={"blobflow": BlobflowResource(store=os.environ.get("BLOBFLOW_STORE") or str(HOME / "store"))},
+        resources={"blobflow": blobflow},
         executor=dg.in_process_executor,  # five short steps: a process for each would cost more than the work
     ),
 )

@@ -17,7 +17,7 @@ from urllib.parse import quote, urlsplit
 
 from benchmarks.native import compiled
 
-BUCKET = "benchmarks"
+BUCKET = "bench-bucket"
 _SETTLE_S = 20.0
 
 
@@ -28,6 +28,7 @@ class Traffic:
     requests: int
     bytes_in: int
     bytes_out: int
+    by_operation: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -80,16 +81,16 @@ class CheapServer(Endpoint):
         parts = urlsplit(url)
         self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
 
-    def _control(self, call: str, method: str = "GET") -> dict[str, Any]:
-        self._connection.request(method, call)
+    def close(self) -> None:
+        self._connection.close()
+
+    def _control(self, call: str) -> dict[str, Any]:
+        self._connection.request("GET", call)
         answer = self._connection.getresponse()
         body = answer.read()
         if answer.status != 200:
             raise RuntimeError(f"{call}: status {answer.status}")
         return json.loads(body or b"{}")
-
-    def create_bucket(self) -> None:
-        self._control(f"/{self.bucket}", "PUT")
 
     def holds(self, prefix: str) -> Holding:
         return Holding(**self._control(f"/-/holds?bucket={self.bucket}&prefix={quote(prefix)}"))
@@ -102,7 +103,7 @@ class CheapServer(Endpoint):
 
     def traffic(self) -> Traffic:
         seen = self._control("/-/stats")
-        return Traffic(seen["requests"], seen["bytes_in"], seen["bytes_out"])
+        return Traffic(seen["requests"], seen["bytes_in"], seen["bytes_out"], seen["by_operation"])
 
     def stop_bodies_after(self, size: int) -> None:
         """Let no byte of a body move once `size` were moved since the reset; 0 lets everything go on."""
@@ -133,7 +134,8 @@ def cheap_server(*, warm_bytes: int, limit_bytes: int) -> Generator[CheapServer]
         warm_bytes: Memory that is mapped at once, so that no client pays for it.
         limit_bytes: What it may hold at all.
     """
-    command = [str(compiled("cheap_s3")), "--warm", str(warm_bytes), "--limit", str(limit_bytes)]
+    memory = ["--warm", str(warm_bytes), "--limit", str(limit_bytes)]
+    command = [str(compiled("cheap_s3")), "--bucket", BUCKET, *memory]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -142,8 +144,10 @@ def cheap_server(*, warm_bytes: int, limit_bytes: int) -> Generator[CheapServer]
             if not url:
                 raise RuntimeError("cheap_s3 did not start")
             server = CheapServer(url)
-            server.create_bucket()
-            yield server
+            try:
+                yield server
+            finally:
+                server.close()
         finally:
             process.stdin.close()
             try:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +65,10 @@ def run(command: Command, *, log: Path, timeout_s: float = 3600.0) -> Cost:
     return Cost(cost["wall_s"], cost["user_s"] + cost["system_s"], cost["max_rss_bytes"])
 
 
-def run_until_killed(
-    command: Command, when: Callable[[], bool], *, log: Path, timeout_s: float = 600.0
-) -> float:
-    """Run a command, kill it and its descendants by SIGKILL as soon as `when()` is true; returns its seconds until then.
+def run_until_killed(command: Command, when: Callable[[], bool], *, log: Path, timeout_s: float = 600.0) -> float:
+    """Run a command and kill it, with its descendants, by SIGKILL as soon as `when()` is true.
+
+    Returns the seconds until then.
 
     Raises:
         CommandFailed: it ended before, or the time never came.

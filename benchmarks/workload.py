@@ -94,7 +94,9 @@ def difference(expected: Path, actual: Path, *, contents: bool) -> str:
     """What differs between two directories, in words; empty if nothing does."""
     wanted, found = files_below(expected), files_below(actual)
     if wanted != found:
-        return f"{len(found)} files with {sum(found.values())} bytes instead of {len(wanted)} with {sum(wanted.values())}"
+        return (
+            f"{len(found)} files with {sum(found.values())} bytes instead of {len(wanted)} with {sum(wanted.values())}"
+        )
     for name in wanted if contents else ():
         with (expected / name).open("rb") as left, (actual / name).open("rb") as right:
             while chunk := left.read(MIB):

@@ -216,7 +216,10 @@ class InvalidKey(UsageError):
 
 
 class StoreConfigurationError(UsageError):
-    """The store refuses these credentials, this bucket or this region. Fields: operation, status."""
+    """The store refuses these credentials, this bucket or this region.
+
+    Fields: operation, key; status (HTTP) and code (the store's own name of the error) where there was an answer.
+    """
 
 
 class Unsupported(UsageError):

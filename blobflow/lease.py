@@ -109,7 +109,7 @@ class Lease:
         if not store.abilities.conditional:
             raise Unsupported(
                 f"{store!r} has no conditional writes, so it cannot hold the lease {name!r}",
-                hint="keep the rounds in a store that has them",
+                hint="`blobflow probe` shows what it can do; keep the rounds in a store that has them",
                 store=store.url,
                 ability="conditional writes",
             )

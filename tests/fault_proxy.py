@@ -183,13 +183,17 @@ class FaultProxy(LoopbackServer):
             return [message for message, fault in self.messages if fault is not None and side in (None, message.side)]
 
     def serve(self, connection: socket.socket) -> None:
-        with self.connected_to(self._upstream) as upstream:
-            with connection.makefile("rb") as asked, upstream.makefile("rb") as told, suppress(_Broken):
-                while True:
-                    # Whoever hangs up between two requests, the other side learns of it at once.
-                    ready, _, _ = select.select([connection, upstream], [], [])
-                    if upstream in ready or not self._exchange(_Pipe(asked, upstream), _Pipe(told, connection)):
-                        return
+        with (
+            self.connected_to(self._upstream) as upstream,
+            connection.makefile("rb") as asked,
+            upstream.makefile("rb") as told,
+            suppress(_Broken),
+        ):
+            while True:
+                # Whoever hangs up between two requests, the other side learns of it at once.
+                ready, _, _ = select.select([connection, upstream], [], [])
+                if upstream in ready or not self._exchange(_Pipe(asked, upstream), _Pipe(told, connection)):
+                    return
 
     def _exchange(self, up: _Pipe, down: _Pipe) -> bool:
         """Pass one request and its answer on; whether the connections may be used again."""

@@ -421,7 +421,7 @@ class StrictS3(LoopbackServer):
         self._clock = clock
         self._faults: list[Fault] = []
         self._buckets: dict[str, _Bucket] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.Condition(threading.RLock())
         super().__init__()
 
     @cached_property
@@ -439,6 +439,11 @@ class StrictS3(LoopbackServer):
         with self._lock:
             return [each for each in self.log if fnmatchcase(each.operation, operation) and fnmatchcase(each.key, key)]
 
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        """Wait for something that becomes true with a request, also one whose client has hung up already."""
+        with self._lock:
+            assert self._lock.wait_for(holds, timeout=20), f"not in 20 s; the last requests: {self.log[-5:]}"
+
     def objects(self, bucket: str) -> dict[str, bytes]:
         """All objects of a bucket."""
         with self._lock:
@@ -454,7 +459,10 @@ class StrictS3(LoopbackServer):
     def serve(self, connection: socket.socket) -> None:
         with connection.makefile("rb") as stream:
             while (request := self._receive(connection, stream)) is not None:
-                if not self._play(connection, request):
+                goes_on = self._play(connection, request)
+                with self._lock:
+                    self._lock.notify_all()
+                if not goes_on:
                     return
 
     def _receive(self, connection: socket.socket, stream: BinaryIO) -> _Request | None:
@@ -484,7 +492,7 @@ class StrictS3(LoopbackServer):
             )
             self.log.append(exchange)
         length = int(headers.get("content-length", 0))
-        if length > self.rules.max_part_size:
+        if length > self.rules.max_part_size and method == "PUT":
             refusal = S3Error("EntityTooLarge", "Your proposed upload exceeds the maximum allowed size")
             self._send(connection, exchange, self._refuse(exchange, refusal, connection="close"))
             hang_up(connection)
@@ -492,7 +500,9 @@ class StrictS3(LoopbackServer):
         if headers.get("expect", "").lower() == "100-continue":
             connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = stream.read(length)
-        exchange.bytes_in = len(body)
+        with self._lock:
+            exchange.bytes_in = len(body)
+            self._lock.notify_all()
         return _Request(exchange, target, body, authorization) if len(body) == length else None
 
     def _play(self, connection: socket.socket, request: _Request) -> bool:
@@ -693,6 +703,7 @@ class StrictS3(LoopbackServer):
         return _xml(
             "ListBucketResult",
             ("Name", request.exchange.bucket),
+            ("EncodingType", query.get("encoding-type")),
             ("Prefix", shown(prefix)),
             ("KeyCount", len(page)),
             ("IsTruncated", truncated),
@@ -728,6 +739,7 @@ class StrictS3(LoopbackServer):
         return _xml(
             "ListMultipartUploadsResult",
             ("Bucket", request.exchange.bucket),
+            ("EncodingType", query.get("encoding-type")),
             ("Prefix", shown(prefix)),
             ("NextKeyMarker", shown(page[-1][0].decode()) if truncated else None),
             ("NextUploadIdMarker", page[-1][1] if truncated else None),

@@ -12,6 +12,7 @@ from blobflow import ChunkProfile, download, open_store
 
 
 def main() -> None:
+    """Pull."""
     url, key, dest = sys.argv[1:4]
     store = open_store(url, endpoint_url=os.environ["BENCH_ENDPOINT"])
     download(store, key, dest, profile=ChunkProfile(verify_digest=False))

@@ -22,6 +22,7 @@ LARGE_BYTES = 8 * 1024 * 1024
 
 
 def get_ranged(store: S3Store, key: str, path: Path, size: int) -> None:
+    """Four ranges at a time, each written at its place."""
     with path.open("wb") as file, ThreadPoolExecutor(4) as pool:
         file.truncate(size)
 
@@ -33,12 +34,14 @@ def get_ranged(store: S3Store, key: str, path: Path, size: int) -> None:
 
 
 def get_streamed(store: S3Store, key: str, path: Path) -> None:
+    """One request, chunk after chunk."""
     with path.open("wb") as file:
         for chunk in obstore.get(store, key).stream(min_chunk_size=RANGE_BYTES):
             file.write(chunk)
 
 
 async def main() -> None:
+    """Up or down."""
     way, directory, bucket, prefix, variant = sys.argv[1:6]
     store = S3Store(
         bucket,
@@ -57,7 +60,7 @@ async def main() -> None:
         async with gate:
             answer = await obstore.get_async(store, key)
             data = await answer.bytes_async()
-        (root / os.path.relpath(key, prefix)).write_bytes(data)
+        (root / key.removeprefix(f"{prefix}/")).write_bytes(data)
 
     small = []
     if way == "up":
@@ -69,7 +72,7 @@ async def main() -> None:
     else:
         for page in obstore.list(store, prefix=prefix):
             for entry in page:
-                path = root / os.path.relpath(entry["path"], prefix)
+                path = root / entry["path"].removeprefix(f"{prefix}/")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if entry["size"] <= LARGE_BYTES:
                     small.append(get_small(entry["path"]))

@@ -9,6 +9,7 @@ import s3fs
 
 
 def main() -> None:
+    """Up or down."""
     way, directory, bucket, prefix = sys.argv[1:5]
     filesystem = s3fs.S3FileSystem(endpoint_url=os.environ["BENCH_ENDPOINT"])
     if way == "up":

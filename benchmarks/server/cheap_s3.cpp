@@ -1,4 +1,4 @@
-// cheap_s3 [--warm BYTES] [--limit BYTES]: an S3 look-alike that costs less than any client, so that clients are what
+// cheap_s3 [--bucket NAME] [--warm BYTES] [--limit BYTES]: an S3 look-alike that costs less than any client, so that clients are what
 // a benchmark measures. It prints its URL, serves on a free loopback port and ends when its standard input closes.
 //
 // It believes everything: no signatures, no checksums are verified. It honours what protocols are built on:
@@ -968,6 +968,7 @@ int main(int argc, char** argv) {
     size_t warm = 0, limit = 16ul << 30;
     for (int i = 1; i + 1 < argc; i += 2) {
         if (!strcmp(argv[i], "--warm")) warm = strtoul(argv[i + 1], nullptr, 10);
+        else if (!strcmp(argv[i], "--bucket")) buckets[argv[i + 1]];
         else if (!strcmp(argv[i], "--limit")) limit = strtoul(argv[i + 1], nullptr, 10);
         else return fprintf(stderr, "cheap_s3: unknown option %s\n", argv[i]), 2;
     }

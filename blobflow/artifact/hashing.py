@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final, NamedTuple
 
 from blobflow.artifact.crowd import CrowdLock
@@ -15,6 +15,7 @@ READ_SIZE: Final = 1 << 20
 """Bytes per read: large enough for hashlib to release the interpreter lock for long, small enough for the cache."""
 _BATCH_FILES: Final = 256
 _BATCH_BYTES: Final = 64 << 20
+_TICK_S: Final = 0.5
 
 
 class FileHash(NamedTuple):
@@ -50,7 +51,8 @@ def hash_files(
     Args:
         sizes: Expected size of file i in bytes; only used to make batches even.
         hash_one: Opens file i and hashes it through the given buffer; its exceptions come out here.
-        on_batch: Called in the calling thread, after each batch, with files and bytes done so far.
+        on_batch: Called in the calling thread with files and bytes done so far, after each batch and about twice a
+            second while one takes long: a lease is kept alive there.
         workers: Threads; by default one for each processor, at most four.
     """
     workers = workers or min(4, os.cpu_count() or 1)
@@ -72,6 +74,8 @@ def hash_files(
                     window.append(pool.submit(run, batch))
                 if not window:
                     return
+                while on_batch and wait(window[:1], _TICK_S).not_done:
+                    on_batch(files_done, bytes_done)
                 hashes = window.pop(0).result()
                 yield from hashes
                 files_done += len(hashes)

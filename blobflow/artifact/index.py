@@ -28,6 +28,10 @@ MAX_GROUP_BYTES: Final = 512 << 20
 """Decoded bytes of one row group; ours have about 10 MB, and 65,536 paths of 4 KiB fit as well."""
 MAX_SEGMENT_BYTES: Final = 255
 """The longest name that Linux file systems take."""
+MAX_PATH_BYTES: Final = 4095
+"""Linux's PATH_MAX without its NUL: a longer path cannot be opened."""
+MAX_PATHS_BYTES: Final = 2 << 30
+"""Of all paths together; ten million of ours have about 1 GB."""
 
 _SCHEMA = pa.schema(
     [
@@ -39,6 +43,7 @@ _SCHEMA = pa.schema(
         pa.field("crc32c", pa.uint32(), nullable=False),
     ]
 )
+_SCHEMA_READ = _SCHEMA.set(0, pa.field("path", pa.dictionary(pa.int32(), pa.string()), nullable=False))
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
@@ -65,6 +70,8 @@ def path_fault(path: str) -> str | None:
         path.encode("utf-8")
     except UnicodeEncodeError:
         return "it is not valid UTF-8"
+    if len(path) > MAX_PATH_BYTES // 4 and len(path.encode()) > MAX_PATH_BYTES:
+        return f"it is longer than {MAX_PATH_BYTES} bytes"
     for segment in path.removesuffix("/").split("/"):
         if segment in ("", ".", ".."):
             return f"segment {segment!r} is not allowed"
@@ -87,6 +94,7 @@ class Index:
         self.mtimes_ns = array("q")
         self.sha256s = bytearray()
         self.crcs = array("I")
+        self._paths_bytes = 0
 
     def append(self, member: Member) -> None:
         """Add a row; rows come in the order of their paths."""
@@ -175,7 +183,9 @@ class Index:
             )
         index = cls()
         try:
-            file = pq.ParquetFile(pa.BufferReader(data))
+            # Paths are read as a dictionary: otherwise one long string that stands for every row of a group would be
+            # copied 65,536 times.
+            file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["path"])
             _check_shape(file, members)
             for group in range(file.num_row_groups):
                 index._extend(file.read_row_group(group, use_threads=False))
@@ -197,7 +207,12 @@ class Index:
             for chunk in table.column(name).chunks:
                 raw = memoryview(_data_buffer(chunk))[chunk.offset * width : (chunk.offset + len(chunk)) * width]
                 values.extend(raw) if isinstance(values, bytearray) else values.frombytes(raw)
-        self.paths.extend(table.column("path").to_pylist())
+        for chunk in table.column("path").chunks:
+            self._paths_bytes += chunk.dictionary.nbytes
+            if self._paths_bytes > MAX_PATHS_BYTES:
+                raise ArtifactInvalid(f"the paths of the index have more than {MAX_PATHS_BYTES} bytes")
+            names = chunk.dictionary.to_pylist()
+            self.paths.extend(names[i] for i in chunk.indices.to_pylist())
 
     def check(self) -> None:
         """Refuse rows that must never be written.
@@ -230,10 +245,12 @@ class Index:
             parents.add(path.removesuffix("/").rpartition("/")[0])
             if path.endswith("/") and path[:-1] in files:
                 raise refuse(path, "it is a file and a directory")
+        climbed: set[str] = set()
         for parent in parents:
-            while parent:
+            while parent and parent not in climbed:
                 if parent in files:
                     raise refuse(parent, "it is a file and a directory")
+                climbed.add(parent)
                 parent = parent.rpartition("/")[0]
 
 
@@ -257,7 +274,7 @@ def decode_inodes(data: bytes) -> array[int]:
 
 
 def _check_shape(file: pq.ParquetFile, members: int) -> None:
-    if file.schema_arrow.remove_metadata() != _SCHEMA:
+    if file.schema_arrow.remove_metadata() != _SCHEMA_READ:
         raise ArtifactInvalid(f"index has another schema: {', '.join(file.schema_arrow.names)[:200]}")
     metadata = file.metadata
     if metadata.num_rows != members:

@@ -95,10 +95,13 @@ class Manifest(BaseModel):
         """The JSON document as it is stored; its bytes are the artifact's identity.
 
         Raises:
-            ArtifactInvalid: it would exceed `MAX_MANIFEST_BYTES` (a huge cursor).
+            ArtifactInvalid: it would exceed `MAX_MANIFEST_BYTES` (a huge cursor), or the cursor is NaN or infinite.
         """
         document: dict[str, Any] = self.model_dump(mode="json")
-        data = json.dumps(document, ensure_ascii=False, indent=1).encode() + b"\n"
+        try:
+            data = json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
+        except ValueError as error:
+            raise ArtifactInvalid(f"the manifest is no JSON: {error}") from error
         if len(data) > MAX_MANIFEST_BYTES:
             raise ArtifactInvalid(
                 f"manifest exceeds {MAX_MANIFEST_BYTES} bytes", hint="make the cursor smaller", actual=len(data)

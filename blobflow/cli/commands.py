@@ -13,9 +13,9 @@ import click
 from blobflow import __version__
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
 from blobflow.cli.scratch import scratch_directory
-from blobflow.cli.settings import CommandGroup, DigestType, Settings, shared_options
+from blobflow.cli.settings import CommandGroup, DigestType, DurationType, Settings, shared_options
 from blobflow.cli.words import human_size, human_time, table
-from blobflow.errors import NotFoundError
+from blobflow.errors import NotFoundError, TemporaryError
 
 if TYPE_CHECKING:
     from blobflow.artifact.manifest import Manifest
@@ -410,3 +410,100 @@ def _ref_document(status: str, store: Store, name: str, state: RefState) -> dict
         "generation": state.generation,
         "updated_at": state.updated_at.isoformat(),
     }
+
+
+# probe, gc
+
+
+@cli.command()
+@click.option("--fresh", is_flag=True, help="Try everything out again, whatever the report in the store says.")
+@click.pass_obj
+def probe(settings: Settings, fresh: bool) -> None:
+    """Show what the store's server can really do.
+
+    An S3 server is probed when it is first relied upon, and again after 30 days; the report lies in the store.
+    What does not hold is not relied upon.
+    """
+    from blobflow.stores.probe import ProbedStore
+    from blobflow.stores.probe import probe as probe_store
+
+    with settings.open_store() as store:
+        report = store.report(fresh=fresh) if isinstance(store, ProbedStore) else probe_store(store)
+    if settings.json:
+        settings.report({"status": "probed", **report.model_dump(mode="json")})
+        return
+    server = " ".join(filter(None, [report.endpoint, report.software]))
+    about = [("store", report.store), ("server", server or "none"), ("probed", human_time(report.probed_at))]
+    table(("", ""), about)
+    table(
+        ("ability", "holds", "evidence"),
+        [
+            (name.replace("_", " "), "yes" if finding.holds else "no", finding.evidence)
+            for name, finding in report.findings.items()
+        ],
+    )
+
+
+@cli.command()
+@click.argument("prefix", default="")
+@click.option(
+    "--older-than",
+    "older_than_s",
+    type=DurationType(),
+    default="24h",
+    show_default=True,
+    metavar="AGE",
+    help="What is younger stays: 90s, 30m, 24h, 7d.",
+)
+@click.option("--dry-run", is_flag=True, help="Find everything, remove nothing.")
+@click.option("--payloads", is_flag=True, help="Also remove payloads whose manifest never came.")
+@click.option(
+    "--stages",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Also remove what killed downloads left in the directory DIR.",
+)
+@click.pass_obj
+def gc(
+    settings: Settings, prefix: str, older_than_s: float, dry_run: bool, payloads: bool, stages: Path | None
+) -> int | None:
+    """Remove what killed uploads left behind under keys that start with PREFIX.
+
+    It may run at any time, next to transfers. Multipart uploads that nobody will take up again are aborted and their
+    intents removed; payloads whose manifest never came are only shown unless --payloads is given.
+    """
+    from blobflow.gc import collect, collect_stages
+
+    with settings.open_store() as store:
+        report = collect(store, prefix, older_than_s=older_than_s, payloads=payloads, dry_run=dry_run)
+    collected_stages = collect_stages(stages, older_than_s=older_than_s, dry_run=dry_run) if stages else []
+    removed = "would remove" if dry_run else "removed"
+    rows = [
+        *(("would abort" if dry_run else "aborted", f"upload {u.upload_id} of {u.key}") for u in report.uploads),
+        *((removed, f"intent of {key}") for key in report.intents),
+        *((removed, key) for key in report.trials),
+        *((removed if payloads else "found", f"payload without manifest {key}") for key in report.payloads),
+        *((removed, str(path)) for path in collected_stages),
+        *(("left alone", f"unreadable intent of {key}") for key in report.unreadable),
+        *(("failed", f"{key}: run it again") for key in report.failed),
+    ]
+    settings.report(
+        {
+            "status": "found" if dry_run else "collected",
+            "store": store.url,
+            "prefix": prefix,
+            "older_than_s": older_than_s,
+            "uploads": [{"key": upload.key, "upload_id": upload.upload_id} for upload in report.uploads],
+            "intents": report.intents,
+            "trials": report.trials,
+            "payloads": report.payloads,
+            "payloads_removed": len(report.payloads) if payloads and not dry_run else 0,
+            "stages": [str(path) for path in collected_stages],
+            "unreadable": report.unreadable,
+            "failed": report.failed,
+            "uploads_kept": report.uploads_kept,
+        },
+        *(f"{what}  {which}" for what, which in rows),
+        f"{len(rows)} found, {report.uploads_kept} {'upload' if report.uploads_kept == 1 else 'uploads'} kept",
+    )
+    return TemporaryError.exit_code if report.failed else None

@@ -125,6 +125,18 @@ class _Size(click.ParamType[int]):
         return size
 
 
+class DurationType(click.ParamType[float]):
+    """Seconds, as a number or with a unit."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = re.fullmatch(r"(\d+)([smhd]?)", str(value))
+        if not found:
+            self.fail(f"{value!r} is not a duration: use for example 90s, 30m, 24h, 7d", param, ctx)
+        return float(int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]])
+
+
 class DigestType(click.ParamType[str]):
     """An artifact digest."""
 

@@ -204,7 +204,7 @@ def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
                 progress.bytes(done, total)
 
             try:
-                _remove_abandoned(scratch.parent, context)
+                _discard_all(scratch.parent, context)
                 _mark_used(scratch, context)
                 result = _chosen(plan.exporter, context).export(scratch / "artifact", on_progress=alive)
             except BaseException:
@@ -333,7 +333,7 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                 ref = f"{plan.prefix(context)}/{plan.ref}"
                 move_ref(store, ref, uploaded.key, result.artifact_digest)
                 metadata[md.REF] = ref
-            shutil.rmtree(uploaded.scratch, ignore_errors=True)
+            _discard(Path(uploaded.scratch), context)
             context.log.info(
                 "verify.done mode=%s bytes_read=%d seconds=%.1f uri=%s",
                 *(result.mode_used, result.bytes_read, result.seconds, uploaded.metadata[md.URI]),
@@ -524,14 +524,19 @@ def _mark_used(scratch: Path, context: dg.OpExecutionContext) -> None:
     (scratch / f"{_USER_MARK}{context.run_id}").touch()
 
 
-def _remove_abandoned(rounds: Path, context: dg.OpExecutionContext) -> None:
-    """Remove the scratch directories that no unfinished run uses, and what an earlier attempt of this step left.
+def _discard(scratch: Path, context: dg.OpExecutionContext) -> None:
+    """Remove a scratch directory, unless another run that is not finished needs it."""
+    users = {mark.name.removeprefix(_USER_MARK) for mark in scratch.glob(f"{_USER_MARK}*")} - {context.run_id}
+    runs = [context.instance.get_run_by_id(user) for user in users]
+    if all(run is None or run.is_finished for run in runs):
+        shutil.rmtree(scratch, ignore_errors=True)
 
-    A failed run keeps its artifact, for its retry, until a newer round begins: publishing it after that would put an
-    old snapshot in the place of a newer one.
+
+def _discard_all(rounds: Path, context: dg.OpExecutionContext) -> None:
+    """Remove what earlier rounds, and earlier attempts of this step, left behind.
+
+    A failed run keeps its artifact for its retry only until a newer round begins: published after that, an old
+    snapshot would take the place of a newer one.
     """
     for scratch in rounds.iterdir() if rounds.is_dir() else ():
-        users = {mark.name.removeprefix(_USER_MARK) for mark in scratch.glob(f"{_USER_MARK}*")} - {context.run_id}
-        runs = [context.instance.get_run_by_id(user) for user in users]
-        if all(run is None or run.is_finished for run in runs):
-            shutil.rmtree(scratch, ignore_errors=True)
+        _discard(scratch, context)

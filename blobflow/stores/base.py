@@ -240,9 +240,7 @@ class Store(ABC):
         """Copy within the store without moving the bytes through this process where the store can."""
 
     @abstractmethod
-    def create_multipart(
-        self, key: str, *, part_size: int, content_type: str = "application/octet-stream"
-    ) -> str:
+    def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
         """Begin an upload of equal parts (the last one may be smaller) and return its upload id.
 
         The id is valid in every process until complete or abort. Nothing is visible under the key before complete.

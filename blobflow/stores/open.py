@@ -27,6 +27,8 @@ _MISTAKEN_SCHEMES = {
 def open_store(url: str | os.PathLike[str], *, patience_s: float = DEFAULT_PATIENCE_S, **options: Any) -> Store:
     """The store at `url`, with retries; nothing is sent or made yet.
 
+    What a server can do is found out when it is first relied upon (`blobflow.stores.probe`).
+
     | url | store | options |
     |---|---|---|
     | `s3://bucket/prefix` | S3 and its relatives | those of `blobflow.stores.s3.S3Options`: endpoint_url, region ... |
@@ -44,7 +46,12 @@ def open_store(url: str | os.PathLike[str], *, patience_s: float = DEFAULT_PATIE
         UsageError: an option this kind of store does not know, by name.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    return RetryingStore(_open(os.fspath(url), given), patience_s=patience_s)
+    store = _open(os.fspath(url), given)
+    if store.url.startswith("s3://"):
+        from blobflow.stores.probe import ProbedStore
+
+        return ProbedStore(store, patience_s=patience_s)
+    return RetryingStore(store, patience_s=patience_s)
 
 
 def _open(url: str, options: dict[str, Any]) -> Store:

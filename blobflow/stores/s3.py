@@ -562,7 +562,7 @@ class S3Store(Store):
             with plane.wire.send(
                 method, target, lambda: plane.signed(method, target, headers), body, idempotent=idempotent
             ) as answer:
-                self._software = answer.headers.get("server", "")
+                self._software = answer.headers.get("server", self._software)
                 refusal = None if answer.status < 300 else _Refusal.by_answer(answer)
                 if refusal is None:
                     yield answer
@@ -886,7 +886,7 @@ def _translate(error: Exception, call: _Call, timeout_s: float | None) -> Blobfl
 def _translate_refusal(refusal: _Refusal, call: _Call, about: dict[str, Any]) -> BlobflowError:
     status, code = refusal.status, refusal.code
     said = f"{call}: {' '.join(filter(None, [str(status), code]))}{': ' if refusal.message else ''}{refusal.message}"
-    about = {**about, "status": status}
+    about = {**about, "status": status, "code": code or None}
     match code:
         case "NoSuchUpload":
             return NoSuchUpload(said, key=call.key, upload_id=call.upload_id)

@@ -16,7 +16,7 @@ from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
 from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch
-from blobflow.stores.base import Store
+from blobflow.stores.base import ObjectMeta, Store
 from blobflow.transport.books import OnProgress, OnRecord
 from blobflow.transport.remote import RemoteArtifact
 
@@ -66,9 +66,10 @@ def verify(
     """Prove that the artifact under `key` is whole.
 
     Args:
-        mode: `shallow` compares sizes, the embedded manifest with the sibling, and the checksum that the store
-            attests, if any. `deep` reads every byte and holds every member to its SHA-256. `auto` is deep, except
-            where the store attests a CRC32C of the whole object.
+        mode: `shallow` compares sizes, the embedded manifest with the sibling, and the CRC32C of the whole payload if
+            the store attests one: computed by itself, as the probe has shown (`Abilities.attests_crc32c`). `deep`
+            reads every byte and holds every member to its SHA-256. `auto` is shallow where there is an attested
+            CRC32C, and deep everywhere else.
         expected_digest: The artifact that is expected.
 
     Raises:
@@ -77,7 +78,7 @@ def verify(
     """
     started = time.monotonic()
     remote = RemoteArtifact.open(store, key, expected_digest)
-    attested = remote.payload.crc32c
+    attested = None if mode == "deep" else _attested_crc32c(store, remote.payload)
     if attested is not None and attested != remote.payload_crc32c:
         raise ChecksumMismatch(
             f"the store attests CRC32C {attested:08x} for {key!r}, its manifest says {remote.payload_crc32c:08x}",
@@ -104,6 +105,11 @@ def verify(
         bytes_read=bytes_read,
         seconds=time.monotonic() - started,
     )
+
+
+def _attested_crc32c(store: Store, payload: ObjectMeta) -> int | None:
+    """The CRC32C that the store tells, if it may be believed; to find that out may cost requests."""
+    return payload.crc32c if payload.crc32c is not None and store.abilities.attests_crc32c else None
 
 
 class _Turnstile:

@@ -18,6 +18,7 @@ from blobflow.engine.checkpoint import TransferRecord
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
 from blobflow.errors import (
+    ArtifactInvalid,
     ArtifactNotFound,
     ChecksumMismatch,
     KeyConflict,
@@ -94,9 +95,14 @@ def upload(
     except (ArtifactNotFound, ReplacementInProgress):
         pass
     else:
-        existing = Manifest.parse(existing_bytes)
         replaces = artifact_digest(existing_bytes)
-        if existing.same_content(artifact.manifest):
+        try:
+            existing = Manifest.parse(existing_bytes)
+        except ArtifactInvalid:
+            if not overwrite:
+                raise
+            existing = None
+        if existing is not None and existing.same_content(artifact.manifest):
             # A manifest that lost its payload is repaired by uploading again.
             if _payload_is_there(store, key, existing_bytes):
                 size = payload_size(existing_bytes, existing)
@@ -170,21 +176,16 @@ class _Upload:
             found = read_manifest_bytes(self.store, self.key)
         except (ArtifactNotFound, ReplacementInProgress):
             return
-        except ArtifactInvalid:
-            if not self.replaces:
-                raise
-        else:
-            actual = artifact_digest(found)
-            if actual != self.replaces:
-                if found == self.artifact.manifest_bytes:
-                    return  # a joined uploader was quicker
-                raise KeyConflict(
-                    f"another artifact was published under {self.key!r} meanwhile",
-                    key=self.key,
-                    expected=self.artifact.digest,
-                    actual=actual,
-                )
-        self.store.delete(self.key + MANIFEST_SUFFIX)
+        actual = artifact_digest(found)
+        if actual == self.replaces:
+            self.store.delete(self.key + MANIFEST_SUFFIX)
+        elif found != self.artifact.manifest_bytes:  # equal bytes: a joined uploader was quicker
+            raise KeyConflict(
+                f"another artifact was published under {self.key!r} meanwhile",
+                key=self.key,
+                expected=self.artifact.digest,
+                actual=actual,
+            )
 
     def publish(self, payload: ObjectMeta) -> None:
         """Put the sibling manifest, which makes the artifact visible.
@@ -281,8 +282,8 @@ class _MultipartUpload(_Upload):
 
     def run(self, started: float) -> UploadResult:
         self.keeper = IntentKeeper(self.store, self.key)
-        self.crcs: dict[int, int] = {}
         for _ in range(_CLAIM_ATTEMPTS):
+            self.crcs: dict[int, int] = {}
             upload_id, plan = self._claim()
             books = self.books(plan, upload_id, save=lambda: self.keeper.save(self.crcs))
             try:
@@ -296,6 +297,8 @@ class _MultipartUpload(_Upload):
                     self.keeper.remove(upload_id)
                     continue
                 payload = settled
+                for part in plan.missing(self.crcs):
+                    books.resumed(part.length)  # sent by whoever completed the upload
             self.publish(payload)
             self.keeper.remove(upload_id)
             books.done()

@@ -62,7 +62,7 @@ def place(where: str, tmp_path: Path, request: pytest.FixtureRequest) -> Place:
 @pytest.fixture
 def cargo(where: str, freight: Callable[[int, int], Freight]) -> Freight:
     """Freight for an upload: S3 takes no parts below 5 MiB."""
-    return freight(64 * KIB, 320) if where == "local" else freight(6 * MIB, 16)
+    return freight(64 * KIB, 320) if where == "local" else freight(6 * MIB, 10)
 
 
 @pytest.fixture

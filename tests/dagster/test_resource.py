@@ -1,0 +1,148 @@
+"""The resource: defaults, profiles, credentials and their secrecy."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from blobflow.config import ChunkProfile
+from blobflow.dagster import BlobflowResource, DirectoryImporter, ProfileConfig, artifact_pipeline
+from blobflow.errors import UsageError
+from blobflow.testing import read_tree
+from tests.dagster.kit import Place, facts
+from tests.kit import TREE
+from tests.servers import S3Endpoint
+
+
+def configured(place: Place, resource: BlobflowResource) -> BlobflowResource:
+    """The resource as a step sees it."""
+    seen: list[BlobflowResource] = []
+
+    @dg.op
+    def look(blobflow: BlobflowResource) -> None:
+        seen.append(blobflow)
+
+    @dg.job(resource_defs={"blobflow": resource})
+    def looking() -> None:
+        look()
+
+    looking.execute_in_process(instance=place.instance)
+    return seen[0]
+
+
+def test_everything_lies_in_the_instance_by_default(place):
+    """Without any setting, store and scratch directory are in the Dagster instance's storage."""
+    blobflow = configured(place, BlobflowResource())
+    storage = Path(place.instance.storage_directory())
+    assert blobflow.get_store().url == (storage / "blobflow" / "store").as_uri()
+    assert blobflow.scratch_path("a", "b") == storage / "blobflow" / "scratch" / "a" / "b"
+    assert blobflow.get_profile() == ChunkProfile.tactical()
+
+
+def test_outside_of_a_run_dagster_home_counts(monkeypatch, tmp_path):
+    """A script may use the resource; without an instance to look at, it takes DAGSTER_HOME or asks for paths."""
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    assert BlobflowResource().scratch_path() == tmp_path / "storage" / "blobflow" / "scratch"
+    monkeypatch.delenv("DAGSTER_HOME")
+    with pytest.raises(UsageError, match="storage is not known") as refusal:
+        BlobflowResource().get_store()
+    assert "scratch_dir" in refusal.value.hint
+    assert BlobflowResource(scratch_dir=str(tmp_path)).scratch_path("x") == tmp_path / "x"
+
+
+def test_a_profile_has_a_name_or_fields(place):
+    """Presets by name; `custom_profile` takes the fields of a `ChunkProfile` and its validation."""
+    assert BlobflowResource(profile="edge").get_profile() == ChunkProfile.edge()
+    custom = BlobflowResource(custom_profile=ProfileConfig(chunk_size=5, checkpoint_interval=7))
+    assert configured(place, custom).get_profile() == ChunkProfile.custom(5, 7)
+    with pytest.raises(ValueError, match="chunk_size"):
+        ProfileConfig(chunk_size=0)
+
+
+def test_secrets_reach_the_store_and_nothing_else(place, moto_s3: S3Endpoint, monkeypatch):
+    """With credentials from the environment a run works, and no trace of them is in events, metadata, files or repr."""
+    secret = "s3cr3t-nobody-may-see"
+    monkeypatch.setenv("ORDERS_KEY_ID", "orders-key-id")
+    monkeypatch.setenv("ORDERS_SECRET", secret)
+    resource = place.resource(
+        store=f"s3://{moto_s3.new_bucket()}/backups",
+        endpoint_url=moto_s3.endpoint_url,
+        region=moto_s3.region,
+        access_key_id=dg.EnvVar("ORDERS_KEY_ID"),
+        secret_access_key=dg.EnvVar("ORDERS_SECRET"),
+        session_token=dg.EnvVar("ORDERS_SECRET"),
+    )
+    result = place.run(resource=resource)
+
+    assert result.success
+    assert read_tree(place.current) == TREE
+    assert facts(result, dg.AssetKey(["orders", "remote"]))["dagster/uri"].startswith("s3://")
+    shown = configured(place, resource)
+    assert shown.secret_access_key == secret
+    assert secret not in repr(shown) + str(shown)
+    for event in result.all_events:
+        assert secret not in repr(event)
+    for path in place.home.rglob("*"):
+        if path.is_file():
+            assert secret.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.filterwarnings("ignore:InitResourceContext.dagster_run is deprecated:DeprecationWarning")  # Dagster's own
+def test_credentials_may_come_from_an_s3_resource(place, moto_s3: S3Endpoint, monkeypatch):
+    """dagster-aws users configure endpoint, region and keys once."""
+    from dagster_aws.s3 import S3Resource
+
+    monkeypatch.setenv("SHARED_SECRET", moto_s3.secret_access_key)
+    shared = S3Resource(
+        endpoint_url=moto_s3.endpoint_url,
+        region_name=moto_s3.region,
+        aws_access_key_id=moto_s3.access_key_id,
+        aws_secret_access_key=dg.EnvVar("SHARED_SECRET"),
+    )
+    resource = place.resource(store=f"s3://{moto_s3.new_bucket()}", s3=shared)
+    assert place.run(resource=resource).success
+    assert read_tree(place.current) == TREE
+    assert moto_s3.secret_access_key not in repr(configured(place, resource))
+
+
+@pytest.mark.filterwarnings("ignore:InitResourceContext.dagster_run is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("theirs", "ours", "message"),
+    [
+        ({"profile_name": "backup"}, {}, "profile_name"),
+        ({}, {"access_key_id": "a", "secret_access_key": "b"}, "keys are given twice"),
+    ],
+)
+def test_an_s3_resource_that_cannot_be_followed_is_refused(place, theirs, ours, message):
+    """What would be ignored is refused, with the way out."""
+    from dagster_aws.s3 import S3Resource
+
+    resource = configured(place, BlobflowResource(store="s3://bucket", s3=S3Resource(**theirs), **ours))
+    with pytest.raises(UsageError, match=message) as refusal:
+        resource.get_store()
+    assert refusal.value.hint
+
+
+def test_schedules_follow_the_pipeline(place):
+    """A cron string gives a schedule of the whole pipeline; with time partitions a tick asks for the last one."""
+    (plain,) = place.pipeline(schedule="0 * * * *").schedules
+    assert (plain.name, plain.cron_schedule, plain.job_name) == ("orders_schedule", "0 * * * *", "orders_job")
+
+    daily = artifact_pipeline(
+        "daily",
+        exporter=lambda day: None,  # pyright: ignore[reportArgumentType]  # never called
+        importer=DirectoryImporter(path=place.home / "mirror"),
+        partitions_def=dg.DailyPartitionsDefinition(start_date="2026-01-01"),
+        schedule="15 6 * * *",
+    )
+    defs = dg.Definitions.merge(daily.definitions, dg.Definitions(resources={"blobflow": place.resource()}))
+    tick = dg.build_schedule_context(
+        instance=place.instance,
+        repository_def=defs.get_repository_def(),
+        scheduled_execution_time=datetime(2026, 3, 5, 6, 15, tzinfo=timezone.utc),
+    )
+    requests = defs.resolve_schedule_def("daily_schedule").evaluate_tick(tick).run_requests
+    assert [request.partition_key for request in requests or ()] == ["2026-03-04"]

@@ -1,0 +1,604 @@
+"""The probe: what servers really do, honest ones and liars, and what is made of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from typing_extensions import override
+
+from blobflow import Lease, move_ref, open_store, read_ref, upload, verify
+from blobflow.checksum import Buffer, crc32c
+from blobflow.cli import run
+from blobflow.errors import (
+    IntegrityError,
+    StoreConfigurationError,
+    StoreUnavailable,
+    Unsupported,
+)
+from blobflow.stores.base import Abilities, Body, ObjectMeta, PartMeta, PutMode, Server, Store
+from blobflow.stores.local import LocalStore
+from blobflow.stores.probe import MAX_AGE_S, REPORT_KEY, ProbedStore, ProbeReport, probe
+from blobflow.stores.retry import RetryingStore
+from blobflow.stores.s3 import S3Options, S3Store
+from blobflow.testing import FailBefore, FaultyStore, Request, scripted_faults
+from tests.kit import SERIAL, SMALL, artifact_of, keys
+from tests.servers import S3Endpoint
+from tests.strict_s3 import StrictS3
+
+NAMES = set(ProbeReport.model_fields) - {"store", "endpoint", "software", "probed_at"}
+
+
+def lacking(report: ProbeReport) -> set[str]:
+    """The abilities that do not hold."""
+    return {name for name, finding in report.findings.items() if not finding.holds}
+
+
+def s3_options(endpoint: S3Endpoint) -> dict[str, Any]:
+    return {
+        "endpoint_url": endpoint.endpoint_url,
+        "region": endpoint.region,
+        "access_key_id": endpoint.access_key_id,
+        "secret_access_key": endpoint.secret_access_key,
+    }
+
+
+@pytest.fixture
+def strict() -> Iterator[StrictS3]:
+    with StrictS3() as server:
+        yield server
+        server.endpoint.client.close()
+
+
+# ------------------------------------------------------------------------------------------- what is known of real ones
+
+
+def probed_s3(endpoint: S3Endpoint) -> tuple[ProbeReport, Abilities]:
+    """The report on a fresh bucket, which is as empty afterwards as before."""
+    with closing(open_store(f"s3://{endpoint.new_bucket()}/team/blobs", **s3_options(endpoint))) as store:
+        assert isinstance(store, ProbedStore)
+        report = store.report()
+        assert keys(store) == [REPORT_KEY]
+        assert store.list_uploads() == []
+        return report, store.abilities
+
+
+def test_a_strict_s3_has_every_ability(strict: StrictS3) -> None:
+    """Where AWS's rules hold, all of them are found, and the server's checksums are believed."""
+    report, abilities = probed_s3(strict.endpoint)
+    assert lacking(report) == set()
+    assert set(report.findings) == NAMES
+    assert (abilities.conditional, abilities.attests_crc32c, abilities.max_parts) == (True, True, 10_000)
+
+
+def test_moto_swallows_wrong_checksums(moto_s3: S3Endpoint) -> None:
+    """Moto keeps conditions, and any checksum that it is told: its checksums are not believed."""
+    report, abilities = probed_s3(moto_s3)
+    assert lacking(report) == {"refuses_wrong_crc32c", "attests_crc32c"}
+    assert report.attests_crc32c.evidence == "a put with a wrong CRC32C was accepted"
+    assert (abilities.conditional, abilities.attests_crc32c) == (True, False)
+
+
+@pytest.mark.rgw
+def test_ceph_swallows_wrong_checksums_and_compares_e_tags_in_its_own_spelling(rgw_s3: S3Endpoint) -> None:
+    """Ceph 16 compares and swaps, if it is asked without quotes; its checksums are not believed."""
+    report, abilities = probed_s3(rgw_s3)
+    assert lacking(report) == {"refuses_wrong_crc32c", "attests_crc32c"}
+    assert (abilities.conditional, abilities.attests_crc32c) == (True, False)
+
+
+def test_a_local_store_keeps_its_promises(tmp_path: Path) -> None:
+    """The local store holds everything that it declares, and attests nothing: files can be edited by anybody."""
+    store = LocalStore(tmp_path)
+    report = probe(store)
+    assert lacking(report) == {"attests_crc32c"}
+    assert report.apply(store.abilities) == store.abilities
+    assert keys(store) == store.list_uploads() == []
+
+
+def test_a_file_system_without_uploads_is_found_to_have_none() -> None:
+    """What a store declares not to have is not found either."""
+    store = open_store("memory://probed")
+    report = probe(store)
+    assert lacking(report) == {"multipart", "pages_parts", "aborts_uploads", "attests_crc32c"}
+    assert report.apply(store.abilities) == store.abilities
+    assert keys(store) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------- liars
+
+
+class Honest(LocalStore):
+    """Tells the CRC32C of the bytes that it has."""
+
+    @override
+    def head(self, key: str) -> ObjectMeta:
+        meta = super().head(key)
+        return meta._replace(crc32c=crc32c(self.get(key, max_bytes=meta.size).data))
+
+
+class IgnoresIfNoneMatch(LocalStore):
+    @override
+    def put(self, key: str, body: Buffer | Body, *, mode: PutMode = PutMode.OVERWRITE, **more: Any) -> ObjectMeta:
+        return super().put(key, body, mode=PutMode.OVERWRITE if mode is PutMode.CREATE else mode, **more)
+
+
+class IgnoresIfMatch(LocalStore):
+    @override
+    def put(
+        self,
+        key: str,
+        body: Buffer | Body,
+        *,
+        mode: PutMode = PutMode.OVERWRITE,
+        e_tag: str | None = None,
+        **more: Any,
+    ) -> ObjectMeta:
+        if mode is PutMode.UPDATE:
+            mode, e_tag = PutMode.OVERWRITE, None
+        return super().put(key, body, mode=mode, e_tag=e_tag, **more)
+
+
+class BringsBackTheDead(LocalStore):
+    """Compares e_tags, but of objects that are there only."""
+
+    @override
+    def put(
+        self,
+        key: str,
+        body: Buffer | Body,
+        *,
+        mode: PutMode = PutMode.OVERWRITE,
+        e_tag: str | None = None,
+        **more: Any,
+    ) -> ObjectMeta:
+        if mode is PutMode.UPDATE and not self.exists(key):
+            mode, e_tag = PutMode.OVERWRITE, None
+        return super().put(key, body, mode=mode, e_tag=e_tag, **more)
+
+
+def unchecked(body: Body) -> Body:
+    return Body(body.size, lambda: body)
+
+
+class SwallowsWrongParts(Honest):
+    """Checks what is put, but not parts."""
+
+    @override
+    def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
+        return super().put_part(key, upload_id, part_number, unchecked(body))
+
+
+class Parrot(LocalStore):
+    """HEAD repeats what complete was told."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.told: dict[str, int | None] = {}
+
+    @override
+    def complete_multipart(self, key: str, upload_id: str, parts: Sequence[PartMeta]) -> ObjectMeta:
+        from blobflow.checksum import combine_all
+
+        self.told[key] = combine_all((part.crc32c or 0, part.size) for part in parts)
+        return super().complete_multipart(key, upload_id, parts)
+
+    @override
+    def head(self, key: str) -> ObjectMeta:
+        return super().head(key)._replace(crc32c=self.told.get(key))
+
+
+class StrictParrot(Parrot):
+    """Repeats what it was told, and at the first word refuses what is wrong in the whole."""
+
+    @override
+    def complete_multipart(self, key: str, upload_id: str, parts: Sequence[PartMeta]) -> ObjectMeta:
+        if [part.crc32c for part in parts] != [part.crc32c for part in self.list_parts(key, upload_id)]:
+            raise IntegrityError("BadDigest")
+        return super().complete_multipart(key, upload_id, parts)
+
+
+class KnowsOnePage(LocalStore):
+    @override
+    def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
+        return self.list_parts(key, upload_id)[:page_size]
+
+
+class StandsStill(LocalStore):
+    @override
+    def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
+        raise StoreUnavailable("the list of parts stands still")
+
+
+class AbortsNothing(LocalStore):
+    @override
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        pass
+
+
+class ShowsTooEarly(LocalStore):
+    """The object is there with its first part."""
+
+    @override
+    def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
+        self.put(key, b"".join(map(bytes, body)))
+        return super().put_part(key, upload_id, part_number, body)
+
+
+class PinsNothing(LocalStore):
+    @override
+    def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
+        super().get_range_into(key, offset, buffer)
+
+
+class IgnoresRanges(LocalStore):
+    @override
+    def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
+        raise Unsupported("the server ignores ranges", ability="ranged GET")
+
+
+@pytest.mark.parametrize(
+    ("liar", "lacks"),
+    [
+        (Honest, set()),
+        (StrictParrot, set()),
+        (IgnoresIfNoneMatch, {"create_only", "attests_crc32c"}),
+        (IgnoresIfMatch, {"compare_and_swap", "attests_crc32c"}),
+        (BringsBackTheDead, {"compare_and_swap", "attests_crc32c"}),
+        (SwallowsWrongParts, {"refuses_wrong_crc32c", "attests_crc32c"}),
+        (Parrot, {"attests_crc32c"}),
+        (KnowsOnePage, {"pages_parts", "attests_crc32c"}),
+        (StandsStill, {"pages_parts", "attests_crc32c"}),
+        (AbortsNothing, {"aborts_uploads", "attests_crc32c"}),
+        (ShowsTooEarly, {"multipart", "attests_crc32c"}),
+        (PinsNothing, {"pins_ranges", "attests_crc32c"}),
+        (IgnoresRanges, {"pins_ranges", "attests_crc32c"}),
+    ],
+)
+def test_every_lie_is_found(tmp_path: Path, liar: Callable[[Path], Store], lacks: set[str]) -> None:
+    """Each finding is false for a server without this ability, and for no other."""
+    assert lacking(probe(liar(tmp_path))) == lacks
+
+
+def test_what_does_not_hold_is_not_relied_upon(tmp_path: Path) -> None:
+    """Abilities are taken from a declared set; only the attested checksum is added."""
+    report = probe(Honest(tmp_path))
+    declared = Abilities()
+    assert report.apply(declared) == replace(declared, attests_crc32c=True)
+    no = report.create_only.model_copy(update={"holds": False})
+    effects = {
+        "create_only": {"conditional": False},
+        "compare_and_swap": {"conditional": False},
+        "multipart": {"multipart": False},
+        "pages_parts": {"max_parts": 1000},
+        "attests_crc32c": {"attests_crc32c": False},
+    }
+    for name, changes in effects.items():
+        expected = replace(declared, **{"attests_crc32c": True, **changes})
+        assert report.model_copy(update={name: no}).apply(declared) == expected
+    assert not report.apply(replace(declared, conditional=False)).conditional
+
+
+# --------------------------------------------------------------------------------------------------- what is made of it
+
+
+def test_without_conditional_writes_leases_are_refused_and_uploads_overwrite(tmp_path: Path) -> None:
+    """On a server that ignores conditions nothing is built on them, and what can do without works."""
+    sent = FaultyStore(IgnoresIfMatch(tmp_path / "store"))
+    store = ProbedStore(sent)
+    with pytest.raises(Unsupported, match="conditional writes"):
+        Lease(store, "orders/round")
+    with pytest.raises(Unsupported, match="relied upon"):
+        store.put("key", b"data", mode=PutMode.CREATE)
+    result = upload(store, "orders/1.tar", artifact_of(tmp_path), profile=SMALL)
+    move_ref(store, "orders/latest", result.key, result.artifact_digest)
+    ref = read_ref(store, "orders/latest")
+    assert ref is not None
+    assert ref.manifest_sha256 == verify(store, "orders/1.tar").artifact_digest == result.artifact_digest
+
+
+def test_one_page_of_parts_makes_larger_parts(tmp_path: Path) -> None:
+    """Where a listing ends after its first page, an upload has no more parts than fit on it."""
+    from blobflow.engine.plan import TransferPlan
+
+    abilities = ProbedStore(KnowsOnePage(tmp_path)).abilities
+    limits = {name: getattr(abilities, name) for name in ("min_part_size", "max_part_size", "max_parts")}
+    assert len(TransferPlan.for_upload(5000 * 1024, 1024, **limits)) <= 1000
+
+
+def damage(store: LocalStore, key: str) -> None:
+    """Change the payload's last content byte and nothing else that can be seen."""
+    path = store.root / key
+    data = bytearray(path.read_bytes())
+    data[-20_000] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_proven_checksum_makes_verify_shallow(tmp_path: Path) -> None:
+    """Where the server computes what HEAD tells, auto reads next to nothing, and finds damage all the same."""
+    inner = Honest(tmp_path / "store")
+    store = ProbedStore(inner)
+    upload(store, "a.tar", artifact_of(tmp_path), profile=SMALL)
+    result = verify(store, "a.tar")
+    assert result.mode_used == "shallow"
+    assert result.bytes_read < result.bytes_total / 5
+    damage(inner, "a.tar")
+    with pytest.raises(IntegrityError, match="attests"):
+        verify(store, "a.tar")
+
+
+def test_a_repeated_checksum_makes_verify_deep(tmp_path: Path) -> None:
+    """A server that only repeats checksums attests damaged bytes: auto reads every byte and finds the damage."""
+    inner = Parrot(tmp_path / "store")
+    store = ProbedStore(inner)
+    upload(store, "a.tar", artifact_of(tmp_path), profile=SMALL)
+    assert store.head("a.tar").crc32c is not None
+    assert verify(store, "a.tar").mode_used == "deep"
+    damage(inner, "a.tar")
+    with pytest.raises(IntegrityError):
+        verify(store, "a.tar")
+
+
+def test_a_checksum_that_is_not_attested_refuses_nothing(tmp_path: Path) -> None:
+    """What an unproven server says of a payload does not condemn one whose every byte is right."""
+    inner = Parrot(tmp_path / "store")
+    store = ProbedStore(inner)
+    upload(store, "a.tar", artifact_of(tmp_path), profile=SMALL)
+    inner.told["a.tar"] = 0
+    assert verify(store, "a.tar").mode_used == "deep"
+    assert verify(store, "a.tar", mode="shallow").mode_used == "shallow"
+
+
+# ---------------------------------------------------------------------------------------------------- when it is asked
+
+
+class Clock:
+    """Seconds since the epoch, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Named(LocalStore):
+    """A local store behind a server's name."""
+
+    def __init__(self, root: Path, name: str = "https://one.example") -> None:
+        super().__init__(root)
+        self.name = name
+
+    @property
+    @override
+    def server(self) -> Server:
+        return Server(self.name, "TestServer/1")
+
+
+class Watched(FaultyStore):
+    """Passes the server's name on, too."""
+
+    @property
+    @override
+    def server(self) -> Server:
+        return self.store.server
+
+
+def test_the_report_costs_later_processes_one_get(tmp_path: Path) -> None:
+    """The first process probes and leaves a report, the next one reads it, once."""
+    ProbedStore(LocalStore(tmp_path)).abilities  # noqa: B018  # asking is what is tested
+    sent = FaultyStore(LocalStore(tmp_path))
+    store = ProbedStore(sent)
+    assert sent.log == []
+    assert store.abilities.conditional
+    assert store.abilities.multipart
+    assert sent.log == [Request("get", REPORT_KEY, 1)]
+
+
+def test_an_unchanged_push_does_not_ask(tmp_path: Path) -> None:
+    """Uploading what is there already sends what it always sent; so does reading it."""
+    artifact = artifact_of(tmp_path)
+    upload(ProbedStore(LocalStore(tmp_path / "store")), "a.tar", artifact, profile=SMALL)
+    plain, probed = FaultyStore(LocalStore(tmp_path / "store")), FaultyStore(LocalStore(tmp_path / "store"))
+    for store in (RetryingStore(plain), ProbedStore(probed)):
+        assert upload(store, "a.tar", artifact, profile=SERIAL).status == "unchanged"
+        verify(store, "a.tar", profile=SERIAL)
+    assert probed.log == plain.log
+
+
+def test_a_report_is_renewed_after_a_month(tmp_path: Path) -> None:
+    """A report is good for 30 days; one that is older, or comes from the future, is made anew."""
+    clock = Clock()
+
+    def probed_at() -> float:
+        return ProbedStore(LocalStore(tmp_path), now=clock).report().probed_at.timestamp()
+
+    began = probed_at()
+    clock.now += MAX_AGE_S
+    assert probed_at() == began
+    clock.now += 1
+    assert probed_at() == clock.now
+    clock.now -= 10 * MAX_AGE_S
+    assert probed_at() == clock.now
+
+
+def test_a_report_is_renewed_on_demand(tmp_path: Path) -> None:
+    """`fresh` does not look at the report that is there, and replaces it for everybody."""
+    clock = Clock()
+    store = ProbedStore(LocalStore(tmp_path), now=clock)
+    store.report()
+    clock.now += 60
+    fresh = store.report(fresh=True)
+    assert fresh.probed_at.timestamp() == clock.now
+    assert ProbedStore(LocalStore(tmp_path), now=clock).report() == fresh
+
+
+def test_a_copied_bucket_does_not_bring_its_report_along(tmp_path: Path) -> None:
+    """A report counts for the server that it was made of; both servers' reports stay."""
+    first = ProbedStore(Named(tmp_path)).report()
+    elsewhere = ProbedStore(Watched(Named(tmp_path, "https://two.example")))
+    second = elsewhere.report()
+    assert (first.endpoint, second.endpoint) == ("https://one.example", "https://two.example")
+    assert second.software == "TestServer/1"
+    for name, report in (("https://one.example", first), ("https://two.example", second)):
+        sent = Watched(Named(tmp_path, name))
+        assert ProbedStore(sent).report() == report
+        assert len(sent.log) == 1
+
+
+@pytest.mark.parametrize("damaged", [b"", b"{}", b'{"format": "blobflow.probe/2", "reports": []}', bytes(300_000)])
+def test_a_damaged_report_is_replaced(tmp_path: Path, damaged: bytes) -> None:
+    """A report that cannot be read counts as none."""
+    inner = LocalStore(tmp_path)
+    inner.put(REPORT_KEY, damaged)
+    report = ProbedStore(LocalStore(tmp_path)).report()
+    document = json.loads(inner.get(REPORT_KEY, max_bytes=100_000).data)
+    assert document["format"] == "blobflow.probe/1"
+    assert [ProbeReport.model_validate(found) for found in document["reports"]] == [report]
+
+
+def test_two_probes_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """Probes share no name: many at a time find the same and leave nothing."""
+    with ThreadPoolExecutor(4) as pool:
+        reports = list(pool.map(lambda _: probe(LocalStore(tmp_path)), range(8)))
+    assert [lacking(report) for report in reports] == [{"attests_crc32c"}] * 8
+    assert keys(LocalStore(tmp_path)) == LocalStore(tmp_path).list_uploads() == []
+
+
+# -------------------------------------------------------------------------------------------------- when it cannot be
+
+
+def denied(*operations: str) -> Callable[[Request], FailBefore | None]:
+    """Credentials that may do everything but these operations."""
+    refusal = StoreConfigurationError("403 AccessDenied", operation="put", status=403, code="AccessDenied")
+    return lambda request: FailBefore(refusal) if request.operation in operations else None
+
+
+def test_readers_without_the_right_to_write_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who may only read verifies deeply, and relies on nothing that was not proven."""
+    upload(LocalStore(tmp_path / "store"), "a.tar", artifact_of(tmp_path), profile=SMALL)
+    store = ProbedStore(FaultyStore(Honest(tmp_path / "store"), denied("put", "create_multipart", "delete")))
+    with caplog.at_level(logging.WARNING):
+        assert verify(store, "a.tar").mode_used == "deep"
+    assert "probe.forbidden" in caplog.text
+    assert not store.abilities.conditional
+
+
+def test_readers_use_the_report_of_those_who_may_write(tmp_path: Path) -> None:
+    """Once somebody has probed, everybody knows."""
+    upload(ProbedStore(Honest(tmp_path / "store")), "a.tar", artifact_of(tmp_path), profile=SMALL)
+    store = ProbedStore(FaultyStore(Honest(tmp_path / "store"), denied("put", "create_multipart", "delete")))
+    assert verify(store, "a.tar").mode_used == "shallow"
+
+
+def test_an_absent_report_that_looks_forbidden_is_absent(tmp_path: Path) -> None:
+    """Without the right to list, AWS answers 403 for what is absent; the probe is made all the same."""
+    faults = scripted_faults({("get", 1): denied("get")(Request("get", "", 1)) or FailBefore()})
+    assert ProbedStore(FaultyStore(Honest(tmp_path), faults)).abilities.attests_crc32c
+
+
+def test_a_right_that_is_missing_says_nothing_of_the_server(tmp_path: Path) -> None:
+    """Half a probe is no report: nothing is written down for others."""
+    sent = FaultyStore(LocalStore(tmp_path), denied("create_multipart"))
+    with pytest.raises(StoreConfigurationError):
+        ProbedStore(sent).report()
+    assert keys(sent.store) == []
+
+
+def test_a_wrong_bucket_is_reported_as_such(tmp_path: Path) -> None:
+    """A configuration that is wrong is an error, and not a server without abilities."""
+    error = StoreConfigurationError("404 NoSuchBucket", operation="put", status=404, code="NoSuchBucket")
+    store = ProbedStore(FaultyStore(LocalStore(tmp_path), lambda _: FailBefore(error)))
+    with pytest.raises(StoreConfigurationError, match="NoSuchBucket"):
+        Lease(store, "orders/round")
+
+
+def test_a_passing_failure_is_no_finding(tmp_path: Path) -> None:
+    """A server that does not answer has not shown that it cannot; what was begun is removed."""
+    inner = LocalStore(tmp_path)
+    down = FaultyStore(inner, lambda request: FailBefore() if request.operation == "put_part" else None)
+    with pytest.raises(StoreUnavailable):
+        probe(down)
+    assert keys(inner) == inner.list_uploads() == []
+
+
+def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without the right to delete the probe is made all the same, and says what it left."""
+    inner = LocalStore(tmp_path)
+    report = probe(FaultyStore(inner, denied("delete")))
+    assert lacking(report) == {"attests_crc32c"}
+    left = keys(inner)
+    assert left
+    assert all(f"key={key}" in caplog.text for key in left)
+
+
+def test_a_report_that_cannot_be_written_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The process that probed knows, even if it cannot tell the others."""
+
+    def faults(request: Request) -> FailBefore | None:
+        return denied("put")(request) if request.key == REPORT_KEY else None
+
+    assert ProbedStore(FaultyStore(Honest(tmp_path), faults)).abilities.attests_crc32c
+    assert "probe.not_remembered" in caplog.text
+
+
+# --------------------------------------------------------------------------------------------------- secrets, the shell
+
+
+def test_the_report_holds_no_credentials(strict: StrictS3) -> None:
+    """Neither the object in the store nor an endpoint with a password in it shows a secret."""
+    endpoint = strict.endpoint
+    with closing(open_store(f"s3://{endpoint.new_bucket()}", **s3_options(endpoint))) as store:
+        assert store.abilities.conditional
+        document = store.get(REPORT_KEY, max_bytes=100_000).data.decode()
+    assert endpoint.endpoint_url in document
+    assert endpoint.secret_access_key not in document
+    assert f'"{endpoint.access_key_id}"' not in document
+    options = S3Options(
+        bucket="bucket",
+        endpoint_url="http://user:hunter2@127.0.0.1:9",
+        access_key_id="id",
+        secret_access_key=SecretStr("secret"),
+    )
+    with closing(S3Store(options)) as unreachable:
+        assert unreachable.server == Server("http://127.0.0.1:9", "")
+
+
+def test_the_command_shows_the_report(
+    moto_s3: S3Endpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`blobflow probe` shows each ability with its evidence; it probes again only if it is told to."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", moto_s3.access_key_id)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", moto_s3.secret_access_key)
+    url = f"s3://{moto_s3.new_bucket()}"
+
+    def call(*arguments: str) -> str:
+        assert run(["--store", url, "--endpoint-url", moto_s3.endpoint_url, "probe", *arguments]) == 0
+        return capsys.readouterr().out
+
+    document = json.loads(call("--json"))
+    assert document["status"] == "probed"
+    assert document["endpoint"] == moto_s3.endpoint_url
+    assert document["create_only"]["holds"]
+    assert not document["attests_crc32c"]["holds"]
+    assert json.loads(call("--json")) == document
+    assert json.loads(call("--json", "--fresh"))["probed_at"] > document["probed_at"]
+    assert "compare and swap\tyes\t" in (shown := call())
+    assert "attests crc32c\tno\ta put with a wrong CRC32C was accepted" in shown
+
+
+def test_the_command_probes_a_local_store_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A local store has nothing to find out, so no report is kept; the checks are made and shown."""
+    assert run(["--store", str(tmp_path), "--json", "probe"]) == 0
+    assert json.loads(capsys.readouterr().out)["compare_and_swap"]["holds"]
+    assert keys(LocalStore(tmp_path)) == []
