@@ -36,7 +36,7 @@ demo: $(READY) .blobflow/dagster/dagster.yaml ## move a real directory through a
 	    --config-json '{"loggers": {"console": {"config": {"log_level": "INFO"}}}}'
 	@DEMO_STORE=$${BLOBFLOW_STORE:-.blobflow/store}; printf '%s\n' '' \
 	    "The store:   $$DEMO_STORE      $(BIN)/blobflow --store $$DEMO_STORE ls" \
-	    "The mirror:  .blobflow/mirror/current" \
+	    "The mirror:  $${BLOBFLOW_MIRROR:-.blobflow/mirror}/current" \
 	    "The run:     make ui"
 
 ui: $(READY) .blobflow/dagster/dagster.yaml ## open Dagster's web UI with the demo's runs (PORT=3000)

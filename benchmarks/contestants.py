@@ -103,6 +103,8 @@ class Contestant:
             (str(job.scratch), "SCRATCH"),
             (job.endpoint.url, "ENDPOINT"),
             (job.prefix, "PREFIX"),
+            (f"{PurePosixPath(job.prefix).name}/artifact", "KEY"),
+            (str(PurePosixPath(job.prefix).parent), "STORE"),
             (job.endpoint.bucket, "BUCKET"),
             (f"{HERE.parent}/", ""),
         ):

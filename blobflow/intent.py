@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import sys
 import time
 import uuid
@@ -18,9 +19,18 @@ from itertools import pairwise
 from typing import Any, Final
 
 from blobflow.artifact.manifest import MAX_MANIFEST_BYTES, Manifest, artifact_digest
-from blobflow.errors import ArtifactInvalid, NoSuchUpload, ObjectNotFound, PreconditionFailed, TransferBusy
+from blobflow.errors import (
+    ArtifactInvalid,
+    BlobflowError,
+    NoSuchUpload,
+    ObjectNotFound,
+    PreconditionFailed,
+    TransferBusy,
+)
 from blobflow.owner import owner_is_gone, process_owner
 from blobflow.stores.base import PutMode, Store
+
+log = logging.getLogger(__name__)
 
 FORMAT: Final = "blobflow.upload/1"
 SUFFIX: Final = ".upload.json"
@@ -191,6 +201,14 @@ class IntentKeeper:
     def renewal_due(self) -> bool:
         """Whether a third of the time to live is over."""
         return self._clock() - self._renewed_at > TTL_S / 3
+
+    def release(self, upload_id: str) -> None:
+        """Keep other content away no longer, as well as it can be done; the upload can still be taken up."""
+        if self.intent is not None and self.intent.upload_id == upload_id:
+            try:
+                self._write(replace(self.intent, expires_at=self._clock(), write_id=uuid.uuid4().hex))
+            except BlobflowError as error:
+                log.info("intent.release_failed key=%s error=%s", self._key, error)
 
     def remove(self, upload_id: str) -> None:
         """The upload is published or given up. An intent that meanwhile belongs to another upload is left alone."""

@@ -429,6 +429,13 @@ class StrictS3(LoopbackServer):
         """How to reach it."""
         return S3Endpoint("strict", self.url, ACCESS_KEY_ID, SECRET_ACCESS_KEY, REGION)
 
+    def new_bucket(self) -> str:
+        """The name of a fresh, empty bucket, made without a request."""
+        with self._lock:
+            name = f"bucket-{len(self._buckets)}"
+            self._buckets[name] = _Bucket()
+        return name
+
     def script(self, *faults: Fault) -> None:
         """From now on, these faults instead of the earlier ones; the first that strikes is the one."""
         with self._lock:

@@ -268,7 +268,7 @@ def decode_inodes(data: bytes) -> array[int]:
         ArtifactInvalid: not such a column.
     """
     try:
-        return array("Q", pq.read_table(pa.BufferReader(data)).column("inode").to_pylist())
+        return array("Q", pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).column("inode").to_pylist())
     except (pa.ArrowException, KeyError, TypeError) as error:
         raise ArtifactInvalid(f"the reference table is not readable: {error}", hint="export again") from error
 

@@ -233,7 +233,7 @@ def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
                     md.MEMBERS: result.members,
                     md.EXCLUDED: result.excluded,
                     md.SYMLINKS_SKIPPED: result.symlinks_skipped,
-                    md.EXPORT_SECONDS: result.seconds,
+                    md.EXPORT_SECONDS: round(result.seconds, 3),
                     md.ARTIFACT_DIGEST: stored or artifact.digest,
                     md.CONTENT_DIGEST: manifest.content_digest,
                     md.BACKEND: manifest.backend,
@@ -287,7 +287,7 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                 )
                 digest, status = result.artifact_digest, result.status
                 sent, resumed = result.bytes_sent, result.bytes_resumed
-                metadata |= {md.UPLOAD_SECONDS: result.seconds, md.CHECKPOINTS: result.checkpoints_saved}
+                metadata |= {md.UPLOAD_SECONDS: round(result.seconds, 3), md.CHECKPOINTS: result.checkpoints_saved}
                 metadata |= md.throughput(sent, result.seconds)
             metadata |= {md.STATUS: status, md.BYTES_SENT: sent, md.BYTES_RESUMED: resumed}
             context.log.info(
@@ -327,7 +327,7 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                 **uploaded.metadata,
                 md.SIZE: result.bytes_total,
                 md.ARTIFACT_DIGEST: result.artifact_digest,
-                md.VERIFY_SECONDS: result.seconds,
+                md.VERIFY_SECONDS: round(result.seconds, 3),
             }
             if plan.ref is not None:
                 ref = f"{plan.prefix(context)}/{plan.ref}"
@@ -383,7 +383,7 @@ def _mirror_asset(plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey) -> d
             md.STATUS: result.status,
             md.BYTES_RECEIVED: result.bytes_received,
             md.BYTES_RESUMED: result.bytes_resumed,
-            md.DOWNLOAD_SECONDS: result.seconds,
+            md.DOWNLOAD_SECONDS: round(result.seconds, 3),
             **md.throughput(result.bytes_received, result.seconds),
         }
 
@@ -430,7 +430,7 @@ def _mirror_asset(plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey) -> d
                     **md.cursor(result.cursor),
                     md.SIZE: result.bytes,
                     md.MEMBERS: result.members,
-                    md.IMPORT_SECONDS: result.seconds,
+                    md.IMPORT_SECONDS: round(result.seconds, 3),
                     md.ARTIFACT_DIGEST: result.artifact_digest,
                     md.KEY: staged.key,
                 },

@@ -364,13 +364,19 @@ class S3Store(Store):
         if self._checksummed_uploads:
             checks: dict[str, Any] = {"ChecksumAlgorithm": "CRC32C", "ChecksumType": "FULL_OBJECT"}
             try:
-                return self._control(call, "create_multipart_upload", **query, **checks)["UploadId"]
+                return self._create(call, **query, **checks)
             except BlobflowError as error:
                 if not _refuses_checksums(error.__cause__):
                     raise
                 self._checksummed_uploads = False
                 _log.info("checksum_refused store=%s operation=%r", self.url, call.operation)
-        return self._control(call, "create_multipart_upload", **query)["UploadId"]
+        return self._create(call, **query)
+
+    def _create(self, call: _Call, **query: Any) -> str:
+        upload_id = self._control(call, "create_multipart_upload", **query).get("UploadId")
+        if not upload_id:
+            raise StoreUnavailable(f"no upload id returned for {call.key!r}", operation=call.operation, key=call.key)
+        return upload_id
 
     @override
     def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
@@ -832,6 +838,7 @@ _SLOW_DOWN = frozenset({"SlowDown", "Throttling", "ThrottlingException", "Reques
 _PASSING = frozenset({
     "InternalError", "ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody",
     "RequestTimeout", "RequestTimeTooSkewed",
+    "XAmzContentSHA256Mismatch",  # what was signed here is right, so it was damaged on the way
 })  # fmt: skip
 _WRONG_PARTS = frozenset({"InvalidPart", "InvalidPartOrder", "EntityTooSmall"})
 _WRONG_DIGEST = frozenset({"BadDigest", "XAmzContentChecksumMismatch"})

@@ -321,12 +321,14 @@ class _MultipartUpload(_Upload):
                     f"another upload to {self.key!r} is under way, by {intent.owner}", key=self.key, owner=intent.owner
                 )
             if intent is not None:
-                log.info("upload.superseded key=%s upload_id=%s", self.key, intent.upload_id)
-                self.store.abort_multipart(self.key, intent.upload_id)
                 self.replaces = self.replaces or intent.replaces
             plan = self._plan()
             upload_id = self.store.create_multipart(self.key, part_size=plan.part_size, content_type=CONTENT_TYPE)
             if self.keeper.begin(self.artifact.manifest_bytes, upload_id, plan.part_size, replaces=self.replaces):
+                if intent is not None:
+                    # Not before: until the intent is ours, its upload may come back to life.
+                    log.info("upload.superseded key=%s upload_id=%s", self.key, intent.upload_id)
+                    self.store.abort_multipart(self.key, intent.upload_id)
                 return upload_id, plan
             self.store.abort_multipart(self.key, upload_id)
         raise TransferBusy(f"too many processes begin an upload to {self.key!r}", key=self.key)
@@ -399,7 +401,10 @@ class _MultipartUpload(_Upload):
         for held in self.store.list_parts(self.key, upload_id):
             if held.part_number > len(plan) or held.size != plan.part(held.part_number).length:
                 continue  # sent again, which replaces it
-            crc = held.crc32c if held.crc32c is not None else remembered.get(held.part_number)
+            acknowledged = remembered.get(held.part_number)
+            if None not in (held.crc32c, acknowledged) and held.crc32c != acknowledged:
+                continue  # somebody put another part in its place
+            crc = held.crc32c if held.crc32c is not None else acknowledged
             if crc is None:
                 unproven[held.part_number] = held.e_tag
             else:

@@ -79,12 +79,12 @@ class Demo:
 
     @contextmanager
     def served(self) -> Iterator[Server]:
-        """A web server on a free loopback port."""
+        """The web UI as `make ui` starts it, daemon included, on a free loopback port."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         log = self.home / "webserver.log"
-        command = [str(BINARIES / "dagster-webserver"), "-h", "127.0.0.1", "-p", str(port), "-w", "workspace.yaml"]
+        command = [str(BINARIES / "dg"), "dev", "--no-check-yaml", "--host", "127.0.0.1", "--port", str(port)]
         with log.open("wb") as output:
             process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=output, stderr=output)
         try:
@@ -96,7 +96,7 @@ class Demo:
                 time.sleep(0.2)
             yield server
         finally:
-            process.send_signal(signal.SIGINT)  # it ends its code server as well
+            process.send_signal(signal.SIGINT)  # it ends its children: web server, daemon, code server
             try:
                 process.wait(timeout=30)
             except subprocess.TimeoutExpired:
@@ -162,13 +162,17 @@ def main() -> None:
         demo = Demo(Path(home) / "demo")
         demo.launch()
         with demo.served() as server, browsing(server.url) as page:
+            page.set_viewport_size({"width": 1600, "height": 560})
             page.goto(server.lineage)
-            page.get_by_text("mirror", exact=True).first.wait_for()
+            page.get_by_text("1 / 1 Passed").wait_for()
             page.wait_for_load_state("networkidle")
             page.screenshot(path=IMAGES / "asset-graph.png")
 
+            page.set_viewport_size({"width": 1600, "height": 720})
             page.goto(f"/runs/{server.runs()[0]['runId']}")
             page.get_by_text("RUN_SUCCESS").first.wait_for()
+            page.get_by_placeholder("Filter…").fill(".done")
+            page.get_by_text("RUN_SUCCESS").wait_for(state="detached")
             page.wait_for_load_state("networkidle")
             page.screenshot(path=IMAGES / "run.png")
 

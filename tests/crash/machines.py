@@ -163,6 +163,8 @@ class S3Place:
     def parts(self, key: str) -> dict[int, int]:
         found: dict[int, int] = {}
         for upload in self._uploads():
+            if upload["Key"] != key:
+                continue  # of the capability probe
             with contextlib.suppress(ClientError):  # completed at this moment
                 listed = self._client.list_parts(Bucket=self.bucket, Key=key, UploadId=upload["UploadId"])
                 found |= {part["PartNumber"]: part["Size"] for part in listed.get("Parts", ())}

@@ -51,18 +51,19 @@ class Stores:
             "secret_access_key": SecretStr(endpoint.secret_access_key),
         }
         inner = S3Store(S3Options.model_validate(given | options))
-        inner.abilities = replace(inner.abilities, min_part_size=min_part_size)
+        # As a probe would find out; the strict S3 is proven to be strict.
+        attests = isinstance(server, StrictS3)
+        inner.abilities = replace(inner.abilities, min_part_size=min_part_size, attests_crc32c=attests)
         store = RetryingStore(inner, sleep=self.naps.append)
         self._stack.callback(store.close)
         return store
 
     def bucket(self, server: StrictS3 | S3Endpoint) -> str:
         """The name of the bucket that the stores of this server use."""
-        endpoint = server.endpoint if isinstance(server, StrictS3) else server
-        if endpoint.endpoint_url not in self._buckets:
-            self._buckets[endpoint.endpoint_url] = endpoint.new_bucket()
-            self._stack.callback(endpoint.client.close)
-        return self._buckets[endpoint.endpoint_url]
+        url = server.url if isinstance(server, StrictS3) else server.endpoint_url
+        if url not in self._buckets:
+            self._buckets[url] = server.new_bucket()
+        return self._buckets[url]
 
     def close(self) -> None:
         self._stack.close()

@@ -115,7 +115,9 @@ def test_ranges_of_an_earlier_process_are_read_back(artifact: Artifact, payload:
         if damaged:
             with pytest.raises(DigestMismatch, match="'big'"):
                 for part in missing:
-                    checker.consume(part.offset, memoryview(payload)[part.offset : part.offset + part.length], kept.place)
+                    checker.consume(
+                        part.offset, memoryview(payload)[part.offset : part.offset + part.length], kept.place
+                    )
                 checker.settle()
         else:
             for part in missing:

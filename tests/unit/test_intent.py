@@ -180,6 +180,22 @@ def test_the_intent_of_another_upload_is_not_removed(store: LocalStore):
     assert not store.exists("key" + SUFFIX)
 
 
+def test_a_released_intent_keeps_nobody_away(store: LocalStore):
+    """The parts stay known; the intent of another upload is not released."""
+    clock = Clock()
+    keeper = IntentKeeper(store, "key", clock=clock)
+    keeper.begin(MANIFEST_BYTES, "up-1", 1, replaces=None)
+    keeper.save({1: 1})
+    keeper.release("up-2")
+    assert keeper.is_alive()
+    keeper.release("up-1")
+    found = IntentKeeper(store, "key", clock=clock)
+    found.load()
+    assert not found.is_alive()
+    assert found.intent is not None
+    assert found.intent.crcs == {1: 1}
+
+
 def test_renewal_is_due_after_a_third(store: LocalStore):
     """Long enough before the end that one lost write does no harm."""
     clock = Clock()

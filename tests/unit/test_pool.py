@@ -51,9 +51,7 @@ def test_no_more_buffers_than_workers():
         together.wait(10)
         return 0
 
-    move_parts(
-        list(PLAN)[:2], note, workers=8, buffer_size=17, on_moved=lambda *_: None, on_tick=lambda: None
-    )
+    move_parts(list(PLAN)[:2], note, workers=8, buffer_size=17, on_moved=lambda *_: None, on_tick=lambda: None)
     assert len(buffers) == 2
 
 

@@ -1,0 +1,214 @@
+"""Exporting a directory: what goes in, what is refused, what is left behind when it fails."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from blobflow import DirectoryExporter, ExportResult, export_artifact
+from blobflow.artifact.hashing import FileHash, hash_files
+from blobflow.artifact.members import verify_members
+from blobflow.errors import (
+    DestinationNotEmpty,
+    NotFoundError,
+    RefusedError,
+    SourceChanged,
+    UnsupportedSource,
+)
+from blobflow.testing import Executable, Fifo, Symlink, Tree, read_tree, write_tree
+from tests.kit import TREE, noise
+
+
+def export(path: Path, tree: Tree, **options: object) -> ExportResult:
+    write_tree(path / "source", tree)
+    return export_artifact(path / "source", path / "artifact", **options)
+
+
+def test_members_are_files_and_empty_directories_in_order(tmp_path: Path):
+    """Sorted by UTF-8 path; a directory appears only if nothing is in it; the counts say so."""
+    result = export(tmp_path, TREE)
+    assert result.artifact.index.paths == [
+        "big.bin",
+        "empty",
+        "empty dir/",
+        "nested/deep/file.txt",
+        "nested/deep/other",
+        "ünïcode/日本語.txt",
+    ]
+    assert (result.members, result.bytes) == (6, 20_000 + 6 + 5_000 + 4)
+    assert (result.excluded, result.symlinks_skipped) == (0, 0)
+
+
+@pytest.mark.parametrize("mode", ["reference", "link", "copy"])
+def test_the_three_modes_make_the_same_content(mode: str, tmp_path: Path):
+    """Reference copies nothing, link shares inodes, copy is on its own."""
+    tree: Tree = {**TREE, "run": Executable("x")}
+    artifact = export(tmp_path, tree, mode=mode).artifact
+    verify_members(artifact)
+    assert read_tree(artifact.data) == tree
+    assert artifact.is_reference == (mode == "reference")
+    same_inode = (artifact.data / "big.bin").stat().st_ino == (tmp_path / "source" / "big.bin").stat().st_ino
+    assert same_inode == (mode != "copy")
+    assert [member.mode for member in artifact.index if member.path == "run"] == [0o755]
+
+
+def test_an_empty_directory_is_an_artifact(tmp_path: Path):
+    """Nothing to move is something to move."""
+    result = export(tmp_path, {})
+    assert (result.members, result.bytes) == (0, 0)
+    assert result.artifact.layout.size > 0
+
+
+def test_excluded_entries_are_counted(tmp_path: Path):
+    """Patterns without a slash see names, those with one see paths; a directory counts once."""
+    tree: Tree = {"keep": "1", "__pycache__": {"a": "", "b": ""}, "d": {"x.pyc": "", "y": {"z": "2"}}, "z.pyc": ""}
+    result = export(tmp_path, tree, exclude=["__pycache__", "*.pyc", "d/y"])
+    assert result.artifact.index.paths == ["d/", "keep"]
+    assert result.excluded == 4
+
+
+@pytest.mark.parametrize(
+    ("tree", "reason"),
+    [
+        ({"link": Symlink("target")}, "symbolic link"),
+        ({"pipe": Fifo()}, "device, socket or pipe"),
+        ({"new\nline": ""}, "control character"),
+        ({"tab\there": {}}, "control character"),
+        ({"bad\udcff": ""}, "not valid UTF-8"),
+    ],
+)
+def test_what_an_artifact_cannot_hold_is_refused_by_name(tree: Tree, reason: str, tmp_path: Path):
+    """The message names the path and the remedy; nothing is left behind."""
+    with pytest.raises(UnsupportedSource, match=reason) as refusal:
+        export(tmp_path, {"fine": "", **tree})
+    assert refusal.value.exit_code == 5
+    assert refusal.value.hint
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_a_socket_is_refused(tmp_path: Path):
+    """Unless it is excluded."""
+    write_tree(tmp_path / "source", {"a": ""})
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "source" / "s.sock"))
+        with pytest.raises(UnsupportedSource, match=r"'s\.sock' cannot be exported"):
+            export_artifact(tmp_path / "source", tmp_path / "artifact")
+        assert export_artifact(tmp_path / "source", tmp_path / "artifact", exclude=["*.sock"]).members == 1
+
+
+def test_links_can_be_skipped_or_followed(tmp_path: Path):
+    """Skipped ones are counted; followed ones become what they point to, inside the root only."""
+    tree: Tree = {"real": "x", "dir": {"f": "y"}, "link": Symlink("real"), "dirlink": Symlink("dir")}
+    skipped = export(tmp_path / "1", tree, symlinks="skip")
+    assert (skipped.artifact.index.paths, skipped.symlinks_skipped) == (["dir/f", "real"], 2)
+    followed = export(tmp_path / "2", tree, symlinks="follow", mode="copy")
+    assert followed.artifact.index.paths == ["dir/f", "dirlink/f", "link", "real"]
+    assert read_tree(followed.artifact.data) == {"dir": {"f": "y"}, "dirlink": {"f": "y"}, "link": "x", "real": "x"}
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [("/etc/passwd", "outside of the source"), ("../outside", "outside"), ("nowhere", "nothing"), (".", "above it")],
+)
+def test_links_that_lead_astray_are_refused(target: str, reason: str, tmp_path: Path):
+    """Out of the root, to nothing, or to a directory above."""
+    (tmp_path / "outside").mkdir()
+    with pytest.raises(UnsupportedSource, match=reason):
+        export(
+            tmp_path, {"d": {"link": Symlink(target if target != "../outside" else "../../outside")}}, symlinks="follow"
+        )
+
+
+def test_directories_that_link_to_each_other_end(tmp_path: Path):
+    """A cycle over two links is found."""
+    with pytest.raises(UnsupportedSource, match="above it"):
+        export(tmp_path, {"a": {"l": Symlink("../b")}, "b": {"l": Symlink("../a")}}, symlinks="follow")
+
+
+def test_source_and_destination_are_checked_first(tmp_path: Path):
+    """Absent source, file as source, full destination, destination inside the source."""
+    write_tree(tmp_path, {"source": {"a": "x"}, "full": {"b": "y"}, "file": ""})
+    with pytest.raises(NotFoundError, match="does not exist"):
+        export_artifact(tmp_path / "absent", tmp_path / "artifact")
+    with pytest.raises(NotFoundError, match="not a directory"):
+        export_artifact(tmp_path / "file", tmp_path / "artifact")
+    with pytest.raises(DestinationNotEmpty):
+        export_artifact(tmp_path / "source", tmp_path / "full")
+    with pytest.raises(RefusedError, match="inside its own source"):
+        export_artifact(tmp_path / "source", tmp_path / "source" / "artifact")
+    assert read_tree(tmp_path) == {"source": {"a": "x"}, "full": {"b": "y"}, "file": ""}
+
+
+def test_a_file_that_is_written_to_is_refused(tmp_path: Path):
+    """Progress is told between batches: a change there is a change between scan and reading."""
+    write_tree(tmp_path / "source", {f"{i:04}": f"{i}" for i in range(2000)})
+
+    def write(_done: int, _total: int) -> None:
+        (tmp_path / "source" / "1999").write_text("longer than before")
+
+    with pytest.raises(SourceChanged, match="'1999' changed while it was exported"):
+        export_artifact(tmp_path / "source", tmp_path / "artifact", on_progress=write)
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_a_file_that_vanishes_is_a_changed_source(tmp_path: Path):
+    """Named, and nothing is left behind; an empty destination stays an empty directory."""
+    write_tree(tmp_path / "source", {f"{i:04}": f"{i}" for i in range(2000)})
+    (tmp_path / "artifact").mkdir()
+    with pytest.raises(SourceChanged, match="'1999' cannot be read"):
+        export_artifact(
+            tmp_path / "source",
+            tmp_path / "artifact",
+            on_progress=lambda *_: (tmp_path / "source" / "1999").unlink(missing_ok=True),
+        )
+    assert list((tmp_path / "artifact").iterdir()) == []
+
+
+def test_raising_from_progress_leaves_nothing(tmp_path: Path):
+    """The exception comes out as it is."""
+
+    def stop(_done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    write_tree(tmp_path / "source", TREE)
+    with pytest.raises(KeyboardInterrupt):
+        export_artifact(tmp_path / "source", tmp_path / "artifact", on_progress=stop)
+    assert not (tmp_path / "artifact").exists()
+
+
+def test_one_long_file_still_gives_signs_of_life():
+    """Progress is told while a batch takes long: a lease is renewed there."""
+    told = threading.Event()
+
+    def long_file(_: int, __: memoryview) -> FileHash:
+        assert told.wait(30)
+        return FileHash(0, b"", 0)
+
+    assert list(hash_files(1, lambda _: 0, long_file, on_batch=lambda *_: told.set())) == [FileHash(0, b"", 0)]
+
+
+def test_hard_links_are_plain_files(tmp_path: Path):
+    """Both names have the content."""
+    write_tree(tmp_path / "source", {"a": noise(1000)})
+    os.link(tmp_path / "source" / "a", tmp_path / "source" / "b")
+    result = export_artifact(tmp_path / "source", tmp_path / "artifact", mode="copy")
+    assert read_tree(result.artifact.data) == {"a": noise(1000), "b": noise(1000)}
+
+
+def test_a_deep_tree_is_exported(tmp_path: Path):
+    """Paths of more than 255 bytes, and names of 255."""
+    tree: Tree = {"n" * 255: {"m" * 255: {"f": "deep"}}}
+    assert export(tmp_path, tree).artifact.index.paths == [f"{'n' * 255}/{'m' * 255}/f"]
+
+
+def test_misspelt_options_are_refused():
+    """An unknown option is an error, and an exporter cannot be changed."""
+    with pytest.raises(ValidationError):
+        DirectoryExporter(path=Path(), colour="red")  # pyright: ignore[reportCallIssue]
+    with pytest.raises(ValidationError):
+        DirectoryExporter(path=Path()).path = Path("x")  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,216 @@
+"""Landing: the stage, its journal, and the files that parts become."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from blobflow import Artifact, download, upload
+from blobflow.artifact.landing import STAGE_PREFIX, Landing, Stage, check_destination
+from blobflow.engine.plan import Part, TransferPlan
+from blobflow.errors import DestinationNotEmpty, DiskFull, RefusedError, TransferBusy
+from blobflow.stores.local import LocalStore
+from blobflow.testing import FaultyStore, Hook, Request, read_tree
+from tests.kit import SERIAL, SMALL, Killed, artifact_of, local_store, noise
+
+KEY = "a.tar"
+DIGEST = "sha256:" + "0" * 64
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Artifact:
+    return artifact_of(tmp_path / "made")
+
+
+@pytest.fixture
+def store(tmp_path: Path, artifact: Artifact) -> LocalStore:
+    store = local_store(tmp_path)
+    upload(store, KEY, artifact, profile=SMALL)
+    return store
+
+
+def die(_: Request) -> None:
+    raise Killed
+
+
+def killed_download(store: LocalStore, dest: Path, at: int) -> Path:
+    """The stage that a download leaves which dies at its `at`-th range."""
+    faults = FaultyStore(store, lambda r: Hook(die) if (r.operation, r.number) == ("get_range", at) else None)
+    with pytest.raises(Killed):
+        download(faults, KEY, dest, profile=SERIAL)
+    [stage] = [path for path in dest.parent.iterdir() if path.name.startswith(STAGE_PREFIX)]
+    return stage
+
+
+def part_of(artifact: Artifact, landing: Landing, number: int) -> tuple[Part, memoryview]:
+    part = landing.plan.part(number)
+    data = memoryview(bytearray(part.length))
+    artifact.source().read_into(part.offset, data)
+    return part, data
+
+
+def plan_of(artifact: Artifact, part_size: int) -> TransferPlan:
+    layout = artifact.layout
+    return TransferPlan(layout.size - layout.data_start, part_size, start=layout.data_start)
+
+
+def test_only_nothing_or_an_empty_directory_is_a_destination(tmp_path: Path):
+    """Files, links and directories with anything in them are refused."""
+    check_destination(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    check_destination(tmp_path / "empty")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("empty")
+    for name in ("file", "link", "."):
+        with pytest.raises(DestinationNotEmpty):
+            check_destination(tmp_path / name)
+
+
+def test_a_stage_is_held_by_one(tmp_path: Path):
+    """A second process for the same artifact and destination is told to wait; another artifact has another stage."""
+    with Stage(tmp_path / "dest", DIGEST).held():
+        with pytest.raises(TransferBusy, match="another process is landing"), Stage(tmp_path / "dest", DIGEST).held():
+            pass
+        with Stage(tmp_path / "dest", "sha256:" + "1" * 64).held():
+            pass
+    with Stage(tmp_path / "dest", DIGEST).held() as stage:
+        assert repr(stage) == f"<Stage {stage.path.name} for {tmp_path / 'dest'}, 0 parts done>"
+        assert stage.path.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_stage_that_was_removed_under_the_lock_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The other process finished between our open and our lock: try again, and it will be there."""
+    stage = Stage(tmp_path / "dest", DIGEST)
+    monkeypatch.setattr("blobflow.artifact.landing.fcntl.flock", lambda *_: os.rmdir(stage.path))
+    with pytest.raises(TransferBusy), stage.held():
+        pass
+
+
+def test_a_stage_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What somebody else prepared in a shared directory is not written into."""
+    monkeypatch.setattr("blobflow.artifact.landing.os.geteuid", lambda: 12345)
+    with pytest.raises(RefusedError, match="belongs to another user"), Stage(tmp_path / "dest", DIGEST).held():
+        pass
+
+
+def test_long_destination_names_have_a_stage(tmp_path: Path):
+    """The stage's name does not grow with the destination's."""
+    with Stage(tmp_path / ("n" * 255), DIGEST).held():
+        pass
+
+
+@pytest.mark.parametrize("tail", [b'{"part": 9, "crc', b'{"drop": 1}', b"\0\0\0\0", b"\xff\xfe"])
+def test_a_torn_journal_costs_one_record(tail: bytes, store: LocalStore, tmp_path: Path):
+    """A kill in the middle of a write leaves a torn line: it is ignored, also after others were appended."""
+    stage = killed_download(store, tmp_path / "dest", at=6)
+    with open(stage / "journal", "ab") as journal:
+        journal.write(tail)
+    killed_download(store, tmp_path / "dest", at=5)
+    result = download(store, KEY, tmp_path / "dest", profile=SERIAL)
+    assert result.bytes_resumed > 0
+    assert read_tree(tmp_path / "dest" / "data") == read_tree(tmp_path / "made" / "source")
+
+
+def test_the_part_size_of_the_journal_counts(store: LocalStore, tmp_path: Path):
+    """A download that continues with another profile keeps the cut of the first run."""
+    killed_download(store, tmp_path / "dest", at=6)
+    result = download(store, KEY, tmp_path / "dest", profile=SMALL.model_copy(update={"chunk_size": 100}))
+    assert result.bytes_resumed == 3 * 4096
+    assert read_tree(tmp_path / "dest" / "data") == read_tree(tmp_path / "made" / "source")
+
+
+def test_damage_in_the_stage_is_found_and_fetched_again(store: LocalStore, tmp_path: Path):
+    """A member that spans parts is hashed from the stage; the run fails, the next one fetches its parts."""
+    stage = killed_download(store, tmp_path / "dest", at=6)
+    with open(stage / "artifact" / "data" / "big.bin", "r+b") as file:
+        file.write(b"damage")
+    with pytest.raises(Exception, match=r"big\.bin"):
+        download(store, KEY, tmp_path / "dest", profile=SERIAL)
+    assert not (tmp_path / "dest").exists()
+    download(store, KEY, tmp_path / "dest", profile=SERIAL)
+    assert read_tree(tmp_path / "dest" / "data") == read_tree(tmp_path / "made" / "source")
+
+
+def test_a_file_that_was_made_but_not_sized_gets_its_length(tmp_path: Path):
+    """Killed between open and truncate, and the file ends in a hole: it still has every byte of its length."""
+    (tmp_path / "source").mkdir()
+    content = noise(300_000) + bytes(200_000)
+    (tmp_path / "source" / "f").write_bytes(content)
+    artifact = artifact_of(tmp_path)
+    with Stage(tmp_path / "dest", artifact.digest).held() as stage:
+        landing = Landing(stage, artifact.layout, plan_of(artifact, 131_072))
+        (stage.tree / "data" / "f").touch()
+        for number in range(1, len(landing.plan) + 1):
+            part, data = part_of(artifact, landing, number)
+            landing.landed(part, landing.land(part, data))
+        assert (stage.tree / "data" / "f").read_bytes() == content
+
+
+def test_old_bytes_never_shine_through_a_hole(tmp_path: Path):
+    """A file that an earlier process wrote wrong bytes into: zeros are written where there is no hole."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "f").write_bytes(bytes(400_000))
+    artifact = artifact_of(tmp_path)
+    for part_size in (100_000, 1_000_000):
+        with Stage(tmp_path / f"dest{part_size}", artifact.digest).held() as stage:
+            landing = Landing(stage, artifact.layout, plan_of(artifact, part_size))
+            (stage.tree / "data" / "f").write_bytes(noise(500_000))
+            for number in range(1, len(landing.plan) + 1):
+                part, data = part_of(artifact, landing, number)
+                landing.landed(part, landing.land(part, data))
+            assert (stage.tree / "data" / "f").read_bytes() == bytes(400_000)
+
+
+def test_links_in_the_stage_are_not_followed(tmp_path: Path):
+    """A link that appears in the place of a file or a directory is an error, and its target stays as it is."""
+    artifact = artifact_of(tmp_path)
+    (tmp_path / "victim").write_text("mine")
+    with Stage(tmp_path / "dest", artifact.digest).held() as stage:
+        landing = Landing(stage, artifact.layout, plan_of(artifact, 4096))
+        (stage.tree / "data" / "big.bin").symlink_to(tmp_path / "victim")
+        part, data = part_of(artifact, landing, 1)
+        with pytest.raises(OSError, match="Too many levels of symbolic links"):
+            landing.land(part, data)
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_a_full_disk_is_temporary_and_keeps_what_was_landed(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """When there is room again, the download continues."""
+    real, calls = os.pwrite, 0
+
+    def full(fd: int, data: memoryview, offset: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("blobflow.artifact.landing.os.pwrite", full)
+        with pytest.raises(DiskFull) as answer:
+            download(store, KEY, tmp_path / "dest", profile=SERIAL)
+    assert answer.value.exit_code == 75
+    assert download(store, KEY, tmp_path / "dest", profile=SERIAL).bytes_resumed > 0
+
+
+def test_a_commit_syncs_before_it_speaks(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The journal names a part only after the bytes of the part are durable."""
+    events: list[str] = []
+    monkeypatch.setattr("blobflow.artifact.landing.sync_tree", lambda _: events.append("sync"))
+    with Stage(tmp_path / "dest", artifact.digest).held() as stage:
+        stage.begin(4096)
+        landing = Landing(stage, artifact.layout, plan_of(artifact, 4096))
+        real = stage._append
+        monkeypatch.setattr(stage, "_append", lambda records: (events.append("journal"), real(records)))
+        landing.commit()
+        assert events == []
+        part, data = part_of(artifact, landing, 1)
+        landing.landed(part, landing.land(part, data))
+        landing.commit()
+        assert events == ["sync", "journal"]
+        assert repr(landing) == f"<Landing 1 of {len(landing.plan)} parts at {tmp_path / 'dest'}>"
