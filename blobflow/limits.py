@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import cache
 from typing import Final
 
 from blobflow.config import MIB
@@ -132,3 +133,15 @@ class AdaptiveLimit:
             elif epoch == self._epoch:
                 self._window = max(1.0, self._window / 2)
                 self._epoch += 1
+
+
+@cache
+def shared_bandwidth(bytes_per_s: float) -> Bandwidth:
+    """The bucket that everybody in this process shares who asks for this rate."""
+    return Bandwidth(bytes_per_s)
+
+
+@cache
+def shared_requests(endpoint: str, maximum: int) -> AdaptiveLimit:  # noqa: ARG001  # the endpoint is the cache key
+    """The requests in flight to one endpoint, over all stores of this process."""
+    return AdaptiveLimit(maximum)

@@ -40,6 +40,7 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.stores.base import MAX_KEY_BYTES, Body, ObjectMeta, PartMeta, PutMode, Store, StoredObject, UploadMeta
+from blobflow.stores.wrapping import WrappingStore
 
 __all__ = [
     "CorruptRead",
@@ -223,7 +224,7 @@ def random_faults(
     return faults
 
 
-class FaultyStore(Store):
+class FaultyStore(WrappingStore):
     """Passes requests on to `store`, except where `faults` says otherwise.
 
     Faults of one request come one after the other, so that a callable `faults` may keep a state without a lock.
@@ -233,9 +234,7 @@ class FaultyStore(Store):
     """
 
     def __init__(self, store: Store, faults: Callable[[Request], Fault | None] = lambda _: None) -> None:
-        self.store = store
-        self.url = store.url
-        self.abilities = store.abilities
+        super().__init__(store)
         self.faults = faults
         self.log: list[Request] = []
         self._counts: Counter[str] = Counter()

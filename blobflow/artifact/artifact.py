@@ -29,6 +29,7 @@ from blobflow.artifact.manifest import (
 )
 from blobflow.checksum import crc32c, sha256
 from blobflow.errors import ArtifactInvalid, ArtifactNotFound, ChecksumMismatch, DigestMismatch, SourceChanged
+from blobflow.version import __version__
 
 if TYPE_CHECKING:
     from blobflow.artifact.index import Index
@@ -296,7 +297,6 @@ def write_artifact(
     Args:
         inodes: For a reference artifact, the inode of each member.
     """
-    from blobflow import __version__
     from blobflow.artifact.index import encode_inodes
     from blobflow.artifact.tarmap import TarMap
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
-from blobflow import __version__
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
 from blobflow.cli.scratch import scratch_directory
 from blobflow.cli.settings import CommandGroup, DigestType, DurationType, Settings, shared_options
 from blobflow.cli.words import human_size, human_time, table
 from blobflow.errors import NotFoundError, TemporaryError
+from blobflow.version import __version__
 
 if TYPE_CHECKING:
     from blobflow.artifact.manifest import Manifest

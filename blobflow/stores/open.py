@@ -11,7 +11,9 @@ from urllib.parse import unquote
 from pydantic import ValidationError
 
 from blobflow.errors import InvalidStoreUrl, UsageError
+from blobflow.limits import shared_bandwidth, shared_requests
 from blobflow.stores.base import Store
+from blobflow.stores.limited import LimitedStore
 from blobflow.stores.retry import DEFAULT_PATIENCE_S, RetryingStore
 
 _HINT = "use s3://bucket/prefix, file:///absolute/path, a path, or the URL of an fsspec file system"
@@ -24,7 +26,14 @@ _MISTAKEN_SCHEMES = {
 }
 
 
-def open_store(url: str | os.PathLike[str], *, patience_s: float = DEFAULT_PATIENCE_S, **options: Any) -> Store:
+def open_store(
+    url: str | os.PathLike[str],
+    *,
+    patience_s: float = DEFAULT_PATIENCE_S,
+    bandwidth_bytes_per_s: float | None = None,
+    max_requests: int = 64,
+    **options: Any,
+) -> Store:
     """The store at `url`, with retries; nothing is sent or made yet.
 
     What a server can do is found out when it is first relied upon (`blobflow.stores.probe`).
@@ -38,6 +47,10 @@ def open_store(url: str | os.PathLike[str], *, patience_s: float = DEFAULT_PATIE
 
     Args:
         patience_s: Seconds for which a call that fails for a passing reason is repeated.
+        bandwidth_bytes_per_s: Of payloads, in both directions together; shared by all stores of the process that are
+            opened with the same figure. None: no limit.
+        max_requests: Payload requests in flight to one S3 endpoint, over all stores of the process; fewer while the
+            endpoint says SlowDown.
         options: See the table; None means not given. Credentials belong here, or into the usual places of the client
             library, but never into the URL, which appears in logs and metadata.
 
@@ -47,10 +60,14 @@ def open_store(url: str | os.PathLike[str], *, patience_s: float = DEFAULT_PATIE
     """
     given = {name: value for name, value in options.items() if value is not None}
     store = _open(os.fspath(url), given)
+    bandwidth = shared_bandwidth(bandwidth_bytes_per_s) if bandwidth_bytes_per_s else None
     if store.url.startswith("s3://"):
         from blobflow.stores.probe import ProbedStore
 
-        return ProbedStore(store, patience_s=patience_s)
+        requests = shared_requests(str(given.get("endpoint_url") or "aws"), max_requests)
+        return ProbedStore(LimitedStore(store, requests=requests, bandwidth=bandwidth), patience_s=patience_s)
+    if bandwidth is not None:
+        store = LimitedStore(store, requests=shared_requests(store.url, max_requests), bandwidth=bandwidth)
     return RetryingStore(store, patience_s=patience_s)
 
 

@@ -5,25 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 from typing_extensions import override
 
+from blobflow.activity import doing
 from blobflow.checksum import Buffer
 from blobflow.errors import ObjectNotFound, ObjectTooLarge, PreconditionFailed, StoreUnavailable, TimedOut
-from blobflow.stores.base import (
-    Abilities,
-    Body,
-    ObjectMeta,
-    PartMeta,
-    PutMode,
-    Server,
-    Store,
-    StoredObject,
-    UploadMeta,
-)
+from blobflow.stores.base import Body, ObjectMeta, PutMode, Store
+from blobflow.stores.wrapping import WrappingStore
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +31,7 @@ _READ_BACK_BYTES = 2 * 1024 * 1024
 """Conditional writes are manifests, refs and leases; all of them are below this size."""
 
 
-class RetryingStore(Store):
+class RetryingStore(WrappingStore):
     """Repeats the calls of `store` that failed with `StoreUnavailable`, `SlowDown` or `TimedOut`; any store fits in.
 
     The waits are exponential with full jitter, and at least as long as the store asks for. A call fails when its
@@ -61,7 +53,6 @@ class RetryingStore(Store):
         clock: Monotonic seconds.
 
     Attributes:
-        store: The wrapped store.
         retries: Attempts repeated so far, over all calls.
     """
 
@@ -73,23 +64,12 @@ class RetryingStore(Store):
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.store = store
-        self.url = store.url
+        super().__init__(store)
         self.retries = 0
         self._patience_s = patience_s
         self._sleep = sleep
         self._clock = clock
         self._lock = threading.Lock()
-
-    @property
-    @override
-    def abilities(self) -> Abilities:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.store.abilities
-
-    @property
-    @override
-    def server(self) -> Server:
-        return self.store.server
 
     @override
     def put(
@@ -131,18 +111,6 @@ class RetryingStore(Store):
         return found.meta
 
     @override
-    def get(self, key: str, *, max_bytes: int) -> StoredObject:
-        return self._call("get", key, lambda: self.store.get(key, max_bytes=max_bytes))
-
-    @override
-    def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
-        self._call("get_range", key, lambda: self.store.get_range_into(key, offset, buffer, e_tag=e_tag))
-
-    @override
-    def head(self, key: str) -> ObjectMeta:
-        return self._call("head", key, lambda: self.store.head(key))
-
-    @override
     def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:
         after = start_after
         rest: Iterator[ObjectMeta] | None = None
@@ -162,48 +130,6 @@ class RetryingStore(Store):
             yield meta
 
     @override
-    def delete(self, key: str) -> None:
-        self._call("delete", key, lambda: self.store.delete(key))
-
-    @override
-    def copy(self, source: str, target: str) -> ObjectMeta:
-        return self._call("copy", source, lambda: self.store.copy(source, target))
-
-    @override
-    def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
-        def attempt() -> str:
-            return self.store.create_multipart(key, part_size=part_size, content_type=content_type)
-
-        return self._call("create_multipart", key, attempt)
-
-    @override
-    def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
-        return self._call("put_part", key, lambda: self.store.put_part(key, upload_id, part_number, body))
-
-    @override
-    def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
-        return self._call("list_parts", key, lambda: self.store.list_parts(key, upload_id))
-
-    @override
-    def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
-        return self._call("list_parts", key, lambda: self.store.list_parts_by(key, upload_id, page_size))
-
-    @override
-    def list_uploads(self, prefix: str = "") -> list[UploadMeta]:
-        return self._call("list_uploads", prefix, lambda: self.store.list_uploads(prefix))
-
-    @override
-    def complete_multipart(self, key: str, upload_id: str, parts: Sequence[PartMeta]) -> ObjectMeta:
-        return self._call("complete_multipart", key, lambda: self.store.complete_multipart(key, upload_id, parts))
-
-    @override
-    def abort_multipart(self, key: str, upload_id: str) -> None:
-        self._call("abort_multipart", key, lambda: self.store.abort_multipart(key, upload_id))
-
-    @override
-    def close(self) -> None:
-        self.store.close()
-
     def _call(self, operation: str, key: str, attempt: Callable[[], _T]) -> _T:
         deadline: float | None = None
         left = self._patience_s
@@ -239,7 +165,8 @@ class RetryingStore(Store):
             sleep=self._sleep,
             reraise=True,
         )
-        return attempts(attempt)
+        with doing(f"{operation} of {key!r}"):
+            return attempts(attempt)
 
     @override
     def __repr__(self) -> str:

@@ -287,19 +287,23 @@ class _MultipartUpload(_Upload):
             upload_id, plan = self._claim()
             books = self.books(plan, upload_id, save=lambda: self.keeper.save(self.crcs))
             try:
-                payload = self._send_and_complete(upload_id, plan, books)
-            except NoSuchUpload as error:
-                # Somebody completed, aborted or expired it: the object itself says which.
-                settled = self._completed_by_somebody()
-                if settled is None:
-                    log.info("upload.vanished key=%s upload_id=%s error=%s", self.key, upload_id, error)
-                    self.store.abort_multipart(self.key, upload_id)
-                    self.keeper.remove(upload_id)
-                    continue
-                payload = settled
-                for part in plan.missing(self.crcs):
-                    books.resumed(part.length)  # sent by whoever completed the upload
-            self.publish(payload)
+                try:
+                    payload = self._send_and_complete(upload_id, plan, books)
+                except NoSuchUpload as error:
+                    # Somebody completed, aborted or expired it: the object itself says which.
+                    settled = self._completed_by_somebody()
+                    if settled is None:
+                        log.info("upload.vanished key=%s upload_id=%s error=%s", self.key, upload_id, error)
+                        self._give_up(upload_id)
+                        continue
+                    payload = settled
+                    for part in plan.missing(self.crcs):
+                        books.resumed(part.length)  # sent by whoever completed the upload
+                self.publish(payload)
+            except BaseException:
+                # This process may live on and export again: its own intent must not keep it away then.
+                self.keeper.release(upload_id)
+                raise
             self.keeper.remove(upload_id)
             books.done()
             return self.result(books, started)

@@ -19,6 +19,9 @@ from tests.servers import S3Endpoint
 KIB = 1024
 MIB = 1024 * KIB
 
+INTERVAL = 64
+"""Chunks between two checkpoints of the default profile."""
+
 PROGRAM = Path(sys.executable).with_name("blobflow")
 
 
@@ -74,8 +77,14 @@ def kill_when(
             if reached():
                 process.kill()
                 break
-        process.communicate()
+        out, err = process.communicate()
+    assert process.returncode <= 0, out + err
     return process.returncode < 0
+
+
+def committed(below: Path) -> int:
+    """Parts that the journal of a landing in this directory vouches for."""
+    return sum(journal.read_bytes().count(b'"part":') for journal in below.glob(".blobflow-download-*/journal"))
 
 
 class Place(Protocol):

@@ -8,15 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.crash.conftest import Freight
-from tests.crash.machines import KIB, Machine, kill_when
-
-INTERVAL = 64
-"""Chunks between two checkpoints of the default profile."""
-
-
-def committed(below: Path) -> int:
-    """Parts that the journal of a landing below this directory vouches for."""
-    return sum(journal.read_bytes().count(b'"part":') for journal in below.glob(".blobflow-download-*/journal"))
+from tests.crash.machines import INTERVAL, KIB, Machine, committed, kill_when
 
 
 @pytest.mark.seed("0.11", "1.16")
@@ -36,7 +28,7 @@ def test_a_killed_pull_fetches_only_what_is_missing(
     document = machine(*options).run("pull", "k", dest)
 
     assert document["status"] == "downloaded"
-    assert document["bytes_resumed"] == kept * cargo.chunk_size
+    assert (kept - 1) * cargo.chunk_size < document["bytes_resumed"] <= kept * cargo.chunk_size  # the last is shorter
     assert document["bytes_received"] + document["bytes_resumed"] == document["bytes_total"]
     assert cargo.is_whole(dest / "data")
     assert [path.name for path in dest.parent.iterdir()] == ["here"]

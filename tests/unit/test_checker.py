@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from blobflow import Artifact
-from blobflow.artifact.checker import PayloadChecker
-from blobflow.engine.plan import TransferPlan
+from blobflow.artifact.checker import PayloadChecker, Place
+from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import ArtifactInvalid, DigestMismatch
 from tests.kit import artifact_of, noise
 
@@ -46,6 +46,11 @@ def parts_of(artifact: Artifact, size: int) -> TransferPlan:
     return TransferPlan(layout.size - layout.data_start, size, start=layout.data_start)
 
 
+def consume_all(checker: PayloadChecker, payload: bytearray, parts: Iterable[Part], place: Place | None = None) -> None:
+    for part in parts:
+        checker.consume(part.offset, memoryview(payload)[part.offset : part.offset + part.length], place)
+
+
 def test_parts_in_every_order_are_proven(artifact: Artifact, payload: bytearray):
     """Five parts, and a member that spans three of them: all 120 orders end with the same contents."""
     plan = parts_of(artifact, 1434)
@@ -67,8 +72,7 @@ def test_every_single_flipped_byte_is_found(artifact: Artifact, payload: bytearr
         payload[position] ^= 1
         checker = PayloadChecker(layout)
         with pytest.raises((ArtifactInvalid, DigestMismatch)):
-            for part in parts_of(artifact, 1024):
-                checker.consume(part.offset, memoryview(payload)[part.offset : part.offset + part.length])
+            consume_all(checker, payload, parts_of(artifact, 1024))
         payload[position] ^= 1
 
 
@@ -114,14 +118,9 @@ def test_ranges_of_an_earlier_process_are_read_back(artifact: Artifact, payload:
             checker.recall(part.offset, part.length)
         if damaged:
             with pytest.raises(DigestMismatch, match="'big'"):
-                for part in missing:
-                    checker.consume(
-                        part.offset, memoryview(payload)[part.offset : part.offset + part.length], kept.place
-                    )
-                checker.settle()
+                consume_all(checker, payload, missing, kept.place)
         else:
-            for part in missing:
-                checker.consume(part.offset, memoryview(payload)[part.offset : part.offset + part.length], kept.place)
+            consume_all(checker, payload, missing, kept.place)
             checker.settle()
 
 
@@ -131,5 +130,5 @@ def test_an_unfinished_member_is_not_settled(artifact: Artifact, payload: bytear
     checker = PayloadChecker(artifact.layout)
     for part in list(plan)[:2]:
         checker.consume(part.offset, memoryview(payload)[part.offset : part.offset + part.length])
-    with pytest.raises(ArtifactInvalid, match="member 'big' has .* of 3000 bytes"):
+    with pytest.raises(ArtifactInvalid, match=r"member 'big' has .* of 3000 bytes"):
         checker.settle()

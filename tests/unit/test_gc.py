@@ -299,7 +299,7 @@ def test_an_upload_of_unknown_age_counts_as_new(
 
 def test_what_a_killed_probe_left_goes(store: LocalStore, clock: Clock) -> None:
     """Wherever a probe is killed: its objects and uploads go when they are old."""
-    for request_number in range(2, 100, 4):
+    for request_number in range(2, 100, 7):
         with suppress(Killed):
             probe(FaultyStore(store, dies_at(request_number)))
             break

@@ -34,7 +34,7 @@ def renamed(*paths: str, member: Member = HELLO) -> bytes:
     return index_of(*(member._replace(path=path) for path in paths)).encode()
 
 
-def parquet(schema: pa.Schema = SCHEMA, rows: int = 1, **columns: list[Any]) -> bytes:
+def parquet(schema: pa.Schema = SCHEMA, rows: int = 1, **columns: Any) -> bytes:
     values = {
         "path": [f"{i:06}" for i in range(rows)],
         "size": [5] * rows,

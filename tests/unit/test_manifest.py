@@ -72,7 +72,7 @@ def test_later_minor_versions_may_add_fields():
 @pytest.mark.parametrize("found", ["blobflow.artifact/2", "", None, 1])
 def test_another_format_is_refused_by_name(found: Any):
     """Whoever meets a newer format learns that a newer blobflow is needed."""
-    with pytest.raises(ArtifactInvalid, match="this blobflow reads 'blobflow.artifact/1'") as refusal:
+    with pytest.raises(ArtifactInvalid, match=r"this blobflow reads 'blobflow\.artifact/1'") as refusal:
         Manifest.parse(changed(format=found))
     assert "newer" in refusal.value.hint
 

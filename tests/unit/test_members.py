@@ -36,7 +36,7 @@ def test_a_member_that_differs_is_named(content: bytes, artifact: Artifact):
 def test_a_missing_member_is_named(artifact: Artifact):
     """A file, and an empty directory."""
     (artifact.data / "empty dir").rmdir()
-    with pytest.raises(SourceChanged, match="directory 'empty dir/' of .* is missing"):
+    with pytest.raises(SourceChanged, match=r"directory 'empty dir/' of .* is missing"):
         verify_members(artifact)
     (artifact.data / "empty dir").mkdir()
     (artifact.data / "big.bin").unlink()

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 from blobflow.errors import InvalidKey, InvalidStoreUrl, UsageError
 from blobflow.stores import Store, open_store
 from blobflow.stores.fsspec_store import FsspecStore
+from blobflow.stores.limited import LimitedStore
 from blobflow.stores.local import LocalStore
 from blobflow.stores.retry import RetryingStore
 from blobflow.stores.s3 import S3Store
@@ -73,7 +74,9 @@ def test_s3_urls(monkeypatch: pytest.MonkeyPatch) -> None:
         patience_s=3,
     )
     s3 = inner(store)
-    assert isinstance(s3, S3Store)
+    assert isinstance(s3, LimitedStore)
+    assert isinstance(s3.store, S3Store)
+    s3 = s3.store
     assert (s3.options.bucket, s3.options.prefix) == ("backups", "orders/eu")
     assert s3.options.endpoint_url == "http://127.0.0.1:9000"
     assert s3.options.secret_access_key == SecretStr(SECRET)

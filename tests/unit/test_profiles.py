@@ -58,7 +58,7 @@ def test_unknown_and_impossible_options_are_refused():
     """A misspelt option is an error, and so is a timeout of zero."""
     for options in ({"chunk": 1}, {"read_timeout": 0.0}, {"workers": 0}):
         with pytest.raises(ValidationError):
-            ChunkProfile(**options)
+            ChunkProfile.model_validate(options)
     with pytest.raises(ValueError, match="unknown profile 'fast': one of datacenter, tactical, edge"):
         ChunkProfile.named("fast")
 
@@ -75,4 +75,4 @@ def test_fractions_of_a_second_survive():
 def test_a_profile_cannot_be_changed():
     """Plans are made from it, so it stays what it is."""
     with pytest.raises(ValidationError):
-        ChunkProfile().chunk_size = 1  # pyright: ignore[reportAttributeAccessIssue]
+        ChunkProfile().chunk_size = 1

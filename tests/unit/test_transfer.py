@@ -370,9 +370,12 @@ def test_a_target_that_takes_nothing_is_an_error():
     """A non-blocking descriptor that is full took nothing; it did not take everything."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    with os.fdopen(read_end, "rb", buffering=0), os.fdopen(write_end, "wb", buffering=0) as target:
-        with pytest.raises(StoreUnavailable, match="write failed at offset") as refusal:
-            transfer(io.BytesIO(bytes(2**20)), target, ChunkProfile.custom(64 * 1024, 1))
+    with (
+        os.fdopen(read_end, "rb", buffering=0),
+        os.fdopen(write_end, "wb", buffering=0) as target,
+        pytest.raises(StoreUnavailable, match="write failed at offset") as refusal,
+    ):
+        transfer(io.BytesIO(bytes(2**20)), target, ChunkProfile.custom(64 * 1024, 1))
     assert isinstance(refusal.value.__cause__, BlockingIOError)
 
 

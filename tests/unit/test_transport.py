@@ -653,7 +653,7 @@ def test_a_living_upload_of_other_content_keeps_others_away(artifact: Artifact, 
     other = artifact_of(tmp_path / "other", {"other": "x"})
     keeper = IntentKeeper(store, KEY)
     keeper.begin(artifact.manifest_bytes, store.create_multipart(KEY, part_size=4096), 4096, replaces=None)
-    with pytest.raises(TransferBusy, match="another upload to .* is under way") as refusal:
+    with pytest.raises(TransferBusy, match=r"another upload to .* is under way") as refusal:
         upload(store, KEY, other)
     assert refusal.value.retryable
     assert len(store.list_uploads()) == 1
@@ -725,7 +725,7 @@ def test_a_stalled_server_is_an_error_that_names_the_operation():
 def test_absent_and_damaged_are_two_errors(artifact: Artifact, store: LocalStore):
     """Who retries and who gives up can tell: not found is 4, damaged is 3, being replaced is temporary."""
     for call in (read_manifest, verify):
-        with pytest.raises(ArtifactNotFound, match="no artifact 'backups/orders/1.tar'") as refusal:
+        with pytest.raises(ArtifactNotFound, match=r"no artifact 'backups/orders/1\.tar'") as refusal:
             call(store, KEY)
         assert (refusal.value.exit_code, refusal.value.retryable) == (4, False)
     store.put(f"{KEY}.manifest.json", b"{}")
@@ -839,7 +839,7 @@ def test_another_artifact_than_the_expected_is_refused(artifact: Artifact, store
 def test_links_and_devices_in_the_place_of_files_are_refused(
     kind: str, artifact: Artifact, store: LocalStore, tmp_path: Path
 ):
-    """Hard link, symlink, devices, pipe, sparse, GNU and pax entries: the bytes differ from the layout, and that is all."""
+    """Hard link, symlink, devices, pipe, sparse, GNU and pax entries: the bytes differ from the layout."""
     upload(store, KEY, artifact, profile=SMALL)
     payload = bytearray(payload_of(artifact))
     start = artifact.layout.content_range(2)[0] - 512
@@ -1033,9 +1033,13 @@ def test_the_destination_appears_once_and_complete(artifact: Artifact, store: Lo
         time.sleep(0)
     stop.set()
     watcher.join()
-    whole = {path.relative_to(dest).as_posix() for path in [*dest.iterdir(), *(dest / "data").rglob("*")]}
+    whole = _names_in(dest)
     assert all(sight == whole for sight in seen)
     assert stages(dest.parent) == []
+
+
+def _names_in(dest: Path) -> set[str]:
+    return {path.relative_to(dest).as_posix() for path in [*dest.iterdir(), *(dest / "data").rglob("*")]}
 
 
 def _absent(path: Path) -> None:

@@ -1,0 +1,71 @@
+"""A store whose payload requests keep to limits that the stores of a process share."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from typing_extensions import override
+
+from blobflow.activity import doing
+from blobflow.checksum import Buffer
+from blobflow.errors import SlowDown
+from blobflow.limits import AdaptiveLimit, Bandwidth
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store
+from blobflow.stores.wrapping import WrappingStore
+
+
+class LimitedStore(WrappingStore):
+    """Makes payload requests wait for a place among those in flight, and for bandwidth.
+
+    It belongs below `RetryingStore`: every attempt is counted, and one that waits to be repeated holds no place. An
+    endpoint that says `SlowDown` gets half as many requests at a time until it stops saying so.
+
+    Args:
+        store: The store that makes the attempts.
+        requests: Payload requests in flight; shared by the stores of one endpoint.
+        bandwidth: Of payloads in both directions; None: no limit.
+    """
+
+    def __init__(self, store: Store, *, requests: AdaptiveLimit, bandwidth: Bandwidth | None = None) -> None:
+        super().__init__(store)
+        self.requests = requests
+        self.bandwidth = bandwidth
+
+    @override
+    def put(
+        self,
+        key: str,
+        body: Buffer | Body,
+        *,
+        mode: PutMode = PutMode.OVERWRITE,
+        e_tag: str | None = None,
+        content_type: str = "application/octet-stream",
+    ) -> ObjectMeta:
+        content = body if isinstance(body, Body) else Body.of(body)
+        with self._place(content.size):
+            return self.store.put(key, content, mode=mode, e_tag=e_tag, content_type=content_type)
+
+    @override
+    def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
+        with self._place(body.size):
+            return self.store.put_part(key, upload_id, part_number, body)
+
+    @override
+    def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
+        with self._place(len(buffer)):
+            self.store.get_range_into(key, offset, buffer, e_tag=e_tag)
+
+    @contextmanager
+    def _place(self, size: int) -> Generator[None]:
+        with doing(f"waiting for a place among {self.requests!r}"), self.requests.slot() as answered:
+            if self.bandwidth is not None:
+                with doing("waiting for bandwidth"):
+                    self.bandwidth.take(size)
+            with doing(f"moving {size} bytes"):
+                try:
+                    yield
+                except SlowDown:
+                    answered(True)
+                    raise
+            answered(False)

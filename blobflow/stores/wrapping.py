@@ -1,0 +1,123 @@
+"""A store around another store: what retries, limits and faults have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from typing_extensions import override
+
+from blobflow.checksum import Buffer
+from blobflow.stores.base import (
+    Abilities,
+    Body,
+    ObjectMeta,
+    PartMeta,
+    PutMode,
+    Server,
+    Store,
+    StoredObject,
+    UploadMeta,
+)
+
+_T = TypeVar("_T")
+
+
+class WrappingStore(Store):
+    """Passes every call on to `store`; each goes through `_call`, which a subclass may do more with.
+
+    Attributes:
+        store: The wrapped store.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.url = store.url
+
+    def _call(self, operation: str, key: str, attempt: Callable[[], _T]) -> _T:
+        del operation, key
+        return attempt()
+
+    @property
+    @override
+    def abilities(self) -> Abilities:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.store.abilities
+
+    @property
+    @override
+    def server(self) -> Server:
+        return self.store.server
+
+    @override
+    def put(
+        self,
+        key: str,
+        body: Buffer | Body,
+        *,
+        mode: PutMode = PutMode.OVERWRITE,
+        e_tag: str | None = None,
+        content_type: str = "application/octet-stream",
+    ) -> ObjectMeta:
+        return self._call(
+            "put", key, lambda: self.store.put(key, body, mode=mode, e_tag=e_tag, content_type=content_type)
+        )
+
+    @override
+    def get(self, key: str, *, max_bytes: int) -> StoredObject:
+        return self._call("get", key, lambda: self.store.get(key, max_bytes=max_bytes))
+
+    @override
+    def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
+        self._call("get_range", key, lambda: self.store.get_range_into(key, offset, buffer, e_tag=e_tag))
+
+    @override
+    def head(self, key: str) -> ObjectMeta:
+        return self._call("head", key, lambda: self.store.head(key))
+
+    @override
+    def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:
+        return self.store.list(prefix, start_after=start_after)
+
+    @override
+    def delete(self, key: str) -> None:
+        self._call("delete", key, lambda: self.store.delete(key))
+
+    @override
+    def copy(self, source: str, target: str) -> ObjectMeta:
+        return self._call("copy", source, lambda: self.store.copy(source, target))
+
+    @override
+    def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
+        return self._call(
+            "create_multipart",
+            key,
+            lambda: self.store.create_multipart(key, part_size=part_size, content_type=content_type),
+        )
+
+    @override
+    def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
+        return self._call("put_part", key, lambda: self.store.put_part(key, upload_id, part_number, body))
+
+    @override
+    def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
+        return self._call("list_parts", key, lambda: self.store.list_parts(key, upload_id))
+
+    @override
+    def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
+        return self._call("list_parts", key, lambda: self.store.list_parts_by(key, upload_id, page_size))
+
+    @override
+    def list_uploads(self, prefix: str = "") -> list[UploadMeta]:
+        return self._call("list_uploads", prefix, lambda: self.store.list_uploads(prefix))
+
+    @override
+    def complete_multipart(self, key: str, upload_id: str, parts: Sequence[PartMeta]) -> ObjectMeta:
+        return self._call("complete_multipart", key, lambda: self.store.complete_multipart(key, upload_id, parts))
+
+    @override
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        self._call("abort_multipart", key, lambda: self.store.abort_multipart(key, upload_id))
+
+    @override
+    def close(self) -> None:
+        self.store.close()

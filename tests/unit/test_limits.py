@@ -1,0 +1,201 @@
+"""Memory, bandwidth and requests in flight are bounded over all transfers of a process."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from blobflow.activity import activity_of, doing
+from blobflow.config import KIB, ChunkProfile
+from blobflow.engine import pool
+from blobflow.engine.plan import TransferPlan
+from blobflow.errors import SlowDown
+from blobflow.limits import AdaptiveLimit, Bandwidth, ByteBudget, shared_bandwidth, shared_requests
+from blobflow.stores import Body, open_store
+from blobflow.stores.limited import LimitedStore
+from blobflow.stores.local import LocalStore
+from blobflow.stores.retry import RetryingStore
+from blobflow.testing import FailBefore, FaultyStore, scripted_faults
+
+
+class FakeTime:
+    """A clock that only sleeping moves."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_budget_lets_no_more_through_than_it_has() -> None:
+    """Whoever finds the budget used up waits until somebody gives bytes back."""
+    budget = ByteBudget(100)
+    assert budget.acquire(60, timeout_s=0)
+    assert not budget.acquire(60, timeout_s=0.01)
+    budget.release(60)
+    assert budget.acquire(60, timeout_s=0)
+    assert repr(budget) == "<ByteBudget 60 of 100 bytes held>"
+
+
+def test_a_request_above_the_budget_takes_its_turn_alone() -> None:
+    """A budget smaller than one buffer makes transfers slow, not impossible."""
+    budget = ByteBudget(10)
+    assert budget.acquire(50, timeout_s=0)
+    assert not budget.acquire(1, timeout_s=0.01)
+    budget.release(50)
+    assert budget.acquire(1, timeout_s=0)
+
+
+def test_workers_share_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool of eight workers under a budget of two buffers holds two at a time, and moves every part."""
+    budget = ByteBudget(2 * KIB)
+    monkeypatch.setattr(pool, "memory_budget", budget)
+    most = 0
+    moved: list[int] = []
+
+    def move(part: object, buffer: memoryview) -> int:
+        nonlocal most
+        most = max(most, budget.held_bytes)
+        return len(buffer)
+
+    pool.move_parts(
+        list(TransferPlan(64 * KIB, KIB)),
+        move,
+        workers=8,
+        buffer_size=KIB,
+        on_moved=lambda part, _: moved.append(part.number),
+        on_tick=lambda: None,
+    )
+    assert sorted(moved) == list(range(1, 65))
+    assert most <= 2 * KIB
+    assert budget.held_bytes == 0
+
+
+def test_bandwidth_is_an_average_with_bursts_of_a_second() -> None:
+    """Ten chunks of 1,000 bytes at 1,000 bytes per second take nine seconds after a burst of one."""
+    time = FakeTime()
+    bandwidth = Bandwidth(1000, clock=time.clock, sleep=time.sleep)
+    begin = time.now
+    for _ in range(10):
+        bandwidth.take(1000)
+    assert time.now - begin == pytest.approx(9.0)
+
+
+def test_a_chunk_larger_than_a_second_is_paid_for_afterwards() -> None:
+    """A part of ten seconds' worth goes at once; the next one waits for it."""
+    time = FakeTime()
+    bandwidth = Bandwidth(1000, clock=time.clock, sleep=time.sleep)
+    begin = time.now
+    bandwidth.take(10_000)
+    assert time.now == begin
+    bandwidth.take(1)
+    assert time.now - begin == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("make", [ByteBudget, Bandwidth, AdaptiveLimit])
+def test_a_limit_of_nothing_is_refused(make: type) -> None:
+    """A limit that lets nothing through would hang for ever, so it is refused."""
+    with pytest.raises(ValueError, match="lets nothing through"):
+        make(0)
+
+
+def test_slow_down_halves_the_window_once_and_success_raises_it() -> None:
+    """Four requests that were under way together halve the window once; each round of successes adds one."""
+    limit = AdaptiveLimit(16)
+    with limit.slot() as first, limit.slot() as second:
+        first(True)
+        second(True)
+    assert limit.window == 8
+    for _ in range(9):
+        with limit.slot() as answered:
+            answered(False)
+    assert limit.window == 9
+    for _ in range(10):
+        with limit.slot() as answered:
+            answered(True)
+    assert limit.window == 1
+
+
+def test_no_more_requests_are_in_flight_than_the_window_allows() -> None:
+    """A third request waits until one of two is answered."""
+    limit = AdaptiveLimit(2)
+    inside = threading.Event()
+
+    def third() -> None:
+        with limit.slot():
+            inside.set()
+
+    waiting = threading.Thread(target=third)
+    with limit.slot():
+        with limit.slot():
+            waiting.start()
+            assert not inside.wait(0.05)
+        assert inside.wait(5)
+    waiting.join(5)
+
+
+def test_a_store_that_says_slow_down_gets_fewer_requests_and_everything_arrives(tmp_path: Path) -> None:
+    """SlowDown narrows the window, is repeated, and never fails the call."""
+    slow = [FailBefore(SlowDown("slow down")) for _ in range(3)]
+    faulty = FaultyStore(LocalStore(tmp_path), scripted_faults({("put_part", n + 1): slow[n] for n in range(3)}))
+    limit = AdaptiveLimit(8)
+    store = RetryingStore(LimitedStore(faulty, requests=limit), sleep=lambda _: None)
+    upload_id = store.create_multipart("k", part_size=4)
+    part = store.put_part("k", upload_id, 1, Body.of(b"data"))
+    store.complete_multipart("k", upload_id, [part])
+    assert store.get("k", max_bytes=10).data == b"data"
+    assert limit.window == 2  # 8, 4, 2, 1, and one more for the success
+
+
+def test_stores_of_a_process_share_their_limits(tmp_path: Path) -> None:
+    """Two stores opened with the same rate draw from one bucket; so do two of one endpoint with its requests."""
+    assert shared_bandwidth(5e6) is shared_bandwidth(5e6)
+    assert shared_requests("http://a", 4) is not shared_requests("http://b", 4)
+    first = open_store(tmp_path / "a", bandwidth_bytes_per_s=5e6)
+    second = open_store(tmp_path / "b", bandwidth_bytes_per_s=5e6)
+    inner = [store.store for store in (first, second) if isinstance(store, RetryingStore)]
+    assert isinstance(inner[0], LimitedStore)
+    assert isinstance(inner[1], LimitedStore)
+    assert inner[0].bandwidth is inner[1].bandwidth
+
+
+def test_a_thread_says_what_it_waits_for() -> None:
+    """The innermost block counts, and afterwards the thread is idle again."""
+    me = threading.get_ident()
+    with doing("outer"):
+        with doing("inner"):
+            assert activity_of(me) == "inner for 0 s"
+        assert activity_of(me) == "outer for 0 s"
+    assert activity_of(me) == "idle"
+
+
+def test_a_stalled_pool_explains_itself(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While no part is finished, the log says what each worker is waiting for."""
+    monkeypatch.setattr(pool, "STALL_S", 0.0)
+    release = threading.Event()
+
+    def move(part: object, buffer: memoryview) -> None:
+        with doing("waiting for the moon"):
+            release.wait(30)
+
+    def tick() -> None:
+        if "waiting for the moon" in caplog.text:
+            release.set()
+
+    with caplog.at_level("WARNING", logger="blobflow.engine.pool"):
+        profile = ChunkProfile.custom(4, 1)
+        pool.move_parts(
+            list(TransferPlan(4, 4)),
+            move,
+            workers=profile.workers,
+            buffer_size=profile.chunk_size,
+            on_moved=lambda *_: None,
+            on_tick=tick,
+        )
+    assert "transfer.stalled" in caplog.text
