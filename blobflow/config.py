@@ -31,7 +31,7 @@ class ChunkProfile(BaseModel):
         default=8 * MIB, gt=0, description="Bytes per chunk; one chunk is one part of a multipart upload."
     )
     checkpoint_interval: int = Field(
-        default=64, gt=0, description="Chunks between two saved checkpoints; the most that a crash sends again."
+        default=64, gt=0, description="Chunks between two saved checkpoints; the most that a power cut moves again."
     )
     verify_digest: bool = Field(default=True, description="Compare the final digest with the expected one.")
     read_timeout: float = Field(

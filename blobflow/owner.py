@@ -31,12 +31,19 @@ def owner_is_gone(owner: str) -> bool:
 
 
 @cache
-def _machine() -> str:
-    boot = namespace = "-"
+def boot_id() -> str:
+    """Differs after every start of the machine; empty where the system does not tell (not Linux)."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+@cache
+def _machine() -> str:
+    try:
         # Containers of one host share the boot id, and their pids mean different processes.
         namespace = str(os.stat("/proc/self/ns/pid").st_ino)
     except OSError:
-        pass  # not Linux: the host name has to do
-    return f"{socket.gethostname()}/{boot}/{namespace}"
+        namespace = "-"  # not Linux: the host name has to do
+    return f"{socket.gethostname()}/{boot_id()[:8] or '-'}/{namespace}"

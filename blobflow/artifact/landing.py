@@ -2,7 +2,7 @@
 
 Adopted from an artifact: contents, sizes, the directory tree, the owner's execute bit. Everything is written through
 directory descriptors with O_NOFOLLOW and O_EXCL into a private stage. A journal of finished parts lets the next
-process continue; it is written only after the bytes that it speaks of are durable.
+process continue.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -27,6 +27,7 @@ from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
 from blobflow.checksum import combine_all, crc32c
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import ChecksumMismatch, DestinationNotEmpty, DigestMismatch, DiskFull, RefusedError, TransferBusy
+from blobflow.owner import boot_id
 
 STAGE_PREFIX: Final = ".blobflow-download-"
 
@@ -133,49 +134,68 @@ class Stage:
             os.close(descriptor)
 
     def _read_journal(self) -> None:
-        """Lines `{"artifact", "part_size"}`, then `{"part", "crc32c"}` and `{"drop"}`; a torn line is ignored."""
+        """Take over what an earlier process finished.
+
+        Lines of the journal: `{"artifact", "part_size"}`, `{"boot"}`, `{"part", "crc32c"}`, `{"drop"}`, `{"synced"}`.
+        A killed process leaves its bytes with the kernel, so every part counts that it noted. If the machine itself
+        went down since, only those count that were noted before they were synced.
+        """
         try:
-            lines = (self.path / _JOURNAL_NAME).read_bytes().split(b"\n")[:-1]
+            lines = (self.path / _JOURNAL_NAME).read_bytes().split(b"\n")
         except FileNotFoundError:
             return
+        noted: dict[int, int] = {}
+        durable: dict[int, int] = {}
+        boot = ""
         for line in lines:
             try:
                 record = json.loads(line)
             except ValueError:
-                continue  # torn by a kill; what it spoke of is fetched again
+                continue  # empty, or torn by a kill; what it spoke of is fetched again
             if "artifact" in record:
                 self.part_size = record["part_size"]
+            elif "boot" in record:
+                if record["boot"] != boot:
+                    noted = dict(durable)
+                boot = record["boot"]
             elif "part" in record:
-                self.done[record["part"]] = record["crc32c"]
+                noted[record["part"]] = record["crc32c"]
+            elif "drop" in record:
+                noted.pop(record["drop"], None)
             else:
-                self.done.pop(record["drop"], None)
+                durable = dict(noted)
+        self.done = noted if boot and boot == boot_id() else durable
+        if self.part_size is not None:
+            self._append([{"boot": boot_id()}])
 
     def begin(self, part_size: int) -> None:
         """Start the journal of a fresh stage."""
         self.part_size = part_size
-        self._append([{"artifact": self.artifact_digest, "part_size": part_size}])
+        self._append([{"artifact": self.artifact_digest, "part_size": part_size}, {"boot": boot_id()}], durable=True)
 
-    def commit(self, crcs: dict[int, int]) -> None:
-        """Record parts whose bytes are in the stage; returns when both are durable."""
+    def note(self, number: int, crc: int) -> None:
+        """Record a part whose bytes were written; that survives this process, but not yet the machine."""
+        self._append([{"part": number, "crc32c": crc}])
+        self.done[number] = crc
+
+    def sync(self) -> None:
+        """Make all parts noted so far durable."""
+        noted = len(self.done)
         sync_tree(self.path)
-        self._append([{"part": number, "crc32c": crc} for number, crc in sorted(crcs.items())])
-        self.done.update(crcs)
+        self._append([{"synced": noted}], durable=True)
 
-    def drop(self, numbers: range) -> None:
+    def drop(self, numbers: Iterable[int]) -> None:
         """Forget parts that turned out to be wrong, so that the next run fetches them again."""
-        self._append([{"drop": number} for number in numbers])
-        for number in numbers:
-            self.done.pop(number, None)
+        dropped = [number for number in numbers if self.done.pop(number, None) is not None]
+        self._append([*({"drop": number} for number in dropped), {"synced": len(self.done)}], durable=True)
 
-    def _append(self, records: list[dict[str, int | str]]) -> None:
-        data = "".join(json.dumps(record) + "\n" for record in records).encode()
-        with open(self.path / _JOURNAL_NAME, "ab") as file:
-            # A torn line of a killed process would swallow the next record.
-            if file.tell() and not _ends_with_newline(self.path / _JOURNAL_NAME):
-                file.write(b"\n")
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    def _append(self, records: list[dict[str, int | str]], *, durable: bool = False) -> None:
+        # The newline in front ends a line that a killed process left torn, which would swallow this one.
+        data = "".join(f"\n{json.dumps(record)}" for record in records) + "\n"
+        with open(self.path / _JOURNAL_NAME, "ab", buffering=0) as file:
+            file.write(data.encode())
+            if durable:
+                os.fsync(file.fileno())
 
     def publish(self) -> None:
         """Make the finished tree the destination, in one step, and remove the stage.
@@ -216,15 +236,14 @@ class Landing:
         self._index = layout.index
         self._checker = PayloadChecker(layout, digests=digests, read_back=self._read_back)
         self._crowd = CrowdLock()
-        self._crcs = dict(stage.done)
-        self._uncommitted: dict[int, int] = {}
+        self._synced = True
         self._prepare()
         for number in stage.done:
             part = plan.part(number)
             self._checker.recall(part.offset, part.length)
 
     def __repr__(self) -> str:
-        return f"<Landing {len(self._crcs)} of {len(self.plan)} parts at {self.stage.dest}>"
+        return f"<Landing {len(self.stage.done)} of {len(self.plan)} parts at {self.stage.dest}>"
 
     def _prepare(self) -> None:
         """Make every directory, and the files that have no bytes to wait for."""
@@ -258,14 +277,15 @@ class Landing:
         return crc
 
     def landed(self, part: Part, crc: int) -> None:
-        """Take note of a part that `land` has finished; durable only after `commit`. Not thread-safe."""
-        self._uncommitted[part.number] = self._crcs[part.number] = crc
+        """Note a part that `land` has finished; a killed process loses none of them. Not thread-safe."""
+        self.stage.note(part.number, crc)
+        self._synced = False
 
-    def commit(self) -> None:
-        """Make the parts landed so far durable, so that no later process fetches them again. Not thread-safe."""
-        if self._uncommitted:
-            self.stage.commit(self._uncommitted)
-            self._uncommitted = {}
+    def sync(self) -> None:
+        """Make the parts landed so far survive the machine as well. Not thread-safe."""
+        if not self._synced:
+            self.stage.sync()
+            self._synced = True
 
     def finish(self, head: bytes, expected_crc32c: int, manifest_bytes: bytes, index_bytes: bytes) -> None:
         """Prove the whole, then publish it at the destination.
@@ -279,9 +299,8 @@ class Landing:
             DestinationNotEmpty: something appeared at the destination meanwhile.
         """
         self._checker.settle()
-        parts = [(crc32c(head), len(head)), *((self._crcs[part.number], part.length) for part in self.plan)]
+        parts = [(crc32c(head), len(head)), *((self.stage.done[part.number], part.length) for part in self.plan)]
         if (actual := combine_all(parts)) != expected_crc32c:
-            self._uncommitted = {}
             self.stage.drop(range(1, len(self.plan) + 1))
             raise ChecksumMismatch(
                 f"the payload has CRC32C {actual:08x}, the manifest says {expected_crc32c:08x}",
@@ -357,7 +376,7 @@ class _Writer:
         except FileExistsError:
             if not fresh:  # another worker was quicker with its piece
                 return self._sized(os.open(name, _OPEN_FILE, dir_fd=directory), member)
-            os.unlink(name, dir_fd=directory)  # left by a process that was killed before it could commit
+            os.unlink(name, dir_fd=directory)  # left by a process that was killed before it could note the part
             return os.open(name, _OPEN_FILE | os.O_CREAT | os.O_EXCL, mode, dir_fd=directory)
         return descriptor if fresh else self._sized(descriptor, member)
 
@@ -423,9 +442,3 @@ def _write_all(descriptor: int, offset: int, data: memoryview) -> None:
 def _permissions(mode: int) -> int:
     """What the umask is applied to: the archive decides about the execute bit, the user about everything else."""
     return 0o777 if mode == EXECUTABLE_MODE else 0o666
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

@@ -220,7 +220,7 @@ def download(
             layout.size - layout.data_start, stage.part_size or profile.chunk_size, start=layout.data_start
         )
         landing = Landing(stage, layout, plan, digests=profile.verify_digest)
-        books = remote.books(plan, profile, "download", landing.commit, on_progress, on_checkpoint)
+        books = remote.books(plan, profile, "download", landing.sync, on_progress, on_checkpoint)
         for number in stage.done:
             books.resumed(plan.part(number).length)
 

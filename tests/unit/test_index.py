@@ -165,7 +165,7 @@ def test_null_cells_are_refused():
     nullable = pa.schema([field.with_nullable(True) for field in SCHEMA])
     for name in SCHEMA.names:
         with pytest.raises(ArtifactInvalid):
-            Index.decode(parquet(nullable, **{name: [None]}), members=1)
+            Index.decode(parquet(nullable, 1, **{name: [None]}), members=1)
 
 
 @pytest.mark.parametrize("members", [0, 2, 10**9])

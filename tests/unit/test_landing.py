@@ -198,19 +198,46 @@ def test_a_full_disk_is_temporary_and_keeps_what_was_landed(
     assert download(store, KEY, tmp_path / "dest", profile=SERIAL).bytes_resumed > 0
 
 
-def test_a_commit_syncs_before_it_speaks(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The journal names a part only after the bytes of the part are durable."""
+def test_a_checkpoint_syncs_before_it_says_so(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The journal calls parts synced only after their bytes are; without news there is nothing to sync."""
     events: list[str] = []
     monkeypatch.setattr("blobflow.artifact.landing.sync_tree", lambda _: events.append("sync"))
     with Stage(tmp_path / "dest", artifact.digest).held() as stage:
         stage.begin(4096)
         landing = Landing(stage, artifact.layout, plan_of(artifact, 4096))
         real = stage._append
-        monkeypatch.setattr(stage, "_append", lambda records: (events.append("journal"), real(records)))
-        landing.commit()
+
+        def append(records: list[dict[str, int | str]], *, durable: bool = False) -> None:
+            events.append("synced" if durable else "noted")
+            real(records, durable=durable)
+
+        monkeypatch.setattr(stage, "_append", append)
+        landing.sync()
         assert events == []
         part, data = part_of(artifact, landing, 1)
         landing.landed(part, landing.land(part, data))
-        landing.commit()
-        assert events == ["sync", "journal"]
+        landing.sync()
+        assert events == ["noted", "sync", "synced"]
         assert repr(landing) == f"<Landing 1 of {len(landing.plan)} parts at {tmp_path / 'dest'}>"
+
+
+def test_after_a_restart_of_the_machine_only_synced_parts_count(
+    artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A killed process loses no noted part; a machine that went down loses those that were not synced."""
+    with Stage(tmp_path / "dest", artifact.digest).held() as stage:
+        stage.begin(4096)
+        stage.note(1, 11)
+        stage.sync()
+        stage.note(2, 22)
+    with Stage(tmp_path / "dest", artifact.digest).held() as stage:
+        assert stage.done == {1: 11, 2: 22}
+    monkeypatch.setattr("blobflow.artifact.landing.boot_id", lambda: "another boot")
+    with Stage(tmp_path / "dest", artifact.digest).held() as stage:
+        assert stage.done == {1: 11}
+        stage.note(3, 33)
+    with Stage(tmp_path / "dest", artifact.digest).held() as stage:
+        assert stage.done == {1: 11, 3: 33}
+        stage.drop([1])
+    with Stage(tmp_path / "dest", artifact.digest).held() as stage:
+        assert stage.done == {3: 33}

@@ -48,6 +48,7 @@ def test_a_range_is_found_in_its_parts(offset: int, length: int, numbers: list[i
     assert list(TransferPlan(25, 10, start=100).parts_of(offset, length)) == numbers
 
 
+@pytest.mark.seed("W1.3")
 def test_parts_grow_where_there_would_be_too_many():
     """5 TiB in 8 MiB chunks stay within 10,000 parts, in whole MiB."""
     plan = TransferPlan.for_upload(5 * 2**40, 8 * MIB)

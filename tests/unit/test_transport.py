@@ -193,7 +193,7 @@ def test_without_a_valid_artifact_no_request_is_sent(artifact: Artifact, store: 
     assert faulty.log == []
 
 
-@pytest.mark.seed("1.15")
+@pytest.mark.seed("1.15", "W1.1")
 def test_nothing_is_staged(artifact: Artifact, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Neither the temporary directory nor the artifact's surroundings get a file, at no time."""
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
@@ -1067,6 +1067,21 @@ def test_a_download_killed_at_any_request_continues(artifact: Artifact, store: L
             assert result.bytes_received + result.bytes_resumed == artifact.payload_size
             assert result.bytes_resumed == max(0, number - 5) * 4096
     assert number > 8
+
+
+@pytest.mark.seed("W1.1")
+def test_a_download_takes_no_room_but_its_own(artifact: Artifact, store: LocalStore, tmp_path: Path):
+    """At every request the stage holds the members and a small journal: there is no archive beside them."""
+    upload(store, KEY, artifact, profile=SMALL)
+    around = tmp_path / "landed"
+    taken: list[int] = []
+
+    def look(_: Request) -> None:
+        files = [path for path in around.rglob("*") if path.is_file()]
+        taken.append(sum(path.stat().st_size for path in files))
+
+    download(FaultyStore(store, lambda _: Hook(look)), KEY, around / "dest", profile=SERIAL)
+    assert 0 < max(taken) <= artifact.manifest.bytes + 4096
 
 
 def test_a_finished_download_is_unchanged(artifact: Artifact, store: LocalStore, tmp_path: Path):
