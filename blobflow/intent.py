@@ -171,14 +171,15 @@ class IntentKeeper:
 
         Raises:
             TransferBusy: the intent now belongs to another upload; this one must stop.
-            NoSuchUpload: there is no intent any more: a joined uploader has published, or given up.
+            NoSuchUpload: there is no intent any more, or a new one for the same payload: a joined uploader has
+                published, or given up.
         """
         mine = self.intent
         if mine is None:
             raise AssertionError("save without an intent")
         for _ in range(_SAVE_ATTEMPTS):
             current = self.intent
-            if current is None:
+            if current is None or (current.upload_id != mine.upload_id and current.manifest.same_body(mine.manifest)):
                 raise NoSuchUpload(
                     f"the intent of {self._key.removesuffix(SUFFIX)!r} is gone",
                     key=self._key.removesuffix(SUFFIX),

@@ -26,10 +26,10 @@ import botocore.session
 CEPH_PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "ceph-authtool", "monmaptool")
 
 _MOTO = """
-import logging, sys
+import logging, sys, threading
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 from moto.s3.exceptions import NoSuchUpload
-from moto.s3.models import S3Backend
+from moto.s3.models import FakeKey, S3Backend
 from moto.server import ThreadedMotoServer
 
 upload_part = S3Backend.upload_part
@@ -43,6 +43,18 @@ def upload_part_like_s3(self, bucket_name, multipart_id, part_id, value):
 
 
 S3Backend.upload_part = upload_part_like_s3
+
+# moto computes an ETag when it is first asked for, by reading a file that all threads share: two that ask at once, such
+# as a listing during an upload, seek in each other's way, and the wrong ETag stays
+etag, one_at_a_time = FakeKey.etag.fget, threading.Lock()
+
+
+def etag_of_the_bytes(self):
+    with one_at_a_time:
+        return etag(self)
+
+
+FakeKey.etag = property(etag_of_the_bytes)
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()
 print("http://%s:%d" % server.get_host_and_port(), flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from blobflow.artifact.artifact import Artifact, PayloadSource
-from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.artifact.manifest import MAX_MANIFEST_BYTES, Manifest, artifact_digest
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import ChunkProfile
 from blobflow.engine.checkpoint import TransferRecord
@@ -89,28 +89,51 @@ def upload(
     check_artifact_key(key)
     if not isinstance(artifact, Artifact):
         artifact = Artifact.open(artifact)
-    replaces: str | None = None
-    try:
-        existing_bytes = read_manifest_bytes(store, key)
-    except (ArtifactNotFound, ReplacementInProgress):
-        pass
-    else:
-        replaces = artifact_digest(existing_bytes)
+    kind = _MultipartUpload if store.abilities.multipart else _StreamUpload
+    for _ in range(_CLAIM_ATTEMPTS):
+        replaces: str | None = None
         try:
-            existing = Manifest.parse(existing_bytes)
-        except ArtifactInvalid:
-            if not overwrite:
-                raise
-            existing = None
-        if existing is not None and existing.same_content(artifact.manifest):
+            existing_bytes = read_manifest_bytes(store, key)
+        except (ArtifactNotFound, ReplacementInProgress):
+            pass
+        else:
+            replaces = artifact_digest(existing_bytes)
+            existing = _replaceable(existing_bytes, artifact, key, overwrite=overwrite)
             # A manifest that lost its payload is repaired by uploading again.
-            if _payload_is_there(store, key, existing_bytes):
+            if existing is not None and _payload_is_there(store, key, existing_bytes):
                 size = payload_size(existing_bytes, existing)
                 return UploadResult("unchanged", key, replaces, existing, size, 0, 0, time.monotonic() - started)
-        elif not overwrite:
-            raise KeyConflict(f"key {key!r} holds another artifact", key=key, expected=artifact.digest, actual=replaces)
-    kind = _MultipartUpload if store.abilities.multipart else _StreamUpload
-    return kind(store, key, artifact, profile or ChunkProfile(), replaces, on_progress, on_checkpoint).run(started)
+        attempt = kind(store, key, artifact, profile or ChunkProfile(), replaces, on_progress, on_checkpoint)
+        try:
+            return attempt.run(started)
+        except _Overtaken:
+            log.info("upload.overtaken key=%s", key)
+    raise TransferBusy(f"others published under {key!r} again and again", key=key)
+
+
+class _Overtaken(Exception):
+    """Somebody published under the key after it was looked at and before the upload was claimed."""
+
+
+def _replaceable(existing_bytes: bytes, artifact: Artifact, key: str, *, overwrite: bool) -> Manifest | None:
+    """The manifest under the key if it is of the same content, None if it may be replaced.
+
+    Raises:
+        KeyConflict: it is of other content, and nobody said that it may be replaced.
+        ArtifactInvalid: likewise, of a damaged one.
+    """
+    try:
+        existing = Manifest.parse(existing_bytes)
+    except ArtifactInvalid:
+        if not overwrite:
+            raise
+        return None
+    if existing.same_content(artifact.manifest):
+        return existing
+    if overwrite:
+        return None
+    actual = artifact_digest(existing_bytes)
+    raise KeyConflict(f"key {key!r} holds another artifact", key=key, expected=artifact.digest, actual=actual)
 
 
 def _payload_is_there(store: Store, key: str, manifest_bytes: bytes) -> bool:
@@ -166,15 +189,21 @@ class _Upload:
             on_checkpoint=self.on_checkpoint,
         )
 
+    def published(self) -> bytes | None:
+        """The sibling manifest that is there now."""
+        try:
+            return self.store.get(self.key + MANIFEST_SUFFIX, max_bytes=MAX_MANIFEST_BYTES).data
+        except ObjectNotFound:
+            return None
+
     def clear_the_way(self) -> None:
         """Before the payload is replaced, its old manifest goes: a manifest means that its payload is complete.
 
         Raises:
             KeyConflict: another artifact was published under this key meanwhile; it is left alone.
         """
-        try:
-            found = read_manifest_bytes(self.store, self.key)
-        except (ArtifactNotFound, ReplacementInProgress):
+        found = self.published()
+        if found is None:
             return
         actual = artifact_digest(found)
         if actual == self.replaces:
@@ -333,6 +362,11 @@ class _MultipartUpload(_Upload):
                     # Not before: until the intent is ours, its upload may come back to life.
                     log.info("upload.superseded key=%s upload_id=%s", self.key, intent.upload_id)
                     self.store.abort_multipart(self.key, intent.upload_id)
+                # Whoever held the intent before may have published and removed it since we looked at the key.
+                found = self.published()
+                if found is not None and artifact_digest(found) != self.replaces:
+                    self._give_up(upload_id)
+                    raise _Overtaken
                 return upload_id, plan
             self.store.abort_multipart(self.key, upload_id)
         raise TransferBusy(f"too many processes begin an upload to {self.key!r}", key=self.key)

@@ -135,10 +135,21 @@ def test_taking_over_raises_the_generation(store: LocalStore):
     first, second = IntentKeeper(store, "key"), IntentKeeper(store, "key")
     first.begin(MANIFEST_BYTES, "up-1", 1, replaces=None)
     second.load()
-    assert second.begin(MANIFEST_BYTES, "up-2", 1, replaces="sha256:x")
+    other = MANIFEST.model_copy(update={"content_digest": "sha256:" + "9" * 64}).encode()
+    assert second.begin(other, "up-2", 1, replaces="sha256:x")
     assert second.intent is not None
     assert (second.intent.generation, second.intent.replaces) == (2, "sha256:x")
     with pytest.raises(TransferBusy, match="another upload took 'key' over"):
+        first.save({1: 1})
+
+
+def test_a_new_upload_of_the_same_payload_is_joined_not_fought(store: LocalStore):
+    """The old upload is settled; whoever worked on it looks at the object and then joins the new one."""
+    first, second = IntentKeeper(store, "key"), IntentKeeper(store, "key")
+    first.begin(MANIFEST_BYTES, "up-1", 1, replaces=None)
+    second.load()
+    second.begin(MANIFEST_BYTES, "up-2", 1, replaces=None)
+    with pytest.raises(NoSuchUpload):
         first.save({1: 1})
 
 

@@ -75,14 +75,14 @@ def test_a_stalled_download_times_out_at_its_offset(open_s3: Callable[..., S3Sto
         peer.wait_until_closed()
 
     with scripted_server(stall) as url:
-        store = open_s3(url, idle_timeout=0.4)
+        store = open_s3(url, idle_timeout=1)
         began = time.monotonic()
         with pytest.raises(TimedOut) as silence:
             store.get_range("a key", 500, 1000)
         took = time.monotonic() - began
-    assert str(silence.value) == "get range 'a key': no byte for 0.4 s at offset 600"
-    assert silence.value.fields == {"operation": "get range", "key": "a key", "offset": 600, "timeout_s": 0.4}
-    assert 0.4 <= took < 0.8
+    assert str(silence.value) == "get range 'a key': no byte for 1 s at offset 600"
+    assert silence.value.fields == {"operation": "get range", "key": "a key", "offset": 600, "timeout_s": 1}
+    assert 1 <= took < 5  # far below any retry, far above a busy machine's hiccups
 
 
 @pytest.mark.seed("0.14")
@@ -175,7 +175,7 @@ def test_bytes_stuck_in_the_kernel_are_silence(open_s3: Callable[..., S3Store]) 
             store.put_part("k", "id", 1, Body.of(bytes(MIB)))
         took = time.monotonic() - began
         released.set()
-    assert 0.4 <= took < 1.2
+    assert 0.4 <= took < 5
 
 
 def test_a_connection_closed_while_idle_is_replaced(open_s3: Callable[..., S3Store]) -> None:

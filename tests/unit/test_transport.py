@@ -576,6 +576,25 @@ def test_an_upload_that_was_overtaken_succeeds_too(artifact: Artifact, tmp_path:
     assert number > 15
 
 
+def test_what_was_published_before_the_claim_is_not_sent_again(artifact: Artifact, store: LocalStore, tmp_path: Path):
+    """The key was free when it was looked at; another upload came and went before ours was claimed."""
+    same, other = iter([artifact, artifact]), artifact_of(tmp_path / "other", {"other": "x"})
+
+    def come_and_go(_: Request) -> None:
+        upload(store, KEY, next(same), profile=SMALL)
+
+    faulty = FaultyStore(store, lambda r: Hook(come_and_go) if r.operation == "create_multipart" else None)
+    assert upload(faulty, KEY, artifact).status == "unchanged"
+    assert faulty.count("put_part") == 0
+    store.delete(f"{KEY}.manifest.json")
+    faulty = FaultyStore(store, lambda r: Hook(come_and_go) if r.operation == "create_multipart" else None)
+    with pytest.raises(KeyConflict):
+        upload(faulty, KEY, other)
+    assert faulty.count("put_part") == 0
+    assert store.list_uploads() == []
+    verify(store, KEY, mode="deep", expected_digest=artifact.digest)
+
+
 def test_two_uploads_of_other_content_do_not_mix(artifact: Artifact, tmp_path: Path):
     """One wins; the other one is told that the key is busy or taken."""
     other = artifact_of(tmp_path / "other", {"other": noise(20_000, 5)})
