@@ -89,7 +89,6 @@ def upload(
     check_artifact_key(key)
     if not isinstance(artifact, Artifact):
         artifact = Artifact.open(artifact)
-    kind = _MultipartUpload if store.abilities.multipart else _StreamUpload
     for _ in range(_CLAIM_ATTEMPTS):
         replaces: str | None = None
         try:
@@ -103,6 +102,7 @@ def upload(
             if existing is not None and _payload_is_there(store, key, existing_bytes):
                 size = payload_size(existing_bytes, existing)
                 return UploadResult("unchanged", key, replaces, existing, size, 0, 0, time.monotonic() - started)
+        kind = _MultipartUpload if store.abilities.multipart else _StreamUpload
         attempt = kind(store, key, artifact, profile or ChunkProfile(), replaces, on_progress, on_checkpoint)
         try:
             return attempt.run(started)

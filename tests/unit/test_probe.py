@@ -377,15 +377,6 @@ class Named(LocalStore):
         return Server(self.name, "TestServer/1")
 
 
-class Watched(FaultyStore):
-    """Passes the server's name on, too."""
-
-    @property
-    @override
-    def server(self) -> Server:
-        return self.store.server
-
-
 def test_the_report_costs_later_processes_one_get(tmp_path: Path) -> None:
     """The first process probes and leaves a report, the next one reads it, once."""
     ProbedStore(LocalStore(tmp_path)).abilities  # noqa: B018  # asking is what is tested
@@ -438,12 +429,12 @@ def test_a_report_is_renewed_on_demand(tmp_path: Path) -> None:
 def test_a_copied_bucket_does_not_bring_its_report_along(tmp_path: Path) -> None:
     """A report counts for the server that it was made of; both servers' reports stay."""
     first = ProbedStore(Named(tmp_path)).report()
-    elsewhere = ProbedStore(Watched(Named(tmp_path, "https://two.example")))
+    elsewhere = ProbedStore(FaultyStore(Named(tmp_path, "https://two.example")))
     second = elsewhere.report()
     assert (first.endpoint, second.endpoint) == ("https://one.example", "https://two.example")
     assert second.software == "TestServer/1"
     for name, report in (("https://one.example", first), ("https://two.example", second)):
-        sent = Watched(Named(tmp_path, name))
+        sent = FaultyStore(Named(tmp_path, name))
         assert ProbedStore(sent).report() == report
         assert len(sent.log) == 1
 
