@@ -35,6 +35,8 @@ class Settings:
     profile: str = "tactical"
     chunk_size: int | None = None
     workers: int | None = None
+    bwlimit: int | None = None
+    """Bytes per second."""
     json: bool = False
     verbose: int = 0
     resumes: bool = False
@@ -62,7 +64,7 @@ class Settings:
             profile = self.transfer_profile()
             options["endpoint_url"] = self.endpoint_url or from_environment or None
             options["idle_timeout"] = max(profile.read_timeout, profile.write_timeout)
-        store = open_store(self.store, **options)
+        store = open_store(self.store, bandwidth_bytes_per_s=self.bwlimit, **options)
         try:
             yield store
         finally:
@@ -180,6 +182,7 @@ def shared_options() -> list[click.Parameter]:
         ),
         option("--chunk-size", type=_Size(), metavar="SIZE", help="For example 64MiB, instead of the profile's."),
         option("--workers", type=click.IntRange(1, 256), metavar="N", help="Chunks in flight, likewise."),
+        option("--bwlimit", type=_Size(), metavar="RATE", help="Payload bytes per second, for example 10MiB."),
         option("--json", is_flag=True, help="One JSON document on standard output."),
         option("-v", "--verbose", count=True, help="Log to standard error, and show tracebacks; -vv for more."),
     ]

@@ -277,10 +277,30 @@ class S3Store(Store):
     @override
     def head(self, key: str) -> ObjectMeta:
         check_key(key)
-        found = self._control(_Call("head", key), "head_object", Key=self._full(key), ChecksumMode="ENABLED")
+        call = _Call("head", key)
+        try:
+            found = self._control(call, "head_object", Key=self._full(key), ChecksumMode="ENABLED")
+        except StoreConfigurationError as error:
+            if error.fields.get("status") in (400, 403) and not error.fields.get("code"):
+                raise self._reason(call) from error
+            raise
         return ObjectMeta(
             key, found["ContentLength"], _quoted(found["ETag"]), found.get("LastModified"), _crc_in_result(found)
         )
+
+    def _reason(self, refused: _Call) -> BlobflowError:
+        """Why a HEAD was refused: its answer has no body that could say so, but that of a GET has.
+
+        What passes (a token that has just expired, a clock that is off) looks like a lack of permission otherwise.
+        """
+        try:
+            with self._exchange(refused, "GET", {"Range": "bytes=0-0"}):
+                pass
+        except SizeMismatch:
+            pass  # an empty object, and we may read it
+        except BlobflowError as reason:
+            return reason
+        return StoreUnavailable(f"{refused} was refused, but a GET was not", operation="head", key=refused.key)
 
     @override
     def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:

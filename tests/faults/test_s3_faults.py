@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from blobflow.errors import (
 from blobflow.stores import Store
 from blobflow.stores.base import Body, PutMode
 from blobflow.stores.retry import RetryingStore
-from blobflow.stores.s3 import S3Store
+from blobflow.stores.s3 import S3Options, S3Store
 from blobflow.testing import StoreContract, read_tree, write_tree
 from tests.fault_proxy import Corrupt, Cut, FaultProxy, Reset, Rule, Stall, scripted, seeded
 from tests.faults.clients import PREFIX, Stores
@@ -476,11 +477,8 @@ def test_every_operation_survives_a_passing_refusal(
     """The first request of each operation is refused, and nobody notices but the log."""
     artifact = export()
     store = stores(strict_s3)
-    # An answer to HEAD has no body to name the error in; 503 and 500 say enough.
-    headed = [] if code.startswith("RequestTime") else ["HeadObject"]
     operations = [
-        *headed,
-        "GetObject", "PutObject", "DeleteObject", "ListObjectsV2",
+        "HeadObject", "GetObject", "PutObject", "DeleteObject", "ListObjectsV2",
         "CreateMultipartUpload", "UploadPart", "ListParts", "CompleteMultipartUpload",
     ]  # fmt: skip
     strict_s3.script(*(Fault(Refuse(code), operation) for operation in operations))
@@ -560,6 +558,27 @@ def test_a_stall_is_noticed_and_overcome(
     push_and_pull(stores(strict_s3, proxy, idle_timeout=0.5), artifact, tmp_path / "landed")
     assert [message.operation for message in proxy.struck()] == [operation]
     Wreck(strict_s3, stores.bucket(strict_s3), artifact).assert_one_artifact()
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [("RequestTimeTooSkewed", StoreUnavailable), ("AccessDenied", StoreConfigurationError)]
+)
+def test_a_refused_head_says_why(strict_s3: StrictS3, code: str, kind: type[BlobflowError]) -> None:
+    """The answer to a HEAD has no body, so a GET is asked for the reason: what passes is no prohibition."""
+    bucket = strict_s3.new_bucket()
+    strict_s3.script(Fault(Refuse(code), "HeadObject"), Fault(Refuse(code), "GetObject"))
+    endpoint = strict_s3.endpoint
+    store = S3Store(
+        S3Options(
+            bucket=bucket,
+            endpoint_url=endpoint.endpoint_url,
+            access_key_id=endpoint.access_key_id,
+            secret_access_key=SecretStr(endpoint.secret_access_key),
+        )
+    )
+    with closing(store), pytest.raises(kind) as refusal:
+        store.head("k")
+    assert refusal.value.fields["code"] == code
 
 
 def test_a_slow_body_is_no_silence(

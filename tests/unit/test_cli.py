@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -507,6 +508,15 @@ def test_a_chunk_size_is_a_number_or_has_a_binary_unit(text: str, parts: int, ca
     document = call("push", source, "k", "--chunk-size", text, "--json").document
     size = {"4096": 4096, "64KiB": 65536, "64K": 65536, "1MiB": 1 << 20, "1G": 1 << 30}[text]
     assert document["parts"] == -(-document["bytes_total"] // size)
+
+
+def test_a_bandwidth_limit_holds_back_what_exceeds_a_second(call: Call, source: Path):
+    """--bwlimit counts payload bytes: with chunks of half a second's worth, the upload takes its time."""
+    began = time.monotonic()
+    document = call("push", source, "k", "--chunk-size", "16KiB", "--bwlimit", "32KiB", "--json").document
+    allowed = document["bytes_total"] / 32768 - 1 - 0.5  # a burst of a second, and the last part
+    assert document["status"] == "uploaded"
+    assert time.monotonic() - began > allowed > 0
 
 
 def test_help_names_the_commands_and_the_exit_codes(call: Call):
