@@ -14,7 +14,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -121,12 +121,21 @@ def moto_server() -> Generator[S3Endpoint, None, None]:
 @contextmanager
 def rgw_server() -> Generator[S3Endpoint, None, None]:
     """A one-node Ceph cluster in memory with a RADOS Gateway in front; starts in about five seconds."""
+    with ExitStack() as stack:
+        yield S3Endpoint("rgw", _start_rgw(stack), "test", "testtest")
+
+
+def _start_rgw(stack: ExitStack, attempts: int = 4) -> str:
+    """A port that was free may be taken before Ceph binds it, by the cluster of another pytest worker for one."""
     directory = tempfile.mkdtemp(prefix="rgw-")  # not below pytest's: the path of a unix socket is short
+    stack.callback(shutil.rmtree, directory, ignore_errors=True)
     try:
-        with _serving(["bash", str(_START_RGW), directory, str(free_port()), str(free_port())]) as url:
-            yield S3Endpoint("rgw", url, "test", "testtest")
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        command = ["bash", str(_START_RGW), directory, str(free_port()), str(free_port())]
+        return stack.enter_context(_serving(command))
+    except RuntimeError:
+        if attempts == 1:
+            raise
+    return _start_rgw(stack, attempts - 1)
 
 
 @contextmanager
