@@ -39,7 +39,7 @@ from blobflow.errors import (
     UploadIncomplete,
     UsageError,
 )
-from blobflow.stores.base import MAX_KEY_BYTES, Body, ObjectMeta, PartMeta, PutMode, Store, StoredObject, UploadMeta
+from blobflow.stores.base import MAX_KEY_BYTES, Body, ObjectMeta, PartMeta, PutMode, Store, StoredObject
 from blobflow.stores.wrapping import WrappingStore
 
 __all__ = [
@@ -256,11 +256,12 @@ class FaultyStore(WrappingStore):
             raise fault.error or _injected(request, "was not sent")
         return request, fault
 
-    def _send(self, operation: str, key: str, call: Callable[[], _T]) -> _T:
+    @override
+    def _call(self, operation: str, key: str, attempt: Callable[[], _T]) -> _T:
         request, fault = self._next(operation, key)
         if isinstance(fault, Truncate):
             raise fault.error or _injected(request, "was not sent whole")
-        answer = call()
+        answer = attempt()
         if isinstance(fault, FailAfter):
             raise fault.error or _injected(request, "got no answer")
         return answer
@@ -321,10 +322,6 @@ class FaultyStore(WrappingStore):
                 self.store.get_range_into(key, offset, buffer, e_tag=e_tag)
 
     @override
-    def head(self, key: str) -> ObjectMeta:
-        return self._send("head", key, lambda: self.store.head(key))
-
-    @override
     def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:
         request, fault = self._next("list", prefix)
         for position, meta in enumerate(self.store.list(prefix, start_after=start_after)):
@@ -333,46 +330,11 @@ class FaultyStore(WrappingStore):
             yield meta
 
     @override
-    def delete(self, key: str) -> None:
-        self._send("delete", key, lambda: self.store.delete(key))
-
-    @override
-    def copy(self, source: str, target: str) -> ObjectMeta:
-        return self._send("copy", source, lambda: self.store.copy(source, target))
-
-    @override
-    def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
-        def call() -> str:
-            return self.store.create_multipart(key, part_size=part_size, content_type=content_type)
-
-        return self._send("create_multipart", key, call)
-
-    @override
     def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
         def call(body: Body) -> PartMeta:
             return self.store.put_part(key, upload_id, part_number, body)
 
         return self._send_body("put_part", key, body, call)
-
-    @override
-    def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
-        return self._send("list_parts", key, lambda: self.store.list_parts(key, upload_id))
-
-    @override
-    def list_uploads(self, prefix: str = "") -> list[UploadMeta]:
-        return self._send("list_uploads", prefix, lambda: self.store.list_uploads(prefix))
-
-    @override
-    def complete_multipart(self, key: str, upload_id: str, parts: Sequence[PartMeta]) -> ObjectMeta:
-        return self._send("complete_multipart", key, lambda: self.store.complete_multipart(key, upload_id, parts))
-
-    @override
-    def abort_multipart(self, key: str, upload_id: str) -> None:
-        self._send("abort_multipart", key, lambda: self.store.abort_multipart(key, upload_id))
-
-    @override
-    def close(self) -> None:
-        self.store.close()
 
 
 def _injected(request: Request, what: str) -> StoreUnavailable:
