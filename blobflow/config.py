@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 KIB = 1024
 MIB = 1024 * KIB
-GIB = 1024 * MIB
 
 
 class ChunkProfile(BaseModel):

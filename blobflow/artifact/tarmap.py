@@ -23,10 +23,9 @@ _NAME_BYTES: Final = 100
 _OCTAL_LIMIT: Final = 8**11
 """The size field has eleven octal digits; from 8 GiB on the size stands in a pax record."""
 
-MANIFEST: Final = 0
 INDEX: Final = 1
 FIRST_MEMBER: Final = 2
-"""Entries of the tar are numbered: the manifest, the index, then the members of the index in order."""
+"""Entries of the tar are numbered: 0 the manifest, 1 the index, then the members of the index in order."""
 
 
 class Span(NamedTuple):
