@@ -53,6 +53,7 @@ class Options:
     files: int
     patience: float
     endpoint: str | None
+    tls: bool
     bucket: str
 
 
@@ -96,6 +97,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"who takes this many times as long as the fastest runs {_SLOW_RUNS} times only (10)",
     )
     parser.add_argument("--endpoint", metavar="URL", help="a real S3 server; credentials from the environment")
+    parser.add_argument("--tls", action="store_true", help="the cheap server over https")
     parser.add_argument("--bucket", default=BUCKET, help="an existing bucket of that server")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the table goes (benchmarks/results)")
     parser.add_argument("--publish", action="store_true", help="also into docs/benchmarks.md and docs/images/")
@@ -117,6 +119,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         files=given.files,
         patience=given.patience,
         endpoint=given.endpoint,
+        tls=given.tls,
         bucket=given.bucket,
     )
     return given
@@ -174,7 +177,7 @@ def _endpoint(options: Options, server_bytes: int) -> Generator[Endpoint]:
     if options.endpoint:
         yield RealServer(options.endpoint, options.bucket)
         return
-    with cheap_server(warm_bytes=server_bytes - 512 * MIB, limit_bytes=server_bytes) as server:
+    with cheap_server(warm_bytes=server_bytes - 512 * MIB, limit_bytes=server_bytes, tls=options.tls) as server:
         yield server
 
 

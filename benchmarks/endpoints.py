@@ -6,12 +6,14 @@ import http.client
 import json
 import os
 import subprocess
+import tempfile
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -66,19 +68,28 @@ class Endpoint(ABC):
 
 
 class CheapServer(Endpoint):
-    """server/cheap_s3.cpp; its page of control calls is there."""
+    """server/cheap_s3.cpp; its page of control calls is there.
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    Args:
+        control_url: For the harness.
+        url: For the clients, if it is another.
+        certificate: Whom they have to trust there.
+    """
+
+    def __init__(self, control_url: str, url: str | None = None, certificate: Path | None = None) -> None:
+        self.url = url or control_url
         self.bucket = BUCKET
-        self.name = "cheap_s3 (benchmarks/server), loopback, objects in memory"
+        self.name = f"cheap_s3 (benchmarks/server), loopback{', TLS' if certificate else ''}, objects in memory"
         self.environment = {
             "AWS_ACCESS_KEY_ID": "benchmark",
             "AWS_SECRET_ACCESS_KEY": "benchmark-secret",
             "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1",
         }
-        parts = urlsplit(url)
+        if certificate:
+            # botocore's name for it, and that of OpenSSL, Go and Rust.
+            self.environment |= {"AWS_CA_BUNDLE": str(certificate), "SSL_CERT_FILE": str(certificate)}
+        parts = urlsplit(control_url)
         self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=60)
 
     def close(self) -> None:
@@ -127,23 +138,32 @@ class CheapServer(Endpoint):
 
 
 @contextmanager
-def cheap_server(*, warm_bytes: int, limit_bytes: int) -> Generator[CheapServer]:
+def cheap_server(*, warm_bytes: int, limit_bytes: int, tls: bool = False) -> Generator[CheapServer]:
     """The cheap server in a process of its own, which ends with this one.
 
     Args:
         warm_bytes: Memory that is mapped at once, so that no client pays for it.
         limit_bytes: What it may hold at all.
+        tls: Clients use https; needs OpenSSL and its headers.
     """
-    memory = ["--warm", str(warm_bytes), "--limit", str(limit_bytes)]
-    command = [str(compiled("cheap_s3")), "--bucket", BUCKET, *memory]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    command = ["--bucket", BUCKET, "--warm", str(warm_bytes), "--limit", str(limit_bytes)]
+    with ExitStack() as stack:
+        certificate = None
+        if tls:
+            certificate = _certificate(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+            command = [str(compiled("cheap_s3", "-DTLS", "-lssl", "-lcrypto")), *command, "--tls", str(certificate)]
+        else:
+            command = [str(compiled("cheap_s3")), *command]
+        process = stack.enter_context(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            url = process.stdout.readline().strip()
-            if not url:
+            urls = [process.stdout.readline().strip() for _ in range(1 + tls)]
+            if not urls[-1]:
                 raise RuntimeError("cheap_s3 did not start")
-            server = CheapServer(url)
+            server = CheapServer(urls[0], urls[-1], certificate)
             try:
                 yield server
             finally:
@@ -154,6 +174,17 @@ def cheap_server(*, warm_bytes: int, limit_bytes: int) -> Generator[CheapServer]
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _certificate(directory: Path) -> Path:
+    """A file with a certificate for the loopback address, and its key; it is its own authority."""
+    key, certificate, both = (directory / name for name in ("key.pem", "certificate.pem", "both.pem"))
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    kind = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "1"]
+    command = ["openssl", "req", "-x509", *kind, *subject, "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    both.write_bytes(certificate.read_bytes() + key.read_bytes())
+    return both
 
 
 class RealServer(Endpoint):

@@ -21,22 +21,23 @@ def cache_dir() -> Path:
     return path
 
 
-def compiled(name: str) -> Path:
-    """The program made from `server/<name>.cpp`, compiled anew if its source changed.
+def compiled(name: str, *options: str) -> Path:
+    """The program made from `server/<name>.cpp`, compiled anew if its source or the compiler's options changed.
 
     Raises:
         SystemExit: there is no C++ compiler, or it refuses.
     """
     source = HERE / "server" / f"{name}.cpp"
-    program = cache_dir() / f"{name}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}"
+    made_from = hashlib.sha256(source.read_bytes() + " ".join(options).encode())
+    program = cache_dir() / f"{name}-{made_from.hexdigest()[:16]}"
     if program.exists():
         return program
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise SystemExit("benchmarks: no C++ compiler. On Debian and Ubuntu: sudo apt-get install g++")
     made = program.with_suffix(f".{os.getpid()}")
-    done = subprocess.run([compiler, "-O2", "-std=c++17", "-pthread", "-o", str(made), str(source)], check=False)
-    if done.returncode != 0:
+    command = [compiler, "-O2", "-std=c++17", "-pthread", "-o", str(made), str(source), *options]
+    if subprocess.run(command, check=False).returncode != 0:
         raise SystemExit(f"benchmarks: {source.name} does not compile")
     made.replace(program)
     return program

@@ -1,5 +1,6 @@
-// cheap_s3 [--bucket NAME] [--warm BYTES] [--limit BYTES]: an S3 look-alike that costs less than any client, so that clients are what
-// a benchmark measures. It prints its URL, serves on a free loopback port and ends when its standard input closes.
+// cheap_s3 [--bucket NAME] [--warm BYTES] [--limit BYTES] [--tls PEM]: an S3 look-alike that costs less than any client,
+// so that clients are what a benchmark measures. It prints its URL, serves on a free loopback port and ends when its
+// standard input closes. With --tls (a file with certificate and key; compiled with -DTLS) it prints a second URL, https.
 //
 // It believes everything: no signatures, no checksums are verified. It honours what protocols are built on:
 // conditional PUT and Complete, multipart uploads with paged ListParts, ranges pinned by If-Match, listings, and one
@@ -39,6 +40,10 @@
 #include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <unistd.h>
+
+#ifdef TLS
+#include <openssl/ssl.h>
+#endif
 
 using std::string;
 using std::string_view;
@@ -268,9 +273,29 @@ static bool same_tag(string_view given, string_view e_tag) {
 
 struct Gone {};  // the client hung up
 
+#ifdef TLS
+static SSL_CTX* tls_context = nullptr;
+
+static bool begin_tls(const char* pem) {
+    tls_context = SSL_CTX_new(TLS_server_method());
+    SSL_CTX_set_options(tls_context, SSL_OP_ENABLE_KTLS | SSL_OP_IGNORE_UNEXPECTED_EOF);
+    return SSL_CTX_use_certificate_file(tls_context, pem, SSL_FILETYPE_PEM) == 1 &&
+           SSL_CTX_use_PrivateKey_file(tls_context, pem, SSL_FILETYPE_PEM) == 1;
+}
+#endif
+
 class Connection {
 public:
-    explicit Connection(int fd) : fd_(fd) {}
+    Connection(int fd, bool secure) : fd_(fd) {
+#ifdef TLS
+        if (!secure) return;
+        tls_.reset(SSL_new(tls_context));
+        SSL_set_fd(tls_.get(), fd);
+        if (SSL_accept(tls_.get()) != 1) throw Gone();
+#else
+        (void)secure;
+#endif
+    }
 
     string line() {
         for (;;) {
@@ -293,20 +318,29 @@ public:
             start_ += n;
             return n;
         }
-        const ssize_t got = recv(fd_, to, n, MSG_WAITALL);
-        if (got <= 0) throw Gone();
-        return size_t(got);
+        return receive(to, n, MSG_WAITALL);
     }
     void send(string_view text, bool more = false) {
+#ifdef TLS
+        if (tls_) {
+            if (!text.empty() && SSL_write(tls_.get(), text.data(), int(text.size())) <= 0) throw Gone();
+            return;
+        }
+#endif
         while (!text.empty()) {
             const ssize_t sent = ::send(fd_, text.data(), text.size(), MSG_NOSIGNAL | (more ? MSG_MORE : 0));
             if (sent <= 0) throw Gone();
             text.remove_prefix(size_t(sent));
         }
     }
-    void send_file(int from, off_t offset, size_t n) {
+    // Bytes of the arena.
+    void send_stored(size_t at, size_t n) {
+#ifdef TLS
+        if (tls_) return send(string_view(arena.at(0) + at, n));
+#endif
+        off_t offset = off_t(at);
         while (n > 0) {
-            const ssize_t sent = sendfile(fd_, from, &offset, n);
+            const ssize_t sent = sendfile(fd_, arena.fd(), &offset, n);
             if (sent <= 0) throw Gone();
             n -= size_t(sent);
         }
@@ -321,12 +355,28 @@ private:
             end_ -= start_;
             start_ = 0;
         }
-        const ssize_t got = recv(fd_, buffer_.data() + end_, buffer_.size() - end_, 0);
+        end_ += receive(buffer_.data() + end_, buffer_.size() - end_, 0);
+    }
+    size_t receive(char* to, size_t n, int flags) {
+#ifdef TLS
+        if (tls_) {
+            const int got = SSL_read(tls_.get(), to, int(n));
+            if (got <= 0) throw Gone();
+            return size_t(got);
+        }
+#endif
+        const ssize_t got = recv(fd_, to, n, flags);
         if (got <= 0) throw Gone();
-        end_ += size_t(got);
+        return size_t(got);
     }
 
     int fd_;
+#ifdef TLS
+    struct Free {
+        void operator()(SSL* tls) const { SSL_free(tls); }
+    };
+    std::unique_ptr<SSL, Free> tls_;
+#endif
     std::array<char, 64 << 10> buffer_;
     size_t start_ = 0, end_ = 0;
 };
@@ -773,7 +823,7 @@ static void send_bytes(Connection& connection, const Object& object, size_t from
                 connection.send(string_view(blob->small).substr(inside, n));
             } else {
                 n = std::min(n, BLOCK - inside % BLOCK);
-                connection.send_file(arena.fd(), off_t(blob->blocks[inside / BLOCK] * BLOCK + inside % BLOCK), n);
+                connection.send_stored(blob->blocks[inside / BLOCK] * BLOCK + inside % BLOCK, n);
             }
             bytes_out += long(n);
             at += n;
@@ -938,12 +988,12 @@ static Request read_request(Connection& connection) {
     return request;
 }
 
-static void serve(int fd) {
+static void serve(int fd, bool secure) {
     int yes = 1;
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
     bool counted = false;
     try {
-        const auto connection = std::make_unique<Connection>(fd);
+        const auto connection = std::make_unique<Connection>(fd, secure);
         for (;;) {
             const Request request = read_request(*connection);
             if (request.path.rfind("/-/", 0) == 0) {
@@ -964,12 +1014,36 @@ static void serve(int fd) {
     close(fd);
 }
 
+static int listener(const char* scheme) {
+    const int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t length = sizeof address;
+    if (bind(fd, reinterpret_cast<sockaddr*>(&address), length) != 0 || listen(fd, 4096) != 0 ||
+        getsockname(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) {
+        perror("cheap_s3");
+        _exit(1);
+    }
+    printf("%s://127.0.0.1:%d\n", scheme, ntohs(address.sin_port));
+    return fd;
+}
+
+[[noreturn]] static void accept_all(int listening, bool secure) {
+    for (;;) {
+        const int fd = accept4(listening, nullptr, nullptr, SOCK_CLOEXEC);
+        if (fd >= 0) std::thread(serve, fd, secure).detach();
+    }
+}
+
 int main(int argc, char** argv) {
     size_t warm = 0, limit = 16ul << 30;
+    const char* pem = nullptr;
     for (int i = 1; i + 1 < argc; i += 2) {
         if (!strcmp(argv[i], "--warm")) warm = strtoul(argv[i + 1], nullptr, 10);
         else if (!strcmp(argv[i], "--bucket")) buckets[argv[i + 1]];
         else if (!strcmp(argv[i], "--limit")) limit = strtoul(argv[i + 1], nullptr, 10);
+        else if (!strcmp(argv[i], "--tls")) pem = argv[i + 1];
         else return fprintf(stderr, "cheap_s3: unknown option %s\n", argv[i]), 2;
     }
     signal(SIGPIPE, SIG_IGN);
@@ -979,17 +1053,15 @@ int main(int argc, char** argv) {
     setrlimit(RLIMIT_NOFILE, &files);
     arena.begin(warm, limit);
 
-    const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t length = sizeof address;
-    if (bind(listener, reinterpret_cast<sockaddr*>(&address), length) != 0 || listen(listener, 4096) != 0 ||
-        getsockname(listener, reinterpret_cast<sockaddr*>(&address), &length) != 0) {
-        perror("cheap_s3");
-        return 1;
+    const int plain = listener("http");
+    if (pem != nullptr) {
+#ifdef TLS
+        if (!begin_tls(pem)) return fprintf(stderr, "cheap_s3: no certificate and key in %s\n", pem), 1;
+        std::thread(accept_all, listener("https"), true).detach();
+#else
+        return fputs("cheap_s3: compiled without TLS\n", stderr), 2;
+#endif
     }
-    printf("http://127.0.0.1:%d\n", ntohs(address.sin_port));
     fflush(stdout);
     std::thread([] {
         char byte;
@@ -997,8 +1069,5 @@ int main(int argc, char** argv) {
         }
         _exit(0);
     }).detach();
-    for (;;) {
-        const int fd = accept4(listener, nullptr, nullptr, SOCK_CLOEXEC);
-        if (fd >= 0) std::thread(serve, fd).detach();
-    }
+    accept_all(plain, false);
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
+import ssl
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,16 +22,26 @@ from benchmarks.workload import MIB, difference
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 
-@pytest.fixture
-def server():
-    with cheap_server(warm_bytes=0, limit_bytes=64 * MIB) as server:
+needs_openssl = pytest.mark.skipif(
+    not Path("/usr/include/openssl/ssl.h").exists() or shutil.which("openssl") is None,
+    reason="needs libssl-dev, openssl",
+)
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_openssl)], ids=["http", "https"])
+def server(request: pytest.FixtureRequest):
+    with cheap_server(warm_bytes=0, limit_bytes=64 * MIB, tls=request.param) as server:
         yield server
 
 
 def ask(server: CheapServer, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes, str]:
     """Status, body and ETag of one request."""
     parts = urlsplit(server.url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
+    if parts.scheme == "https":
+        tls = ssl.create_default_context(cafile=server.environment["SSL_CERT_FILE"])
+        connection = http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=20, context=tls)
+    else:
+        connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
     try:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method, f"/{BUCKET}/{path}", body=body, headers=names)
