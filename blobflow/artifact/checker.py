@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from threading import Lock
-from typing import TypeAlias
+from threading import Condition
+from typing import Final, TypeAlias
 
 from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
 from blobflow.checksum import Buffer, sha256
@@ -20,6 +20,11 @@ Place: TypeAlias = Callable[[int, int, memoryview], None]
 """`place(member, content_offset, bytes)` keeps a run of a member's content."""
 ReadBack: TypeAlias = Callable[[int, int, int], Iterable[Buffer]]
 """`read_back(member, content_offset, length)` gives kept content again, in order."""
+
+_WORTH_WAITING: Final = 1 << 20
+"""Bytes of a run from which on waiting for its turn is cheaper than reading it back; the wait blocks one worker."""
+_PATIENCE_S: Final = 0.1
+"""How long: neighbours that are being hashed are through by then, one that is still on a slow network is not."""
 
 
 class _Frontier:
@@ -38,8 +43,9 @@ class PayloadChecker:
     """Checks parts against the layout; thread-safe.
 
     A member that lies inside one part is hashed from memory, before it is kept. One that spans parts is hashed along
-    a frontier: whoever brings the next run hashes it, and runs that came too early are read back once the frontier
-    reaches them. A checker without `read_back` must be given the parts in order.
+    a frontier: whoever brings the next run hashes it. A run that came too early waits a moment for its turn; if that
+    does not come it is read back once the frontier reaches it. A checker without `read_back` must be given the parts
+    in order.
 
     Args:
         digests: False checks everything but the SHA-256 of the contents (the caller proves them by CRC32C).
@@ -51,7 +57,8 @@ class PayloadChecker:
         self._digests = digests
         self._read_back = read_back
         self._spanning: dict[int, _Frontier] = {}
-        self._lock = Lock()
+        self._moved = Condition()
+        """Guards the frontiers; notified whenever one has moved."""
 
     def consume(self, offset: int, data: memoryview, place: Place | None = None) -> None:
         """Check a run of payload bytes and keep its contents through `place`.
@@ -107,13 +114,14 @@ class PayloadChecker:
                 )
 
     def _frontier(self, member: int) -> _Frontier:
-        with self._lock:
+        with self._moved:
             return self._spanning.setdefault(member, _Frontier())
 
     def _advance(self, member: int, offset: int, piece: memoryview) -> None:
         frontier = self._frontier(member)
-        with self._lock:
-            at_hand = not frontier.busy and offset == frontier.position
+        with self._moved:
+            patience_s = _PATIENCE_S if len(piece) >= _WORTH_WAITING and self._read_back else 0.0
+            at_hand = self._moved.wait_for(lambda: not frontier.busy and offset == frontier.position, patience_s)
             if not at_hand:
                 frontier.early[offset] = len(piece)
                 if frontier.busy or frontier.position not in frontier.early:
@@ -126,11 +134,12 @@ class PayloadChecker:
         frontier.digest.update(at_hand)
         position = frontier.position + len(at_hand)
         while True:
-            with self._lock:
+            with self._moved:
                 frontier.position = position
                 length = frontier.early.pop(position, None)
                 if length is None:
                     frontier.busy = False
+                    self._moved.notify_all()
                     break
             if self._read_back is None:
                 raise AssertionError("a checker without read_back was given parts out of order")

@@ -15,6 +15,8 @@ READ_SIZE: Final = 1 << 20
 """Bytes per read: large enough for hashlib to release the interpreter lock for long, small enough for the cache."""
 _BATCH_FILES: Final = 256
 _BATCH_BYTES: Final = 64 << 20
+_READ_AHEAD_FROM: Final = 64 << 20
+"""Bytes of a file from which on a second thread is worth its start."""
 _TICK_S: Final = 0.5
 
 
@@ -27,15 +29,37 @@ class FileHash(NamedTuple):
 
 
 def hash_descriptor(descriptor: int, buffer: memoryview) -> FileHash:
-    """Both checksums of an open file from its current position to its end, through `buffer`."""
+    """Both checksums of an open file from its current position to its end, through `buffer`.
+
+    SHA-256 has no parallel form, so of a large file nothing else is done in its way: a second thread reads ahead
+    and computes the CRC32C.
+    """
     digest = hashlib.sha256()
-    crc = size = 0
-    while count := os.readv(descriptor, [buffer]):
-        chunk = buffer[:count]
-        digest.update(chunk)
-        crc = crc32c(chunk, crc)
-        size += count
-    return FileHash(size, digest.digest(), crc)
+    if os.fstat(descriptor).st_size < _READ_AHEAD_FROM:
+        crc = size = 0
+        while count := os.readv(descriptor, [buffer]):
+            chunk = buffer[:count]
+            digest.update(chunk)
+            crc = crc32c(chunk, crc)
+            size += count
+        return FileHash(size, digest.digest(), crc)
+
+    def read(into: memoryview, crc: int) -> tuple[memoryview, int]:
+        chunk = into[: os.readv(descriptor, [into])]
+        return chunk, crc32c(chunk, crc)
+
+    size = 0
+    spare = memoryview(bytearray(len(buffer)))
+    with ThreadPoolExecutor(1, thread_name_prefix="blobflow-read") as reader:
+        reading = reader.submit(read, buffer, 0)
+        while True:
+            chunk, crc = reading.result()
+            if not chunk:
+                return FileHash(size, digest.digest(), crc)
+            buffer, spare = spare, buffer
+            reading = reader.submit(read, buffer, crc)
+            digest.update(chunk)
+            size += len(chunk)
 
 
 def hash_files(

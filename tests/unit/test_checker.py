@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from blobflow import Artifact
+from blobflow.artifact import checker as checker_module
 from blobflow.artifact.checker import PayloadChecker, Place
+from blobflow.artifact.tarmap import FIRST_MEMBER
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import ArtifactInvalid, DigestMismatch
 from tests.kit import artifact_of, noise
@@ -140,3 +144,27 @@ def test_an_unfinished_member_is_not_settled(artifact: Artifact, payload: bytear
         checker.consume(part.offset, memoryview(payload)[part.offset : part.offset + part.length])
     with pytest.raises(ArtifactInvalid, match=r"member 'big' has .* of 3000 bytes"):
         checker.settle()
+
+
+def test_a_large_run_that_came_too_early_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neighbours that arrive in the wrong order are hashed from memory: nothing is read back."""
+    monkeypatch.setattr(checker_module, "_PATIENCE_S", 30.0)
+    artifact = artifact_of(tmp_path, {"big": noise(3 << 20)})
+    layout = artifact.layout
+    start, _ = layout.content_range(FIRST_MEMBER)
+    source = artifact.source()
+    payload = bytearray(source.size)
+    source.read_into(0, memoryview(payload))
+    middle = start + (1 << 20)
+
+    def read_back(member: int, offset: int, length: int) -> Iterable[bytes]:
+        raise AssertionError("read back")
+
+    checker = PayloadChecker(layout, read_back=read_back)
+    placed = Event()
+    with ThreadPoolExecutor(1) as other:
+        early = other.submit(checker.consume, middle, memoryview(payload)[middle:], lambda *_: placed.set())
+        assert placed.wait(30)
+        checker.consume(layout.data_start, memoryview(payload)[layout.data_start : middle])
+        early.result()
+    checker.settle()
