@@ -105,13 +105,22 @@ class Body:
         size: Total bytes.
         chunks: Gives the bytes from the start at every call, in buffers that are valid until the next one.
         crc32c: Checksum of all of them, if it is known beforehand.
+        md5: Likewise; sent along by stores that can.
     """
 
-    __slots__ = ("_chunks", "crc32c", "size")
+    __slots__ = ("_chunks", "crc32c", "md5", "size")
 
-    def __init__(self, size: int, chunks: Callable[[], Iterable[Buffer]], crc32c: int | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        chunks: Callable[[], Iterable[Buffer]],
+        crc32c: int | None = None,
+        *,
+        md5: bytes | None = None,
+    ) -> None:
         self.size = size
         self.crc32c = crc32c
+        self.md5 = md5
         self._chunks = chunks
 
     @classmethod
@@ -177,6 +186,14 @@ class Store(ABC):
     def server(self) -> Server:
         """Empty where there is none."""
         return Server()
+
+    def server_time_s(self) -> float | None:
+        """Seconds since the epoch by the clock of who keeps the objects; None where it has not told.
+
+        No request is sent: it is the time of the last answer, and what has passed since. A server tells it to the
+        second.
+        """
+        return None
 
     @abstractmethod
     def put(

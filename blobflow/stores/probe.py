@@ -8,6 +8,7 @@ relied upon. Why it is done this way: docs/design/005-probe.md.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 import uuid
@@ -79,10 +80,14 @@ class ProbeReport(BaseModel):
     pins_ranges: Finding = Field(description="A range of an object that was replaced is refused.")
     refuses_wrong_crc32c: Finding = Field(description="Bytes that do not have the declared CRC32C are refused.")
     attests_crc32c: Finding = Field(description="The CRC32C that HEAD tells was computed by the server itself.")
+    refuses_wrong_md5: Finding | None = Field(
+        default=None,
+        description="Bytes that do not have the declared MD5 are refused; tried only where CRC32C is no help.",
+    )
 
     @property
     def findings(self) -> dict[str, Finding]:
-        """All of them, by name."""
+        """All that were tried, by name."""
         return {name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), Finding)}
 
     def apply(self, declared: Abilities) -> Abilities:
@@ -250,7 +255,7 @@ class _Trial:
         # What fails here (no such bucket, wrong keys) fails everywhere, and is no finding.
         self._store.put(self._key("plain"), _FIRST)
         refuses_wrong = self._finding(self._refuses_wrong_crc32c)
-        return {
+        found = {
             "create_only": self._finding(self._create_only),
             "compare_and_swap": self._finding(self._compare_and_swap),
             "multipart": self._finding(self._multipart),
@@ -261,6 +266,7 @@ class _Trial:
             # A server that lets wrong checksums in has them in its answers.
             "attests_crc32c": self._finding(self._attests_crc32c) if refuses_wrong.holds else refuses_wrong,
         }
+        return found if refuses_wrong.holds else found | {"refuses_wrong_md5": self._finding(self._refuses_wrong_md5)}
 
     def clean_up(self) -> None:
         """Remove everything; failing at that must hide neither the report nor the error that is on its way."""
@@ -384,25 +390,30 @@ class _Trial:
         raise _No("the range of another object was given")
 
     def _refuses_wrong_crc32c(self) -> str:
-        key = self._key("wrong-crc32c")
+        # The right MD5 goes along, so that it is the server who finds out, whatever the store does by itself.
+        wrong = Body(len(_FIRST), lambda: (_FIRST,), crc32c(_FIRST) ^ 1, md5=_md5(_FIRST))
+        return self._refuses("CRC32C", wrong)
 
-        def wrong() -> Body:
-            return Body(len(_FIRST), lambda: (_FIRST,), crc32c(_FIRST) ^ 1)
+    def _refuses_wrong_md5(self) -> str:
+        evidence = self._refuses("MD5", Body(len(_FIRST), lambda: (_FIRST,), crc32c(_FIRST), md5=_md5(_SECOND)))
+        return f"{evidence}: use the option content_md5"
 
+    def _refuses(self, checksum: str, wrong: Body) -> str:
+        key = self._key(f"wrong-{checksum.lower()}")
         try:
-            self._store.put(key, wrong())
+            self._store.put(key, wrong)
         except ChecksumMismatch:
             pass
         else:
-            raise _No("a put with a wrong CRC32C was accepted")
+            raise _No(f"a put with a wrong {checksum} was accepted")
         if not self._store.abilities.multipart:
-            return "a put with a wrong CRC32C was refused"
+            return f"a put with a wrong {checksum} was refused"
         upload_id = self._begin(key)
         try:
-            self._store.put_part(key, upload_id, 1, wrong())
+            self._store.put_part(key, upload_id, 1, wrong)
         except ChecksumMismatch:
-            return "a put and a part with a wrong CRC32C were refused"
-        raise _No("a part with a wrong CRC32C was accepted")
+            return f"a put and a part with a wrong {checksum} were refused"
+        raise _No(f"a part with a wrong {checksum} was accepted")
 
     def _attests_crc32c(self) -> str:
         """Complete says a wrong CRC32C of the whole; a server that computes it refuses, or tells the right one."""
@@ -422,6 +433,10 @@ class _Trial:
         if told != right:
             raise _No("HEAD repeats a wrong CRC32C")
         return f"a wrong CRC32C of the whole was {outcome}, HEAD tells the right one"
+
+
+def _md5(data: bytes) -> bytes:
+    return hashlib.md5(data, usedforsecurity=False).digest()
 
 
 class _No(Exception):

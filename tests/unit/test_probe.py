@@ -70,23 +70,25 @@ def test_a_strict_s3_has_every_ability(strict: StrictS3) -> None:
     """Where AWS's rules hold, all of them are found, and the server's checksums are believed."""
     report, abilities = probed_s3(strict.endpoint)
     assert lacking(report) == set()
-    assert set(report.findings) == NAMES
+    assert set(report.findings) == NAMES - {"refuses_wrong_md5"}
     assert (abilities.conditional, abilities.attests_crc32c, abilities.max_parts) == (True, True, 10_000)
 
 
 def test_moto_swallows_wrong_checksums(moto_s3: S3Endpoint) -> None:
     """Moto keeps conditions, and any checksum that it is told: its checksums are not believed."""
     report, abilities = probed_s3(moto_s3)
-    assert lacking(report) == {"refuses_wrong_crc32c", "attests_crc32c"}
+    assert lacking(report) == {"refuses_wrong_crc32c", "attests_crc32c", "refuses_wrong_md5"}
     assert report.attests_crc32c.evidence == "a put with a wrong CRC32C was accepted"
     assert (abilities.conditional, abilities.attests_crc32c) == (True, False)
 
 
 @pytest.mark.rgw
 def test_ceph_swallows_wrong_checksums_and_compares_e_tags_in_its_own_spelling(rgw_s3: S3Endpoint) -> None:
-    """Ceph 16 compares and swaps, if it is asked without quotes; its checksums are not believed."""
+    """Ceph 16 compares and swaps, if it is asked without quotes; its CRC32C is not believed, but it checks MD5."""
     report, abilities = probed_s3(rgw_s3)
     assert lacking(report) == {"refuses_wrong_crc32c", "attests_crc32c"}
+    assert report.refuses_wrong_md5 is not None
+    assert report.refuses_wrong_md5.evidence.endswith("were refused: use the option content_md5")
     assert (abilities.conditional, abilities.attests_crc32c) == (True, False)
 
 
@@ -247,7 +249,7 @@ class IgnoresRanges(LocalStore):
         (IgnoresIfNoneMatch, {"create_only", "attests_crc32c"}),
         (IgnoresIfMatch, {"compare_and_swap", "attests_crc32c"}),
         (BringsBackTheDead, {"compare_and_swap", "attests_crc32c"}),
-        (SwallowsWrongParts, {"refuses_wrong_crc32c", "attests_crc32c"}),
+        (SwallowsWrongParts, {"refuses_wrong_crc32c", "refuses_wrong_md5", "attests_crc32c"}),
         (Parrot, {"attests_crc32c"}),
         (KnowsOnePage, {"pages_parts", "attests_crc32c"}),
         (StandsStill, {"pages_parts", "attests_crc32c"}),

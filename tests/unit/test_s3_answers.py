@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import botocore.exceptions
+import botocore.session
 import pytest
+from botocore.credentials import ReadOnlyCredentials
 from pydantic import SecretStr, ValidationError
 
 from blobflow.checksum import combine_all, crc32c
@@ -49,10 +54,7 @@ def open_s3() -> Iterator[Callable[..., S3Store]]:
 
 
 class Script:
-    """Answers one request after the other on one connection, and remembers them.
-
-    The data plane, the control plane and the patient client each have a connection, in the order of their first use.
-    """
+    """Answers one request after the other on one connection, and remembers them."""
 
     def __init__(self, *answers: Callable[[Peer], None]) -> None:
         self.requests: list[Request] = []
@@ -104,24 +106,24 @@ COMPLETED = "<CompleteMultipartUploadResult><ETag>whole-2</ETag></CompleteMultip
         (418, "", StoreConfigurationError, False),
     ],
 )
-def test_both_planes_understand_the_same(
+def test_a_refusal_means_the_same_everywhere(
     open_s3: Callable[..., S3Store], status: int, code: str, kind: type[BlobflowError], retryable: bool
 ) -> None:
-    """An error answer means the same on the data plane and on the control plane, and shows no secret."""
+    """An error answer means the same for an object and for a listing, and shows no secret."""
     refusal = refuses(status, code, "as the server says")
-    with scripted_server(Script(refusal), Script(refusal)) as url:
+    with scripted_server(Script(refusal, refusal)) as url:
         store = open_s3(url)
-        with pytest.raises(kind) as by_data:
+        with pytest.raises(kind) as by_get:
             store.get("k", max_bytes=1)
-        with pytest.raises(kind) as by_control:
+        with pytest.raises(kind) as by_list:
             list(store.list("k"))
-    for error in (by_data.value, by_control.value):
+    for error in (by_get.value, by_list.value):
         assert type(error) is kind
         assert error.retryable is retryable
         assert SECRET not in repr(error.to_dict()) + repr(error)
         assert TOKEN not in repr(error.to_dict()) + repr(error)
     if kind not in (ObjectNotFound, NoSuchUpload):
-        assert "as the server says" in str(by_data.value)
+        assert "as the server says" in str(by_get.value)
 
 
 def test_the_region_to_configure_is_named(open_s3: Callable[..., S3Store]) -> None:
@@ -133,12 +135,13 @@ def test_the_region_to_configure_is_named(open_s3: Callable[..., S3Store]) -> No
 
 
 def test_retry_after_is_handed_on(open_s3: Callable[..., S3Store]) -> None:
-    """SlowDown carries the seconds the server asks for, on both planes, and nothing where it says nothing."""
-    script = (
-        Script(refuses(503, "SlowDown", retry_after="3"), refuses(503, "SlowDown")),
-        Script(refuses(503, "SlowDown", retry_after="4")),
+    """SlowDown carries the seconds the server asks for, and nothing where it says nothing."""
+    script = Script(
+        refuses(503, "SlowDown", retry_after="3"),
+        refuses(503, "SlowDown"),
+        refuses(503, "SlowDown", retry_after="4"),
     )
-    with scripted_server(*script) as url:
+    with scripted_server(script) as url:
         store = open_s3(url)
         asked: list[float | None] = []
         for call in (
@@ -180,45 +183,121 @@ def test_bodies_carry_their_checksum_in_a_header(open_s3: Callable[..., S3Store]
         assert "x-amz-checksum-crc32c" in headers["authorization"]
         assert headers["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD"
         assert headers["x-amz-security-token"] == TOKEN
-        assert not headers.keys() & {"transfer-encoding", "x-amz-trailer", "content-encoding", "expect"}, line
+        assert not headers.keys() & {
+            "transfer-encoding",
+            "x-amz-trailer",
+            "content-encoding",
+            "expect",
+            "content-md5",
+        }, line
     assert script.requests[0][1]["content-type"] == "text/x"
     assert script.requests[1][0] == "PUT /bucket/k?partNumber=7&uploadId=id%2F%2B HTTP/1.1"
+
+
+def test_bodies_carry_their_md5_where_it_is_wished(open_s3: Callable[..., S3Store]) -> None:
+    """With content_md5 parts and objects go out with their MD5 too, which is signed."""
+    script = Script(answers(etag='"1"'), answers(etag='"2"'))
+    pieces = [b"pa", b"", b"rt"]
+    with scripted_server(script) as url:
+        store = open_s3(url, content_md5=True)
+        store.put("k", b"whole")
+        store.put_part("k", "id", 1, Body(4, lambda: pieces))
+    for (_, headers, _), data in zip(script.requests, (b"whole", b"part"), strict=True):
+        assert headers["content-md5"] == base64.b64encode(hashlib.md5(data).digest()).decode()
+        assert headers["x-amz-checksum-crc32c"] == base64.b64encode(crc32c(data).to_bytes(4, "big")).decode()
+        assert "content-md5" in headers["authorization"]
+
+
+def test_a_source_that_changed_is_noticed_while_it_is_hashed(open_s3: Callable[..., S3Store]) -> None:
+    """With content_md5 the body is read before it is sent: bytes without the promised CRC32C are never sent."""
+    store = open_s3("http://127.0.0.1:1", content_md5=True)
+    with pytest.raises(ChecksumMismatch, match="other bytes than before"):
+        store.put_part("k", "id", 1, Body(5, lambda: [b"wrong"], crc32c=crc32c(b"right")))
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        "",
+        "<html>busy</html>",
+        "<ListBucketResult><Contents>",
+        '<!DOCTYPE a [<!ENTITY b "c">]><ListBucketResult><Prefix>&b;</Prefix></ListBucketResult>',
+        "<ListBucketResult><Contents><Key>k</Key></Contents></ListBucketResult>",
+    ],
+)
+def test_a_document_that_is_none_is_unavailable(open_s3: Callable[..., S3Store], document: str) -> None:
+    """What cannot be an answer of S3 is a passing failure, never an empty listing."""
+    with scripted_server(Script(answers(document))) as url, pytest.raises(StoreUnavailable) as wrong:
+        list(open_s3(url).list())
+    assert wrong.value.retryable
+
+
+def test_a_document_is_read_up_to_a_limit(open_s3: Callable[..., S3Store], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document without an end does not fill the memory: what is beyond the limit is not even read."""
+    monkeypatch.setattr("blobflow.stores.s3.MAX_ANSWER_BYTES", 1000)
+
+    def endless(peer: Peer) -> None:
+        peer.request()
+        peer.send(b"HTTP/1.1 200 -\r\ntransfer-encoding: chunked\r\n\r\n")
+        with suppress(OSError):
+            while True:
+                peer.send(b"400\r\n" + b"<Key>" * 204 + b"<Key" + b"\r\n")
+
+    with scripted_server(endless) as url, pytest.raises(StoreUnavailable, match="does not end"):
+        list(open_s3(url).list())
+
+
+def test_a_document_that_ends_early_is_unavailable(open_s3: Callable[..., S3Store]) -> None:
+    """A connection that ends inside a document is told as such, with the bytes that came."""
+
+    def cut(peer: Peer) -> None:
+        peer.request()
+        peer.send(b"HTTP/1.1 200 -\r\ncontent-length: 100\r\n\r\n<ListBucketResult/>")
+
+    with scripted_server(cut) as url, pytest.raises(StoreUnavailable, match="after 19 of 100 bytes"):
+        list(open_s3(url).list())
+
+
+def test_documents_that_are_sent_are_signed(open_s3: Callable[..., S3Store]) -> None:
+    """The list of parts has no checksum of its own: its SHA-256 is part of the signature."""
+    script = Script(answers(COMPLETED))
+    with scripted_server(script) as url:
+        open_s3(url).complete_multipart("k", "id", [PartMeta(1, 1, '"1"', 0)])
+    _, headers, body = script.requests[0]
+    assert headers["x-amz-content-sha256"] == hashlib.sha256(body).hexdigest()
+    assert b'<Part><PartNumber>1</PartNumber><ETag>"1"</ETag></Part>' in body
 
 
 def test_a_server_without_checksums_is_asked_without(open_s3: Callable[..., S3Store]) -> None:
     """A server that refuses the checksum headers gets the same requests without them, and is not asked again."""
     no_checksums = refuses(400, "InvalidArgument", "unknown header x-amz-checksum-crc32c")
-    data = Script(no_checksums, answers(etag='"1"'), answers(etag='"1"'))
-    control = Script(refuses(501, "NotImplemented"), answers(CREATED), answers(CREATED))
-    patient = Script(refuses(400, "InvalidRequest", "Checksum Type mismatch occurred"), answers(COMPLETED))
-    with scripted_server(data, control, patient) as url:
+    parts = (no_checksums, answers(etag='"1"'), answers(etag='"1"'))
+    creations = (refuses(501, "NotImplemented"), answers(CREATED), answers(CREATED))
+    completions = (refuses(400, "InvalidRequest", "Checksum Type mismatch occurred"), answers(COMPLETED))
+    script = Script(*parts, *creations, *completions)
+    with scripted_server(script) as url:
         store = open_s3(url)
         part = store.put_part("k", "id", 1, Body.of(b"x"))
         assert store.put_part("k", "id", 1, Body.of(b"x")) == part == PartMeta(1, 1, '"1"', crc32c(b"x"))
         assert store.create_multipart("k", part_size=5) == "the-id"
         assert store.create_multipart("k", part_size=5) == "the-id"
         assert store.complete_multipart("k", "id", [part]).e_tag == '"whole-2"'
-
-    def checked(script: Script) -> list[bool]:
-        return [any(name.startswith("x-amz-checksum") for name in headers) for _, headers, _ in script.requests]
-
-    assert checked(data) == [True, False, False]
-    assert checked(control) == [True, False, False]
-    assert checked(patient) == [True, False]
+    checked = [any(name.startswith("x-amz-checksum") for name in headers) for _, headers, _ in script.requests]
+    assert checked == [True, False, False, True, False, False, True, False]
 
 
 def test_an_upload_is_completed_with_what_it_must_be(open_s3: Callable[..., S3Store]) -> None:
     """Create asks for a CRC32C of the full object; complete sends the combination of the parts and the size."""
     one, two = b"first part", b"second"
-    control, patient = Script(answers(CREATED)), Script(answers(COMPLETED), answers(COMPLETED))
-    with scripted_server(control, patient) as url:
+    script = Script(answers(CREATED), answers(COMPLETED), answers(COMPLETED))
+    with scripted_server(script) as url:
         store = open_s3(url)
         store.create_multipart("k", part_size=len(one), content_type="application/zstd")
         parts = [PartMeta(1, len(one), '"1"', crc32c(one)), PartMeta(2, len(two), '"2"', crc32c(two))]
         made = store.complete_multipart("k", "the-id", parts)
         store.complete_multipart("k", "the-id", [parts[0], parts[1]._replace(crc32c=None)])
     assert (made.size, made.e_tag) == (16, '"whole-2"')
-    created, completed, unknown = control.requests[0][1], patient.requests[0][1], patient.requests[1][1]
+    created, completed, unknown = (headers for _, headers, _ in script.requests)
     assert created["x-amz-checksum-algorithm"] == "CRC32C"
     assert created["x-amz-checksum-type"] == completed["x-amz-checksum-type"] == "FULL_OBJECT"
     assert created["content-type"] == "application/zstd"
@@ -272,6 +351,17 @@ def test_a_missing_entity_tag_is_refused(open_s3: Callable[..., S3Store]) -> Non
             store.put_part("k", "id", 3, Body.of(b"x"))
         with pytest.raises(StoreUnavailable, match="no ETag returned for 'k'"):
             store.put("k", b"x")
+
+
+def test_a_head_without_a_size_is_unavailable(open_s3: Callable[..., S3Store]) -> None:
+    """An answer that does not say how large the object is says nothing."""
+
+    def sizeless(peer: Peer) -> None:
+        peer.request()
+        peer.send(b"HTTP/1.1 200 -\r\netag: x\r\n\r\n")
+
+    with scripted_server(sizeless) as url, pytest.raises(StoreUnavailable, match="tells no size"):
+        open_s3(url).head("k")
 
 
 def test_a_concurrent_conditional_put_may_be_repeated(open_s3: Callable[..., S3Store]) -> None:
@@ -357,14 +447,11 @@ def test_explicit_keys_ignore_the_environment(
     environment.setenv("AWS_CA_BUNDLE", "/no/such/bundle")
     environment.setenv("AWS_ACCESS_KEY_ID", "environment")
     environment.setenv("AWS_SECRET_ACCESS_KEY", "environment")
-    data, control = Script(answers(etag='"1"')), Script(answers(status=204))
-    with scripted_server(data, control) as url:
-        store = open_s3(url)
-        store.put("k", b"1")
-        store.delete("k")
-    for script in (data, control):
-        assert "Credential=key/" in script.requests[0][1]["authorization"]
-        assert "/us-east-1/s3/aws4_request" in script.requests[0][1]["authorization"]
+    script = Script(answers(etag='"1"'))
+    with scripted_server(script) as url:
+        open_s3(url).put("k", b"1")
+    assert "Credential=key/" in script.requests[0][1]["authorization"]
+    assert "/us-east-1/s3/aws4_request" in script.requests[0][1]["authorization"]
 
 
 def test_without_an_endpoint_explicit_keys_mean_aws(environment: pytest.MonkeyPatch) -> None:
@@ -374,9 +461,9 @@ def test_without_an_endpoint_explicit_keys_mean_aws(environment: pytest.MonkeyPa
         bucket="my-bucket", region="eu-central-1", access_key_id="k", secret_access_key=SecretStr(SECRET)
     )
     store = S3Store(options)
-    plane = store._connected()
-    assert repr(plane.wire) == "<Wire https://my-bucket.s3.eu-central-1.amazonaws.com, 0 idle>"
-    assert plane.target("a b+c/ü") == "/a%20b%2Bc/%C3%BC"
+    access = store._connected()
+    assert repr(access.wire) == "<Wire https://my-bucket.s3.eu-central-1.amazonaws.com, 0 idle>"
+    assert access.target("a b+c/ü") == "/a%20b%2Bc/%C3%BC"
     store.close()
     dotted = S3Store(options.model_copy(update={"bucket": "my.bucket"}))
     assert repr(dotted._connected().wire) == "<Wire https://s3.eu-central-1.amazonaws.com, 0 idle>"
@@ -418,7 +505,7 @@ def test_expired_credentials_are_looked_up_again(
 def test_no_credentials_at_all_is_a_configuration_error(
     open_s3: Callable[..., S3Store], environment: pytest.MonkeyPatch
 ) -> None:
-    """Where the chain finds nothing, either plane says what to set, before anything is sent."""
+    """Where the chain finds nothing, the error says what to set, and nothing is sent."""
     store = open_s3("http://127.0.0.1:1", access_key_id=None, secret_access_key=None, session_token=None)
     for call in (lambda: store.get("k", max_bytes=1), lambda: list(store.list())):
         with pytest.raises(StoreConfigurationError) as nobody:
@@ -426,15 +513,47 @@ def test_no_credentials_at_all_is_a_configuration_error(
         assert "AWS_ACCESS_KEY_ID" in nobody.value.hint
 
 
-def test_anonymous_requests_are_not_signed(open_s3: Callable[..., S3Store]) -> None:
-    """Anonymous access sends no signature on either plane."""
-    data, control = Script(answers(etag='"1"')), Script(answers(status=204))
-    with scripted_server(data, control) as url:
-        store = open_s3(url, access_key_id=None, secret_access_key=None, session_token=None, anonymous=True)
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (botocore.exceptions.ClientError({"Error": {"Code": "AccessDenied"}}, "AssumeRole"), StoreConfigurationError),
+        (botocore.exceptions.ClientError({"Error": {"Code": "Throttling"}}, "AssumeRole"), SlowDown),
+        (botocore.exceptions.ReadTimeoutError(endpoint_url="http://sts.test"), StoreUnavailable),
+        (botocore.exceptions.CredentialRetrievalError(provider="sso", error_msg="x"), StoreUnavailable),
+        (botocore.exceptions.PartialCredentialsError(provider="env", cred_var="x"), StoreConfigurationError),
+    ],
+)
+def test_credentials_that_cannot_be_had_are_told_as_such(
+    open_s3: Callable[..., S3Store], environment: pytest.MonkeyPatch, error: Exception, kind: type[BlobflowError]
+) -> None:
+    """What goes wrong where credentials are fetched is retryable if it passes, and costs no connection."""
+
+    class Fetched:
+        def get_frozen_credentials(self) -> Any:
+            if requests.requests:
+                raise error
+            return ReadOnlyCredentials("key", "secret", None)
+
+    environment.setattr(botocore.session.Session, "get_credentials", lambda _: Fetched())
+    requests = Script(answers(etag='"1"'))
+    with scripted_server(requests) as url:
+        store = open_s3(url, access_key_id=None, secret_access_key=None, session_token=None)
         store.put("k", b"1")
-        store.delete("k")
-    for script in (data, control):
-        assert "authorization" not in script.requests[0][1]
+        with pytest.raises(BlobflowError) as told:
+            store.put("k", b"1")
+        assert repr(store._connected().wire) == f"<Wire {url}, 1 idle>"
+    assert type(told.value) is kind
+
+
+def test_anonymous_requests_are_not_signed(open_s3: Callable[..., S3Store]) -> None:
+    """Anonymous access sends no signature, nor a document that is signed."""
+    script = Script(answers(etag='"1"'), answers(COMPLETED))
+    with scripted_server(script) as url:
+        store = open_s3(url, access_key_id=None, secret_access_key=None, session_token=None, anonymous=True)
+        part = store.put_part("k", "id", 1, Body.of(b"1"))
+        store.complete_multipart("k", "id", [part])
+    for _, headers, _ in script.requests:
+        assert not headers.keys() & {"authorization", "x-amz-date", "x-amz-content-sha256"}
 
 
 def test_secrets_do_not_show(caplog: pytest.LogCaptureFixture, moto_s3: S3Endpoint) -> None:
@@ -465,6 +584,8 @@ def test_secrets_do_not_show(caplog: pytest.LogCaptureFixture, moto_s3: S3Endpoi
         {"anonymous": True, "access_key_id": "k", "secret_access_key": "s"},
         {"bucket": ""},
         {"bucket": "base--use1-az4--x-s3"},
+        {"accelerate": True, "endpoint_url": "http://127.0.0.1:1"},
+        {"accelerate": True, "addressing_style": "path"},
         {"idle_timeout": 0},
         {"unknown": 1},
     ],

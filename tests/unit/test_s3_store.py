@@ -76,7 +76,7 @@ def store(open_s3: Callable[..., S3Store]) -> S3Store:
 
 
 @pytest.mark.parametrize("key", AWKWARD_KEYS)
-def test_every_key_means_the_same_on_both_planes(store: S3Store, key: str) -> None:
+def test_every_key_means_the_same_everywhere(store: S3Store, key: str) -> None:
     """A key of any characters is written, read, listed, copied, completed and deleted under its own name."""
     data = key.encode()
     put = store.put(key, data)
@@ -351,7 +351,7 @@ def test_a_missing_bucket_is_a_configuration_error(open_s3: Callable[..., S3Stor
 
 @pytest.mark.rgw
 def test_wrong_keys_are_a_configuration_error(rgw_s3: S3Endpoint) -> None:
-    """A wrong secret and an unknown access key are told apart from a missing object, on both planes."""
+    """A wrong secret and an unknown access key are told apart from a missing object."""
     bucket = rgw_s3.new_bucket()
     for keys in ((rgw_s3.access_key_id, "wrong"), ("unknown", rgw_s3.secret_access_key)):
         options = S3Options(

@@ -1,0 +1,222 @@
+"""What went wrong with a request to S3, said in this project's errors.
+
+Foreign exceptions end here: refusals of the server, failures of the wire, and what botocore raises where it looks for
+credentials and addresses.
+"""
+# botocore has no types
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import botocore.exceptions
+import botocore.parsers
+
+from blobflow.errors import (
+    BlobflowError,
+    ChecksumMismatch,
+    InvalidKey,
+    NoSuchUpload,
+    ObjectChanged,
+    ObjectNotFound,
+    PreconditionFailed,
+    SizeMismatch,
+    SlowDown,
+    StoreConfigurationError,
+    StoreUnavailable,
+    TimedOut,
+    Unsupported,
+    UploadIncomplete,
+)
+from blobflow.stores.s3_wire import Answer, WireError
+from blobflow.stores.s3_xml import error_in
+
+_ERROR_BODY_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Call:
+    """What was being done, for messages and for the meaning of an answer."""
+
+    operation: str
+    key: str | None = None
+    offset: int | None = None
+    upload_id: str | None = None
+    e_tag: str | None = None
+    """The entity tag that was asked for."""
+    conditional: bool = False
+    """A conditional write: a missing or another object is an answer, not an error."""
+
+    def __str__(self) -> str:
+        return self.operation if self.key is None else f"{self.operation} {self.key!r}"
+
+
+class Refusal(Exception):
+    """An answer that says no."""
+
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str]) -> None:
+        super().__init__(f"{status} {code}: {message}")
+        self.status = status
+        self.code = code
+        self.message = message
+        self.headers = headers
+
+    @classmethod
+    def by_answer(cls, answer: Answer) -> Refusal:
+        """Reads the error document."""
+        return cls(answer.status, *error_in(answer.read(_ERROR_BODY_BYTES)), answer.headers)
+
+    @classmethod
+    def by(cls, error: BaseException | None) -> Refusal | None:
+        """The refusal in an exception, if it is one: of the server, or of one that botocore asked for credentials."""
+        if isinstance(error, Refusal):
+            return error
+        if not isinstance(error, botocore.exceptions.ClientError):
+            return None
+        response: dict[str, Any] = cast("Any", error).response
+        about: dict[str, Any] = response.get("ResponseMetadata", {})
+        said: dict[str, Any] = response.get("Error", {})
+        code = str(said.get("Code") or "")
+        return cls(
+            about.get("HTTPStatusCode", 0),
+            "" if code.isdigit() else code,  # botocore's stand-in where there is no body, as after a HEAD
+            said.get("Message") or "",
+            about.get("HTTPHeaders", {}),
+        )
+
+
+BOTOCORE_ERRORS = (
+    botocore.exceptions.BotoCoreError,
+    botocore.exceptions.ClientError,
+    botocore.parsers.ResponseParserError,
+)
+
+STALE_CREDENTIALS = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired"})
+_SLOW_DOWN = frozenset({"SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"})
+_PASSING = frozenset({
+    "InternalError", "ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict", "IncompleteBody",
+    "RequestTimeout", "RequestTimeTooSkewed",
+    "XAmzContentSHA256Mismatch",  # what was signed here is right, so it was damaged on the way
+})  # fmt: skip
+_WRONG_PARTS = frozenset({"InvalidPart", "InvalidPartOrder", "EntityTooSmall"})
+_WRONG_DIGEST = frozenset({"BadDigest", "XAmzContentChecksumMismatch"})
+_WRONG_REGION = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
+HINTS = {
+    "NoSuchBucket": "create the bucket, or name another one; blobflow never creates buckets",
+    "AccessDenied": "allow this operation to these credentials; without ListBucket a missing key looks like this too",
+    "InvalidAccessKeyId": "the server does not know this access key: check the key and the endpoint",
+    "SignatureDoesNotMatch": "check the secret key; behind a proxy, that it leaves path and Host as they are",
+    "ExpiredToken": "get new temporary credentials",
+    "RequestTimeTooSkewed": "set this machine's clock",
+}
+
+
+def translate(error: Exception, call: Call) -> BlobflowError:
+    """The error of ours that says what an error of botocore, of the wire or of the server means."""
+    about: dict[str, Any] = {"operation": call.operation, "key": call.key, "offset": call.offset}
+    refusal = Refusal.by(error)
+    if refusal is not None:
+        return _translate_refusal(refusal, call, about)
+    if isinstance(error, WireError) and error.timeout_s is not None:
+        where = "" if call.offset is None else f" at offset {call.offset}"
+        return TimedOut(f"{call}: no byte for {error.timeout_s:g} s{where}", timeout_s=error.timeout_s, **about)
+    reason = error.__cause__ if isinstance(error, WireError) else error
+    if isinstance(reason, ssl.SSLCertVerificationError | botocore.exceptions.SSLError):
+        return StoreConfigurationError(
+            f"{call}: the server's certificate is not trusted: {reason}",
+            hint="name the CA bundle that signed it",
+            **about,
+        )
+    if isinstance(reason, botocore.exceptions.NoCredentialsError | botocore.exceptions.PartialCredentialsError):
+        return StoreConfigurationError(
+            f"{call}: {reason}",
+            hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role, or pass the keys",
+            **about,
+        )
+    passing = (
+        WireError,
+        botocore.exceptions.HTTPClientError,
+        botocore.exceptions.ConnectionError,
+        botocore.exceptions.CredentialRetrievalError,
+        botocore.exceptions.MetadataRetrievalError,
+        botocore.exceptions.IncompleteReadError,
+        botocore.parsers.ResponseParserError,
+    )
+    if isinstance(error, passing):
+        return StoreUnavailable(f"{call}: {error}", **about)
+    return StoreConfigurationError(f"{call}: {error}", **about)
+
+
+def _translate_refusal(refusal: Refusal, call: Call, about: dict[str, Any]) -> BlobflowError:
+    status, code = refusal.status, refusal.code
+    said = f"{call}: {' '.join(filter(None, [str(status), code]))}{': ' if refusal.message else ''}{refusal.message}"
+    about = {**about, "status": status, "code": code or None}
+    match code:
+        case "NoSuchUpload":
+            return NoSuchUpload(said, key=call.key, upload_id=call.upload_id)
+        case "NoSuchBucket":
+            return StoreConfigurationError(said, hint=HINTS[code], **about)
+        case "KeyTooLongError":
+            return InvalidKey(said, key=call.key, reason="the server says it is too long")
+        case _ if code in STALE_CREDENTIALS:
+            return StoreUnavailable(said, hint=HINTS["ExpiredToken"], **about)
+        case _ if code in _WRONG_PARTS or "mp-object-size" in refusal.message:
+            return UploadIncomplete(said, key=call.key)
+        case _ if code in _WRONG_DIGEST:
+            return ChecksumMismatch(said, what=str(call))
+        case _ if code in _WRONG_REGION or status in (301, 307, 308):
+            region = refusal.headers.get("x-amz-bucket-region")
+            hint = f"the bucket is in region {region}: configure that" if region else "configure the bucket's region"
+            return StoreConfigurationError(said, hint=hint, **about)
+        case _ if code in _SLOW_DOWN or status in (429, 503):
+            return SlowDown(said, retry_after_s=_seconds(refusal.headers.get("retry-after")), **about)
+        case _ if status in (405, 501):
+            return Unsupported(said, ability=call.operation)
+        case _ if code in _PASSING or status >= 500 or status == 409:
+            return StoreUnavailable(said, hint=HINTS.get(code), **about)
+        case _:
+            pass
+    if call.conditional and status in (404, 412):
+        return PreconditionFailed(said, key=call.key, expected=call.e_tag)
+    if status == 412:
+        return changed(call.key, call.e_tag, None)
+    if status == 404 and call.upload_id is not None:  # Ceph says NoSuchKey
+        return NoSuchUpload(said, key=call.key, upload_id=call.upload_id)
+    if status == 404:
+        return ObjectNotFound(f"no object {call.key!r}", key=call.key)
+    if status == 416:
+        return SizeMismatch(said, what=f"object {call.key!r}", expected=call.offset)
+    return StoreConfigurationError(said, hint=HINTS.get(code), **about)
+
+
+def refuses_checksums(error: BaseException | None) -> bool:
+    """Whether a server turned a request down because it does not know the checksum headers."""
+    refusal = Refusal.by(error)
+    if refusal is None or refusal.code in _WRONG_DIGEST:
+        return False
+    return refusal.status == 501 or (refusal.status == 400 and "checksum" in refusal.message.lower())
+
+
+def changed(key: str | None, expected: str | None, actual: str | None) -> ObjectChanged:
+    """The object that was asked for by its entity tag is another one now."""
+    return ObjectChanged(f"{key!r} was replaced while it was read", key=key, expected=expected, actual=actual)
+
+
+def cut_short(call: Call, received: int, wanted: int) -> StoreUnavailable:
+    """The body of an answer ended early."""
+    return StoreUnavailable(
+        f"{call}: the answer ended after {received} of {wanted} bytes",
+        operation=call.operation,
+        key=call.key,
+        offset=(call.offset or 0) + received,
+    )
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """The number of seconds in a Retry-After header; its other form, a date, is of no use between two clocks."""
+    return float(retry_after) if retry_after is not None and retry_after.strip().isdecimal() else None

@@ -1,0 +1,254 @@
+"""The XML documents of S3, written and read; bytes in, checked values out.
+
+What is read comes from a server that nobody vouches for: a document with a DOCTYPE is refused, so that there are no
+entities to expand, and the caller bounds its size. Names are those of
+https://docs.aws.amazon.com/AmazonS3/latest/API/API_Operations_Amazon_Simple_Storage_Service.html.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import html
+import re
+from collections.abc import Callable, Iterable
+from datetime import datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
+from typing import NamedTuple
+from urllib.parse import unquote_plus
+from xml.etree.ElementTree import Element, TreeBuilder
+from xml.parsers import expat
+
+from blobflow.stores.base import PartMeta
+
+MAX_ANSWER_BYTES = 8 * 1024 * 1024
+"""Twice what a page of a thousand keys takes whose every byte is escaped."""
+
+
+class MalformedAnswer(Exception):
+    """Not a document that the operation may answer with."""
+
+
+class ErrorAnswer(Exception):
+    """An error document in the place of a result: S3 may say 200 first, and fail later."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+
+class ListedObject(NamedTuple):
+    """An entry of ListObjectsV2; the key with the store's prefix."""
+
+    key: str
+    size: int
+    e_tag: str
+    modified: datetime | None
+
+
+class ObjectPage(NamedTuple):
+    """One page of ListObjectsV2."""
+
+    entries: list[ListedObject]
+    next_token: str | None
+    """None on the last page."""
+
+
+class ListedUpload(NamedTuple):
+    """An entry of ListMultipartUploads; the key with the store's prefix."""
+
+    key: str
+    upload_id: str
+    initiated: datetime | None
+
+
+class UploadPage(NamedTuple):
+    """One page of ListMultipartUploads."""
+
+    entries: list[ListedUpload]
+    next_markers: tuple[str, str] | None
+    """Of key and upload id; None on the last page."""
+
+
+class PartPage(NamedTuple):
+    """One page of ListParts."""
+
+    entries: list[PartMeta]
+    truncated: bool
+    """Whether the server says that there are more."""
+
+
+class Made(NamedTuple):
+    """The result of CompleteMultipartUpload, CopyObject or UploadPartCopy."""
+
+    e_tag: str
+    """Empty where the server leaves it out."""
+    modified: datetime | None
+    crc32c: int | None
+    """Of the whole; None if it is told of the parts only."""
+
+
+def write_completion(parts: Iterable[PartMeta]) -> bytes:
+    """The body of CompleteMultipartUpload."""
+    listed = "".join(
+        f"<Part><PartNumber>{part.part_number}</PartNumber><ETag>{html.escape(part.e_tag, quote=False)}</ETag></Part>"
+        for part in parts
+    )
+    namespace = "http://s3.amazonaws.com/doc/2006-03-01/"
+    return f'<CompleteMultipartUpload xmlns="{namespace}">{listed}</CompleteMultipartUpload>'.encode()
+
+
+def read_objects(document: bytes) -> ObjectPage:
+    """Raises: MalformedAnswer, ErrorAnswer."""
+    root = _read(document)
+    shown = _key_reader(root)
+    entries = [
+        ListedObject(shown(_text(each, "Key")), _number(each, "Size"), quoted(_text(each, "ETag")), _time(each))
+        for each in root.iterfind("Contents")
+    ]
+    return ObjectPage(entries, _text(root, "NextContinuationToken") if _truncated(root) else None)
+
+
+def read_uploads(document: bytes) -> UploadPage:
+    """Raises: MalformedAnswer, ErrorAnswer."""
+    root = _read(document)
+    shown = _key_reader(root)
+    entries = [
+        ListedUpload(shown(_text(each, "Key")), _text(each, "UploadId"), _time(each, "Initiated"))
+        for each in root.iterfind("Upload")
+    ]
+    if not _truncated(root):
+        return UploadPage(entries, None)
+    return UploadPage(entries, (shown(_text(root, "NextKeyMarker")), _text(root, "NextUploadIdMarker")))
+
+
+def read_parts(document: bytes) -> PartPage:
+    """Raises: MalformedAnswer, ErrorAnswer."""
+    root = _read(document)
+    entries = [
+        PartMeta(
+            _number(each, "PartNumber"),
+            _number(each, "Size"),
+            quoted(_text(each, "ETag")),
+            read_crc32c(each.findtext("ChecksumCRC32C")),
+        )
+        for each in root.iterfind("Part")
+    ]
+    return PartPage(entries, _truncated(root))
+
+
+def read_upload_id(document: bytes) -> str:
+    """The upload id that CreateMultipartUpload gives; empty where there is none.
+
+    Raises: MalformedAnswer, ErrorAnswer.
+    """
+    return _read(document).findtext("UploadId") or ""
+
+
+def read_made(document: bytes) -> Made:
+    """Raises: MalformedAnswer, ErrorAnswer."""
+    root = _read(document)
+    crc = read_crc32c(root.findtext("ChecksumCRC32C")) if root.findtext("ChecksumType") != "COMPOSITE" else None
+    return Made(quoted(root.findtext("ETag") or ""), _time(root), crc)
+
+
+def error_in(document: bytes) -> tuple[str, str]:
+    """Code and message of an error document, empty where they are missing.
+
+    Errors are also made by what stands between, in pages of its own: two patterns are enough, and no parser fails.
+    """
+    text = document.decode("utf-8", "replace")
+    code = re.search(r"<Code>\s*([^<]{1,100}?)\s*</Code>", text)
+    message = re.search(r"<Message>\s*([^<]{1,1000}?)\s*</Message>", text)
+    return (html.unescape(code[1]) if code else "", html.unescape(message[1]) if message else "")
+
+
+# Values, which headers have too
+
+
+def quoted(e_tag: str) -> str:
+    """Entity tags with their quotes, which some servers leave out in some answers."""
+    return e_tag if not e_tag or e_tag.endswith('"') else f'"{e_tag}"'
+
+
+def write_crc32c(crc: int) -> str:
+    """A CRC32C as S3 writes it."""
+    return base64.b64encode(crc.to_bytes(4, "big")).decode()
+
+
+def read_crc32c(value: str | None) -> int | None:
+    """A CRC32C as S3 writes it; None for one that is composed of the parts' ("...-3")."""
+    try:
+        raw = base64.b64decode(value or "", validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    return int.from_bytes(raw, "big") if len(raw) == 4 else None
+
+
+def read_time(value: str | None) -> datetime | None:
+    """A time as bodies (ISO 8601) or headers (RFC 9110) have it; None if it is neither."""
+    iso = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(?:Z|[+-]00:?00)", (value or "").strip())
+    try:
+        if iso is None:
+            return parsedate_to_datetime(value or "")
+        seconds = datetime.fromisoformat(iso[1]).replace(tzinfo=timezone.utc)
+    except (TypeError, ValueError):
+        return None
+    return seconds + timedelta(seconds=float(iso[2] or 0))
+
+
+# Documents
+
+
+def _read(document: bytes) -> Element:
+    builder = TreeBuilder()
+    parser = expat.ParserCreate("UTF-8")  # whatever a declaration says: S3 writes nothing else
+    parser.buffer_text = True
+    # Without a namespace separator expat gives names as they are written, and nobody writes a prefix here.
+    parser.StartElementHandler = builder.start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
+    parser.StartDoctypeDeclHandler = _refuse_doctype
+    try:
+        # AWS sends blanks while it is busy: they should come behind the declaration, and do not everywhere.
+        parser.Parse(document.lstrip(), True)
+        root = builder.close()
+    except expat.ExpatError as error:
+        raise MalformedAnswer(f"no XML: {error}") from error
+    if root.tag == "Error":
+        raise ErrorAnswer(*error_in(document))
+    if not root.tag.endswith(("Result", "Response")):  # the latter is moto's way
+        raise MalformedAnswer(f"a document {root.tag!r}")
+    return root
+
+
+def _refuse_doctype(*_: object) -> None:
+    raise MalformedAnswer("XML with a DOCTYPE, which no answer has")
+
+
+def _key_reader(root: Element) -> Callable[[str], str]:
+    """How keys are to be read, which servers write as they are asked to, or not."""
+    return unquote_plus if root.findtext("EncodingType") == "url" else str
+
+
+def _text(parent: Element, name: str) -> str:
+    text = parent.findtext(name)
+    if not text:
+        raise MalformedAnswer(f"{name} is missing in {parent.tag}")
+    return text
+
+
+def _number(parent: Element, name: str) -> int:
+    text = _text(parent, name).strip()
+    if not re.fullmatch(r"[0-9]{1,19}", text):
+        raise MalformedAnswer(f"{name} is no number")
+    return int(text)
+
+
+def _truncated(root: Element) -> bool:
+    return (root.findtext("IsTruncated") or "").strip().lower() == "true"
+
+
+def _time(parent: Element, name: str = "LastModified") -> datetime | None:
+    return read_time(parent.findtext(name))
