@@ -27,11 +27,17 @@ class TransferCheckpoint(BaseModel):
     chunks_completed: int = Field(default=0, ge=0)
     prefix_crc32c: int = Field(default=0, ge=0, description="CRC32C of the bytes before `offset`.")
     upload_session_url: str | None = Field(default=None, description="The target's own name for the session, if any.")
+    source_version: str | None = Field(default=None, description="Of a pinned source, which must still have it.")
 
     @classmethod
     def new(cls, session_id: str, digest: str = "", total_size: int | None = None) -> TransferCheckpoint:
         """The checkpoint of a transfer that has not begun."""
         return cls(session_id=session_id, digest=digest, total_size=total_size)
+
+    def restart(self) -> None:
+        """Back to the first byte: the target holds nothing any more."""
+        self.offset = self.chunks_completed = self.prefix_crc32c = 0
+        self.upload_session_url = None
 
     @property
     def is_complete(self) -> bool:
@@ -74,12 +80,12 @@ class TransferCheckpoint(BaseModel):
 
 
 class TransferRecord(BaseModel):
-    """What is told of an artifact's transfer at each checkpoint; the store holds the truth, this is for people."""
+    """What is told of an artifact's transfer at each checkpoint; the store holds the truth, this is a hint."""
 
     model_config = ConfigDict(frozen=True)
 
     transfer_id: str = Field(description="Same store, key, artifact and direction: same id, on every machine.")
-    kind: Literal["upload", "verify", "download"]
+    kind: Literal["upload", "verify", "download", "copy"]
     key: str
     artifact_digest: str
     upload_id: str | None = None
@@ -88,6 +94,8 @@ class TransferRecord(BaseModel):
     parts_done: int
     bytes_done: int
     bytes_total: int
+    parts_resumed: int = Field(default=0, description="Of `parts_done`, what the store or the stage held before.")
+    bytes_resumed: int = Field(default=0, description="Of `bytes_done`, likewise.")
     state: Literal["running", "done", "failed"]
 
     def to_json_dict(self) -> dict[str, Any]:

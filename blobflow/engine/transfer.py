@@ -10,22 +10,28 @@ import errno
 import hashlib
 import io
 import logging
+import math
 import os
 import queue
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias, cast
 
 from blobflow.checksum import crc32c
 from blobflow.config import ChunkProfile
 from blobflow.engine.checkpoint import TransferCheckpoint
+from blobflow.engine.ends import BEGIN_AGAIN, Pin, PinnedSource, SessionTarget
 from blobflow.engine.pool import TICK_S
 from blobflow.errors import (
     BlobflowError,
+    ChecksumMismatch,
     DigestMismatch,
+    IntegrityError,
     SizeMismatch,
     SourceChanged,
     SourceTruncated,
@@ -48,7 +54,8 @@ class WritableStream(Protocol):
     def write(self, data: memoryview, /) -> int | None: ...
 
 
-Source: TypeAlias = ReadableStream | Iterable[bytes]
+Source: TypeAlias = ReadableStream | Iterable[bytes] | PinnedSource
+Target: TypeAlias = WritableStream | SessionTarget
 OnCheckpoint: TypeAlias = Callable[[TransferCheckpoint], None]
 
 _CHUNKS_IN_FLIGHT: Final = 2
@@ -66,41 +73,58 @@ class TransferResult:
     """Bytes written by this call; fewer than the total if it resumed."""
     total_size: int
     computed_digest: str
-    """`sha256:<hex>` of the whole, resumed bytes included."""
+    """`sha256:<hex>` of the whole, resumed bytes included; empty if those were not read again (see `transfer`)."""
     resumed: bool
     checkpoints_saved: int
+    crc32c: int = 0
+    """Of the whole, resumed bytes included."""
 
 
 def transfer(
     source: Source,
-    target: WritableStream,
+    target: Target,
     profile: ChunkProfile | None = None,
     checkpoint: TransferCheckpoint | None = None,
     on_checkpoint: OnCheckpoint | None = None,
 ) -> TransferResult:
     """Copy `source` to `target` chunk by chunk, hashing on the way; continue where `checkpoint` ends.
 
-    Holds two chunks of `profile.chunk_size` bytes. Reads until the source ends. On resume the source is read from
-    its beginning and hashed, the bytes before the checkpoint are not written again: the caller brings the target to
-    `checkpoint.offset`.
+    Holds two chunks of `profile.chunk_size` bytes. Reads until the source ends.
+
+    On resume the bytes before the checkpoint are not written again. The digest is that of the whole, so they are
+    hashed once more, from whichever end has them at hand:
+
+    | target | source | the bytes before the checkpoint |
+    |---|---|---|
+    | `FileTarget` | pinned | are read back from the file; the source is opened behind them |
+    | any other | pinned, and `profile.verify_digest` is off | are not read; `computed_digest` is empty |
+    | any other | any other | are read from the source |
+
+    Where they are read, their CRC32C is compared with the checkpoint's; where not, the version of the pinned source
+    answers for them. The CRC32C of the whole is known in any case.
 
     Args:
-        source: From its first byte: a binary stream or an iterable of bytes. Short reads are fine.
-        target: Gets every byte once, in order. A regular file is fsynced before each checkpoint.
+        source: From its first byte: a binary stream or an iterable of bytes, where short reads are fine; or a pinned
+            source (`ObjectSource`, `HttpSource`), which is opened where it is needed.
+        target: Gets every byte once, in order. To a stream that has some already, the caller brings it to
+            `checkpoint.offset`; a regular file is fsynced before each checkpoint. A `FileTarget` or `ObjectTarget`
+            finds its own place, sets the checkpoint back if what it had is gone, and shows nothing before the end.
         checkpoint: Advanced in place, only over bytes that the target took; a new one by default.
         on_checkpoint: Called in the calling thread after every `profile.checkpoint_interval` chunks and when the
-            transfer fails or is interrupted. If it raises, the transfer stops with its exception.
+            transfer fails or is interrupted, and as soon as a `FileTarget` or `ObjectTarget` has begun. If it raises,
+            the transfer stops with its exception.
 
     Raises:
         TimedOut: the source or target moved no byte for the profile's timeout; names the offset.
         StoreUnavailable: the source or target failed; its exception is the cause.
         SourceTruncated, SizeMismatch: the source is shorter or longer than `checkpoint.total_size`.
-        SourceChanged: the bytes before the checkpoint are not the ones that were sent.
+        SourceChanged: the bytes before the checkpoint are not the ones that were sent, or a pinned source was replaced.
         DigestMismatch: the whole has another digest than `checkpoint.digest`.
     """
     profile = profile or ChunkProfile()
+    resumable = checkpoint is not None or on_checkpoint is not None
     checkpoint = checkpoint or TransferCheckpoint.new("transfer")
-    return _Transfer(source, target, profile, checkpoint, on_checkpoint).run()
+    return _Transfer(source, target, profile, checkpoint, on_checkpoint, resumable=resumable).run()
 
 
 class _Chunk(NamedTuple):
@@ -113,9 +137,11 @@ class _Chunk(NamedTuple):
 class _Clock:
     """When a thread last moved a byte, and whether it is inside a call that should."""
 
-    def __init__(self, what: str, timeout_s: float) -> None:
+    def __init__(self, what: str, timeout_s: float | None) -> None:
+        # Who bounds its own silence repeats what failed meanwhile, and knows best when to give up.
         self.what = what
-        self.timeout_s = timeout_s
+        self.timeout_s = math.inf if timeout_s is None else timeout_s
+        self.slice_bytes = sys.maxsize if timeout_s is None else _SLICE
         self.offset = 0
         self._since: float | None = None
 
@@ -145,57 +171,122 @@ class _Transfer:
     def __init__(
         self,
         source: Source,
-        target: WritableStream,
+        target: Target,
         profile: ChunkProfile,
         checkpoint: TransferCheckpoint,
         on_checkpoint: OnCheckpoint | None,
+        *,
+        resumable: bool,
     ) -> None:
-        self._read_into = _reader(source)
+        self._pinned = source if isinstance(source, PinnedSource) else None
+        self._pin = Pin(None, None)
+        self._read_into = _reader(cast("Any", source)) if self._pinned is None else _nothing
         self._target = target
-        self._write = _writer(target)
+        self._session = target if isinstance(target, SessionTarget) else None
+        self._resumable = resumable
+        self._write = _writer(target) if not isinstance(target, SessionTarget) else self._write_session
         self._profile = profile
         self._checkpoint = checkpoint
         self._on_checkpoint = on_checkpoint
         self._saved = 0
-        self._digest = hashlib.sha256()
-        self._reading = _Clock("read", profile.read_timeout)
-        self._writing = _Clock("write", profile.write_timeout)
+        self._threads: list[threading.Thread] = []
+        self._digest: Any = hashlib.sha256()
+        """None where the first bytes are not read."""
+        takes_chunks = self._session is not None and self._session.takes_chunks
+        self._reading = _Clock("read", None if self._pinned else profile.read_timeout)
+        self._writing = _Clock("write", None if takes_chunks else profile.write_timeout)
+        self._chunk_size = profile.chunk_size
         self._empty: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[_Chunk | BaseException | None] = queue.SimpleQueue()
         """For the calling thread: a chunk that was written, an error of either thread, or None at the end."""
 
     def run(self) -> TransferResult:
+        self._look_at_source()
+        if self._session is None:
+            return self._result(*self._move())
+        self._chunk_size = self._session.begin(self._checkpoint, self._chunk_size)
+        try:
+            self._save()
+            moved, digest = self._move()
+            self._save()
+            self._session.finish(self._checkpoint)
+        except BaseException as error:
+            self._leave(self._session, keep=self._resumable and not isinstance(error, IntegrityError))
+            raise
+        return self._result(moved, digest)
+
+    def _result(self, moved: int, digest: str) -> TransferResult:
+        checkpoint = self._checkpoint
+        return TransferResult(
+            bytes_transferred=moved,
+            total_size=checkpoint.offset,
+            computed_digest=digest,
+            resumed=moved < checkpoint.offset,
+            checkpoints_saved=self._saved,
+            crc32c=checkpoint.prefix_crc32c,
+        )
+
+    def _move(self) -> tuple[int, str]:
+        """Bytes moved, and the digest of the whole, which is the expected one."""
         checkpoint = self._checkpoint
         first_offset = checkpoint.offset
+        if not first_offset:
+            checkpoint.source_version = self._pin.version
         self._writing.offset = first_offset
         for _ in range(_CHUNKS_IN_FLIGHT):
-            self._empty.put(bytearray(self._profile.chunk_size))
-        threads = [
+            self._empty.put(bytearray(self._chunk_size))
+        self._threads = [
             threading.Thread(target=self._guarded, args=(work,), name=f"blobflow-{name}", daemon=True)
             for name, work in (("reader", self._read_all), ("writer", self._write_all))
         ]
-        patience_s = _JOIN_S
-        for thread in threads:
+        for thread in self._threads:
             thread.start()
         try:
             self._keep_books()
-        except TimedOut:
-            patience_s = 0.0  # the thread hangs in a foreign call; it is a daemon and stays behind
-            raise
         finally:
             self._empty.put(None)
             self._full.put(None)
-            for thread in threads:
-                thread.join(patience_s)
+            for thread, clock in zip(self._threads, (self._reading, self._writing), strict=True):
+                # A thread that hangs in a foreign call is a daemon and stays behind.
+                thread.join(0.0 if clock.is_silent() else _JOIN_S)
         checkpoint.total_size = checkpoint.offset
-        return TransferResult(
-            bytes_transferred=checkpoint.offset - first_offset,
-            total_size=checkpoint.offset,
-            computed_digest=self._checked_digest(),
-            resumed=first_offset > 0,
-            checkpoints_saved=self._saved,
-        )
+        return checkpoint.offset - first_offset, self._checked_digest()
+
+    def _look_at_source(self) -> None:
+        """Pin the source, and compare it with what the checkpoint says of it."""
+        if self._pinned is None:
+            return
+        self._pin = pin = self._pinned.pin()
+        checkpoint = self._checkpoint
+        if checkpoint.source_version not in (None, pin.version):
+            raise SourceChanged(
+                f"{self._pinned!r} was replaced since the checkpoint",
+                hint=BEGIN_AGAIN,
+                what="version",
+                expected=checkpoint.source_version,
+                actual=pin.version,
+            )
+        if None not in (pin.size, checkpoint.total_size) and pin.size != checkpoint.total_size:
+            raise SizeMismatch(
+                f"the source has {pin.size} bytes, {checkpoint.total_size} are expected",
+                what="source",
+                expected=checkpoint.total_size,
+                actual=pin.size,
+            )
+        if pin.size is not None:
+            checkpoint.total_size = pin.size
+
+    def _leave(self, session: SessionTarget, *, keep: bool) -> None:
+        """Leave the target's session while an error is on its way, which must not be hidden by another one."""
+        if self._threads and self._threads[1].is_alive():
+            # What the writer writes to must not be taken from it.
+            log.warning("transfer.session_left session=%s keep=%s writer=busy", self._checkpoint.session_id, keep)
+            return
+        try:
+            session.leave(keep=keep)
+        except Exception as error:  # noqa: BLE001  # the first error is the one to report
+            log.warning("transfer.session_left session=%s error=%r", self._checkpoint.session_id, error)
 
     # The calling thread
 
@@ -245,6 +336,9 @@ class _Transfer:
 
     def _flush(self) -> None:
         """Make what was written durable, as far as the target knows how."""
+        if self._session is not None:
+            self._session.flush()
+            return
         flush = getattr(self._target, "flush", None)
         if flush:
             flush()
@@ -257,6 +351,8 @@ class _Transfer:
             os.fsync(descriptor)
 
     def _checked_digest(self) -> str:
+        if self._digest is None:
+            return ""
         computed = "sha256:" + self._digest.hexdigest()
         expected = self._checkpoint.digest
         if self._profile.verify_digest and expected and computed != expected:
@@ -278,8 +374,38 @@ class _Transfer:
 
     def _read_all(self) -> None:
         """Hash the bytes before the checkpoint, then hand over chunk after chunk."""
+        if self._pinned is None:
+            self._hand_over(*self._skip())
+            return
+        reached = self._skip_without_source()
+        with closing(self._pinned.open(reached[0] if reached else 0)) as opened:
+            self._read_into = opened.readinto
+            self._hand_over(*(reached or self._skip()))
+
+    def _skip_without_source(self) -> tuple[int, int] | None:
+        """Get over the bytes that an earlier call sent without the source, as `_skip`; None if it takes the source."""
+        checkpoint = self._checkpoint
+        if not checkpoint.offset or checkpoint.source_version is None:
+            return None  # without a version nothing but the bytes themselves can tell that they are the same
+        prefix = self._session.prefix() if self._session is not None else None
+        if prefix is not None:
+            self._read_into = prefix.readinto
+            try:
+                return self._skip()
+            except (SourceChanged, SourceTruncated) as error:
+                raise ChecksumMismatch(
+                    f"what is there of {self._target!r} is not what was written",
+                    hint="begin again; nothing of it is kept",
+                    what=repr(self._target),
+                    expected=checkpoint.prefix_crc32c,
+                ) from error
+        if self._profile.verify_digest:
+            return None
+        self._digest = None
+        return checkpoint.offset, checkpoint.prefix_crc32c
+
+    def _hand_over(self, position: int, crc: int) -> None:
         size = self._checkpoint.total_size
-        position, crc = self._skip()
         ended = False
         while not ended and (buffer := self._empty.get()) is not None:
             length = self._fill(memoryview(buffer), position)
@@ -290,7 +416,8 @@ class _Transfer:
                     f"the source has more than the expected {size} bytes", what="source", expected=size, actual=position
                 )
             data = memoryview(buffer)[:length]
-            self._digest.update(data)
+            if self._digest is not None:
+                self._digest.update(data)
             crc = crc32c(data, crc)
             if length:
                 self._full.put(_Chunk(buffer, length, crc))
@@ -336,7 +463,7 @@ class _Transfer:
             self._reading.offset = position + length
             try:
                 with self._reading:
-                    count = self._read_into(view[length : length + _SLICE])
+                    count = self._read_into(view[length : length + self._reading.slice_bytes])
             except Exception as error:
                 raise _failed("read", position + length, error) from error
             if not count:
@@ -344,13 +471,17 @@ class _Transfer:
             length += count
         return length
 
+    def _write_session(self, view: memoryview) -> int:
+        assert self._session is not None
+        return self._session.write(self._writing.offset, view)
+
     def _write_all(self) -> None:
         while (chunk := self._full.get()) is not None:
             view = memoryview(chunk.buffer)[: chunk.length]
             while view:
                 try:
                     with self._writing:
-                        count = self._write(view[:_SLICE])
+                        count = self._write(view[: self._writing.slice_bytes])
                 except Exception as error:
                     raise _failed("write", self._writing.offset, error) from error
                 view = view[count:]
@@ -388,6 +519,12 @@ def _reader(source: Source) -> Callable[[memoryview], int]:
         return length
 
     return read_pieces
+
+
+def _nothing(view: memoryview) -> int:
+    """Stands in until a pinned source is opened."""
+    del view
+    return 0
 
 
 def _writer(target: WritableStream) -> Callable[[memoryview], int]:

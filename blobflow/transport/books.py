@@ -19,7 +19,7 @@ _PROGRESS_S: Final = 0.5
 class ProgressEvent(NamedTuple):
     """How far a transfer is; bytes count the payload."""
 
-    phase: Literal["upload", "verify", "download"]
+    phase: Literal["upload", "verify", "download", "copy"]
     bytes_done: int
     bytes_total: int
     bytes_resumed: int
@@ -27,7 +27,7 @@ class ProgressEvent(NamedTuple):
 
 
 OnProgress: TypeAlias = Callable[[ProgressEvent], None]
-OnRecord: TypeAlias = Callable[[TransferRecord], None]
+OnRecord: TypeAlias = Callable[[TransferRecord], object]
 
 
 def transfer_id(store: Store, key: str, digest: str, kind: str) -> str:
@@ -43,7 +43,7 @@ class Books:
         interval: Parts between two checkpoints.
         save: Makes the parts that were moved so far durable.
         on_progress: Told about twice a second.
-        on_checkpoint: Told after each `save`, and at the end.
+        on_checkpoint: Told at the beginning, after each `save`, and at the end.
     """
 
     def __init__(
@@ -58,7 +58,6 @@ class Books:
         self.record = record
         self.saved = 0
         self.bytes_moved = 0
-        self.bytes_resumed = 0
         self._interval = interval
         self._save = save
         self._on_progress = on_progress
@@ -66,10 +65,23 @@ class Books:
         self._unsaved = 0
         self._shown_at = 0.0
 
+    @property
+    def bytes_resumed(self) -> int:
+        """What was done before, by another process."""
+        return self.record.bytes_resumed
+
     def resumed(self, length: int) -> None:
         """A part was done before, by another process."""
         self._count(length)
-        self.bytes_resumed += length
+        record = self.record
+        self.record = record.model_copy(
+            update={"parts_resumed": record.parts_resumed + 1, "bytes_resumed": record.bytes_resumed + length}
+        )
+
+    def begin(self) -> None:
+        """Tell what is done already, now that it is known."""
+        if self._on_checkpoint:
+            self._on_checkpoint(self.record)
 
     def moved(self, length: int) -> None:
         """A part is done; save every `interval` parts."""

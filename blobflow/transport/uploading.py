@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Protocol, TypeVar
 
-from blobflow.artifact.artifact import Artifact, PayloadSource
+from typing_extensions import Self
+
+from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import MAX_MANIFEST_BYTES, Manifest, artifact_digest
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import ChunkProfile
@@ -19,14 +21,13 @@ from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
 from blobflow.errors import (
     ArtifactInvalid,
-    ArtifactNotFound,
     ChecksumMismatch,
     KeyConflict,
     NoSuchUpload,
     ObjectChanged,
     ObjectNotFound,
+    ObjectTooLarge,
     PreconditionFailed,
-    ReplacementInProgress,
     TransferBusy,
     UploadIncomplete,
 )
@@ -40,6 +41,66 @@ log = logging.getLogger(__name__)
 
 CONTENT_TYPE: Final = "application/x-tar"
 _CLAIM_ATTEMPTS: Final = 5
+
+_Brought = TypeVar("_Brought")
+
+
+class PayloadReader(Protocol):
+    """Any range of a payload, for any number of threads."""
+
+    @property
+    def size(self) -> int: ...
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the payload's bytes from `offset`."""
+        ...
+
+    def chunks(self, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
+        """The bytes of a range, a bufferful at a time, each valid until the next."""
+        ...
+
+
+class Payload(Protocol):
+    """What is brought under a key: that of an `Artifact` here, or of one in another store."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    @property
+    def manifest_bytes(self) -> bytes: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def payload_size(self) -> int: ...
+
+    @property
+    def payload_crc32c(self) -> int:
+        """Promised by the manifest; what was sent is held against it before it becomes an object."""
+        ...
+
+    def source(self) -> PayloadReader: ...
+
+    def adopt(self, manifest_bytes: bytes) -> Self:
+        """The same body behind another manifest (see `Manifest.same_body`)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Errand:
+    """What is to be brought where, and who is told."""
+
+    store: Store
+    key: str
+    payload: Payload
+    profile: ChunkProfile
+    overwrite: bool = False
+    on_progress: OnProgress | None = None
+    on_checkpoint: OnRecord | None = None
+    kind: Literal["upload", "copy"] = "upload"
+    if_differs: str = "a source file changed, or was damaged, after the export: export again"
+    """What to do if the bytes that were sent are not those that the manifest promises."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +138,8 @@ def upload(
     Args:
         overwrite: Replace another artifact under the key. Readers see the old, the new, or a retryable error.
         on_progress: Called in the calling thread about twice a second; raising from it stops the upload cleanly.
-        on_checkpoint: Called in the calling thread after each saved checkpoint, at the end and on failure.
+        on_checkpoint: Called in the calling thread once it is known what the store holds already, after each saved
+            checkpoint, at the end and on failure.
 
     Raises:
         ArtifactNotFound, ArtifactInvalid: the local artifact is no artifact; no request was sent.
@@ -85,37 +147,63 @@ def upload(
         TransferBusy: another process is uploading other content to this key.
         SourceChanged, ChecksumMismatch: the files are not the ones that were exported; nothing was published.
     """
-    started = time.monotonic()
     check_artifact_key(key)
     if not isinstance(artifact, Artifact):
         artifact = Artifact.open(artifact)
+    return run(Errand(store, key, artifact, profile or ChunkProfile(), overwrite, on_progress, on_checkpoint))
+
+
+def run(errand: Errand, multipart: type[MultipartUpload] | None = None) -> UploadResult:
+    """Bring the payload under its key, or find out that it is there.
+
+    Args:
+        multipart: How it is done in a store that has multipart uploads, if not the usual way.
+    """
+    started = time.monotonic()
+
+    def way(replaces: str | None) -> UploadResult:
+        kind = (multipart or MultipartUpload) if errand.store.abilities.multipart else _StreamUpload
+        return kind(errand, replaces).run(started)
+
+    return unless_there(errand, way)
+
+
+def unless_there(errand: Errand, bring: Callable[[str | None], _Brought]) -> _Brought | UploadResult:
+    """What `bring` returns, which is given the digest of the artifact to replace; or `unchanged`, if all is there."""
+    started = time.monotonic()
+    store, key = errand.store, errand.key
     for _ in range(_CLAIM_ATTEMPTS):
         replaces: str | None = None
-        try:
-            existing_bytes = read_manifest_bytes(store, key)
-        except (ArtifactNotFound, ReplacementInProgress):
-            pass
-        else:
+        if (existing_bytes := _published(store, key)) is not None:
             replaces = artifact_digest(existing_bytes)
-            existing = _replaceable(existing_bytes, artifact, key, overwrite=overwrite)
+            existing = _replaceable(existing_bytes, errand)
             # A manifest that lost its payload is repaired by uploading again.
             if existing is not None and _payload_is_there(store, key, existing_bytes):
+                _remove_leftover(store, key, existing_bytes)
                 size = payload_size(existing_bytes, existing)
                 return UploadResult("unchanged", key, replaces, existing, size, 0, 0, time.monotonic() - started)
-        kind = _MultipartUpload if store.abilities.multipart else _StreamUpload
-        attempt = kind(store, key, artifact, profile or ChunkProfile(), replaces, on_progress, on_checkpoint)
         try:
-            return attempt.run(started)
-        except _Overtaken:
+            return bring(replaces)
+        except Overtaken:
             log.info("upload.overtaken key=%s", key)
     raise TransferBusy(f"others published under {key!r} again and again", key=key)
 
 
-class _Overtaken(Exception):
+class Overtaken(Exception):
     """Somebody published under the key after it was looked at and before the upload was claimed."""
 
 
-def _replaceable(existing_bytes: bytes, artifact: Artifact, key: str, *, overwrite: bool) -> Manifest | None:
+def _published(store: Store, key: str) -> bytes | None:
+    """The sibling manifest that is there now."""
+    try:
+        return store.get(key + MANIFEST_SUFFIX, max_bytes=MAX_MANIFEST_BYTES).data
+    except ObjectNotFound:
+        return None
+    except ObjectTooLarge as error:
+        raise ArtifactInvalid(f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key) from error
+
+
+def _replaceable(existing_bytes: bytes, errand: Errand) -> Manifest | None:
     """The manifest under the key if it is of the same content, None if it may be replaced.
 
     Raises:
@@ -125,15 +213,19 @@ def _replaceable(existing_bytes: bytes, artifact: Artifact, key: str, *, overwri
     try:
         existing = Manifest.parse(existing_bytes)
     except ArtifactInvalid:
-        if not overwrite:
+        if not errand.overwrite:
             raise
         return None
-    if existing.same_content(artifact.manifest):
+    if existing.same_content(errand.payload.manifest):
         return existing
-    if overwrite:
+    if errand.overwrite:
         return None
-    actual = artifact_digest(existing_bytes)
-    raise KeyConflict(f"key {key!r} holds another artifact", key=key, expected=artifact.digest, actual=actual)
+    raise KeyConflict(
+        f"key {errand.key!r} holds another artifact",
+        key=errand.key,
+        expected=errand.payload.digest,
+        actual=artifact_digest(existing_bytes),
+    )
 
 
 def _payload_is_there(store: Store, key: str, manifest_bytes: bytes) -> bool:
@@ -143,36 +235,39 @@ def _payload_is_there(store: Store, key: str, manifest_bytes: bytes) -> bool:
         return False
 
 
-class _Upload:
-    """What both ways of uploading share: publishing, and the result."""
+def _remove_leftover(store: Store, key: str, manifest_bytes: bytes) -> None:
+    """Remove the intent of a process that died after it had published this very manifest.
 
-    def __init__(
-        self,
-        store: Store,
-        key: str,
-        artifact: Artifact,
-        profile: ChunkProfile,
-        replaces: str | None,
-        on_progress: OnProgress | None,
-        on_checkpoint: OnRecord | None,
-    ) -> None:
-        self.store = store
-        self.key = key
-        self.artifact = artifact
-        self.profile = profile
+    Should its owner be alive after all, it is about to remove it; and whoever joined it finds the payload complete.
+    """
+    keeper = IntentKeeper(store, key)
+    intent = keeper.load()
+    if intent is not None and intent.manifest_bytes == manifest_bytes:
+        log.info("upload.leftover_intent key=%s upload_id=%s", key, intent.upload_id)
+        store.abort_multipart(key, intent.upload_id)
+        keeper.remove(intent.upload_id)
+
+
+class _Upload:
+    """What all ways of uploading share: publishing, and the result."""
+
+    def __init__(self, errand: Errand, replaces: str | None) -> None:
+        self.errand = errand
+        self.store = errand.store
+        self.key = errand.key
+        self.payload = errand.payload
+        self.profile = errand.profile
         self.replaces = replaces
-        self.on_progress = on_progress
-        self.on_checkpoint = on_checkpoint
 
     def run(self, started: float) -> UploadResult:
         raise NotImplementedError
 
     def books(self, plan: TransferPlan, upload_id: str | None, save: Callable[[], None]) -> Books:
         record = TransferRecord(
-            transfer_id=transfer_id(self.store, self.key, self.artifact.digest, "upload"),
-            kind="upload",
+            transfer_id=transfer_id(self.store, self.key, self.payload.digest, self.errand.kind),
+            kind=self.errand.kind,
             key=self.key,
-            artifact_digest=self.artifact.digest,
+            artifact_digest=self.payload.digest,
             upload_id=upload_id,
             part_size=plan.part_size,
             parts_total=len(plan),
@@ -185,16 +280,9 @@ class _Upload:
             record,
             interval=self.profile.checkpoint_interval,
             save=save,
-            on_progress=self.on_progress,
-            on_checkpoint=self.on_checkpoint,
+            on_progress=self.errand.on_progress,
+            on_checkpoint=self.errand.on_checkpoint,
         )
-
-    def published(self) -> bytes | None:
-        """The sibling manifest that is there now."""
-        try:
-            return self.store.get(self.key + MANIFEST_SUFFIX, max_bytes=MAX_MANIFEST_BYTES).data
-        except ObjectNotFound:
-            return None
 
     def clear_the_way(self) -> None:
         """Before the payload is replaced, its old manifest goes: a manifest means that its payload is complete.
@@ -202,35 +290,35 @@ class _Upload:
         Raises:
             KeyConflict: another artifact was published under this key meanwhile; it is left alone.
         """
-        found = self.published()
+        found = _published(self.store, self.key)
         if found is None:
             return
         actual = artifact_digest(found)
         if actual == self.replaces:
             self.store.delete(self.key + MANIFEST_SUFFIX)
-        elif found != self.artifact.manifest_bytes:  # equal bytes: a joined uploader was quicker
+        elif found != self.payload.manifest_bytes:  # equal bytes: a joined uploader was quicker
             raise KeyConflict(
                 f"another artifact was published under {self.key!r} meanwhile",
                 key=self.key,
-                expected=self.artifact.digest,
+                expected=self.payload.digest,
                 actual=actual,
             )
 
-    def publish(self, payload: ObjectMeta) -> None:
+    def publish(self, made: ObjectMeta) -> None:
         """Put the sibling manifest, which makes the artifact visible.
 
         Raises:
             KeyConflict: another artifact was published under this key meanwhile.
         """
-        if payload.size != self.artifact.payload_size:
+        if made.size != self.payload.payload_size:
             raise UploadIncomplete(
-                f"the payload {self.key!r} has {payload.size} bytes in the store, not {self.artifact.payload_size}",
+                f"the payload {self.key!r} has {made.size} bytes in the store, not {self.payload.payload_size}",
                 key=self.key,
-                expected=self.artifact.payload_size,
-                actual=payload.size,
+                expected=self.payload.payload_size,
+                actual=made.size,
             )
         mode = PutMode.CREATE if self.store.abilities.conditional else PutMode.OVERWRITE
-        manifest_bytes = self.artifact.manifest_bytes
+        manifest_bytes = self.payload.manifest_bytes
         try:
             self.store.put(self.key + MANIFEST_SUFFIX, manifest_bytes, mode=mode, content_type="application/json")
         except PreconditionFailed:
@@ -239,25 +327,36 @@ class _Upload:
                 raise KeyConflict(
                     f"another artifact was published under {self.key!r} meanwhile",
                     key=self.key,
-                    expected=self.artifact.digest,
+                    expected=self.payload.digest,
                     actual=artifact_digest(found),
                 ) from None
         now = self.store.head(self.key)
-        if now.e_tag != payload.e_tag:
+        if now.e_tag != made.e_tag:
             raise KeyConflict(
                 f"the payload of {self.key!r} was replaced while its manifest was published",
                 hint="upload again, and find out who else writes to this key",
                 key=self.key,
-                expected=payload.e_tag,
+                expected=made.e_tag,
                 actual=now.e_tag,
             )
+
+    def differs(self, actual: int) -> ChecksumMismatch:
+        """What was sent has the CRC32C `actual`, and not the one that the manifest promises."""
+        expected = self.payload.payload_crc32c
+        return ChecksumMismatch(
+            f"the payload of {self.payload!r} has CRC32C {actual:08x}, its manifest says {expected:08x}",
+            hint=self.errand.if_differs,
+            what="payload",
+            expected=expected,
+            actual=actual,
+        )
 
     def result(self, books: Books, started: float) -> UploadResult:
         return UploadResult(
             status="uploaded",
             key=self.key,
-            artifact_digest=self.artifact.digest,
-            manifest=self.artifact.manifest,
+            artifact_digest=self.payload.digest,
+            manifest=self.payload.manifest,
             bytes_total=books.record.bytes_total,
             bytes_sent=books.bytes_moved,
             bytes_resumed=books.bytes_resumed,
@@ -271,10 +370,11 @@ class _StreamUpload(_Upload):
     """For stores without multipart uploads: one request, from the beginning each time."""
 
     def run(self, started: float) -> UploadResult:
-        source = self.artifact.source()
+        source = self.payload.source()
         plan = TransferPlan(source.size, self.profile.chunk_size)
         books = self.books(plan, None, save=lambda: None)
-        expected = self.artifact.payload_crc32c
+        books.begin()
+        expected = self.payload.payload_crc32c
 
         def chunks() -> Iterator[memoryview]:
             nonlocal books
@@ -283,72 +383,84 @@ class _StreamUpload(_Upload):
             for chunk in source.chunks(0, source.size, memoryview(bytearray(self.profile.chunk_size))):
                 crc = crc32c(chunk, crc)
                 if books.bytes_moved + len(chunk) == source.size and crc != expected:
-                    raise _source_differs(self.artifact, crc)
+                    raise self.differs(crc)
                 yield chunk
                 books.moved(len(chunk))
                 books.tick()
 
         self.clear_the_way()
-        payload = self.store.put(self.key, Body(source.size, chunks, expected), content_type=CONTENT_TYPE)
-        self.publish(payload)
+        made = self.store.put(self.key, Body(source.size, chunks, expected), content_type=CONTENT_TYPE)
+        self.publish(made)
         books.done()
         return self.result(books, started)
 
 
-def _source_differs(artifact: Artifact, actual: int) -> ChecksumMismatch:
-    expected = artifact.payload_crc32c
-    return ChecksumMismatch(
-        f"the payload of {artifact!r} has CRC32C {actual:08x}, its manifest says {expected:08x}",
-        hint="a source file changed, or was damaged, after the export: export again",
-        what="payload",
-        expected=expected,
-        actual=actual,
-    )
+class MultipartUpload(_Upload):
+    """Numbered parts under an upload id that any process can take up again.
 
+    Args:
+        owner: In whose name the intent is kept; None: of this process.
+    """
 
-class _MultipartUpload(_Upload):
-    """Numbered parts under an upload id that any process can take up again."""
+    def __init__(self, errand: Errand, replaces: str | None, *, owner: str | None = None) -> None:
+        super().__init__(errand, replaces)
+        self.keeper = IntentKeeper(self.store, self.key, owner=owner)
+        self.is_new = False
+        """Whether nobody can have sent parts before."""
+        self.crcs: dict[int, int] = {}
+        """CRC32C of the parts that the store holds, as far as it is known."""
 
     def run(self, started: float) -> UploadResult:
-        self.keeper = IntentKeeper(self.store, self.key)
         for _ in range(_CLAIM_ATTEMPTS):
-            self.crcs: dict[int, int] = {}
-            upload_id, plan = self._claim()
-            books = self.books(plan, upload_id, save=lambda: self.keeper.save(self.crcs))
-            try:
-                try:
-                    payload = self._send_and_complete(upload_id, plan, books)
-                except NoSuchUpload as error:
-                    # Somebody completed, aborted or expired it: the object itself says which.
-                    settled = self._completed_by_somebody()
-                    if settled is None:
-                        log.info("upload.vanished key=%s upload_id=%s error=%s", self.key, upload_id, error)
-                        self._give_up(upload_id)
-                        continue
-                    payload = settled
-                    for part in plan.missing(self.crcs):
-                        books.resumed(part.length)  # sent by whoever completed the upload
-                self.publish(payload)
-            except BaseException:
-                # This process may live on and export again: its own intent must not keep it away then.
-                self.keeper.release(upload_id)
-                raise
-            self.keeper.remove(upload_id)
-            books.done()
-            return self.result(books, started)
+            self.crcs = {}
+            upload_id, plan = self.claim()
+            books = self.upload_books(upload_id, plan)
+            if self.bring(upload_id, plan, books, self.make):
+                return self.result(books, started)
         raise TransferBusy(f"the upload of {self.key!r} was taken away {_CLAIM_ATTEMPTS} times", key=self.key)
+
+    def upload_books(self, upload_id: str, plan: TransferPlan) -> Books:
+        """Books that save into the intent."""
+        return self.books(plan, upload_id, save=lambda: self.keeper.save(self.crcs))
+
+    def bring(
+        self, upload_id: str, plan: TransferPlan, books: Books, make: Callable[[str, TransferPlan, Books], ObjectMeta]
+    ) -> bool:
+        """Make the payload and publish it. False: the upload is gone, and nobody completed it."""
+        try:
+            try:
+                made = make(upload_id, plan, books)
+            except NoSuchUpload as error:
+                # Somebody completed, aborted or expired it: the object itself says which.
+                settled = self.completed_by_somebody()
+                if settled is None:
+                    log.info("upload.vanished key=%s upload_id=%s error=%s", self.key, upload_id, error)
+                    self.give_up(upload_id)
+                    return False
+                made = settled
+                for part in plan.missing(self.crcs):
+                    books.resumed(part.length)  # sent by whoever completed the upload
+            self.publish(made)
+        except BaseException:
+            # This process may live on and export again: its own intent must not keep it away then.
+            self.keeper.release(upload_id)
+            raise
+        self.keeper.remove(upload_id)
+        books.done()
+        return True
 
     # Claiming
 
-    def _claim(self) -> tuple[str, TransferPlan]:
+    def claim(self) -> tuple[str, TransferPlan]:
         """An upload id and its plan: a running upload of the same payload taken over or joined, or a new one."""
         for _ in range(_CLAIM_ATTEMPTS):
             intent = self.keeper.load()
-            if intent is not None and intent.manifest.same_body(self.artifact.manifest):
-                if intent.manifest_bytes != self.artifact.manifest_bytes:
-                    self.artifact = self.artifact.adopt(intent.manifest_bytes)
+            if intent is not None and intent.manifest.same_body(self.payload.manifest):
+                if intent.manifest_bytes != self.payload.manifest_bytes:
+                    self.payload = self.payload.adopt(intent.manifest_bytes)
                 self.replaces = self.replaces or intent.replaces
-                return intent.upload_id, TransferPlan(self.artifact.payload_size, intent.part_size)
+                self.is_new = False
+                return intent.upload_id, TransferPlan(self.payload.payload_size, intent.part_size)
             if intent is not None and self.keeper.is_alive():
                 raise TransferBusy(
                     f"another upload to {self.key!r} is under way, by {intent.owner}", key=self.key, owner=intent.owner
@@ -357,16 +469,17 @@ class _MultipartUpload(_Upload):
                 self.replaces = self.replaces or intent.replaces
             plan = self._plan()
             upload_id = self.store.create_multipart(self.key, part_size=plan.part_size, content_type=CONTENT_TYPE)
-            if self.keeper.begin(self.artifact.manifest_bytes, upload_id, plan.part_size, replaces=self.replaces):
+            if self.keeper.begin(self.payload.manifest_bytes, upload_id, plan.part_size, replaces=self.replaces):
                 if intent is not None:
                     # Not before: until the intent is ours, its upload may come back to life.
                     log.info("upload.superseded key=%s upload_id=%s", self.key, intent.upload_id)
                     self.store.abort_multipart(self.key, intent.upload_id)
                 # Whoever held the intent before may have published and removed it since we looked at the key.
-                found = self.published()
+                found = _published(self.store, self.key)
                 if found is not None and artifact_digest(found) != self.replaces:
-                    self._give_up(upload_id)
-                    raise _Overtaken
+                    self.give_up(upload_id)
+                    raise Overtaken
+                self.is_new = True
                 return upload_id, plan
             self.store.abort_multipart(self.key, upload_id)
         raise TransferBusy(f"too many processes begin an upload to {self.key!r}", key=self.key)
@@ -374,21 +487,21 @@ class _MultipartUpload(_Upload):
     def _plan(self) -> TransferPlan:
         abilities = self.store.abilities
         return TransferPlan.for_upload(
-            self.artifact.payload_size,
+            self.payload.payload_size,
             self.profile.chunk_size,
             min_part_size=abilities.min_part_size,
             max_part_size=abilities.max_part_size,
             max_parts=abilities.max_parts,
         )
 
-    def _completed_by_somebody(self) -> ObjectMeta | None:
+    def completed_by_somebody(self) -> ObjectMeta | None:
         """The payload under the key, if it is this artifact's: its embedded manifest is as unique as its digest."""
         from blobflow.artifact.tarmap import manifest_entry
 
-        head = manifest_entry(self.artifact.manifest_bytes)
+        head = manifest_entry(self.payload.manifest_bytes)
         try:
             meta = self.store.head(self.key)
-            if meta.size == self.artifact.payload_size:
+            if meta.size == self.payload.payload_size:
                 found = self.store.get_range(self.key, 0, len(head), e_tag=meta.e_tag)
                 return meta if found == head else None
         except (ObjectNotFound, ObjectChanged):
@@ -397,42 +510,59 @@ class _MultipartUpload(_Upload):
 
     # Sending
 
-    def _send_and_complete(self, upload_id: str, plan: TransferPlan, books: Books) -> ObjectMeta:
-        known, unproven = self._held(upload_id, plan)
-        self.crcs = known
-        for number in known:
+    def make(self, upload_id: str, plan: TransferPlan, books: Books) -> ObjectMeta:
+        """Send what is missing, prove it, and make the payload of it."""
+        self.send(upload_id, plan, books, range(1, len(plan) + 1))
+        return self.complete(upload_id, plan)
+
+    def send(self, upload_id: str, plan: TransferPlan, books: Books, numbers: Collection[int]) -> None:
+        """Send those of the parts that the store does not hold, and save their checksums."""
+        self.crcs, unproven = self.held(upload_id, plan)
+        for number in self.crcs.keys() & set(numbers):
             books.resumed(plan.part(number).length)
+        books.begin()
         try:
-            self._send(upload_id, plan, books, unproven)
+            missing = [part for part in plan.missing(self.crcs) if part.number in numbers]
+            self._send(upload_id, plan, books, missing, unproven)
         except NoSuchUpload:
             raise
         except BaseException:
             books.failed()
             raise
         books.save()
+
+    def complete(self, upload_id: str, plan: TransferPlan) -> ObjectMeta:
+        """Prove that the parts, whose checksums are all known, are the payload, and make it of them."""
         actual = combine_all((self.crcs[part.number], part.length) for part in plan)
-        if actual != self.artifact.payload_crc32c:
+        if actual != self.payload.payload_crc32c:
             # Nothing of this upload can be used again: its parts came from files that are no longer the same.
-            self._give_up(upload_id)
-            raise _source_differs(self.artifact, actual)
+            self.give_up(upload_id)
+            raise self.differs(actual)
         parts = self._proven_parts(upload_id, plan)
-        try:
-            self.clear_the_way()
-        except KeyConflict:
-            self._give_up(upload_id)
-            raise
+        self.take_the_way(upload_id)
         self.store.complete_multipart(self.key, upload_id, parts)
         return self.store.head(self.key)
 
-    def _give_up(self, upload_id: str) -> None:
+    def take_the_way(self, upload_id: str) -> None:
+        """`clear_the_way`, and nothing is left of this upload if it is refused."""
+        try:
+            self.clear_the_way()
+        except KeyConflict:
+            self.give_up(upload_id)
+            raise
+
+    def give_up(self, upload_id: str) -> None:
+        """Remove the upload and its intent."""
         self.store.abort_multipart(self.key, upload_id)
         self.keeper.remove(upload_id)
 
-    def _held(self, upload_id: str, plan: TransferPlan) -> tuple[dict[int, int], dict[int, str]]:
+    def held(self, upload_id: str, plan: TransferPlan) -> tuple[dict[int, int], dict[int, str]]:
         """The parts that the store holds: CRC32C where it is known, and the e_tag of those where it is not.
 
         The store's list is the truth; the intent only adds the checksums that the store does not tell.
         """
+        if self.is_new:
+            return {}, {}
         remembered = self.keeper.intent.crcs if self.keeper.intent else {}
         known: dict[int, int] = {}
         unproven: dict[int, str] = {}
@@ -449,11 +579,12 @@ class _MultipartUpload(_Upload):
                 known[held.part_number] = crc
         return known, unproven
 
-    def _send(self, upload_id: str, plan: TransferPlan, books: Books, unproven: dict[int, str]) -> None:
-        missing = plan.missing(self.crcs)
+    def _send(
+        self, upload_id: str, plan: TransferPlan, books: Books, missing: list[Part], unproven: dict[int, str]
+    ) -> None:
         if not missing:
             return
-        source = self.artifact.source()
+        source = self.payload.source()
 
         def move(part: Part, buffer: memoryview) -> tuple[int, bool]:
             if part.number in unproven:
@@ -472,19 +603,20 @@ class _MultipartUpload(_Upload):
             else:
                 books.resumed(part.length)
 
-        def tick() -> None:
-            books.tick()
-            if self.keeper.renewal_due():
-                self.keeper.save(self.crcs)
-
         move_parts(
             missing,
             move,
             workers=self.profile.workers,
             buffer_size=min(plan.part_size, self.profile.chunk_size),
             on_moved=moved,
-            on_tick=tick,
+            on_tick=lambda: self.tick(books),
         )
+
+    def tick(self, books: Books) -> None:
+        """Show the progress and keep the intent alive, as often as each is due."""
+        books.tick()
+        if self.keeper.renewal_due():
+            self.keeper.save(self.crcs)
 
     def _proven_parts(self, upload_id: str, plan: TransferPlan) -> list[PartMeta]:
         """What the store holds, after comparing it with the plan: dense numbers, sizes, checksums where told.
@@ -512,7 +644,7 @@ def _known_crc(body: Body) -> int:
     return body.crc32c
 
 
-def _part_body(source: PayloadSource, part: Part, buffer: memoryview) -> Body:
+def _part_body(source: PayloadReader, part: Part, buffer: memoryview) -> Body:
     """The bytes of a part, through `buffer`: read once if it fits, else once to checksum it and once to send it."""
     if part.length <= len(buffer):
         view = buffer[: part.length]
@@ -524,7 +656,7 @@ def _part_body(source: PayloadSource, part: Part, buffer: memoryview) -> Body:
     return Body(part.length, lambda: source.chunks(part.offset, part.length, buffer), crc)
 
 
-def _crc_if_same(source: PayloadSource, part: Part, buffer: memoryview, e_tag: str) -> int | None:
+def _crc_if_same(source: PayloadReader, part: Part, buffer: memoryview, e_tag: str) -> int | None:
     """The CRC32C of a part that an earlier process sent, if its e_tag proves that it sent these bytes.
 
     On S3 and Ceph the e_tag of a part is the MD5 of its bytes unless it is encrypted with KMS; any other e_tag proves

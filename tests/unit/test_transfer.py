@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from blobflow import ChunkProfile, TransferCheckpoint, TransferResult, transfer
+from blobflow.checksum import crc32c
 from blobflow.errors import (
     DigestMismatch,
     SizeMismatch,
@@ -125,7 +126,12 @@ def test_the_result_says_what_happened():
     target = io.BytesIO()
     result = transfer(io.BytesIO(DATA), target, PROFILE, on_checkpoint=lambda _: None)
     assert result == TransferResult(
-        bytes_transferred=1024, total_size=1024, computed_digest=digest_of(DATA), resumed=False, checkpoints_saved=5
+        bytes_transferred=1024,
+        total_size=1024,
+        computed_digest=digest_of(DATA),
+        resumed=False,
+        checkpoints_saved=5,
+        crc32c=crc32c(DATA),
     )
     assert target.getvalue() == DATA
 
@@ -157,6 +163,7 @@ def test_a_transfer_killed_anywhere_continues_from_its_checkpoint():
         assert checkpoint.chunks_completed == 11
 
 
+@pytest.mark.seed("W0.10")
 def test_another_source_is_refused_on_resume():
     """If the first bytes are not those that were sent, nothing is written behind them."""
     saved: list[TransferCheckpoint] = []
@@ -168,7 +175,7 @@ def test_another_source_is_refused_on_resume():
     assert target.getvalue() == b""
 
 
-@pytest.mark.seed("0.12")
+@pytest.mark.seed("0.12", "W0.7")
 def test_a_source_that_ends_while_skipping_is_named_with_both_positions():
     """30 bytes cannot be continued at 50."""
     with pytest.raises(SourceTruncated, match="ended at 30 while skipping to offset 50") as refusal:
@@ -176,6 +183,7 @@ def test_a_source_that_ends_while_skipping_is_named_with_both_positions():
     assert (refusal.value.at, refusal.value.want) == (30, 50)
 
 
+@pytest.mark.seed("W0.4")
 @pytest.mark.parametrize(("size", "kind"), [(999, SourceTruncated), (1001, SizeMismatch)])
 def test_a_source_of_another_size_is_refused(size: int, kind: type[SizeMismatch]):
     """A byte less or more than announced is an error even where no digest is known."""
@@ -281,6 +289,7 @@ def test_a_checkpoint_comes_after_every_interval():
     assert result.checkpoints_saved == 5
 
 
+@pytest.mark.seed("W0.8")
 def test_a_last_checkpoint_is_saved_when_the_transfer_fails():
     """What was written since the last interval is not lost."""
     offsets: list[int] = []
@@ -336,6 +345,7 @@ def test_the_last_chunk_is_never_empty(size: int, chunks: int):
     assert target.getvalue() == noise(size)
 
 
+@pytest.mark.seed("W0.1")
 def test_a_chunk_is_full_however_little_a_read_gives():
     """A source that gives a byte at a time makes as many chunks as any other."""
     checkpoint = TransferCheckpoint.new("s")
@@ -379,6 +389,7 @@ def test_a_target_that_takes_nothing_is_an_error():
     assert isinstance(refusal.value.__cause__, BlockingIOError)
 
 
+@pytest.mark.seed("W0.2")
 def test_a_file_is_durable_before_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The regular file is fsynced before each callback and at the end."""
     events: list[str] = []

@@ -1,0 +1,269 @@
+"""Copy: an artifact from store to store, without a local disk, with the same claim, proof and publication as an upload.
+
+Parts stream through this process: a ranged GET of the pinned source, a PUT of the part. Where both stores are one and
+the same, its server copies the payload by itself, and what it made is proven before the manifest makes it visible.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from typing_extensions import override
+
+from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.checksum import combine_all, crc32c
+from blobflow.config import ChunkProfile
+from blobflow.engine.plan import Part, TransferPlan
+from blobflow.engine.pool import move_parts
+from blobflow.errors import ArtifactInvalid, ChecksumMismatch, UsageError
+from blobflow.stores.base import ObjectMeta, Store
+from blobflow.transport.books import Books, OnProgress, OnRecord
+from blobflow.transport.catalog import check_artifact_key
+from blobflow.transport.remote import RemoteArtifact
+from blobflow.transport.uploading import Errand, MultipartUpload, run
+
+_DAMAGED: Final = "the source is damaged: `blobflow verify --deep` names the member; restore it from another copy"
+
+
+@dataclass(frozen=True)
+class CopyResult:
+    """What a copy did."""
+
+    status: Literal["copied", "unchanged"]
+    source_key: str
+    key: str
+    artifact_digest: str
+    """Of the artifact that is now under the key; with `unchanged` it may be an older one of equal content."""
+    manifest: Manifest
+    server_side: bool
+    """The server copied the payload; its bytes did not pass through here, except to be proven."""
+    bytes_total: int
+    bytes_received: int
+    bytes_sent: int
+    bytes_resumed: int
+    seconds: float
+    parts: int = 0
+    checkpoints_saved: int = 0
+
+
+def copy_artifact(
+    source_store: Store,
+    source_key: str,
+    target_store: Store,
+    target_key: str,
+    *,
+    profile: ChunkProfile | None = None,
+    overwrite: bool = False,
+    on_progress: OnProgress | None = None,
+    on_checkpoint: OnRecord | None = None,
+) -> CopyResult:
+    """Bring the artifact `source_key` of one store under `target_key` of another, or of the same one.
+
+    The payload is proven by its CRC32C before the sibling manifest, which comes last, makes it visible: a damaged
+    source is refused. (Who does not trust the source's manifest either reads every SHA-256 with `verify`.)
+
+    May be called again after a crash, from any machine: parts that the target holds are not sent again, nor fetched
+    again if their checksums are known, from the target or from a checkpoint. What is there already is `unchanged`,
+    also if it was uploaded and not copied.
+
+    Within one store its server copies the payload by itself, in one step that begins anew after a crash. Its result
+    is proven by the checksum that the store attests, else by reading it back. A copy that replaces another artifact
+    is streamed all the same: its bytes have to be proven before the old payload goes.
+
+    Memory: `profile.chunk_size * profile.workers` bytes.
+
+    Args:
+        overwrite: Replace another artifact under the key. Readers see the old, the new, or a retryable error.
+        on_progress: Called in the calling thread about twice a second; raising from it stops the copy cleanly.
+        on_checkpoint: Called in the calling thread after each saved checkpoint, at the end and on failure.
+
+    Raises:
+        ArtifactNotFound: nothing under the source key.
+        ArtifactInvalid, SizeMismatch, ChecksumMismatch: the source is damaged; nothing was published.
+        ObjectChanged: the source was replaced meanwhile; try again.
+        KeyConflict: the target key holds another artifact.
+        TransferBusy: another process is bringing other content to the target key.
+    """
+    check_artifact_key(target_key)
+    profile = profile or ChunkProfile()
+    in_place = _is_same_place(source_store, target_store)
+    if in_place and source_key == target_key:
+        raise UsageError(f"{source_key!r} cannot be copied to itself", key=source_key)
+    payload = RemotePayload(RemoteArtifact.open(source_store, source_key, None))
+    errand = Errand(target_store, target_key, payload, profile, overwrite, on_progress, on_checkpoint, "copy", _DAMAGED)
+    result = run(errand, _ServerCopy if in_place else MultipartUpload)
+    meter = payload.meter
+    return CopyResult(
+        status="unchanged" if result.status == "unchanged" else "copied",
+        source_key=source_key,
+        key=target_key,
+        artifact_digest=result.artifact_digest,
+        manifest=result.manifest,
+        server_side=meter.server_side,
+        bytes_total=result.bytes_total,
+        bytes_received=meter.bytes_received,
+        bytes_sent=0 if meter.server_side else result.bytes_sent,
+        bytes_resumed=result.bytes_resumed,
+        seconds=result.seconds,
+        parts=result.parts,
+        checkpoints_saved=result.checkpoints_saved,
+    )
+
+
+def _is_same_place(source: Store, target: Store) -> bool:
+    """Whether the target store can copy the source's objects. Two servers may have buckets of one name."""
+    return source.url == target.url and source.server.endpoint == target.server.endpoint
+
+
+class _Meter:
+    """What one copy took, over all threads and all manifests that it adopted."""
+
+    def __init__(self) -> None:
+        self.bytes_received = 0
+        self.server_side = False
+        self._lock = threading.Lock()
+
+    def received(self, count: int) -> None:
+        with self._lock:
+            self.bytes_received += count
+
+
+class RemotePayload:
+    """The payload of an artifact in a store, pinned to one version, as something to be sent.
+
+    Its head, the entry of the manifest, is made from the manifest's bytes and never fetched: so what is embedded is
+    what is published beside it, whatever the source holds.
+    """
+
+    def __init__(
+        self, remote: RemoteArtifact, manifest_bytes: bytes | None = None, meter: _Meter | None = None
+    ) -> None:
+        from blobflow.artifact.tarmap import manifest_entry, payload_crc32c
+
+        self.remote = remote
+        self.meter = meter or _Meter()
+        self.manifest_bytes = manifest_bytes or remote.manifest_bytes
+        self.manifest = Manifest.parse(self.manifest_bytes)
+        self.digest = artifact_digest(self.manifest_bytes)
+        self._head = manifest_entry(self.manifest_bytes)
+        self._shift = len(manifest_entry(remote.manifest_bytes)) - len(self._head)
+        self.payload_size = self.size = len(self._head) + self.manifest.body.size
+        self.payload_crc32c = payload_crc32c(self.manifest_bytes, self.manifest.body.size, self.manifest.body.crc32c)
+
+    def __repr__(self) -> str:
+        return f"<RemotePayload {self.digest[:19]} of {self.remote.key!r} in {self.remote.store.url}>"
+
+    @property
+    def is_as_stored(self) -> bool:
+        """Whether this is the stored payload to the last byte, its manifest included."""
+        return self.manifest_bytes == self.remote.manifest_bytes
+
+    def adopt(self, manifest_bytes: bytes) -> RemotePayload:
+        """The same body behind another manifest: the one whose upload is taken up."""
+        other = RemotePayload(self.remote, manifest_bytes, self.meter)
+        if not other.manifest.same_body(self.manifest):
+            raise ArtifactInvalid(f"{self!r} and the manifest {other.digest} describe different payloads")
+        return other
+
+    def source(self) -> RemotePayload:
+        """Itself: nothing has to be opened."""
+        return self
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the payload's bytes from `offset`.
+
+        Raises:
+            ObjectChanged: the source was replaced; try again.
+        """
+        own = self._head[offset : offset + len(buffer)]
+        buffer[: len(own)] = own
+        rest = buffer[len(own) :]
+        if rest:
+            remote = self.remote
+            remote.store.get_range_into(remote.key, offset + len(own) + self._shift, rest, e_tag=remote.payload.e_tag)
+            self.meter.received(len(rest))
+
+    def chunks(self, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
+        """The payload's bytes of a range, a bufferful at a time, each valid until the next."""
+        while length:
+            chunk = buffer[: min(length, len(buffer))]
+            self.read_into(offset, chunk)
+            yield chunk
+            offset += len(chunk)
+            length -= len(chunk)
+
+
+class _ServerCopy(MultipartUpload):
+    """The payload is copied by the server of the one store that is source and target.
+
+    It is claimed like an upload, with an upload id that holds no part: whoever takes the intent up sends the parts,
+    or has the server copy again. The upload is aborted only when the copy is proven, because without it an object
+    that begins with the right manifest counts as complete.
+    """
+
+    @override
+    def make(self, upload_id: str, plan: TransferPlan, books: Books) -> ObjectMeta:
+        payload = self.payload
+        if not isinstance(payload, RemotePayload):
+            raise AssertionError("a copy brings what is in a store")
+        if self.replaces is not None or not payload.is_as_stored:
+            return super().make(upload_id, plan, books)
+        payload.meter.server_side = True
+        self.take_the_way(upload_id)
+        try:
+            books.begin()
+            move_parts(
+                [Part(1, 0, plan.size)],
+                lambda _part, _buffer: self.store.copy(payload.remote.key, self.key),
+                workers=1,
+                buffer_size=1,
+                on_moved=lambda _part, _made: None,
+                on_tick=lambda: self.tick(books),
+            )
+            made = self.store.head(self.key)
+            self._prove(made, plan, payload.meter, books)
+        except ChecksumMismatch:
+            self.store.delete(self.key)
+            self.give_up(upload_id)
+            raise
+        except BaseException:
+            books.failed()
+            raise
+        self.store.abort_multipart(self.key, upload_id)
+        return made
+
+    def _prove(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, books: Books) -> None:
+        """Hold the copy to the CRC32C of the manifest: the attested one, or that of its bytes."""
+        attested = made.crc32c if self.store.abilities.attests_crc32c else None
+        actual = self._read_back(made, plan, meter, books) if attested is None else attested
+        if actual != self.payload.payload_crc32c:
+            raise self.differs(actual)
+
+    def _read_back(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, books: Books) -> int:
+        crcs: dict[int, int] = {}
+
+        def move(part: Part, buffer: memoryview) -> int:
+            crc = 0
+            for offset in range(0, part.length, len(buffer)):
+                view = buffer[: part.length - offset]
+                self.store.get_range_into(self.key, part.offset + offset, view, e_tag=made.e_tag)
+                meter.received(len(view))
+                crc = crc32c(view, crc)
+            return crc
+
+        def moved(part: Part, crc: int) -> None:
+            crcs[part.number] = crc
+            books.moved(part.length)
+
+        move_parts(
+            list(plan),
+            move,
+            workers=self.profile.workers,
+            buffer_size=min(plan.part_size, self.profile.chunk_size),
+            on_moved=moved,
+            on_tick=lambda: self.tick(books),
+        )
+        return combine_all((crcs[part.number], part.length) for part in plan)
