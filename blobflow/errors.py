@@ -13,6 +13,10 @@ Errors of other libraries are translated once, at the store seam, and kept as `_
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -94,6 +98,12 @@ class TransferBusy(TemporaryError):
     """Another process holds what this call needs. Fields: key or path, owner."""
 
     default_hint = "wait for the other process to end, or for its lease to expire"
+
+
+class SessionPoisoned(TemporaryError):
+    """A mirror failed in the middle of an earlier chunk, and took up what its journal vouches for. Field: expected."""
+
+    default_hint = "go on at the expected offset, or begin again at 0"
 
 
 class DiskFull(TemporaryError):
@@ -201,6 +211,12 @@ class LeaseLost(RefusedError):
     """Somebody else took the lease over; the holder must not publish. Fields: name, generation."""
 
 
+class OffsetRegressionError(RefusedError):
+    """A chunk does not continue what a mirror holds; nothing was changed. Fields: expected, actual (offsets)."""
+
+    default_hint = "go on at the expected offset, or begin again at 0"
+
+
 class UsageError(BlobflowError):
     """The call or the configuration is wrong."""
 
@@ -224,3 +240,18 @@ class StoreConfigurationError(UsageError):
 
 class Unsupported(UsageError):
     """This store or file system lacks an ability the call needs. Fields: store, ability."""
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Errors of the operating system while `path` is written to, in this package's words."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"no room left for {path}: {error.strerror}", path=str(path)) from error
+        raise RefusedError(
+            f"{path} cannot be written: {error.strerror or error}",
+            hint="name a directory that can be written to",
+            path=str(path),
+        ) from error

@@ -7,11 +7,9 @@ taken up in the very moment in which they are collected, it begins anew; nothing
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -83,8 +81,8 @@ def collect(
 
     * Multipart uploads that no intent names, if they were begun at least `older_than_s` ago. One whose age the store
       does not tell, or makes up, counts as new, so only a limit of 0 collects it.
-    * Intents that expired at least `older_than_s` ago, and their uploads with them. Whoever uploads the same content
-      later sends all of it.
+    * Intents that expired at least `older_than_s` ago, and their uploads with them. One whose owner was a process of
+      this machine that is gone has expired, too. Whoever uploads the same content later sends all of it.
     * Objects that a killed probe left.
     * With `payloads`: payloads without manifest and intent, as old. They are found in any case. Nobody can see
       them, and only their uploader's content can bring them back.
@@ -164,7 +162,8 @@ class _Collection:
         except _Unreadable:
             self._report.unreadable.append(key)
             return
-        if intent is None or self._clock() < intent.expires_at + self._older_than_s:
+        now = self._clock()
+        if intent is None or intent.is_alive(now) or max(0.0, now - intent.expires_at) < self._older_than_s:
             return
         upload = uploads.get((key, intent.upload_id))
         if upload is not None:
@@ -264,30 +263,7 @@ def collect_stages(
     Returns:
         The stages that were removed, or would be in a dry run. Those of other users are left alone.
     """
-    from blobflow.artifact.landing import STAGE_PREFIX
+    # Not at the top: a collection in a store needs nothing of what lands artifacts.
+    from blobflow.artifact.leftovers import remove_stages
 
-    collected: list[Path] = []
-    for path in sorted(Path(directory).glob(f"{STAGE_PREFIX}*")):
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                written = max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
-                own = os.fstat(descriptor).st_uid == os.geteuid()
-                if own and clock() - written >= older_than_s and _is_free(descriptor):
-                    if not dry_run:
-                        shutil.rmtree(path)
-                    collected.append(path)
-            finally:
-                os.close(descriptor)
-        except OSError as error:  # it landed meanwhile, is no directory, or is on a disk that fails
-            _log.warning("gc.stage_stays path=%s error=%s", path, error)
-    return collected
-
-
-def _is_free(descriptor: int) -> bool:
-    """Take the lock that a download holds on its stage; closing the descriptor gives it back."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return remove_stages(Path(directory), idle_since=clock() - older_than_s, dry_run=dry_run)

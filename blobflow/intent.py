@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import random
 import sys
 import time
 import uuid
@@ -24,6 +25,7 @@ from blobflow.errors import (
     BlobflowError,
     NoSuchUpload,
     ObjectNotFound,
+    ObjectTooLarge,
     PreconditionFailed,
     TransferBusy,
 )
@@ -39,6 +41,7 @@ TTL_S: Final = 120.0
 
 _MAX_BYTES: Final = 4 * MAX_MANIFEST_BYTES
 _SAVE_ATTEMPTS: Final = 20
+_SAVE_PAUSE_S: Final = 0.25
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,14 @@ class Intent:
 class IntentKeeper:
     """Reads and writes the intent of one key. Every write is a compare-and-swap where the store has one."""
 
-    def __init__(self, store: Store, key: str, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, store: Store, key: str, *, clock: Callable[[], float] = time.time, owner: str | None = None
+    ) -> None:
         self._store = store
         self._key = key + SUFFIX
         self._clock = clock
+        self._owner = owner
+        """In the name of whom it writes; None: of this process."""
         self._e_tag = ""
         self.intent: Intent | None = None
         self._renewed_at = clock()
@@ -134,11 +141,17 @@ class IntentKeeper:
         return f"<IntentKeeper {self._key} {'held' if self.intent else 'empty'}>"
 
     def load(self) -> Intent | None:
-        """The intent in the store, or None. A damaged one counts as none and is replaced."""
+        """The intent in the store, or None. One that is damaged, or too large, counts as none and is replaced."""
         try:
             data, meta = self._store.get(self._key, max_bytes=_MAX_BYTES)
         except ObjectNotFound:
             self.intent, self._e_tag = None, ""
+            return None
+        except ObjectTooLarge:
+            meta = self._store.head(self._key)
+            if meta.size <= _MAX_BYTES:
+                raise  # another one meanwhile, that must not be replaced unread
+            self.intent, self._e_tag = None, meta.e_tag
             return None
         self._e_tag = meta.e_tag
         try:
@@ -157,7 +170,7 @@ class IntentKeeper:
             manifest_bytes=manifest_bytes,
             upload_id=upload_id,
             part_size=part_size,
-            owner=process_owner(),
+            owner=self._owner or process_owner(),
             generation=self.intent.generation + 1 if self.intent else 1,
             expires_at=self._clock() + TTL_S,
             write_id=uuid.uuid4().hex,
@@ -177,7 +190,7 @@ class IntentKeeper:
         mine = self.intent
         if mine is None:
             raise AssertionError("save without an intent")
-        for _ in range(_SAVE_ATTEMPTS):
+        for attempt in range(_SAVE_ATTEMPTS):
             current = self.intent
             if current is None or (current.upload_id != mine.upload_id and current.manifest.same_body(mine.manifest)):
                 raise NoSuchUpload(
@@ -189,13 +202,15 @@ class IntentKeeper:
                 break
             renewed = replace(
                 current,
-                owner=process_owner(),
+                owner=self._owner or process_owner(),
                 expires_at=self._clock() + TTL_S,
                 write_id=uuid.uuid4().hex,
                 crcs={**current.crcs, **crcs},
             )
             if self._write(renewed):
                 return
+            if attempt:  # many lanes save at once
+                time.sleep(random.uniform(0, min(_SAVE_PAUSE_S, 0.001 * 2**attempt)))
             self.load()
         raise TransferBusy(f"another upload took {self._key.removesuffix(SUFFIX)!r} over", key=self._key)
 

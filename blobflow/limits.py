@@ -10,6 +10,7 @@ from functools import cache
 from typing import Final
 
 from blobflow.config import MIB
+from blobflow.forks import forget_threads_in_children
 
 DEFAULT_MEMORY_BYTES: Final = 512 * MIB
 """Four transfers of the largest profile (4 workers x 32 MiB) side by side."""
@@ -26,6 +27,11 @@ class ByteBudget:
         if limit_bytes <= 0:
             raise ValueError(f"a budget of {limit_bytes} bytes lets nothing through")
         self.limit_bytes = limit_bytes
+        self.forget_threads()
+        forget_threads_in_children(self)
+
+    def forget_threads(self) -> None:
+        """See `Forkable`."""
         self.held_bytes = 0
         self._condition = threading.Condition()
 
@@ -72,9 +78,14 @@ class Bandwidth:
         self.bytes_per_s = bytes_per_s
         self._clock = clock
         self._sleep = sleep
-        self._lock = threading.Lock()
         self._free_at = clock()
         """When everything taken so far is paid for; in the past, it is credit for a burst."""
+        self.forget_threads()
+        forget_threads_in_children(self)
+
+    def forget_threads(self) -> None:
+        """See `Forkable`."""
+        self._lock = threading.Lock()
 
     def take(self, size: int) -> None:
         """Wait until `size` bytes may pass."""
@@ -99,10 +110,15 @@ class AdaptiveLimit:
             raise ValueError(f"a limit of {maximum} requests lets nothing through")
         self.maximum = maximum
         self._window = float(maximum)
-        self._in_flight = 0
-        self._condition = threading.Condition()
         self._epoch = 0
         """Decreases so far; a request that began before the last one says nothing about the new window."""
+        self.forget_threads()
+        forget_threads_in_children(self)
+
+    def forget_threads(self) -> None:
+        """See `Forkable`."""
+        self._in_flight = 0
+        self._condition = threading.Condition()
 
     def __repr__(self) -> str:
         return f"<AdaptiveLimit {self._in_flight} in flight, window {self.window} of {self.maximum}>"

@@ -46,6 +46,8 @@ class Message(NamedTuple):
     """Bucket and key, decoded: `/bucket/key`."""
     status: int | None
     """Of an answer."""
+    query: str = ""
+    """As it was sent."""
 
 
 @dataclass(frozen=True)
@@ -201,9 +203,9 @@ class FaultProxy(LoopbackServer):
         if head is None:
             return False
         method, target, _ = head.line.split(" ", 2)
-        operation, path = operation_of(method, target, head.fields), unquote(target.partition("?")[0])
+        operation, (path, _, query) = operation_of(method, target, head.fields), target.partition("?")
         expects = head.fields.get("expect", "").lower() == "100-continue"
-        fault = self._fault("request", operation, path, None)
+        fault = self._fault("request", operation, path, None, query)
         self._pass_head(up, head, fault, down)
         if not expects or self._continues(down):
             # A server that refuses early closes early: what it says is in its answer.
@@ -213,7 +215,7 @@ class FaultProxy(LoopbackServer):
         if answer is None:
             return False
         status = int(answer.line.split(" ", 2)[1])
-        fault = self._fault("answer", operation, path, status)
+        fault = self._fault("answer", operation, path, status, query)
         self._pass_head(down, answer, fault, down)
         if method != "HEAD" and status not in (204, 304):
             self._pass_body(down, answer, fault, down)
@@ -231,10 +233,10 @@ class FaultProxy(LoopbackServer):
             down.to.sendall(interim.raw)
         return True
 
-    def _fault(self, side: Side, operation: str, path: str, status: int | None) -> Fault | None:
+    def _fault(self, side: Side, operation: str, path: str, status: int | None, query: str) -> Fault | None:
         with self._lock:
             self._counts[side] += 1
-            message = Message(side, self._counts[side], operation, path, status)
+            message = Message(side, self._counts[side], operation, unquote(path), status, query)
             fault = self.faults(message)
             self.messages.append((message, fault))
         return fault

@@ -119,23 +119,29 @@ def moto_server() -> Generator[S3Endpoint, None, None]:
 
 
 @contextmanager
-def rgw_server() -> Generator[S3Endpoint, None, None]:
-    """A one-node Ceph cluster in memory with a RADOS Gateway in front; starts in about five seconds."""
+def rgw_server(*, min_part_size: int = 5 * 1024**2) -> Generator[S3Endpoint, None, None]:
+    """A one-node Ceph cluster in memory with a RADOS Gateway in front; starts in about five seconds.
+
+    Args:
+        min_part_size: Bytes of the smallest part but the last. All that is stored takes memory, and thousands of parts
+            need not take gigabytes of it.
+    """
     with ExitStack() as stack:
-        yield S3Endpoint("rgw", _start_rgw(stack), "test", "testtest")
+        yield S3Endpoint("rgw", _start_rgw(stack, min_part_size), "test", "testtest")
 
 
-def _start_rgw(stack: ExitStack, attempts: int = 4) -> str:
+def _start_rgw(stack: ExitStack, min_part_size: int, attempts: int = 4) -> str:
     """A port that was free may be taken before Ceph binds it, by the cluster of another pytest worker for one."""
     directory = tempfile.mkdtemp(prefix="rgw-")  # not below pytest's: the path of a unix socket is short
     stack.callback(shutil.rmtree, directory, ignore_errors=True)
     try:
-        command = ["bash", str(_START_RGW), directory, str(free_port()), str(free_port())]
+        limits = [f"RGW_MIN_PART_BYTES={min_part_size}"]
+        command = ["env", *limits, "bash", str(_START_RGW), directory, str(free_port()), str(free_port())]
         return stack.enter_context(_serving(command))
     except RuntimeError:
         if attempts == 1:
             raise
-    return _start_rgw(stack, attempts - 1)
+    return _start_rgw(stack, min_part_size, attempts - 1)
 
 
 @contextmanager
@@ -147,7 +153,7 @@ def _serving(command: list[str]) -> Generator[str, None, None]:
         try:
             url = process.stdout.readline().strip()
             if not url.startswith("http"):
-                raise RuntimeError(f"{command[:2]} did not start: exit code {process.wait(timeout=30)}")
+                raise RuntimeError(f"{command} did not start: exit code {process.wait(timeout=30)}")
             yield url
         finally:
             process.stdin.close()

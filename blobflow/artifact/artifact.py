@@ -1,8 +1,8 @@
 """An artifact on local disk: `MANIFEST.json`, `INDEX.parquet` and `data/`, and the payload they imply.
 
 In a *reference* artifact nothing is copied: `data` is a symbolic link to the source directory, and
-`REFERENCE.parquet` remembers the inode of each member, which is checked together with size and mtime when the file
-is read again.
+`REFERENCE.parquet` remembers inode and mtime of each member's file, which are checked together with its size when the
+file is read again.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ class PayloadSource:
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        from blobflow.artifact.index import decode_inodes
+        from blobflow.artifact.index import decode_origins
 
         self.layout = artifact.layout
         self.size = artifact.layout.size
@@ -215,7 +215,7 @@ class PayloadSource:
         self._index = artifact.index
         self._crowd = CrowdLock()
         self._root = os.path.realpath(artifact.data)
-        self._inodes = decode_inodes(_read_own(artifact.path / REFERENCE_NAME)) if artifact.is_reference else None
+        self._origins = decode_origins(_read_own(artifact.path / REFERENCE_NAME)) if artifact.is_reference else None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the payload's bytes from `offset`."""
@@ -260,6 +260,8 @@ class PayloadSource:
                     raise SourceChanged(f"source file {path!r} became shorter than {offset} bytes", path=path)
                 target = target[count:]
                 offset += count
+        except OSError as error:
+            raise SourceChanged(f"source file {path!r} cannot be read: {error.strerror}", path=path) from error
         finally:
             os.close(descriptor)
 
@@ -267,10 +269,11 @@ class PayloadSource:
         index = self._index
         path = index.paths[member]
         facts = [("size", index.sizes[member], status.st_size)]
-        if self._inodes is not None:
+        if self._origins is not None:
+            inodes, mtimes_ns = self._origins
             facts += [
-                ("mtime_ns", index.mtimes_ns[member], status.st_mtime_ns),
-                ("inode", self._inodes[member], status.st_ino),
+                ("mtime_ns", mtimes_ns[member], status.st_mtime_ns),
+                ("inode", inodes[member], status.st_ino),
             ]
         for what, expected, actual in facts:
             if expected != actual:
@@ -290,14 +293,14 @@ def write_artifact(
     backend: str,
     cursor: JsonValue = None,
     created_at: datetime | None = None,
-    inodes: Sequence[int] | None = None,
+    origins: tuple[Sequence[int], Sequence[int]] | None = None,
 ) -> Artifact:
     """Finish the artifact in `dest`, whose `data` is already there: index first, manifest last.
 
     Args:
-        inodes: For a reference artifact, the inode of each member.
+        origins: For a reference artifact, inode and mtime (ns) of each member's file.
     """
-    from blobflow.artifact.index import encode_inodes
+    from blobflow.artifact.index import encode_origins
     from blobflow.artifact.tarmap import TarMap
 
     index_bytes = index.encode()
@@ -317,8 +320,8 @@ def write_artifact(
         index=IndexInfo(size=len(index_bytes), sha256=sha256(index_bytes).hex(), crc32c=index_crc),
         body=BodyInfo(size=layout.size - layout.body_start, crc32c=layout.body_crc32c(index_crc)),
     )
-    if inodes is not None:
-        _write_durably(dest / REFERENCE_NAME, encode_inodes(inodes))
+    if origins is not None:
+        _write_durably(dest / REFERENCE_NAME, encode_origins(*origins))
     _write_durably(dest / INDEX_NAME, index_bytes)
     _write_durably(dest / MANIFEST_NAME, manifest.encode())
     artifact = Artifact.open(dest)

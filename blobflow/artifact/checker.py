@@ -49,12 +49,16 @@ class PayloadChecker:
 
     Args:
         digests: False checks everything but the SHA-256 of the contents (the caller proves them by CRC32C).
+        spanning: False leaves the members that span parts to somebody who sees all of them.
     """
 
-    def __init__(self, layout: TarMap, *, digests: bool = True, read_back: ReadBack | None = None) -> None:
+    def __init__(
+        self, layout: TarMap, *, digests: bool = True, spanning: bool = True, read_back: ReadBack | None = None
+    ) -> None:
         self.layout = layout
         self._index = layout.index
         self._digests = digests
+        self._digests_spanning = digests and spanning
         self._read_back = read_back
         self._spanning: dict[int, _Frontier] = {}
         self._moved = Condition()
@@ -87,27 +91,32 @@ class PayloadChecker:
             else:
                 if place:
                     place(member, span.content_offset, piece)
-                if self._digests:
+                if self._digests_spanning:
                     self._advance(member, span.content_offset, piece)
 
     def recall(self, offset: int, length: int) -> None:
         """Take a range for kept by an earlier process: its spanning members are read back when their turn comes."""
+        if not self._digests_spanning:
+            return
         for span in self.layout.spans(offset, length):
             member = span.entry - FIRST_MEMBER
             if span.content_offset >= 0 and member >= 0 and span.length != self._index.sizes[member]:
                 self._frontier(member).early[span.content_offset] = span.length
 
-    def settle(self) -> None:
+    def settle(self, on_tick: Callable[[], None] = lambda: None) -> None:
         """Finish the members that only recalled ranges completed.
+
+        Args:
+            on_tick: Called now and then while they are read back; raising from it stops that.
 
         Raises:
             DigestMismatch: a member's content differs from the index.
             ArtifactInvalid: a member is not complete.
         """
-        if not self._digests:
+        if not self._digests_spanning:
             return
         for member, frontier in sorted(self._spanning.items()):
-            self._drain(member, frontier, b"")
+            self._drain(member, frontier, b"", on_tick)
             if frontier.position != self._index.sizes[member]:
                 raise ArtifactInvalid(
                     f"member {self._index.paths[member]!r} has {frontier.position} of {self._index.sizes[member]} bytes"
@@ -129,7 +138,9 @@ class PayloadChecker:
             frontier.busy = True
         self._drain(member, frontier, piece if at_hand else b"")
 
-    def _drain(self, member: int, frontier: _Frontier, at_hand: Buffer) -> None:
+    def _drain(
+        self, member: int, frontier: _Frontier, at_hand: Buffer, on_tick: Callable[[], None] = lambda: None
+    ) -> None:
         """Hash `at_hand`, then every kept run that follows; only the owner of `frontier.busy` comes here."""
         frontier.digest.update(at_hand)
         position = frontier.position + len(at_hand)
@@ -145,6 +156,7 @@ class PayloadChecker:
                 raise AssertionError("a checker without read_back was given parts out of order")
             for chunk in self._read_back(member, position, length):
                 frontier.digest.update(chunk)
+                on_tick()
             position += length
         if position == self._index.sizes[member]:
             self._compare(member, frontier.digest.digest())

@@ -45,6 +45,8 @@ _SCHEMA = pa.schema(
 )
 _SCHEMA_READ = _SCHEMA.set(0, pa.field("path", pa.dictionary(pa.int32(), pa.string()), nullable=False))
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
+_UNREADABLE: Final = (pa.ArrowException, KeyError, OSError, TypeError, UnicodeDecodeError)
+"""What pyarrow raises for bytes that are no Parquet, or that of other columns than ours."""
 
 
 class Member(NamedTuple):
@@ -189,7 +191,7 @@ class Index:
             _check_shape(file, members)
             for group in range(file.num_row_groups):
                 index._extend(file.read_row_group(group, use_threads=False))
-        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        except _UNREADABLE as error:
             raise ArtifactInvalid(f"index is not readable as Parquet: {error}") from error
         if len(index) != members:
             raise ArtifactInvalid(f"index has {len(index)} rows, the manifest says {members}")
@@ -254,22 +256,24 @@ class Index:
                 parent = parent.rpartition("/")[0]
 
 
-def encode_inodes(inodes: Sequence[int]) -> bytes:
-    """The inode of each member of a reference artifact, as a Parquet column."""
+def encode_origins(inodes: Sequence[int], mtimes_ns: Sequence[int]) -> bytes:
+    """The inode and the modification time of each member's file, of a reference artifact, as Parquet columns."""
     sink = io.BytesIO()
-    pq.write_table(pa.table({"inode": pa.array(inodes, pa.uint64())}), sink, compression="zstd")
+    columns = {"inode": pa.array(inodes, pa.uint64()), "mtime_ns": pa.array(mtimes_ns, pa.int64())}
+    pq.write_table(pa.table(columns), sink, compression="zstd")
     return sink.getvalue()
 
 
-def decode_inodes(data: bytes) -> array[int]:
-    """The inverse of `encode_inodes`.
+def decode_origins(data: bytes) -> tuple[array[int], array[int]]:
+    """The inverse of `encode_origins`.
 
     Raises:
-        ArtifactInvalid: not such a column.
+        ArtifactInvalid: not such columns.
     """
     try:
-        return array("Q", pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False).column("inode").to_pylist())
-    except (pa.ArrowException, KeyError, TypeError) as error:
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        return array("Q", table.column("inode").to_pylist()), array("q", table.column("mtime_ns").to_pylist())
+    except _UNREADABLE as error:
         raise ArtifactInvalid(f"the reference table is not readable: {error}", hint="export again") from error
 
 

@@ -2,7 +2,8 @@
 
 Adopted from an artifact: contents, sizes, the directory tree, the owner's execute bit. Everything is written through
 directory descriptors with O_NOFOLLOW and O_EXCL into a private stage. A journal of finished parts lets the next
-process continue.
+process continue. Lanes land parts side by side, each with a journal of its own; whoever holds the stage alone proves
+the whole and publishes it.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from blobflow.artifact.checker import PayloadChecker
 from blobflow.artifact.crowd import CrowdLock
@@ -26,12 +29,25 @@ from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
 from blobflow.checksum import combine_all, crc32c
 from blobflow.engine.plan import Part, TransferPlan
-from blobflow.errors import ChecksumMismatch, DestinationNotEmpty, DigestMismatch, DiskFull, RefusedError, TransferBusy
+from blobflow.errors import (
+    ChecksumMismatch,
+    DestinationNotEmpty,
+    DigestMismatch,
+    NotFoundError,
+    RefusedError,
+    TransferBusy,
+    writing,
+)
 from blobflow.owner import boot_id
+
+_log = logging.getLogger(__name__)
 
 STAGE_PREFIX: Final = ".blobflow-download-"
 
 _JOURNAL_NAME: Final = "journal"
+_LANE_PREFIX: Final = "lane-"
+_LOCK_NAME: Final = "lock"
+"""A file, because network file systems pass flock(2) on to their server for files only."""
 _TREE_NAME: Final = "artifact"
 _HOLE: Final = bytes(64 * 1024)
 """Aligned runs of zeros of this size are left as holes, so that a sparse file lands sparse."""
@@ -86,9 +102,10 @@ def sync_tree(path: Path) -> None:
 
 
 class Stage:
-    """The private directory beside a destination where one artifact lands; held by one process at a time.
+    """The private directory beside a destination where one artifact lands.
 
-    `<stage>/artifact` becomes the destination, `<stage>/journal` remembers the finished parts.
+    `<stage>/artifact` becomes the destination, `<stage>/journal` remembers the finished parts. One process holds it
+    alone (`held`), or lanes hold it together (`lane`), each with a journal `<stage>/lane-<number>`.
     """
 
     def __init__(self, dest: Path, artifact_digest: str) -> None:
@@ -100,99 +117,141 @@ class Stage:
         self.tree = self.path / _TREE_NAME
         self.part_size: int | None = None
         """Part size of the parts in the journal; None in a fresh stage."""
+        self.lanes = 1
+        """Among how many processes the parts are divided."""
         self.done: dict[int, int] = {}
         """Finished parts: number -> CRC32C."""
+        self.is_lane = False
+        """Whether others land parts beside this process."""
+        self._journal = self.path / _JOURNAL_NAME
+        self._noting = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<Stage {self.path.name} for {self.dest}, {len(self.done)} parts done>"
 
     @contextmanager
     def held(self) -> Generator[Stage]:
-        """Hold the stage; what an earlier process left in it is taken over.
+        """Hold the stage alone; what earlier processes and lanes left in it is taken over.
 
         Raises:
             TransferBusy: another process lands the same artifact at the same destination.
         """
-        self.dest.parent.mkdir(parents=True, exist_ok=True)
-        self.path.mkdir(mode=0o700, exist_ok=True)
-        descriptor = os.open(self.path, _OPEN_DIRECTORY)
-        try:
-            if os.fstat(descriptor).st_uid != os.geteuid():
-                raise RefusedError(f"stage {self.path} belongs to another user", hint="remove it", path=str(self.path))
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise TransferBusy(f"another process is landing {self.dest}", path=str(self.dest)) from error
-            try:
-                self.tree.mkdir(exist_ok=True)
-            except FileNotFoundError as error:
-                # The other process published and removed the stage between our open and our lock.
-                raise TransferBusy(f"another process has just landed {self.dest}", path=str(self.dest)) from error
-            self._read_journal()
+        with self._locked(fcntl.LOCK_EX):
+            self._take_over(self._journal)
+            if self.part_size is not None:
+                self._append([{"boot": boot_id()}])
+            self._merge_lanes()
             yield self
-        finally:
-            os.close(descriptor)
 
-    def _read_journal(self) -> None:
-        """Take over what an earlier process finished.
+    @contextmanager
+    def lane(self, number: int, lanes: int) -> Generator[Stage]:
+        """Hold the stage as one of `lanes`, counted from 0. What the others do meanwhile is not seen.
 
-        Lines of the journal: `{"artifact", "part_size"}`, `{"boot"}`, `{"part", "crc32c"}`, `{"drop"}`, `{"synced"}`.
-        A killed process leaves its bytes with the kernel, so every part counts that it noted. If the machine itself
-        went down since, only those count that were noted before they were synced.
+        Raises:
+            TransferBusy: another process holds the stage alone, or is this very lane.
+            NotFoundError: the stage is not divided into that many lanes (see `divide`).
         """
-        try:
-            lines = (self.path / _JOURNAL_NAME).read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return
-        noted: dict[int, int] = {}
-        durable: dict[int, int] = {}
-        boot = ""
-        for line in lines:
+        with self._locked(fcntl.LOCK_SH):
+            self._take_over(self._journal)
+            if self.part_size is None or self.lanes != lanes:
+                raise NotFoundError(
+                    f"no download to {self.dest} in {lanes} lanes is under way",
+                    hint="begin it again; what has landed is kept",
+                    path=str(self.dest),
+                )
+            self.is_lane = True
+            self._journal = self.path / f"{_LANE_PREFIX}{number}"
+            with open(self._journal, "ab") as own:
+                # Two processes that land the same part would take each other's files away.
+                if not try_flock(own.fileno(), fcntl.LOCK_EX):
+                    raise TransferBusy(f"another process is lane {number} of {self.dest}", path=str(self.dest))
+                self._take_over(self._journal)
+                self._append([{"artifact": self.artifact_digest, "part_size": self.part_size}, {"boot": boot_id()}])
+                yield self
+
+    @contextmanager
+    def _locked(self, kind: int) -> Generator[None]:
+        with writing(self.dest):
+            self.dest.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+        with lock_of(self.path) as lock:
+            if lock is None or not try_flock(lock, kind):
+                raise TransferBusy(f"another process is landing {self.dest}", path=str(self.dest))
+            if not self._is_open(lock):
+                raise TransferBusy(f"another process has just landed {self.dest}", path=str(self.dest))
+            yield
+
+    def _is_open(self, lock: int) -> bool:
+        """Whether the locked stage is still there, and still needed: the process before may have published it."""
+        with writing(self.dest):
             try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # empty, or torn by a kill; what it spoke of is fetched again
-            if "artifact" in record:
-                self.part_size = record["part_size"]
-            elif "boot" in record:
-                if record["boot"] != boot:
-                    noted = dict(durable)
-                boot = record["boot"]
-            elif "part" in record:
-                noted[record["part"]] = record["crc32c"]
-            elif "drop" in record:
-                noted.pop(record["drop"], None)
-            else:
-                durable = dict(noted)
-        self.done = noted if boot and boot == boot_id() else durable
+                check_destination(self.dest)
+                self.tree.mkdir(exist_ok=True)
+                return os.path.samestat(os.fstat(lock), os.lstat(self.path / _LOCK_NAME))
+            except (FileNotFoundError, DestinationNotEmpty):
+                return False
+
+    def _take_over(self, journal: Path) -> None:
+        notes = _Notes.read(journal)
+        if notes.part_size is not None and self.part_size in (None, notes.part_size):
+            self.part_size = notes.part_size
+            self.lanes = notes.lanes or self.lanes
+            self.done |= notes.done
+
+    def _merge_lanes(self) -> None:
+        """Take the notes of lanes, also of those on other machines, over into the journal."""
+        journals = sorted(self.path.glob(f"{_LANE_PREFIX}*"))
+        if not journals:
+            return
+        before = dict(self.done)
         if self.part_size is not None:
-            self._append([{"boot": boot_id()}])
+            for journal in journals:
+                self._take_over(journal)
+            new = [{"part": number, "crc32c": crc} for number, crc in self.done.items() if number not in before]
+            self._append(new)
+            self.sync()
+        for journal in journals:
+            journal.unlink()
+        fsync_directory(self.path)
 
     def begin(self, part_size: int) -> None:
         """Start the journal of a fresh stage."""
         self.part_size = part_size
         self._append([{"artifact": self.artifact_digest, "part_size": part_size}, {"boot": boot_id()}], durable=True)
 
-    def note(self, number: int, crc: int) -> None:
-        """Record a part whose bytes were written; that survives this process, but not yet the machine."""
-        self._append([{"part": number, "crc32c": crc}])
-        self.done[number] = crc
+    def divide(self, lanes: int) -> None:
+        """Let that many lanes, on any machines that see this directory, land what is missing."""
+        self.sync()
+        self.lanes = lanes
+        self._append([{"lanes": lanes}], durable=True)
 
-    def sync(self) -> None:
-        """Make all parts noted so far durable."""
-        noted = len(self.done)
-        sync_tree(self.path)
-        self._append([{"synced": noted}], durable=True)
+    def note(self, number: int, crc: int) -> None:
+        """Record a part whose bytes were written; that survives this process, but not yet the machine. Thread-safe."""
+        with self._noting:
+            self._append([{"part": number, "crc32c": crc}])
+            self.done[number] = crc
+
+    def sync(self) -> int:
+        """Make all parts noted so far durable, and return how many these are."""
+        with self._noting:
+            noted = len(self.done)
+            self._append([{"syncing": noted}])
+        with writing(self.dest):
+            sync_tree(self.path)
+        with self._noting:
+            self._append([{"synced": noted}], durable=True)
+        return noted
 
     def drop(self, numbers: Iterable[int]) -> None:
         """Forget parts that turned out to be wrong, so that the next run fetches them again."""
-        dropped = [number for number in numbers if self.done.pop(number, None) is not None]
-        self._append([*({"drop": number} for number in dropped), {"synced": len(self.done)}], durable=True)
+        with self._noting:
+            dropped = [number for number in numbers if self.done.pop(number, None) is not None]
+            self._append([{"drop": number} for number in dropped], durable=True)
 
-    def _append(self, records: list[dict[str, int | str]], *, durable: bool = False) -> None:
+    def _append(self, records: Iterable[Mapping[str, int | str]], *, durable: bool = False) -> None:
         # The newline in front ends a line that a killed process left torn, which would swallow this one.
         data = "".join(f"\n{json.dumps(record)}" for record in records) + "\n"
-        with open(self.path / _JOURNAL_NAME, "ab", buffering=0) as file:
+        with writing(self.dest), open(self._journal, "ab", buffering=0) as file:
             file.write(data.encode())
             if durable:
                 os.fsync(file.fileno())
@@ -203,22 +262,136 @@ class Stage:
         Raises:
             DestinationNotEmpty: something appeared at the destination meanwhile; it is left alone.
         """
-        sync_tree(self.path)
-        check_destination(self.dest)
+        with writing(self.dest):
+            sync_tree(self.path)
+            check_destination(self.dest)
+            try:
+                os.rename(self.tree, self.dest)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise DestinationNotEmpty(
+                        f"destination {self.dest} exists and is not an empty directory", path=str(self.dest)
+                    ) from error
+                raise
+            fsync_directory(self.dest.parent)
         try:
-            os.rename(self.tree, self.dest)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise DestinationNotEmpty(
-                    f"destination {self.dest} exists and is not an empty directory", path=str(self.dest)
-                ) from error
-            raise
-        fsync_directory(self.dest.parent)
-        self.remove()
+            remove_stage(self.path)
+        except OSError as error:  # what had to be done is done; `sweep` removes the rest
+            _log.warning("stage.stays path=%s error=%s", self.path, error)
 
-    def remove(self) -> None:
-        """Drop the stage and everything in it."""
-        shutil.rmtree(self.path)
+    def sweep(self) -> None:
+        """Remove what a process left that published the stage and could not, or did not live to, remove it."""
+        with lock_of(self.path) as lock:
+            if lock is not None and try_flock(lock, fcntl.LOCK_EX):
+                remove_stage(self.path)
+
+
+class _Notes:
+    """What a journal says, a JSON object per line.
+
+    | line | means |
+    |---|---|
+    | `{"artifact", "part_size"}` | the head |
+    | `{"lanes"}` | the missing parts are divided among that many lanes |
+    | `{"boot"}` | a process begins, in that boot of a machine |
+    | `{"part", "crc32c"}` | a part is written |
+    | `{"drop"}` | a part turned out to be wrong |
+    | `{"syncing"}`, later `{"synced"}` | the parts noted before the first survive the machine since the second |
+
+    A killed process leaves its bytes with the kernel, so every part counts that it noted. If the machine went down
+    since, or was another one, only those count that were synced.
+    """
+
+    def __init__(self) -> None:
+        self.part_size: int | None = None
+        self.lanes: int | None = None
+        self.done: dict[int, int] = {}
+
+    @classmethod
+    def read(cls, journal: Path) -> _Notes:
+        """The notes in a file; none if there is no such file."""
+        notes = cls()
+        try:
+            lines = journal.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return notes
+        noted: dict[int, int] = {}
+        syncing: dict[int, int] = {}
+        durable: dict[int, int] = {}
+        boot = ""
+        for line in lines:
+            try:
+                record: dict[str, Any] = json.loads(line)
+            except ValueError:
+                continue  # empty, or torn by a kill; what it spoke of is fetched again
+            if "artifact" in record:
+                notes.part_size = record["part_size"]
+            elif "lanes" in record:
+                notes.lanes = record["lanes"]
+            elif "boot" in record:
+                if record["boot"] != boot:
+                    noted = dict(durable)
+                boot, syncing = record["boot"], {}
+            elif "part" in record:
+                noted[record["part"]] = record["crc32c"]
+            elif "drop" in record:
+                for known in (noted, syncing, durable):
+                    known.pop(record["drop"], None)
+            elif "syncing" in record:
+                syncing = dict(noted)
+            elif "synced" in record:
+                durable |= syncing
+        notes.done = noted if boot and boot == boot_id() else durable
+        return notes
+
+
+@contextmanager
+def lock_of(stage: Path) -> Generator[int | None]:
+    """The descriptor of a stage's lock; None if the stage is gone.
+
+    Raises:
+        RefusedError: it is another user's, or cannot be written to.
+    """
+    lock: int | None = None
+    with writing(stage), suppress(FileNotFoundError):
+        directory = os.open(stage, _OPEN_DIRECTORY)
+        try:
+            if os.fstat(directory).st_uid != os.geteuid():
+                raise RefusedError(f"stage {stage} belongs to another user", hint="remove it", path=str(stage))
+            # Network file systems give an exclusive lock only to who may write.
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            lock = os.open(_LOCK_NAME, flags, 0o600, dir_fd=directory)
+        finally:
+            os.close(directory)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def try_flock(descriptor: int, kind: int) -> bool:
+    """Take a lock without waiting; closing the descriptor gives it back."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def remove_stage(stage: Path) -> None:
+    """Drop a stage that the caller holds alone; its lock goes last, because until then nobody else may begin one."""
+    for entry in stage.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != _LOCK_NAME:
+            entry.unlink()
+    (stage / _LOCK_NAME).unlink()
+    try:
+        stage.rmdir()
+    except OSError as error:
+        if error.errno != errno.ENOTEMPTY:  # somebody came at this moment, and will see that it has landed
+            raise
 
 
 class Landing:
@@ -226,7 +399,8 @@ class Landing:
 
     Args:
         plan: The parts, over the payload from the first member's entry to the end.
-        digests: Whether contents are held to their SHA-256; the CRC32C of the whole always is.
+        digests: Whether contents are held to their SHA-256; the CRC32C of the whole always is. In a lane, members
+            that span parts are left to whoever holds the stage alone afterwards.
     """
 
     def __init__(self, stage: Stage, layout: TarMap, plan: TransferPlan, *, digests: bool = True) -> None:
@@ -234,9 +408,9 @@ class Landing:
         self.layout = layout
         self.plan = plan
         self._index = layout.index
-        self._checker = PayloadChecker(layout, digests=digests, read_back=self._read_back)
+        self._checker = PayloadChecker(layout, digests=digests, spanning=not stage.is_lane, read_back=self._read_back)
         self._crowd = CrowdLock()
-        self._synced = True
+        self._synced = len(stage.done)
         self._prepare()
         for number in stage.done:
             part = plan.part(number)
@@ -249,56 +423,61 @@ class Landing:
         """Make every directory, and the files that have no bytes to wait for."""
         data = self.stage.tree / DATA_NAME
         made = {data}
-        data.mkdir(exist_ok=True)
-        for path, size, mode in zip(self._index.paths, self._index.sizes, self._index.modes, strict=True):
-            parent = data / (path if path.endswith("/") else path.rpartition("/")[0])
-            if parent not in made:
-                parent.mkdir(parents=True, exist_ok=True)
-                made.add(parent)
-            if not size and not path.endswith("/"):
-                (data / path).touch(mode=_permissions(mode))
+        with writing(self.stage.dest):
+            data.mkdir(exist_ok=True)
+            for path, size, mode in zip(self._index.paths, self._index.sizes, self._index.modes, strict=True):
+                parent = data / (path if path.endswith("/") else path.rpartition("/")[0])
+                if parent not in made:
+                    parent.mkdir(parents=True, exist_ok=True)
+                    made.add(parent)
+                if not size and not path.endswith("/"):
+                    (data / path).touch(mode=_permissions(mode))
 
     def land(self, part: Part, data: memoryview) -> int:
         """Check the bytes of a part and write them; returns their CRC32C.
 
         Raises:
             IntegrityError: the bytes are not what the index promises; nothing wrong is kept as finished.
-            DiskFull: no room; finished parts are kept.
+            DiskFull, RefusedError: it cannot be written; finished parts are kept.
         """
         crc = crc32c(data)
         crowd = self._crowd.around(self.layout.entries_in(part.offset, part.length))
-        with crowd, _Writer(self.stage.tree / DATA_NAME, self.layout) as writer:
-            try:
-                self._checker.consume(part.offset, data, writer.place)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise DiskFull(f"no room left for {self.stage.dest}", path=str(self.stage.dest)) from error
-                raise
+        with crowd, writing(self.stage.dest), _Writer(self.stage.tree / DATA_NAME, self.layout) as writer:
+            self._checker.consume(part.offset, data, writer.place)
         return crc
 
     def landed(self, part: Part, crc: int) -> None:
-        """Note a part that `land` has finished; a killed process loses none of them. Not thread-safe."""
+        """Note a part that `land` has finished; a killed process loses none of them. Thread-safe.
+
+        The thread that landed it notes it: the calling thread may be held up by a checkpoint for seconds.
+        """
         self.stage.note(part.number, crc)
-        self._synced = False
 
     def sync(self) -> None:
         """Make the parts landed so far survive the machine as well. Not thread-safe."""
-        if not self._synced:
-            self.stage.sync()
-            self._synced = True
+        if len(self.stage.done) != self._synced:
+            self._synced = self.stage.sync()
 
-    def finish(self, head: bytes, expected_crc32c: int, manifest_bytes: bytes, index_bytes: bytes) -> None:
+    def finish(
+        self,
+        head: bytes,
+        expected_crc32c: int,
+        manifest_bytes: bytes,
+        index_bytes: bytes,
+        on_tick: Callable[[], None] = lambda: None,
+    ) -> None:
         """Prove the whole, then publish it at the destination.
 
         Args:
             head: The payload's bytes before the plan's first part.
             expected_crc32c: Of the whole payload.
+            on_tick: Called now and then while members are read back; raising from it stops that.
 
         Raises:
             IntegrityError: the whole is not what was promised.
             DestinationNotEmpty: something appeared at the destination meanwhile.
         """
-        self._checker.settle()
+        self._checker.settle(on_tick)
         parts = [(crc32c(head), len(head)), *((self.stage.done[part.number], part.length) for part in self.plan)]
         if (actual := combine_all(parts)) != expected_crc32c:
             self.stage.drop(range(1, len(self.plan) + 1))
@@ -308,8 +487,9 @@ class Landing:
                 expected=expected_crc32c,
                 actual=actual,
             )
-        (self.stage.tree / INDEX_NAME).write_bytes(index_bytes)
-        (self.stage.tree / MANIFEST_NAME).write_bytes(manifest_bytes)
+        with writing(self.stage.dest):
+            (self.stage.tree / INDEX_NAME).write_bytes(index_bytes)
+            (self.stage.tree / MANIFEST_NAME).write_bytes(manifest_bytes)
         self.stage.publish()
 
     def forget(self, error: DigestMismatch) -> None:

@@ -35,7 +35,10 @@ def verify_members(artifact: Artifact, *, on_progress: Callable[[int, int], None
                 raise SourceChanged(f"directory {path!r} of {artifact!r} is missing", path=path)
             return FileHash(0, EMPTY_SHA256, 0)
         with open_regular(root, path) as file:
-            return hash_descriptor(file.fileno(), buffer)
+            try:
+                return hash_descriptor(file.fileno(), buffer)
+            except OSError as error:
+                raise SourceChanged(f"file {path!r} cannot be read: {error.strerror}", path=path) from error
 
     hashes = hash_files(
         len(index),

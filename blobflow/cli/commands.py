@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
-from blobflow.cli.scratch import scratch_directory
 from blobflow.cli.settings import CommandGroup, DigestType, DurationType, Settings, shared_options
 from blobflow.cli.words import human_size, human_time, table
 from blobflow.errors import NotFoundError, TemporaryError
+from blobflow.scratch import scratch_directory
 from blobflow.version import __version__
 
 if TYPE_CHECKING:
     from blobflow.artifact.manifest import Manifest
     from blobflow.lease import RefState
+    from blobflow.mirror import ReceiverStatus, SnapshotId
     from blobflow.stores.base import Store
     from blobflow.transport import DownloadResult
 
@@ -300,6 +303,73 @@ def verify(settings: Settings, key: str, mode: Literal["deep", "shallow"] | None
     )
 
 
+@cli.command()
+@click.argument("source", metavar="SOURCE_STORE")
+@click.argument("source_key", metavar="KEY")
+@click.argument("target", metavar="TARGET_STORE")
+@click.argument("target_key", metavar="[KEY]", required=False)
+@click.option("--overwrite", is_flag=True, help="Replace another artifact under the target's key.")
+@click.option("--source-endpoint-url", metavar="URL", help="S3 server of SOURCE_STORE, if it is another one.")
+@click.option("--source-region", metavar="NAME", help="S3 region of SOURCE_STORE, likewise.")
+@click.pass_obj
+def copy(
+    settings: Settings,
+    source: str,
+    source_key: str,
+    target: str,
+    target_key: str | None,
+    overwrite: bool,
+    source_endpoint_url: str | None,
+    source_region: str | None,
+) -> None:
+    """Copy the artifact under KEY from one store to another, by default under the same key.
+
+    Nothing is written to local disk. What was copied is proven before it becomes visible. Run it again after a crash,
+    on any machine: parts that the target holds are not sent again. --store is not used.
+    """
+    from blobflow.transport import copy_artifact
+
+    settings.resumes = True
+    from_settings = settings.for_one_of_two(source, source_endpoint_url, source_region)
+    to_settings = settings.for_one_of_two(target)
+    key = target_key or source_key
+    with from_settings.open_store() as source_store, to_settings.open_store() as store, show_progress() as progress:
+        result = copy_artifact(
+            source_store,
+            source_key,
+            store,
+            key,
+            profile=settings.transfer_profile(),
+            overwrite=overwrite,
+            on_progress=transferred(progress),
+        )
+    how = "the server copied, read back" if result.server_side else "received"
+    settings.report(
+        {
+            "status": result.status,
+            "key": key,
+            "store": store.url,
+            "source_key": source_key,
+            "source_store": source_store.url,
+            "artifact_digest": result.artifact_digest,
+            "content_digest": result.manifest.content_digest,
+            "server_side": result.server_side,
+            "bytes_total": result.bytes_total,
+            "bytes_received": result.bytes_received,
+            "bytes_sent": result.bytes_sent,
+            "bytes_resumed": result.bytes_resumed,
+            "content_bytes": result.manifest.bytes,
+            "members": result.manifest.members,
+            "parts": result.parts,
+            "checkpoints_saved": result.checkpoints_saved,
+            "seconds": result.seconds,
+        },
+        f"{result.status} {key}  {result.artifact_digest}",
+        f"{_members(result.manifest)}; {how} {human_size(result.bytes_received)}, sent {human_size(result.bytes_sent)}"
+        f"{_resumed(result.bytes_resumed)} in {result.seconds:.1f} s",
+    )
+
+
 # ls, show, ref
 
 
@@ -400,6 +470,34 @@ def ref_set(settings: Settings, name: str, key: str) -> None:
     settings.report(_ref_document("set", store, name, state), f"{name} -> {state.key}  {state.manifest_sha256}")
 
 
+@ref.command("log")
+@click.argument("name")
+@click.pass_obj
+def ref_log(settings: Settings, name: str) -> None:
+    """Print where the ref NAME points and where it pointed before, the latest first."""
+    from blobflow.lease import read_ref
+
+    with settings.open_store() as store:
+        state = read_ref(store, name)
+    if state is None:
+        raise NotFoundError(f"no ref {name!r} in {store.url}", name=name)
+    if settings.json:
+        moves = [
+            {
+                "key": entry.key,
+                "artifact_digest": entry.manifest_sha256,
+                "generation": entry.generation,
+                "round_number": entry.round_number,
+                "updated_at": entry.updated_at.isoformat(),
+            }
+            for entry in state.entries()
+        ]
+        settings.report({**_ref_document("found", store, name, state), "moves": moves})
+    else:
+        rows = ((human_time(entry.updated_at), entry.key, entry.manifest_sha256) for entry in state.entries())
+        table(("moved", "key", "artifact"), rows)
+
+
 def _ref_document(status: str, store: Store, name: str, state: RefState) -> dict[str, Any]:
     return {
         "status": status,
@@ -410,6 +508,151 @@ def _ref_document(status: str, store: Store, name: str, state: RefState) -> dict
         "generation": state.generation,
         "updated_at": state.updated_at.isoformat(),
     }
+
+
+# mirror
+
+
+@cli.group()
+def mirror() -> None:
+    """Push snapshots to a receiver elsewhere, and be one.
+
+    Both sides take their common secret, at least 16 characters, from the environment: BLOBFLOW_MIRROR_TOKEN.
+    """
+
+
+@mirror.command("serve")
+@click.argument("directory", metavar="DIR", type=_PATH)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8337, show_default=True, help="0 takes a free one.")
+@click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="PEM; makes it https.")
+@click.option("--tls-key", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="Its private key.")
+@click.pass_obj
+def mirror_serve(
+    settings: Settings, directory: Path, host: str, port: int, tls_cert: str | None, tls_key: str | None
+) -> None:
+    """Receive snapshots in DIR until a signal ends it.
+
+    What arrived is kept: a receiver that is killed goes on at the last checkpoint when it is started again.
+    """
+    try:
+        from blobflow.mirror.server import MirrorServer
+    except ModuleNotFoundError as error:
+        raise click.UsageError(f"{error.name} is not installed: pip install 'blobflow[mirror]'") from error
+    from blobflow.mirror import MirrorReceiver
+
+    token = _mirror_token()
+    with MirrorReceiver(directory) as receiver:
+        try:
+            server = MirrorServer(
+                receiver, host=host, port=port, certificate=tls_cert, private_key=tls_key, token=token
+            )
+        except OSError as error:
+            raise click.UsageError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        settings.report(
+            {"status": "listening", "url": server.url, "path": str(directory.absolute())},
+            f"receiving in {directory} at {server.url}",
+        )
+        server.run()
+
+
+@mirror.command("push")
+@click.argument("what", metavar="KEY")
+@click.argument("url")
+@click.option("--database", required=True, metavar="NAME", help="What it is a snapshot of.")
+@click.option("--source", required=True, metavar="NAME", help="Where it comes from, for example the cluster.")
+@click.option(
+    "--position",
+    type=click.IntRange(0, (1 << 64) - 1),
+    metavar="N",
+    help="In the history of the source; greater is newer.  [default: when the artifact was made, or the file modified]",
+)
+@click.option("--file", "is_file", is_flag=True, help="KEY is the path of a local file instead.")
+@click.pass_obj
+def mirror_push(
+    settings: Settings, what: str, url: str, database: str, source: str, position: int | None, is_file: bool
+) -> None:
+    """Send the artifact under KEY to the receiver at URL. Run it again after a crash: it sends what is missing."""
+    from blobflow.mirror import Snapshot
+    from blobflow.mirror.client import MirrorClient
+
+    settings.resumes = True
+    names: dict[str, Any] = {"source": source, "database": database, "position": position}
+    with (
+        nullcontext() if is_file else settings.open_store() as store,
+        MirrorClient(url, token=_mirror_token()) as client,
+        show_progress() as progress,
+    ):
+        snapshot = Snapshot.of_file(what, **names) if store is None else Snapshot.of_artifact(store, what, **names)
+        result = client.push(snapshot, on_progress=processed(progress, "push"))
+    settings.report(
+        {
+            "status": result.status,
+            "key": what,
+            "url": client.url,
+            **result.id._asdict(),
+            "bytes_total": result.bytes_total,
+            "bytes_sent": result.bytes_sent,
+            "bytes_resumed": result.bytes_resumed,
+            "seconds": result.seconds,
+        },
+        f"{result.status} {result.id}  {result.id.digest}",
+        f"sent {human_size(result.bytes_sent)}{_resumed(result.bytes_resumed)} in {result.seconds:.1f} s",
+    )
+
+
+@mirror.command("status")
+@click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--ref", metavar="REF", help="Compare a mirror of imports with this ref, such as orders/latest.")
+@click.pass_obj
+def mirror_status(settings: Settings, directory: Path, ref: str | None) -> None:
+    """Show where the mirror in DIR stands: the snapshots of a receiver, or what was imported last.
+
+    A mirror of imports is compared with the store, if one is named: with REF, or with the key that it was imported
+    from. Nothing is changed or locked; what works on DIR may be at work meanwhile.
+    """
+    from blobflow.follow import mirror_status
+    from blobflow.mirror import read_snapshots
+
+    snapshots = read_snapshots(directory)
+    if snapshots:
+        _show_snapshots(settings, directory, snapshots)
+        return
+    with settings.open_store() if settings.store else nullcontext() as store:
+        status = mirror_status(directory, store, ref)
+    settings.report({"status": status.state, **status.to_dict()}, str(status))
+
+
+def _show_snapshots(settings: Settings, directory: Path, snapshots: Mapping[SnapshotId, ReceiverStatus]) -> None:
+    from blobflow.mirror import Following
+
+    rows: list[tuple[str, str, str, str]] = []
+    documents: list[dict[str, Any]] = []
+    for snapshot, status in snapshots.items():
+        document: dict[str, Any] = snapshot._asdict()
+        if isinstance(status, Following):
+            document |= {"status": "following", "cursor": status.cursor}
+            words = f"following {json.dumps(status.cursor)}"
+        else:
+            document |= {
+                "status": "bootstrapping",
+                "bytes_done": status.bytes_done,
+                "bytes_total": status.bytes_total,
+            }
+            words = f"bootstrapping, {human_size(status.bytes_done)} of {human_size(status.bytes_total)}"
+        documents.append(document)
+        rows.append((snapshot.database, str(snapshot.position), snapshot.source, words))
+    if settings.json:
+        settings.report({"status": "found", "path": str(directory.absolute()), "snapshots": documents})
+    else:
+        table(("database", "position", "source", "status"), rows)
+
+
+def _mirror_token() -> str:
+    token = os.environ.get("BLOBFLOW_MIRROR_TOKEN")
+    if not token:
+        raise click.UsageError("no token: set BLOBFLOW_MIRROR_TOKEN")
+    return token
 
 
 # probe, gc

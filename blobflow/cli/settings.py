@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -32,6 +32,7 @@ class Settings:
     store: str | None = None
     endpoint_url: str | None = None
     region: str | None = None
+    content_md5: bool = False
     profile: str = "tactical"
     chunk_size: int | None = None
     workers: int | None = None
@@ -50,6 +51,12 @@ class Settings:
         changes = {name: value for name, value in given.items() if value is not None}
         return ChunkProfile.named(self.profile).model_copy(update=changes)
 
+    def for_one_of_two(self, store: str, endpoint_url: str | None = None, region: str | None = None) -> Settings:
+        """These settings for a store that is used beside another: what only S3 knows is kept from all others."""
+        if not _is_s3(store):
+            return replace(self, store=store, endpoint_url=endpoint_url, region=region, content_md5=False)
+        return replace(self, store=store, endpoint_url=endpoint_url or self.endpoint_url, region=region or self.region)
+
     @contextmanager
     def open_store(self) -> Generator[Store]:
         """The store that was named; `UsageError` if there is none, or for an option it does not take."""
@@ -57,8 +64,12 @@ class Settings:
             raise click.UsageError("no store is named: use --store URL, or set BLOBFLOW_STORE")
         from blobflow.stores.open import open_store
 
-        options: dict[str, Any] = {"endpoint_url": self.endpoint_url, "region": self.region}
-        if self.store.lower().startswith("s3://"):
+        options: dict[str, Any] = {
+            "endpoint_url": self.endpoint_url,
+            "region": self.region,
+            "content_md5": self.content_md5 or None,
+        }
+        if _is_s3(self.store):
             # The environment means every S3 client on the machine; to other stores these options are unknown.
             from_environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
             profile = self.transfer_profile()
@@ -96,6 +107,10 @@ class Settings:
         hint = TemporaryError.default_hint if self.resumes else ""
         self.fail({"type": "Interrupted", "message": f"stopped by {number.name}", "hint": hint})
         return 128 + number
+
+
+def _is_s3(store: str) -> bool:
+    return store.lower().startswith("s3://")
 
 
 class _LogLines(logging.Handler):
@@ -175,6 +190,7 @@ def shared_options() -> list[click.Parameter]:
         ),
         option("--endpoint-url", metavar="URL", help="S3 server, unless it is AWS.  [env var: AWS_ENDPOINT_URL]"),
         option("--region", metavar="NAME", help="S3 region."),
+        option("--content-md5", is_flag=True, help="Where `blobflow probe` says that an S3 server ignores CRC32C."),
         option(
             "--profile",
             type=click.Choice(["datacenter", "tactical", "edge"]),

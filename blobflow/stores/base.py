@@ -135,6 +135,12 @@ class Body:
         return f"<Body {self.size} bytes>"
 
 
+def key_segment(name: str) -> str:
+    """Any name as one segment of a key or a path; different names stay different."""
+    segment = name.replace("%", "%25").replace("/", "%2F")
+    return segment.replace(".", "%2E") if segment in (".", "..") else segment
+
+
 def check_key(key: str) -> str:
     """`key` itself, if it is one: relative, `/`-separated, no empty, `.`, `..` or reserved segments.
 

@@ -4,7 +4,8 @@
 |---|---|
 | `<root>/<key>` | an object, whole and durable from the moment its name appears |
 | `<root>/.blobflow/tmp/` | files and directories that have no name yet; swept after a day |
-| `<root>/.blobflow/locks/00..ff` | lock files; a key's lock is the one its CRC32C selects |
+| `<root>/.blobflow/locks/00..ff` | lock files; a key's lock is the one its CRC32C selects; a holder's note is in it |
+| `<root>/.blobflow/locks/breaking` | held by whoever replaces the lock file of a process that was stopped |
 | `<root>/.blobflow/uploads/<upload_id>/upload.json` | key, part size, time; its flock guards `payload` |
 | `.../payload` | the object to be: part n lies at (n - 1) * part_size |
 | `.../parts.jsonl` | journal of acknowledged parts, the last record of a number wins |
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -89,6 +91,10 @@ _STRAGGLER_PATIENCE_S = 30.0
 """How long complete waits for a part that another process is still writing."""
 
 _LOCK_POLL_S = 0.02
+_LOCK_PATIENCE_S = 2.0
+"""Longer than a sync usually takes. Breaking the lock of a holder that is only slow costs it a retry, nothing else."""
+_NO_NOTE = b" " * 32
+_IS_TEMPORARY = re.compile(rb"[0-9a-f]{32}")
 
 _CONFIGURATION_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.ENOTSUP})
 _NO_OBJECT_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO})
@@ -125,6 +131,10 @@ class LocalStore(Store):
         self._straggler_patience_s = straggler_patience_s
         self._journals: dict[str, _JournalState] = {}
         self._swept = False
+
+    @override
+    def server_time_s(self) -> float:
+        return self._now_ns() / 1e9
 
     # Objects
 
@@ -331,7 +341,11 @@ class LocalStore(Store):
                     self._publish(key, upload.fd, "payload", PutMode.OVERWRITE, None)
                 except FileNotFoundError:
                     raise _no_such_upload(key, upload_id) from None  # aborted meanwhile
-        self._drop_upload(upload_id)
+        try:
+            self._drop_upload(upload_id)
+        except OSError as error:
+            # The object is there all the same; what stays of the upload is swept later.
+            _log.warning("store.upload_stays key=%s upload_id=%s error=%s", key, upload_id, error)
         return meta
 
     @override
@@ -481,6 +495,12 @@ class LocalStore(Store):
             tmp = os.open(self._internal / "tmp", _DIRECTORY)
             try:
                 self._publish(key, tmp, name, mode, e_tag)
+            except FileNotFoundError as error:
+                raise StoreUnavailable(
+                    f"put of {key!r}: this process stood still for so long that another broke its lock",
+                    operation="put",
+                    key=key,
+                ) from error
             finally:
                 os.close(tmp)
         return meta
@@ -502,7 +522,7 @@ class LocalStore(Store):
             FileNotFoundError: the source is gone.
         """
         segments = key.split("/")
-        with self._locked(key):
+        with self._locked(key, "" if name == "payload" else name):
             for _ in range(_MKDIR_ATTEMPTS):
                 try:
                     parent = self._open_directory(segments[:-1], make=True)
@@ -570,16 +590,96 @@ class LocalStore(Store):
                 os.close(parent)
 
     @contextmanager
-    def _locked(self, key: str) -> Generator[None]:
-        """Hold the lock that all writers of `key` share, in this process and in others."""
+    def _locked(self, key: str, temporary: str = "") -> Generator[None]:
+        """Hold the lock that all writers of `key` share, in this process and in others.
+
+        A process that is stopped while it holds the lock must not stop everybody else. So a holder writes down the
+        temporary file that it is about to rename: whoever has waited for too long puts a new lock file in the place
+        of the old one and removes that file, so that the sleeper has nothing left to rename.
+
+        Args:
+            temporary: Name of that file in `tmp`. Whoever holds the lock without one is left alone by those who want
+                the same key; other keys that share the lock have nothing to fear from him.
+
+        Raises:
+            TransferBusy: somebody holds it for this key without such a file, and does not let go.
+        """
         self._prepare()
         path = self._internal / "locks" / f"{crc32c(key.encode()) & 0xFF:02x}"
+        fd = self._take_lock(key, path)
+        try:
+            while True:
+                os.pwrite(fd, temporary.encode() or _unbreakable(key), 0)
+                # After the note: if the lock was not broken by now, whoever breaks it later reads the note.
+                if _is_at(fd, path):
+                    break
+                _close_unlocked(fd)
+                fd = -1
+                fd = self._take_lock(key, path)
+            yield
+        finally:
+            if fd >= 0:
+                # Who is stopped before it has written its own note is not to be taken for this holder.
+                with suppress(OSError):
+                    os.pwrite(fd, _NO_NOTE, 0)
+                _close_unlocked(fd)
+
+    def _take_lock(self, key: str, path: Path) -> int:
+        """A descriptor of the lock file that holds its lock; the file may have been replaced meanwhile."""
+        started, pause_s = time.monotonic(), _LOCK_POLL_S / 16
+        while True:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                while _is_at(fd, path):
+                    if _try_flock(fd, fcntl.LOCK_EX):
+                        return fd
+                    waited_s = time.monotonic() - started
+                    if waited_s > _LOCK_PATIENCE_S and os.pread(fd, len(_NO_NOTE), 0) != _unbreakable(key):
+                        fresh = self._break_lock(key, fd, path)
+                        if fresh is None:
+                            break
+                        os.close(fd)
+                        return fresh
+                    if waited_s > self._straggler_patience_s:
+                        raise TransferBusy(f"another process is writing {key!r}, and does not get on with it", key=key)
+                    time.sleep(pause_s)
+                    pause_s = min(2 * pause_s, _LOCK_POLL_S)
+            except BaseException:
+                _close_unlocked(fd)
+                raise
+            _close_unlocked(fd)
+
+    def _break_lock(self, key: str, held: int, path: Path) -> int | None:
+        """Put a new lock file, locked, in the place of the one that a sleeper holds; None: another one was quicker."""
+        with self._exclusive(path.with_name("breaking")):
+            if not _is_at(held, path):
+                return None
+            fresh = self._internal / "tmp" / uuid.uuid4().hex
+            fd = os.open(fresh, _CREATE, 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                os.rename(fresh, path)
+                note = os.pread(held, len(_NO_NOTE), 0)
+                _log.warning("store.lock_broken url=%s lock=%s", self.url, path.name)
+                if note == _unbreakable(key):  # the holder is another one by now
+                    self._flock(key, held, fcntl.LOCK_EX)
+                elif _IS_TEMPORARY.fullmatch(note):
+                    with suppress(FileNotFoundError):
+                        os.unlink(self._internal / "tmp" / note.decode())
+            except BaseException:
+                _close_unlocked(fd)
+                raise
+            return fd
+
+    @contextmanager
+    def _exclusive(self, path: Path) -> Generator[None]:
+        """Hold the lock of one file."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(fd)
+            _close_unlocked(fd)
 
     def _prepare(self) -> None:
         """Make the directories of the store where they are missing, and sweep once per store object."""
@@ -588,7 +688,11 @@ class LocalStore(Store):
                 _make_directory(self._internal / name)
         if not self._swept:
             self._swept = True
-            self._sweep()
+            try:
+                self._sweep()
+            except OSError as error:
+                # Leftovers that stay are no reason to refuse what was asked for.
+                _log.warning("store.not_swept url=%s error=%s", self.url, error)
 
     def _sweep(self) -> None:
         """Remove what dead processes left: old temporary files, and uploads without payload."""
@@ -683,7 +787,7 @@ class LocalStore(Store):
             yield _Upload(key, upload_id, directory, intent["part_size"], self._journals)
         finally:
             for fd in reversed(fds):
-                os.close(fd)
+                _close_unlocked(fd)
 
     def _flock(self, key: str, fd: int, kind: int) -> None:
         """Wait for the lock; for the exclusive one not for ever, because a stopped process may hold it."""
@@ -749,7 +853,7 @@ class _Upload:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(fd)
+            _close_unlocked(fd)
 
     @contextmanager
     def open_for_writing(self) -> Generator[tuple[int, int]]:
@@ -842,6 +946,26 @@ def _is_key(path: str) -> bool:
     except InvalidKey:
         return False
     return True
+
+
+def _close_unlocked(fd: int) -> None:
+    """Close a descriptor and give its lock back, which a child forked meanwhile would keep with its own copy."""
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+def _unbreakable(key: str) -> bytes:
+    """The note of a holder that has no temporary file; as long as every note."""
+    return b"-" + hashlib.blake2b(key.encode(), digest_size=16).hexdigest()[1:].encode()
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether `path` still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def _try_flock(fd: int, kind: int) -> bool:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from blobflow.activity import doing
 from blobflow.checksum import Buffer
 from blobflow.errors import ObjectNotFound, ObjectTooLarge, PreconditionFailed, StoreUnavailable, TimedOut
+from blobflow.forks import forget_threads_in_children
 from blobflow.stores.base import Body, ObjectMeta, PutMode, Store
 from blobflow.stores.wrapping import WrappingStore
 
@@ -69,6 +70,11 @@ class RetryingStore(WrappingStore):
         self._patience_s = patience_s
         self._sleep = sleep
         self._clock = clock
+        self.forget_threads()
+        forget_threads_in_children(self)
+
+    def forget_threads(self) -> None:
+        """See `Forkable`."""
         self._lock = threading.Lock()
 
     @override

@@ -49,6 +49,10 @@ class WrappingStore(Store):
         return self.store.server
 
     @override
+    def server_time_s(self) -> float | None:
+        return self.store.server_time_s()
+
+    @override
     def put(
         self,
         key: str,

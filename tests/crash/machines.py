@@ -107,6 +107,14 @@ class Place(Protocol):
         """The object."""
         ...
 
+    def beginning(self, key: str, length: int) -> bytes | None:
+        """The first bytes of the object, or None."""
+        ...
+
+    def all_keys(self) -> list[str]:
+        """The names of all objects."""
+        ...
+
     def leftovers(self) -> list[str]:
         """Uploads under way, and the notes about them."""
         ...
@@ -141,6 +149,17 @@ class LocalPlace:
 
     def read(self, key: str) -> bytes:
         return (self.root / key).read_bytes()
+
+    def beginning(self, key: str, length: int) -> bytes | None:
+        try:
+            with open(self.root / key, "rb") as file:
+                return file.read(length)
+        except FileNotFoundError:
+            return None
+
+    def all_keys(self) -> list[str]:
+        paths = (path.relative_to(self.root) for path in self.root.rglob("*") if path.is_file())
+        return sorted(str(path) for path in paths if path.parts[0] != ".blobflow")
 
     def leftovers(self) -> list[str]:
         return [path.name for path in (*self._uploads(), *self.root.rglob("*.upload.json"))]
@@ -188,9 +207,18 @@ class S3Place:
     def read(self, key: str) -> bytes:
         return self._client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
 
+    def beginning(self, key: str, length: int) -> bytes | None:
+        try:
+            answer = self._client.get_object(Bucket=self.bucket, Key=key, Range=f"bytes=0-{length - 1}")
+        except ClientError:
+            return None
+        return answer["Body"].read()
+
+    def all_keys(self) -> list[str]:
+        return [entry["Key"] for entry in self._client.list_objects_v2(Bucket=self.bucket).get("Contents", ())]
+
     def leftovers(self) -> list[str]:
-        listed = self._client.list_objects_v2(Bucket=self.bucket).get("Contents", ())
-        notes = [entry["Key"] for entry in listed if entry["Key"].endswith(".upload.json")]
+        notes = [key for key in self.all_keys() if key.endswith(".upload.json")]
         return notes + [upload["UploadId"] for upload in self._uploads()]
 
     def _uploads(self) -> list[dict[str, Any]]:

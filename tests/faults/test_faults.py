@@ -128,7 +128,7 @@ def test_a_fifth_of_all_requests_may_fail_at_random(seed: int, artifact: Artifac
     assert verify(store, KEY, mode="deep").artifact_digest == artifact.digest
 
 
-@pytest.mark.seed("1.3", "3.20")
+@pytest.mark.seed("1.3", "3.20", "W0.8")
 @pytest.mark.parametrize("number", range(1, 9))
 def test_a_corrupt_read_fails_the_download_and_the_next_one_succeeds(
     number: int, artifact: Artifact, store: LocalStore, tmp_path: Path

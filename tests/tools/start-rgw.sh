@@ -70,6 +70,7 @@ rgw enable usage log = false
 rgw enable ops log = false
 rgw thread pool size = 64
 rgw gc obj min wait = 30
+rgw multipart min part size = ${RGW_MIN_PART_BYTES:-5242880}
 CONF
 export CEPH_CONF="$D/ceph.conf" CEPH_ARGS=""
 C=(-c "$D/ceph.conf")

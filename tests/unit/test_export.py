@@ -12,8 +12,10 @@ import pytest
 from pydantic import ValidationError
 
 from blobflow import DirectoryExporter, ExportResult, export_artifact
+from blobflow.artifact import hashing
 from blobflow.artifact.hashing import FileHash, hash_files
 from blobflow.artifact.members import verify_members
+from blobflow.checksum import crc32c, sha256
 from blobflow.errors import (
     DestinationNotEmpty,
     NotFoundError,
@@ -171,6 +173,19 @@ def test_a_file_that_vanishes_is_a_changed_source(tmp_path: Path):
     assert list((tmp_path / "artifact").iterdir()) == []
 
 
+def test_without_times_the_same_content_is_the_same_payload(tmp_path: Path):
+    """A tree that was written anew continues the upload of the old one; a file that changes is refused all the same."""
+    first = export(tmp_path / "first", TREE, mtimes="drop").artifact
+    second = export(tmp_path / "second", TREE, mtimes="drop").artifact
+    kept = export(tmp_path / "third", TREE).artifact
+    assert set(first.index.mtimes_ns) == {0}
+    assert first.manifest.same_body(second.manifest)
+    assert not first.manifest.same_body(kept.manifest)
+    os.utime(tmp_path / "first" / "source" / "big.bin", ns=(0, 0))
+    with pytest.raises(SourceChanged, match="mtime_ns was"):
+        list(first.source().chunks(0, first.payload_size, memoryview(bytearray(4096))))
+
+
 def test_raising_from_progress_leaves_nothing(tmp_path: Path):
     """The exception comes out as it is."""
 
@@ -192,6 +207,16 @@ def test_one_long_file_still_gives_signs_of_life():
         return FileHash(0, b"", 0)
 
     assert list(hash_files(1, lambda _: 0, long_file, on_batch=lambda *_: told.set())) == [FileHash(0, b"", 0)]
+
+
+def test_a_large_file_is_hashed_with_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The second thread changes the time it takes, not the result: size, SHA-256 and CRC32C of every byte in order."""
+    monkeypatch.setattr(hashing, "_READ_AHEAD_FROM", 1)
+    content = noise(10_000)
+    (tmp_path / "file").write_bytes(content)
+    with open(tmp_path / "file", "rb", buffering=0) as file:
+        found = hashing.hash_descriptor(file.fileno(), memoryview(bytearray(999)))
+    assert found == FileHash(len(content), sha256(content), crc32c(content))
 
 
 def test_hard_links_are_plain_files(tmp_path: Path):

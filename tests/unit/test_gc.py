@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from blobflow.errors import NoSuchUpload
 from blobflow.gc import DEFAULT_AGE_S, GcReport, collect, collect_stages
 from blobflow.intent import TTL_S, IntentKeeper
 from blobflow.lease import move_ref
+from blobflow.owner import process_owner
 from blobflow.stores.base import Body, Store, UploadMeta
 from blobflow.stores.local import LocalStore
 from blobflow.stores.probe import probe
@@ -30,6 +31,8 @@ from tests.servers import S3Endpoint
 from tests.strict_s3 import Rules, StrictS3
 
 DAY_S = 24 * 3600.0
+GONE = f"{process_owner().rpartition('/')[0]}/{10**9}"
+"""A process of this machine that cannot exist."""
 
 
 class Clock:
@@ -97,6 +100,21 @@ def test_an_upload_that_nobody_took_up_again_goes(artifact: Artifact, store: Loc
     assert summary(collect(store, clock=clock)) == (["a.tar"], ["a.tar"], [], 0)
     assert keys(store) == store.list_uploads() == []
     assert summary(collect(store, clock=clock)) == NOTHING
+
+
+def test_an_upload_of_a_process_that_is_gone_need_not_expire(
+    artifact: Artifact, store: LocalStore, clock: Clock
+) -> None:
+    """Right after a crash on the same machine a limit of 0 collects all of it; other limits begin with the expiry."""
+    killed_upload(artifact, store, "a.tar", "put_part", 3)
+    keeper = IntentKeeper(store, "a.tar", clock=clock)
+    assert collect(store, older_than_s=0, clock=clock).uploads == [], "this process lives"
+    written = keeper.load()
+    assert written is not None
+    store.put("a.tar.upload.json", replace(written, owner=GONE).encode())
+    assert summary(collect(store, older_than_s=1, clock=clock)) == ([], [], [], 1)
+    assert summary(collect(store, older_than_s=0, clock=clock)) == (["a.tar"], ["a.tar"], [], 0)
+    assert keys(store) == store.list_uploads() == []
 
 
 def test_an_upload_without_intent_goes_by_its_age(artifact: Artifact, store: LocalStore, clock: Clock) -> None:
@@ -407,12 +425,9 @@ def test_the_stage_of_a_killed_download_goes_when_it_is_old(stage: Path, clock: 
 def test_a_stage_that_a_download_holds_stays(stage: Path, clock: Clock) -> None:
     """However old: a slow link may be silent for a long time."""
     clock.now += 10 * DAY_S
-    descriptor = os.open(stage, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with open(stage / "lock", "rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
         assert collect_stages(stage.parent, clock=clock) == []
-    finally:
-        os.close(descriptor)
     assert (stage / "journal").exists()
 
 

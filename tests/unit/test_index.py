@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from blobflow.artifact import index as index_module
-from blobflow.artifact.index import Index, Member, decode_inodes, encode_inodes, path_fault
+from blobflow.artifact.index import Index, Member, decode_origins, encode_origins, path_fault
 from blobflow.checksum import EMPTY_SHA256, crc32c, sha256
 from blobflow.errors import ArtifactInvalid, HostileArtifact
 
@@ -160,6 +160,13 @@ def test_another_schema_is_refused():
 
 
 @pytest.mark.seed("1.17")
+def test_another_name_of_the_first_column_is_refused():
+    """That column is looked for by its name, before the schema is compared."""
+    with pytest.raises(ArtifactInvalid, match="not readable as Parquet"):
+        Index.decode(parquet(SCHEMA).replace(b"path", b"peth"), members=1)
+
+
+@pytest.mark.seed("1.17")
 def test_null_cells_are_refused():
     """A nullable column is another schema, with or without a null in it."""
     nullable = pa.schema([field.with_nullable(True) for field in SCHEMA])
@@ -241,11 +248,11 @@ def test_deep_paths_are_checked_once():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_utime - before < 5
 
 
-def test_inodes_survive_and_damage_is_named():
+def test_origins_survive_and_damage_is_named():
     """The table of a reference artifact comes back; anything else is refused."""
-    inodes = [0, 1, 2**64 - 1]
-    assert list(decode_inodes(encode_inodes(inodes))) == inodes
+    inodes, mtimes_ns = [0, 1, 2**64 - 1], [-(2**63), 0, 2**63 - 1]
+    assert [list(column) for column in decode_origins(encode_origins(inodes, mtimes_ns))] == [inodes, mtimes_ns]
     with pytest.raises(ArtifactInvalid, match="reference table"):
-        decode_inodes(b"garbage")
+        decode_origins(b"garbage")
     with pytest.raises(ArtifactInvalid, match="reference table"):
-        decode_inodes(renamed("a"))
+        decode_origins(renamed("a"))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from blobflow.artifact.manifest import artifact_digest
-from blobflow.errors import ArtifactInvalid, NoSuchUpload, TransferBusy
+from blobflow.errors import ArtifactInvalid, NoSuchUpload, ObjectTooLarge, TransferBusy
 from blobflow.intent import SUFFIX, TTL_S, Intent, IntentKeeper
 from blobflow.owner import process_owner
 from blobflow.stores.local import LocalStore
@@ -108,6 +108,32 @@ def test_a_damaged_intent_counts_as_none_and_is_replaced(data: bytes, store: Loc
     found = IntentKeeper(store, "key").load()
     assert found is not None
     assert found.upload_id == "up-2"
+
+
+@pytest.mark.parametrize("size", [4 * 1024**2, 4 * 1024**2 + 1, 20 * 1024**2])
+def test_an_oversized_intent_counts_as_none_and_is_replaced(size: int, store: LocalStore):
+    """Whatever somebody put there does not block the key for ever, and is not read whole."""
+    store.put("key" + SUFFIX, bytes(size))
+    keeper = IntentKeeper(store, "key")
+    assert keeper.load() is None
+    assert keeper.begin(MANIFEST_BYTES, "up-2", 1, replaces=None)
+    found = IntentKeeper(store, "key").load()
+    assert found is not None
+    assert found.upload_id == "up-2"
+
+
+def test_an_intent_that_takes_an_oversized_ones_place_is_not_replaced_unread(store: LocalStore):
+    """Between the refusal of a large one and the look at it somebody may have begun an upload."""
+    store.put("key" + SUFFIX, bytes(5_000_000))
+
+    def begin(request: Request) -> Hook | None:
+        rival = Hook(lambda _: store.put("key" + SUFFIX, INTENT.encode()) and None)
+        return rival if request.operation == "head" else None
+
+    keeper = IntentKeeper(FaultyStore(store, begin), "key")
+    with pytest.raises(ObjectTooLarge):
+        keeper.load()
+    assert keeper.load() == INTENT
 
 
 def test_an_intent_lives_as_long_as_its_owner_and_its_lease():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
-from blobflow import Artifact, download, upload
-from blobflow.artifact.landing import STAGE_PREFIX, Landing, Stage, check_destination
+from blobflow import Artifact, TransferRecord, download, upload
+from blobflow.artifact.landing import STAGE_PREFIX, Landing, Stage, check_destination, remove_stage
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import DestinationNotEmpty, DiskFull, RefusedError, TransferBusy
 from blobflow.stores.local import LocalStore
@@ -84,7 +86,7 @@ def test_a_stage_is_held_by_one(tmp_path: Path):
 def test_a_stage_that_was_removed_under_the_lock_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The other process finished between our open and our lock: try again, and it will be there."""
     stage = Stage(tmp_path / "dest", DIGEST)
-    monkeypatch.setattr("blobflow.artifact.landing.fcntl.flock", lambda *_: os.rmdir(stage.path))
+    monkeypatch.setattr("blobflow.artifact.landing.fcntl.flock", lambda *_: shutil.rmtree(stage.path))
     with pytest.raises(TransferBusy), stage.held():
         pass
 
@@ -172,7 +174,7 @@ def test_links_in_the_stage_are_not_followed(tmp_path: Path):
         landing = Landing(stage, artifact.layout, plan_of(artifact, 4096))
         (stage.tree / "data" / "big.bin").symlink_to(tmp_path / "victim")
         part, data = part_of(artifact, landing, 1)
-        with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        with pytest.raises(RefusedError, match="Too many levels of symbolic links"):
             landing.land(part, data)
     assert (tmp_path / "victim").read_text() == "mine"
 
@@ -198,6 +200,7 @@ def test_a_full_disk_is_temporary_and_keeps_what_was_landed(
     assert download(store, KEY, tmp_path / "dest", profile=SERIAL).bytes_resumed > 0
 
 
+@pytest.mark.seed("W1.8")
 def test_a_checkpoint_syncs_before_it_says_so(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The journal calls parts synced only after their bytes are; without news there is nothing to sync."""
     events: list[str] = []
@@ -208,7 +211,8 @@ def test_a_checkpoint_syncs_before_it_says_so(artifact: Artifact, tmp_path: Path
         real = stage._append
 
         def append(records: list[dict[str, int | str]], *, durable: bool = False) -> None:
-            events.append("synced" if durable else "noted")
+            events.append(next(iter(records[0])))
+            assert durable == (events[-1] == "synced")
             real(records, durable=durable)
 
         monkeypatch.setattr(stage, "_append", append)
@@ -217,7 +221,7 @@ def test_a_checkpoint_syncs_before_it_says_so(artifact: Artifact, tmp_path: Path
         part, data = part_of(artifact, landing, 1)
         landing.landed(part, landing.land(part, data))
         landing.sync()
-        assert events == ["noted", "sync", "synced"]
+        assert events == ["part", "syncing", "sync", "synced"]
         assert repr(landing) == f"<Landing 1 of {len(landing.plan)} parts at {tmp_path / 'dest'}>"
 
 
@@ -241,3 +245,109 @@ def test_after_a_restart_of_the_machine_only_synced_parts_count(
         stage.drop([1])
     with Stage(tmp_path / "dest", artifact.digest).held() as stage:
         assert stage.done == {3: 33}
+
+
+def test_parts_that_land_during_a_checkpoint_are_kept(tmp_path: Path, store: LocalStore):
+    """While the calling thread is busy with a checkpoint, workers go on, and what they land is noted."""
+    ahead = threading.Event()
+
+    def faults(request: Request) -> Hook | None:
+        # The first two ranges are the embedded manifest and the index; the part that is fetched now is number 5.
+        return Hook(lambda _: ahead.set()) if (request.operation, request.number) == ("get_range", 7) else None
+
+    def busy(record: TransferRecord) -> None:
+        if record.parts_done == 1:
+            assert ahead.wait(30)
+            raise Killed
+
+    with pytest.raises(Killed):
+        download(FaultyStore(store, faults), KEY, tmp_path / "dest", profile=SERIAL, on_checkpoint=busy)
+    assert download(store, KEY, tmp_path / "dest", profile=SERIAL).bytes_resumed >= 4 * 4096
+
+
+def test_a_part_that_is_noted_during_a_sync_may_not_be_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Workers note parts while the file system is synced: those count as synced at the next checkpoint only."""
+    with Stage(tmp_path / "dest", DIGEST).held() as stage:
+        stage.begin(4096)
+        stage.note(1, 11)
+        monkeypatch.setattr("blobflow.artifact.landing.sync_tree", lambda _: stage.note(2, 22))
+        stage.sync()
+    monkeypatch.setattr("blobflow.artifact.landing.boot_id", lambda: "another boot")
+    with Stage(tmp_path / "dest", DIGEST).held() as stage:
+        assert stage.done == {1: 11}
+
+
+def test_a_dropped_part_stays_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where the machine goes down afterwards, and the part had been synced; other parts gain nothing by it."""
+    with Stage(tmp_path / "dest", DIGEST).held() as stage:
+        stage.begin(4096)
+        stage.note(1, 11)
+        stage.note(2, 22)
+        stage.sync()
+        stage.note(3, 33)
+        stage.drop([1])
+    monkeypatch.setattr("blobflow.artifact.landing.boot_id", lambda: "another boot")
+    with Stage(tmp_path / "dest", DIGEST).held() as stage:
+        assert stage.done == {2: 22}
+
+
+def test_lanes_share_a_stage_and_their_notes_are_taken_over(tmp_path: Path):
+    """Each lane sees what was there before it, and its own; who holds the stage alone sees all."""
+    dest = tmp_path / "dest"
+    with Stage(dest, DIGEST).held() as stage:
+        stage.begin(4096)
+        stage.note(1, 11)
+        stage.divide(2)
+    with Stage(dest, DIGEST).lane(0, 2) as left, Stage(dest, DIGEST).lane(1, 2) as right:
+        left.note(3, 33)
+        right.note(2, 22)
+        right.note(4, 44)
+        assert (left.done, right.done) == ({1: 11, 3: 33}, {1: 11, 2: 22, 4: 44})
+        with pytest.raises(TransferBusy), Stage(dest, DIGEST).held():
+            pass
+    with Stage(dest, DIGEST).lane(1, 2) as right:
+        assert right.done == {1: 11, 2: 22, 4: 44}
+    for _ in range(2):
+        with Stage(dest, DIGEST).held() as stage:
+            assert stage.done == {1: 11, 2: 22, 3: 33, 4: 44}
+            assert {path.name for path in stage.path.iterdir()} == {"artifact", "journal", "lock"}
+
+
+def test_notes_of_lanes_of_another_cut_are_nobodys(tmp_path: Path):
+    """A journal that was left over from other parts says nothing about these."""
+    with Stage(tmp_path / "dest", DIGEST).held() as stage:
+        stage.begin(4096)
+        (stage.path / "lane-0").write_text('{"artifact": "x", "part_size": 512}\n{"part": 1, "crc32c": 1}\n')
+    with Stage(tmp_path / "dest", DIGEST).held() as stage:
+        assert stage.done == {}
+        assert not (stage.path / "lane-0").exists()
+
+
+def test_a_stage_of_something_that_has_landed_is_not_begun(tmp_path: Path):
+    """Who comes in the moment between publication and removal waits, and then finds that all is done."""
+    (tmp_path / "dest").mkdir()
+    (tmp_path / "dest" / "file").touch()
+    with pytest.raises(TransferBusy, match="just landed"), Stage(tmp_path / "dest", DIGEST).held():
+        pass
+
+
+def test_a_stage_is_removed_lock_last(tmp_path: Path):
+    """Until its lock is gone nobody begins another; and who has begun one by then keeps it."""
+    with Stage(tmp_path / "dest", DIGEST).held() as stage:
+        (stage.path / "artifact" / "file").touch()
+        (stage.path / "link").symlink_to(tmp_path)
+        real = Path.unlink
+
+        def unlink(path: Path) -> None:
+            real(path)
+            if path.name == "lock":
+                assert list(stage.path.iterdir()) == []
+                with Stage(tmp_path / "dest", DIGEST).held() as other:
+                    other.begin(512)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "unlink", unlink)
+            remove_stage(stage.path)
+    assert tmp_path.is_dir()
+    with Stage(tmp_path / "dest", DIGEST).held() as stage:
+        assert stage.part_size == 512

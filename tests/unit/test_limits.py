@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from blobflow.stores import Body, open_store
 from blobflow.stores.limited import LimitedStore
 from blobflow.stores.local import LocalStore
 from blobflow.stores.retry import RetryingStore
-from blobflow.testing import FailBefore, FaultyStore, scripted_faults
+from blobflow.testing import FailBefore, FaultyStore, Request, scripted_faults
 
 
 class FakeTime:
@@ -199,3 +201,45 @@ def test_a_stalled_pool_explains_itself(caplog: pytest.LogCaptureFixture, monkey
             on_tick=tick,
         )
     assert "transfer.stalled" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_begins_with_everything_free(tmp_path: Path) -> None:
+    """What threads of the parent hold and have locked is free in the child, and stays held in the parent."""
+    budget, requests = ByteBudget(100), AdaptiveLimit(1)
+    store = FaultyStore(RetryingStore(LocalStore(tmp_path)), lambda _: None)
+    inside, leave = threading.Barrier(2), threading.Event()
+
+    def hold() -> None:
+        def wait(_: Request) -> None:
+            inside.wait()
+            leave.wait(20)
+
+        assert budget.acquire(100, timeout_s=0)
+        with requests.slot():
+            store.faults = wait  # faults are asked for under the store's lock
+            store.exists("k")
+        budget.release(100)
+
+    def use() -> bool:
+        store.faults = lambda _: None
+        with requests.slot():
+            store.put("k", b"child")
+        return budget.acquire(100, timeout_s=0)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(20)
+            os._exit(0 if use() else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not budget.acquire(1, timeout_s=0), "the parent's own count stands"
+    leave.set()
+    holder.join()
+    assert use()
+    assert store.get("k", max_bytes=10).data == b"child"

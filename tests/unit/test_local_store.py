@@ -6,9 +6,10 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 
 from blobflow.checksum import crc32c
 from blobflow.errors import (
+    BlobflowError,
     ChecksumMismatch,
     DiskFull,
     InvalidKey,
@@ -556,6 +558,31 @@ def test_the_writers_of_one_part_take_turns(root: Path) -> None:
     assert crc32c(data) == part.crc32c
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.timeout(30)
+def test_a_forked_child_keeps_no_lock_of_its_parent(store: LocalStore) -> None:
+    """A child that was forked while a part was written has copies of the descriptors; nobody waits for its end."""
+    children: list[int] = []
+
+    def forking() -> Iterator[bytes]:
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        children.append(child)
+        yield b"part"
+
+    upload_id = store.create_multipart("k", part_size=4)
+    try:
+        store.put_part("k", upload_id, 1, Body(4, forking))
+        part = store.put_part("k", upload_id, 1, Body.of(b"part"))
+        store.complete_multipart("k", upload_id, [part])
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    assert store.get("k", max_bytes=4).data == b"part"
+
+
 def test_abort_does_not_wait(store: LocalStore, root: Path) -> None:
     """An upload is aborted at once, even while a stopped process holds its lock."""
     upload_id = store.create_multipart("key", part_size=4)
@@ -585,3 +612,37 @@ def test_leftovers_are_swept(root: Path) -> None:
 def test_the_repr_names_the_place(root: Path) -> None:
     """The repr shows the URL."""
     assert repr(LocalStore(root)) == f"<LocalStore {root.as_uri()}>"
+
+
+def test_a_writer_that_is_stopped_in_the_lock_stops_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """Others break its lock; when it goes on, its write is gone, and it is told so."""
+    held, go_on = threading.Event(), threading.Event()
+
+    class Stopped(LocalStore):
+        def _admit(self, key: str, parent: int, leaf: str, mode: PutMode, e_tag: str | None) -> None:
+            super()._admit(key, parent, leaf, mode, e_tag)
+            held.set()
+            assert go_on.wait(60)
+
+    store = LocalStore(tmp_path)
+    first = store.put("k", b"first")
+    errors: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            Stopped(tmp_path).put("k", b"late", mode=PutMode.UPDATE, e_tag=first.e_tag)
+        except BlobflowError as error:
+            errors.append(error)
+
+    sleeper = threading.Thread(target=write)
+    sleeper.start()
+    assert held.wait(60)
+    try:
+        second = store.put("k", b"second", mode=PutMode.UPDATE, e_tag=first.e_tag)
+        third = store.put("k", b"third", mode=PutMode.UPDATE, e_tag=second.e_tag)
+    finally:
+        go_on.set()
+        sleeper.join(60)
+    assert (store.get("k", max_bytes=10).data, store.head("k").e_tag) == (b"third", third.e_tag)
+    assert [type(error) for error in errors] == [StoreUnavailable]
+    assert "store.lock_broken" in caplog.text

@@ -1,4 +1,4 @@
-"""The scratch directory of a push: private, small, and gone afterwards whatever happens."""
+"""The scratch directory of an export: private, small, and gone afterwards whatever happens."""
 
 from __future__ import annotations
 
@@ -18,26 +18,30 @@ _ATTEMPTS: Final = 10
 
 
 @contextmanager
-def scratch_directory(source: Path) -> Generator[Path]:
+def scratch_directory(source: Path, parent: Path | None = None) -> Generator[Path]:
     """A private directory that goes at the end, and what killed processes left of theirs goes first.
 
     Its owner holds a lock on it, which ends with the process: a directory that nobody holds is left over.
+
+    Args:
+        source: What is exported; the directory must not lie inside it.
+        parent: Where to make it; by default among the system's temporary files.
     """
-    parent = Path(tempfile.gettempdir())
+    remedy = "set TMPDIR to a directory elsewhere" if parent is None else "name a scratch directory elsewhere"
+    parent = parent or Path(tempfile.gettempdir())
     if parent.resolve().is_relative_to(source.resolve()):
         raise RefusedError(
-            f"the directory for temporary files, {parent}, lies inside {source}",
-            hint="set TMPDIR to a directory elsewhere",
-            path=str(parent),
+            f"the directory for temporary files, {parent}, lies inside {source}", hint=remedy, path=str(parent)
         )
+    parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another user's, or another process removes it at this moment
-            if (descriptor := _hold(leftover)) is not None:
+            if (descriptor := hold(leftover)) is not None:
                 shutil.rmtree(leftover)
                 os.close(descriptor)
     for _ in range(_ATTEMPTS):
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX))
-        descriptor = _hold(path)
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        descriptor = hold(path)
         if descriptor is not None:
             try:
                 yield path
@@ -49,17 +53,23 @@ def scratch_directory(source: Path) -> Generator[Path]:
     raise TransferBusy(f"no directory for temporary files stays in {parent}", path=str(parent))
 
 
-def _hold(path: Path) -> int | None:
-    """A descriptor that holds the directory until it is closed, or None if another process holds or removed it."""
+def hold(path: Path, *, shared: bool = False) -> int | None:
+    """A descriptor that holds the directory until it is closed, or until the process ends.
+
+    None: somebody else holds it, or has removed or replaced it.
+
+    Args:
+        shared: With others that hold it shared, too.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.exists():
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return descriptor
-    except BlockingIOError:
+    except (BlockingIOError, FileNotFoundError):
         pass
     except BaseException:
         os.close(descriptor)

@@ -1,0 +1,41 @@
+"""What killed downloads left beside their destinations."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+from pathlib import Path
+
+from blobflow.artifact.landing import STAGE_PREFIX, lock_of, remove_stage, try_flock
+from blobflow.errors import DiskFull, RefusedError
+
+_log = logging.getLogger(__name__)
+
+
+def remove_stages(directory: Path, *, idle_since: float, dry_run: bool = False) -> list[Path]:
+    """Remove the stages in `directory` that nobody holds and nobody wrote to after `idle_since`.
+
+    Args:
+        idle_since: Seconds since the epoch.
+        dry_run: Find them, and leave them alone.
+
+    Returns:
+        The stages that were removed, or would be. Those of other users stay.
+    """
+    removed: list[Path] = []
+    for path in sorted(directory.glob(f"{STAGE_PREFIX}*")):
+        try:
+            written = max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
+            if written > idle_since:
+                continue
+            with lock_of(path) as lock:
+                if lock is None or not try_flock(lock, fcntl.LOCK_EX):
+                    continue
+                if not dry_run:
+                    remove_stage(path)
+                removed.append(path)
+        except RefusedError:
+            continue
+        except (DiskFull, OSError) as error:  # it landed meanwhile, is no directory, or is on a disk that fails
+            _log.warning("stage.stays path=%s error=%s", path, error)
+    return removed
