@@ -5,19 +5,25 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends.base import Exporter
 from blobflow.config import ChunkProfile
 from blobflow.errors import BlobflowError
-from blobflow.lease import Lease, RefState, move_ref
+from blobflow.lease import Lease, Leases, RefState, StoreLeases, fence_ref, move_ref, newest_round
 from blobflow.stores.base import Store
 from blobflow.transport import ProgressEvent, UploadResult, upload
 
 log = logging.getLogger(__name__)
+
+DEFAULT_SILENCE_S: Final = 3600.0
+"""Longer than exporters that tell no progress usually take; shorter than a night."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,14 @@ def content_key(name: str, artifact: Artifact) -> str:
     return f"{name}/{content[:16]}-{executables[:8]}.tar"
 
 
+def round_number(store: Store, lease: Lease, ref: str) -> int:
+    """The number of the round that `lease` is held for, above that of every round that has moved or fenced `ref`.
+
+    It is the lease's generation, unless somebody removed the lease's object and the count began again.
+    """
+    return max(lease.generation, newest_round(store, ref) + 1)
+
+
 def run_export_round(
     store: Store,
     name: str,
@@ -50,54 +64,82 @@ def run_export_round(
     ref: str | None = "latest",
     profile: ChunkProfile | None = None,
     ttl_s: float = 60.0,
+    max_silence_s: float = DEFAULT_SILENCE_S,
+    leases: Leases | str | None = None,
     on_progress: Callable[[ProgressEvent], None] | None = None,
 ) -> RoundResult | None:
     """Export and publish once, however many processes try: None means that another one is doing it.
 
-    The artifact goes to `<name>/<content digest>.tar`, then the ref `<name>/<ref>` is moved to it. On every path
-    out of here the local artifact is deleted, and on every failure the lease is given up at once.
+    The artifact goes to `<name>/<content digest>.tar`, then the ref `<name>/<ref>` is moved to it. The lease is
+    renewed by a heartbeat; winning it keeps every earlier round from moving the ref any more. On every path out of
+    here the local artifact is deleted, and on every failure the lease is given up at once.
 
     Args:
         scratch_dir: Where the artifact is made; the system's temporary directory by default.
-        ttl_s: Seconds without a sign of life after which others may take the round over.
+        ttl_s: Seconds without a sign of life of the process after which others may take the round over.
+        max_silence_s: Seconds without progress of the export or the upload after which the lease is no longer
+            renewed; who hangs for good does not hold the round for ever.
+        leases: Where the lease is kept, or the SQLAlchemy URL of a database that keeps it; the store by default.
 
     Raises:
-        LeaseLost: this process was silent for longer than `ttl_s`, and another took over; nothing was published.
+        LeaseLost: this process was silent for too long, and another took over; the ref is the other's.
+        Unsupported: the store has no conditional writes, and no other place for the lease was named.
     """
-    lease = Lease(store, f"{name}/round", ttl_s=ttl_s)
-    if not lease.try_acquire():
-        return None
+    with _opened(store, leases) as opened:
+        lease = Lease(opened, f"{name}/round", ttl_s=ttl_s)
+        if not lease.try_acquire():
+            return None
+        generation = lease.generation
+        scratch: Path | None = None
+        progressed_at = time.monotonic()
 
-    def renew() -> None:
-        if lease.renewal_due():
-            lease.renew()
+        def progress(*_: object) -> None:
+            nonlocal progressed_at
+            progressed_at = time.monotonic()
+            lease.check()
 
-    def alive(_done: int, _total: int) -> None:
-        renew()
+        def report(event: ProgressEvent) -> None:
+            progress()
+            if on_progress:
+                on_progress(event)
 
-    def progress(event: ProgressEvent) -> None:
-        renew()
-        if on_progress:
-            on_progress(event)
+        try:
+            with lease.heartbeat(lambda: time.monotonic() - progressed_at < max_silence_s):
+                number = fence_ref(store, f"{name}/{ref}", generation) if ref else None
+                scratch = Path(tempfile.mkdtemp(prefix=".blobflow-round-", dir=scratch_dir))
+                artifact = exporter.export(scratch / "artifact", on_progress=progress).artifact
+                lease.renew()
+                uploaded = upload(store, content_key(name, artifact), artifact, profile=profile, on_progress=report)
+                lease.renew()
+                moved = None
+                if ref:
+                    target = (uploaded.key, uploaded.artifact_digest)
+                    moved = move_ref(store, f"{name}/{ref}", *target, round_number=number)
+        except BaseException:
+            lease.abandon()
+            raise
+        finally:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            lease.complete(artifact.manifest.cursor)
+        except BlobflowError as error:
+            # The artifact is published: losing the completion record costs observability, not correctness.
+            log.warning("round.completion_failed name=%s error=%s", name, error)
+        return RoundResult(upload=uploaded, generation=generation, ref=moved)
 
-    scratch: Path | None = None
+
+@contextmanager
+def _opened(store: Store, leases: Leases | str | None) -> Generator[Leases]:
+    """Where the lease is kept; closed at the end of the block if it was opened here."""
+    if isinstance(leases, str):
+        from blobflow.lease_sql import SqlLeases
+
+        opened: Leases = SqlLeases(leases)
+    else:
+        opened = leases or StoreLeases(store)
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=".blobflow-round-", dir=scratch_dir))
-        artifact = exporter.export(scratch / "artifact", on_progress=alive).artifact
-        lease.renew()
-        uploaded = upload(store, content_key(name, artifact), artifact, profile=profile, on_progress=progress)
-        lease.renew()
-        moved = move_ref(store, f"{name}/{ref}", uploaded.key, uploaded.artifact_digest) if ref else None
-    except BaseException:
-        lease.abandon()
-        raise
+        yield opened
     finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-    generation = lease.generation
-    try:
-        lease.complete(artifact.manifest.cursor)
-    except BlobflowError as error:
-        # The artifact is published: losing the completion record costs observability, not correctness.
-        log.warning("round.completion_failed name=%s error=%s", name, error)
-    return RoundResult(upload=uploaded, generation=generation, ref=moved)
+        if opened is not leases:
+            opened.close()

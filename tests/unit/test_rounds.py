@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from blobflow import DirectoryExporter, ExportResult, Lease, ProgressEvent, read_ref, run_export_round, verify
-from blobflow.errors import LeaseLost, StoreUnavailable
+from blobflow import (
+    DirectoryExporter,
+    ExportResult,
+    Lease,
+    ProgressEvent,
+    RoundResult,
+    read_ref,
+    run_export_round,
+    verify,
+)
+from blobflow.errors import LeaseLost, StoreUnavailable, TimedOut
+from blobflow.lease import fence_ref
 from blobflow.rounds import content_key
 from blobflow.stores.local import LocalStore
-from blobflow.testing import Executable, FailBefore, Fault, FaultyStore, Request, Tree, write_tree
+from blobflow.testing import Executable, FailBefore, Fault, FaultyStore, Hook, Request, Tree, write_tree
 from tests.kit import SMALL, TREE, artifact_of, local_store
 
 
@@ -35,6 +48,7 @@ def lease_of(store: LocalStore) -> dict[str, object]:
     return json.loads(store.get("orders/round.lease.json", max_bytes=10_000).data)
 
 
+@pytest.mark.seed("1.22", "1.23")
 def test_a_round_publishes_and_cleans_up(store: LocalStore, scratch: Path, tmp_path: Path):
     """Artifact under its content key, ref moved to it, lease released, scratch empty."""
     result = run_export_round(store, "orders", exporter_of(tmp_path), scratch_dir=scratch, profile=SMALL)
@@ -54,9 +68,13 @@ def test_the_same_content_is_sent_once(store: LocalStore, scratch: Path, tmp_pat
     second = run_export_round(store, "orders", exporter, scratch_dir=scratch)
     assert first is not None
     assert second is not None
-    assert (second.upload.status, second.ref, second.generation) == ("unchanged", first.ref, 2)
+    assert (second.upload.status, second.generation) == ("unchanged", 2)
+    assert first.ref is not None
+    assert second.ref is not None
+    assert (second.ref.key, second.ref.generation) == (first.ref.key, first.ref.generation)
 
 
+@pytest.mark.seed("1.20")
 def test_a_round_that_is_running_elsewhere_does_nothing(store: LocalStore, scratch: Path, tmp_path: Path):
     """None, no export, no request but the look at the lease."""
     assert Lease(store, "orders/round").try_acquire()
@@ -65,6 +83,7 @@ def test_a_round_that_is_running_elsewhere_does_nothing(store: LocalStore, scrat
     assert [request.operation for request in faulty.log] == ["get"]
 
 
+@pytest.mark.seed("1.22", "1.23", "W1.7")
 @pytest.mark.parametrize("operation", ["create_multipart", "put_part", "complete_multipart", "head"])
 def test_a_round_that_fails_gives_the_lease_up(operation: str, store: LocalStore, scratch: Path, tmp_path: Path):
     """Whichever step fails: the error comes out, the lease is free at once, the scratch directory is empty."""
@@ -80,6 +99,7 @@ def test_a_round_that_fails_gives_the_lease_up(operation: str, store: LocalStore
     assert run_export_round(store, "orders", exporter_of(tmp_path), scratch_dir=scratch) is not None
 
 
+@pytest.mark.seed("1.23")
 def test_an_interrupt_gives_the_lease_up(store: LocalStore, scratch: Path, tmp_path: Path):
     """Also what is no Exception."""
 
@@ -92,6 +112,7 @@ def test_an_interrupt_gives_the_lease_up(store: LocalStore, scratch: Path, tmp_p
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.seed("W1.7")
 def test_who_lost_the_lease_publishes_nothing(store: LocalStore, scratch: Path, tmp_path: Path):
     """It slept during its export; another one took over; the ref stays where the other one put it."""
 
@@ -106,18 +127,19 @@ def test_who_lost_the_lease_publishes_nothing(store: LocalStore, scratch: Path, 
     with pytest.raises(LeaseLost):
         run_export_round(store, "orders", Slow(), scratch_dir=scratch)
     assert read_ref(store, "orders/latest") is None
-    assert [meta.key for meta in store.list()] == ["orders/round.lease.json"]
+    assert [meta.key for meta in store.list()] == ["orders/latest.ref.json", "orders/round.lease.json"]
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.seed("1.22")
 def test_a_completion_that_fails_is_only_a_warning(
     store: LocalStore, scratch: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     """The artifact is published, so the round has its result."""
 
     def faults(request: Request) -> Fault | None:
-        ref_is_there = store.exists("orders/latest.ref.json")
-        return FailBefore() if request.key.endswith(".lease.json") and ref_is_there else None
+        published = read_ref(store, "orders/latest") is not None
+        return FailBefore() if request.key.endswith(".lease.json") and published else None
 
     with caplog.at_level(logging.WARNING):
         result = run_export_round(FaultyStore(store, faults), "orders", exporter_of(tmp_path), scratch_dir=scratch)
@@ -125,6 +147,7 @@ def test_a_completion_that_fails_is_only_a_warning(
     assert "round.completion_failed name=orders" in caplog.text
 
 
+@pytest.mark.seed("W1.5")
 def test_a_content_key_tells_contents_apart(tmp_path: Path):
     """Equal trees, equal keys, also on another day; other bytes or another execute bit, another key."""
     trees: dict[str, Tree] = {
@@ -147,3 +170,148 @@ def test_a_changed_execute_bit_is_a_new_round(store: LocalStore, scratch: Path, 
     second = run_export_round(store, "orders", exporter, scratch_dir=scratch)
     assert second is not None
     assert second.upload.status == "uploaded"
+
+
+class Scripted:
+    """An exporter that does something of the test's own when it is called."""
+
+    backend = "directory"
+
+    def __init__(self, path: Path, then: Callable[[Path], object]) -> None:
+        self.calls = 0
+        self._path = path
+        self._then = then
+
+    def export(self, dest: Path, **options: object) -> ExportResult:
+        self.calls += 1
+        result = exporter_of(self._path).export(dest)
+        self._then(dest)
+        return result
+
+
+@pytest.mark.seed("1.20")
+def test_of_eight_that_want_one_round_one_exports(store: LocalStore, scratch: Path, tmp_path: Path):
+    """Seven get None and have done nothing."""
+    all_asked = threading.Barrier(8)
+    exporter = Scripted(tmp_path, lambda _: all_asked.wait(60))
+    results: list[RoundResult | None] = []
+
+    def work() -> None:
+        results.append(run_export_round(store, "orders", exporter, scratch_dir=scratch))
+        if results[-1] is None:
+            all_asked.wait(60)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (results.count(None), len(results), exporter.calls) == (7, 8, 1)
+
+
+class Unlucky(Exception):
+    """Not one of ours."""
+
+
+def _fails(_: Path) -> None:
+    raise Unlucky
+
+
+def _loses_its_reply(_: Path) -> None:
+    raise TimedOut("the database gave no reply", operation="export", key="orders", timeout_s=1.0)
+
+
+def _channel_is_gone(_: Path) -> None:
+    raise ConnectionResetError("the channel is gone")
+
+
+def _disk_is_full(dest: Path) -> None:
+    raise OSError(errno.ENOSPC, "no space left", str(dest))
+
+
+@pytest.mark.seed("1.21", "1.23", "W1.10")
+@pytest.mark.parametrize("fault", [_fails, _loses_its_reply, _channel_is_gone, _disk_is_full])
+def test_an_export_that_fails_gives_the_lease_up(
+    fault: Callable[[Path], object], store: LocalStore, scratch: Path, tmp_path: Path
+):
+    """Whatever the exporter raises comes out as it is; the next one has the lease at once and the scratch is empty."""
+    with pytest.raises((Unlucky, TimedOut, OSError)) as failure:
+        run_export_round(store, "orders", Scripted(tmp_path, fault), scratch_dir=scratch)
+    assert isinstance(failure.value, TimedOut) is (fault is _loses_its_reply)
+    assert lease_of(store)["owner"] == ""
+    assert list(scratch.iterdir()) == []
+    assert read_ref(store, "orders/latest") is None
+    assert run_export_round(store, "orders", exporter_of(tmp_path), scratch_dir=scratch) is not None
+
+
+@pytest.mark.seed("1.21")
+def test_a_scratch_directory_that_is_absent_gives_the_lease_up(store: LocalStore, tmp_path: Path):
+    """The first thing that can fail after the lease was won."""
+    with pytest.raises(FileNotFoundError):
+        run_export_round(store, "orders", exporter_of(tmp_path), scratch_dir=tmp_path / "absent")
+    assert lease_of(store)["owner"] == ""
+
+
+@pytest.mark.seed("W1.7")
+def test_a_sleeper_finds_its_round_closed(store: LocalStore, scratch: Path, tmp_path: Path):
+    """Frozen right before the ref is moved, it wakes when its successor has begun, and the ref is not its own any more.
+
+    The successor has published nothing yet: its fence alone keeps the sleeper away.
+    """
+    begun: list[int] = []
+
+    def freeze(request: Request) -> Fault | None:
+        def meanwhile(_: Request) -> None:
+            successor = Lease(store, "orders/round", clock=lambda: 1e12)
+            assert successor.try_acquire()
+            begun.append(fence_ref(store, "orders/latest", successor.generation))
+
+        moves = request.operation == "put" and request.key == "orders/latest.ref.json"
+        uploaded = any(meta.key.endswith(".manifest.json") for meta in store.list("orders/"))
+        return Hook(meanwhile) if moves and uploaded and not begun else None
+
+    with pytest.raises(LeaseLost, match="belongs to round 2, and this is round 1"):
+        run_export_round(FaultyStore(store, freeze), "orders", exporter_of(tmp_path), scratch_dir=scratch)
+    assert begun == [2]
+    assert read_ref(store, "orders/latest") is None
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.seed("W1.7")
+def test_a_silent_export_is_kept_alive(store: LocalStore, scratch: Path, tmp_path: Path):
+    """An exporter that tells no progress for longer than the time to live keeps its round."""
+
+    def sleeps(_: Path) -> None:
+        before = lease_of(store)["write_id"]
+        seen = {before}
+        while len(seen) < 4:  # renewals, a third of the time to live apart
+            seen.add(lease_of(store)["write_id"])
+
+    done = run_export_round(store, "orders", Scripted(tmp_path, sleeps), scratch_dir=scratch, ttl_s=0.3)
+    assert done is not None
+    assert done.generation == 1
+
+
+@pytest.mark.seed("W1.7")
+def test_an_export_that_hangs_is_succeeded(
+    store: LocalStore, scratch: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """After `max_silence_s` without progress the lease runs out, and another one does the round."""
+
+    def hangs(_: Path) -> None:
+        other = Lease(store, "orders/round")
+        while not other.try_acquire():
+            pass
+
+    with caplog.at_level(logging.WARNING), pytest.raises(LeaseLost):
+        run_export_round(store, "orders", Scripted(tmp_path, hangs), scratch_dir=scratch, ttl_s=0.3, max_silence_s=0.0)
+    assert "reason=no_progress" in caplog.text
+    assert list(scratch.iterdir()) == []
+
+
+def test_a_round_may_have_no_ref(store: LocalStore, scratch: Path, tmp_path: Path):
+    """Then the lease alone keeps the rounds apart."""
+    done = run_export_round(store, "orders", exporter_of(tmp_path), scratch_dir=scratch, ref=None)
+    assert done is not None
+    assert done.ref is None
+    assert not [meta.key for meta in store.list() if meta.key.endswith(".ref.json")]

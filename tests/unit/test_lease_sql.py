@@ -1,0 +1,208 @@
+"""Leases in a SQL database: SQLite embedded, and a PostgreSQL cluster of the test's own."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Generator
+from contextlib import closing
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from blobflow import DirectoryExporter, Lease, read_ref, run_export_round
+from blobflow.errors import ArtifactInvalid, LeaseLost, StoreConfigurationError, StoreUnavailable, Unsupported
+from blobflow.lease import LeaseState
+from blobflow.lease_sql import SqlLeases
+from blobflow.stores.base import Abilities
+from blobflow.testing import write_tree
+from tests.kit import TREE, local_store
+
+DRIVERS = ("psycopg2", "psycopg")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Generator[str]:
+    """The URL of a private cluster, on a unix socket alone; its server never runs as root."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    driver = next((name for name in DRIVERS if find_spec(name)), None)
+    if not binaries or driver is None:
+        pytest.skip("needs PostgreSQL (Debian: postgresql) and psycopg2 or psycopg")
+    user = pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+    home = Path(tempfile.mkdtemp(prefix="pg-"))  # not below pytest's: the path of a unix socket is short
+    os.chown(home, user.pw_uid, user.pw_gid)
+
+    def run(program: str, *arguments: str) -> None:
+        become = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
+        command = [binaries[-1] / program, "-D", home / "data", *arguments]
+        subprocess.run(command, check=True, cwd=home, stdout=subprocess.DEVNULL, **become)
+
+    try:
+        run("initdb", "-A", "trust", "-U", "tester", "--no-sync")
+        run("pg_ctl", "-w", "-l", str(home / "log"), "-o", f"-c listen_addresses='' -k {home} -F", "start")
+        try:
+            yield f"postgresql+{driver}://tester:secret@/postgres?host={home}"
+        finally:
+            run("pg_ctl", "-m", "immediate", "-w", "stop")
+    finally:
+        shutil.rmtree(home)
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of an empty database, or of one whose table others have used."""
+    return f"sqlite:///{tmp_path}/leases.db" if request.param == "sqlite" else request.getfixturevalue("postgres")
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """Of a lease that no other test uses."""
+    return f"orders/{request.node.name}"
+
+
+def test_one_holds_a_lease_at_a_time(url: str, name: str):
+    """Across connections: no for the second, and the next generation with the last cursor after the release."""
+    first, second = Lease(SqlLeases(url), name), Lease(SqlLeases(url), name)
+    assert first.try_acquire()
+    assert not second.try_acquire()
+    first.complete({"lsn": [1, None, "é"]})
+    assert second.try_acquire()
+    assert second.generation == 2
+    found = SqlLeases(url).read(name)
+    assert found is not None
+    assert found.state.cursor == {"lsn": [1, None, "é"]}
+
+
+def test_of_many_that_try_at_once_one_wins(url: str, name: str):
+    """The table is made by the first use, also where eight begin at once."""
+    barrier = threading.Barrier(8)
+    won: list[bool] = []
+
+    def race() -> None:
+        mine = Lease(SqlLeases(url), name)
+        barrier.wait()
+        won.append(mine.try_acquire())
+
+    threads = [threading.Thread(target=race) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(won) == [False] * 7 + [True]
+
+
+def test_a_taken_lease_is_lost(url: str, name: str):
+    """The sleeper can neither renew nor complete, and what it does changes nothing."""
+    clock = Clock()
+    sleeper, successor = (Lease(SqlLeases(url), name, clock=clock) for _ in range(2))
+    sleeper.try_acquire()
+    clock.now += 59.0
+    assert not successor.try_acquire()
+    clock.now += 1.0
+    assert successor.try_acquire()
+    with pytest.raises(LeaseLost, match="taken over after generation 1"):
+        sleeper.renew()
+    sleeper.abandon()
+    successor.renew()
+    assert successor.generation == 2
+
+
+def test_a_lost_commit_is_settled_by_reading_back(url: str, name: str):
+    """The row was written, the answer was not heard: the holder recognises its write id."""
+
+    class Deaf(SqlLeases):
+        def swap(self, name: str, state: LeaseState, version: str | None) -> str | None:
+            super().swap(name, state, version)
+            raise StoreUnavailable("the answer was lost")
+
+    mine = Lease(Deaf(url), name)
+    assert mine.try_acquire()
+    mine.renew()
+    mine.complete("done")
+    found = SqlLeases(url).read(name)
+    assert found is not None
+    assert (found.state.generation, found.state.owner, found.state.cursor) == (1, "", "done")
+
+
+@pytest.mark.slow
+def test_the_clock_is_the_servers(postgres: str, name: str, monkeypatch: pytest.MonkeyPatch):
+    """A machine whose clock is a day ahead takes nothing over, and one a day behind holds nothing too long."""
+    leases = SqlLeases(postgres)
+    holder = Lease(leases, name)
+    holder.try_acquire()
+    monkeypatch.setattr("time.time", lambda: 1e10)
+    assert not Lease(SqlLeases(postgres), name).try_acquire()
+    told = leases.time_s()
+    assert told is not None
+    assert told < 1e10
+    assert not holder.renewal_due()
+
+
+@pytest.mark.seed("1.20")
+def test_a_store_without_conditional_writes_has_rounds(url: str, tmp_path: Path):
+    """With its lease in a database; without one it is told where to put it."""
+    store = local_store(tmp_path)
+    store.abilities = Abilities(conditional=False)
+    exporter = DirectoryExporter(path=write_tree(tmp_path / "source", TREE))
+    with pytest.raises(Unsupported) as refusal:
+        run_export_round(store, "orders", exporter)
+    assert "SQL" in refusal.value.hint
+    before = SqlLeases(url).read("orders/round")
+    done = run_export_round(store, "orders", exporter, leases=url)
+    assert done is not None
+    assert done.ref == read_ref(store, "orders/latest")
+    found = SqlLeases(url).read("orders/round")
+    assert found is not None
+    assert (found.state.owner, found.state.generation) == ("", (before.state.generation if before else 0) + 1)
+    held = Lease(SqlLeases(url), "orders/round")
+    held.try_acquire()
+    assert run_export_round(store, "orders", exporter, leases=SqlLeases(url)) is None
+    held.abandon()
+
+
+def test_a_database_that_is_away_is_a_passing_matter(tmp_path: Path):
+    """Typed as retryable, so that callers wait; the directory may be mounted a moment later."""
+    leases = SqlLeases(f"sqlite:///{tmp_path}/absent/leases.db")
+    with pytest.raises(StoreUnavailable, match="OperationalError") as failure:
+        leases.read("orders/round")
+    assert failure.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: SqlLeases("not a url"), "not the URL of a SQL database"),
+        (lambda: SqlLeases("nosuchdb://host/db"), "not the URL of a SQL database"),
+        (lambda: SqlLeases("oracle+cx_oracle://u:hidden@host/db"), "is not installed"),
+    ],
+)
+def test_a_wrong_url_is_refused_without_its_password(make: Callable[[], SqlLeases], says: str):
+    """What is wrong is said, and nothing secret."""
+    with pytest.raises(StoreConfigurationError, match=says) as refusal:
+        make()
+    assert "hidden" not in str(refusal.value.to_dict())
+
+
+def test_a_row_of_somebody_else_is_named(tmp_path: Path):
+    """What is no lease is not replaced."""
+    import sqlite3
+
+    leases = SqlLeases(f"sqlite:///{tmp_path}/leases.db")
+    Lease(leases, "orders/round").try_acquire()
+    with closing(sqlite3.connect(tmp_path / "leases.db")) as database, database:
+        database.execute("UPDATE blobflow_leases SET generation = 'many'")
+    with pytest.raises(ArtifactInvalid, match="is no lease"):
+        Lease(leases, "orders/round").try_acquire()
