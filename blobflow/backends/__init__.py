@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends.base import Exporter, ExportResult, Importer, ImportResult, OnProgress
 from blobflow.backends.directory import DirectoryExporter, DirectoryImporter
+from blobflow.backends.versions import VersionedImporter
+from blobflow.errors import RefusedError
+
+if TYPE_CHECKING:
+    from blobflow.backends.append_log import AppendLogExporter, AppendLogImporter
+    from blobflow.backends.sqlite import SqliteExporter, SqliteImporter
 
 __all__ = [
+    "BACKENDS",
+    "AppendLogExporter",
+    "AppendLogImporter",
     "DirectoryExporter",
     "DirectoryImporter",
     "ExportResult",
     "Exporter",
     "ImportResult",
     "Importer",
+    "SqliteExporter",
+    "SqliteImporter",
+    "VersionedImporter",
+    "backend_classes",
     "export_artifact",
     "import_artifact",
 ]
+
+BACKENDS: Final = {
+    "append-log": ("blobflow.backends.append_log", "AppendLogExporter", "AppendLogImporter"),
+    "directory": ("blobflow.backends.directory", "DirectoryExporter", "DirectoryImporter"),
+    "sqlite": ("blobflow.backends.sqlite", "SqliteExporter", "SqliteImporter"),
+}
+"""Where the exporter and the importer of each backend are; loaded when they are first used."""
+
+_HOME_OF: Final = {name: module for module, *names in BACKENDS.values() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def backend_classes(backend: str) -> tuple[type[Any], type[VersionedImporter]]:
+    """The exporter and the importer of a backend; both take a `path`.
+
+    Raises:
+        RefusedError: there is no such backend.
+    """
+    if backend not in BACKENDS:
+        raise RefusedError(f"there is no backend {backend!r}", hint=f"there are {', '.join(sorted(BACKENDS))}")
+    home, exporter, importer = BACKENDS[backend]
+    module = importlib.import_module(home)
+    return getattr(module, exporter), getattr(module, importer)
 
 
 def export_artifact(
@@ -39,8 +81,9 @@ def import_artifact(
     *,
     consume: bool = False,
     on_progress: OnProgress | None = None,
+    key: str | None = None,
 ) -> ImportResult:
     """Verify every member of a local artifact, then bring it to life with `importer`; see `Importer`."""
     if not isinstance(artifact, Artifact):
         artifact = Artifact.open(artifact)
-    return importer.import_artifact(artifact, consume=consume, on_progress=on_progress)
+    return importer.import_artifact(artifact, consume=consume, on_progress=on_progress, key=key)

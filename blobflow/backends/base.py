@@ -74,8 +74,17 @@ class Importer(Protocol):
         """The artifact that is alive now."""
         ...
 
+    def cursor(self) -> JsonValue:
+        """Where in the source's history the target stands, which is where following it goes on; None: nowhere yet."""
+        ...
+
     def import_artifact(
-        self, artifact: Artifact, *, consume: bool = False, on_progress: OnProgress | None = None
+        self,
+        artifact: Artifact,
+        *,
+        consume: bool = False,
+        on_progress: OnProgress | None = None,
+        key: str | None = None,
     ) -> ImportResult:
         """Verify every member, then put the artifact in place in one atomic step.
 
@@ -83,5 +92,6 @@ class Importer(Protocol):
 
         Args:
             consume: The artifact directory may be moved away instead of copied.
+            key: Under which the artifact was published, for the target's history.
         """
         ...

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
 
-from blobflow import DirectoryImporter, download, import_artifact, upload
+from blobflow import Artifact, DirectoryImporter, download, import_artifact, upload
+from blobflow.artifact.artifact import write_artifact
+from blobflow.artifact.landing import lock_of
 from blobflow.errors import DigestMismatch, RefusedError
-from blobflow.testing import read_tree
-from tests.kit import TREE, artifact_of, local_store
+from blobflow.testing import FaultyStore, read_tree, write_tree
+from tests.kit import SERIAL, TREE, Killed, artifact_of, dies_at, local_store
 
 
 @pytest.fixture
@@ -116,6 +120,81 @@ def test_what_a_killed_import_left_is_removed(importer: DirectoryImporter, tmp_p
     assert not (importer.path / ".current.new").is_symlink()
 
 
+class TestWhatOlderDownloadsLeft:
+    """A killed download into the mirror leaves a stage, or a landed artifact, that only its own successor takes up."""
+
+    @pytest.fixture
+    def made_at(self) -> datetime:
+        return datetime(2026, 11, 20, tzinfo=timezone.utc)
+
+    @pytest.fixture
+    def newer(self, tmp_path: Path, made_at: datetime) -> Artifact:
+        """An artifact that was made at that time."""
+        directory = tmp_path / "newer"
+        (directory / "data").mkdir(parents=True)
+        (directory / "data" / "f").write_text("new")
+        index = artifact_of(tmp_path / "like it", {"f": "new"}).index
+        return write_artifact(directory, index, backend="directory", created_at=made_at)
+
+    @pytest.fixture
+    def stage(self, importer: DirectoryImporter, tmp_path: Path) -> Path:
+        """What a killed download of another artifact left."""
+        store = local_store(tmp_path)
+        other = artifact_of(tmp_path / "other")
+        upload(store, "other", other, profile=SERIAL)
+        with pytest.raises(Killed):
+            download(FaultyStore(store, dies_at(6)), "other", importer.staging(other.digest), profile=SERIAL)
+        (stage,) = (importer.path / ".incoming").iterdir()
+        return stage
+
+    @staticmethod
+    def written(path: Path, moment: datetime) -> None:
+        """Let everything below look as if nobody wrote to it after this moment."""
+        for each in (*path.rglob("*"), path):
+            os.utime(each, (moment.timestamp(), moment.timestamp()))
+
+    def test_goes_with_the_next_import(
+        self, importer: DirectoryImporter, newer: Artifact, stage: Path, made_at: datetime
+    ):
+        """Nobody wrote to it since the newer artifact was made: it is of an older one, and will not be finished."""
+        self.written(stage, made_at - timedelta(seconds=1))
+        importer.import_artifact(newer)
+        assert list((importer.path / ".incoming").iterdir()) == []
+        assert (importer.path / "current" / "f").read_text() == "new"
+
+    def test_stays_if_it_may_be_of_a_newer_artifact(
+        self, importer: DirectoryImporter, newer: Artifact, stage: Path, made_at: datetime
+    ):
+        """An older artifact imported late does not throw away what the newest one has so far."""
+        self.written(stage, made_at + timedelta(seconds=1))
+        importer.import_artifact(newer)
+        assert stage.is_dir()
+
+    def test_stays_while_somebody_holds_it(
+        self, importer: DirectoryImporter, newer: Artifact, stage: Path, made_at: datetime
+    ):
+        """A download on a link that is silent for long."""
+        self.written(stage, made_at - timedelta(days=10))
+        with lock_of(stage) as lock:
+            assert lock is not None
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            importer.import_artifact(newer)
+        assert (stage / "journal").exists()
+
+    def test_a_landed_artifact_that_was_never_imported_goes_too(
+        self, importer: DirectoryImporter, newer: Artifact, made_at: datetime, tmp_path: Path
+    ):
+        """Killed between landing and import; what somebody else put beside it stays."""
+        landed, foreign = importer.staging("sha256:" + "ab" * 32), importer.path / ".incoming" / "notes"
+        write_tree(landed, {"data": {"f": "old"}})
+        write_tree(foreign, {"f": ""})
+        for each in (landed, foreign):
+            self.written(each, made_at - timedelta(seconds=1))
+        importer.import_artifact(newer)
+        assert not landed.exists()
+        assert foreign.exists()
+
+
 def test_a_current_that_is_no_link_is_left_alone(importer: DirectoryImporter, tmp_path: Path):
     """Somebody's directory is not replaced."""
     (importer.path / "current").mkdir(parents=True)
@@ -125,8 +204,6 @@ def test_a_current_that_is_no_link_is_left_alone(importer: DirectoryImporter, tm
 
 def test_an_artifact_of_another_backend_is_refused(importer: DirectoryImporter, tmp_path: Path):
     """Only the importer of its backend knows what to do with it."""
-    from blobflow.artifact.artifact import write_artifact
-
     artifact = artifact_of(tmp_path)
     sqlite = tmp_path / "sqlite"
     sqlite.mkdir()

@@ -1,0 +1,611 @@
+"""Append logs: a keyed state as JSON lines, its snapshots, and mirrors that go on where a snapshot ends.
+
+A log is a directory with one file, `<base>.log.jsonl`, and a lock:
+
+| line | means |
+|---|---|
+| `{"log":1,"base":7,"records":3,...}` | the head: the next 3 records are all that is left of the first 7 |
+| `{"seq":5,"key":"a","value":{...},...}` | record 5 set the key |
+| `{"seq":8,"key":"a","deleted":true,...}` | record 8 removed it |
+
+Every line ends with `"crc32c"`, the checksum of the bytes before it. A process that is killed leaves at most its last
+line torn, which is no record; anything else that does not fit is damage. Sequence numbers start at 1 and have no gaps
+after the base. Once more than `compact_threshold` bytes were appended, the newest record of each key goes to a new
+file, with the old sequence numbers, and the new file takes the old one's place by a rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, cast
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from typing_extensions import override
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.backends.base import ExportResult, OnProgress
+from blobflow.backends.files import export_files
+from blobflow.backends.versions import VersionedImporter
+from blobflow.checksum import crc32c
+from blobflow.errors import (
+    ArtifactInvalid,
+    BlobflowError,
+    ChecksumMismatch,
+    HostileArtifact,
+    NotFoundError,
+    RefusedError,
+    TransferBusy,
+    UsageError,
+    writing,
+)
+
+log = logging.getLogger(__name__)
+
+BACKEND: Final = "append-log"
+
+DEFAULT_COMPACT_THRESHOLD: Final = 4 * 1024 * 1024
+"""Bytes appended between two compactions: replaying as many takes about 0.1 s."""
+
+_FORMAT: Final = 1
+_LOCK_NAME: Final = "lock"
+_NAME: Final = re.compile(r"(\d{20})\.log\.jsonl")
+_OURS: Final = re.compile(r"\d{20}\.log\.jsonl|\.\d{20}\.log\.jsonl\.partial")
+_SEAL: Final = re.compile(rb',"crc32c":(\d{1,10})\}\n\Z')
+_MAX_SEAL_BYTES: Final = 24
+_ATTEMPTS: Final = 20
+"""To open the newest file, which a compaction may remove between its listing and its opening."""
+
+
+@dataclass(frozen=True)
+class LogRecord:
+    """One change of the state."""
+
+    seq: int
+    key: str
+    value: JsonValue = None
+    deleted: bool = False
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The first line of a file."""
+
+    base: int
+    records: int
+
+
+@dataclass(frozen=True)
+class LogState:
+    """What a log says, all in all."""
+
+    cursor: int
+    """Sequence number of the last record; 0 if there was none."""
+    items: dict[str, JsonValue]
+
+
+@dataclass
+class _Replay:
+    """What the whole lines of a log file say, taken up one after the other."""
+
+    base: int = 0
+    cursor: int = 0
+    """Sequence number of the last record."""
+    compacted: int = 0
+    """Records of the compacted state that are still to come."""
+    compacted_end: int = 0
+    """Bytes up to the end of the compacted state."""
+    end: int = 0
+    """Bytes up to the end of the last whole line."""
+    state: dict[str, LogRecord] = field(default_factory=dict[str, LogRecord])
+
+    def take(self, record: LogRecord | _Head) -> bool:
+        """Take one line into account; False if it does not follow the ones before."""
+        if isinstance(record, _Head):
+            fits = self.end == 0 and record.records <= record.base
+            self.base = self.cursor = record.base
+            self.compacted = record.records
+        elif self.compacted:
+            last = next(reversed(self.state.values())).seq if self.state else 0
+            fits = last < record.seq <= self.base and not record.deleted and record.key not in self.state
+            self.compacted -= 1
+            self.state[record.key] = record
+        else:
+            fits = self.end > 0 and record.seq == self.cursor + 1
+            self.fold(record)
+        return fits
+
+    def fold(self, record: LogRecord) -> None:
+        """Let the next record change the state."""
+        if record.deleted:
+            self.state.pop(record.key, None)
+        else:
+            self.state[record.key] = record
+        self.cursor = record.seq
+
+    def items(self) -> dict[str, JsonValue]:
+        return {key: record.value for key, record in self.state.items()}
+
+
+class AppendLog:
+    """A keyed state in memory, and every change of it on disk. One process writes at a time; readers need no lock.
+
+    Args:
+        path: The directory, made if it is absent.
+        compact_threshold: Bytes that are appended before the log is compacted.
+        sync: Whether a change is on the disk, and not only with the kernel, before the call that made it returns.
+
+    Raises:
+        TransferBusy: another process, or another object of this one, has it open.
+        ChecksumMismatch: the log is damaged, and not merely torn at its end.
+        UsageError: the threshold is not positive.
+    """
+
+    def __init__(
+        self, path: str | Path, *, compact_threshold: int = DEFAULT_COMPACT_THRESHOLD, sync: bool = True
+    ) -> None:
+        if compact_threshold < 1:
+            raise UsageError(f"the compaction threshold must be positive, not {compact_threshold}")
+        self.path = Path(path)
+        self._threshold = compact_threshold
+        self._sync = sync
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _take_lock(self.path)
+        try:
+            newest = _newest(self.path)
+            if newest is None:
+                self._replay = _Replay()
+                self._file = self._write_whole()
+            else:
+                with open(newest, "rb") as stream:
+                    self._replay = _replay(stream)
+                with writing(self.path):
+                    self._file = open(newest, "r+b", buffering=0)  # noqa: SIM115 - `close` closes it
+        except BaseException:
+            os.close(self._lock)
+            raise
+        try:
+            with writing(self.path):
+                self._file.truncate(self._replay.end)
+                self._file.seek(self._replay.end)
+            self._clear_away()
+            self._compact_if_due()
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<AppendLog {self.path.name} at {self.cursor}, {len(self._replay.state)} keys>"
+
+    def __enter__(self) -> AppendLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write."""
+        if not self._file.closed:
+            self._file.close()
+            os.close(self._lock)
+
+    @property
+    def cursor(self) -> int:
+        """The sequence number of the last record; 0 if there was none."""
+        return self._replay.cursor
+
+    def get(self, key: str) -> JsonValue:
+        """The value of a key; None if it has none."""
+        record = self._replay.state.get(key)
+        return record.value if record else None
+
+    def items(self) -> dict[str, JsonValue]:
+        """The whole state."""
+        return self._replay.items()
+
+    def append(self, key: str, value: JsonValue) -> int:
+        """Set a key; the sequence number of the record."""
+        self._write([LogRecord(self.cursor + 1, key, value)])
+        return self.cursor
+
+    def delete(self, key: str) -> int:
+        """Remove a key, which need not be there; the sequence number of the record."""
+        self._write([LogRecord(self.cursor + 1, key, deleted=True)])
+        return self.cursor
+
+    def apply(self, records: Iterable[LogRecord]) -> int:
+        """Take over records of the log that this one follows; may be called again with the same ones.
+
+        Records up to `cursor` are here already and passed over. All of a call are written at once; after a crash some
+        of them, from the first on, are here.
+
+        Returns:
+            How many records were new.
+
+        Raises:
+            RefusedError: a record is missing before one of these (fields `expected`, `actual`); none was taken over.
+        """
+        fresh: list[LogRecord] = []
+        expected = self.cursor + 1
+        for record in records:
+            if record.seq > expected:
+                raise RefusedError(
+                    f"record {record.seq} does not follow record {expected - 1}",
+                    hint=f"send the records from {expected} on, or bootstrap again from a newer artifact",
+                    expected=expected,
+                    actual=record.seq,
+                )
+            if record.seq == expected:
+                fresh.append(record)
+                expected += 1
+        self._write(fresh)
+        return len(fresh)
+
+    def compact(self) -> None:
+        """Keep only the newest record of each key; the cursor stays.
+
+        Raises:
+            DiskFull, RefusedError: the log stays as it was, and can be written to.
+        """
+        if self._replay.base == self.cursor:
+            return
+        before = self._replay.end
+        replaced = self._file
+        self._file = self._write_whole()
+        replaced.close()
+        self._clear_away()
+        log.info("log.compacted cursor=%d bytes_before=%d bytes=%d", self.cursor, before, self._replay.end)
+
+    def _compact_if_due(self) -> None:
+        if self._replay.end - self._replay.compacted_end > self._threshold:
+            try:
+                self.compact()
+            except BlobflowError as error:
+                # The records that made it due are written: their writer must not think that they failed.
+                log.warning("log.not_compacted path=%s error=%s", self.path, error)
+
+    def _write(self, records: list[LogRecord]) -> None:
+        lines = [_encode(record) for record in records]
+        data = b"".join(lines)
+        if not data:
+            return
+        try:
+            with writing(self.path):
+                _write_all(self._file, data)
+                if self._sync:
+                    os.fsync(self._file.fileno())
+        except BaseException:
+            # It was not acknowledged, and the next record must not stand behind half a line.
+            try:
+                self._file.truncate(self._replay.end)
+                self._file.seek(self._replay.end)
+            except OSError:
+                self.close()  # who opens it next cuts the end off
+            raise
+        for line in lines:
+            # As a reader would take it, so that the state shares nothing with what the caller goes on using.
+            self._replay.fold(cast("LogRecord", _parsed(line)))
+        self._replay.end += len(data)
+        self._compact_if_due()
+
+    def _write_whole(self) -> io.FileIO:
+        """Put the whole state into a new file, which is open for appending then and the newest of the log."""
+        replay = self._replay
+        records = sorted(replay.state.values(), key=lambda record: record.seq)
+        path = self.path / f"{replay.cursor:020}.log.jsonl"
+        partial = self.path / f".{path.name}.partial"
+        with writing(self.path):
+            file = open(partial, "wb", buffering=0)  # noqa: SIM115 - it becomes the log's own
+            try:
+                head = _sealed({"log": _FORMAT, "base": replay.cursor, "records": len(records)})
+                _write_all(file, head + b"".join(map(_encode, records)))
+                os.fsync(file.fileno())
+                os.rename(partial, path)
+            except BaseException:
+                file.close()
+                partial.unlink()
+                raise
+        replay.base = replay.cursor
+        replay.end = replay.compacted_end = file.tell()
+        # Sorted, as it would be read.
+        replay.state = {record.key: record for record in records}
+        return file
+
+    def _clear_away(self) -> None:
+        """Remove the files that the newest one has replaced, and half ones."""
+        from blobflow.artifact.landing import fsync_directory
+
+        with writing(self.path):
+            fsync_directory(self.path)
+            newest = _newest(self.path)
+            for entry in self.path.iterdir():
+                if entry != newest and _OURS.fullmatch(entry.name):
+                    entry.unlink()
+
+
+def read_state(path: str | Path) -> LogState:
+    """What a log says now, up to its last whole record; others may write to it meanwhile.
+
+    Raises:
+        NotFoundError: there is no log.
+        ChecksumMismatch: the log is damaged.
+    """
+    with _open_newest(Path(path)) as stream:
+        replay = _replay(stream)
+    return LogState(replay.cursor, replay.items())
+
+
+def read_records(path: str | Path, *, after: int = 0) -> list[LogRecord]:
+    """The records of a log, in order, that come after sequence number `after`; others may write to it meanwhile.
+
+    Raises:
+        NotFoundError: there is no log; or a compaction has dropped some of these records, so that only a newer
+            snapshot leads on (field `base`).
+        ChecksumMismatch: the log is damaged.
+    """
+    records: list[LogRecord] = []
+    with _open_newest(Path(path)) as stream:
+        replay = _replay(stream, on_change=records.append)
+    if after < replay.base:
+        raise NotFoundError(
+            f"the log {path} was compacted at {replay.base}: it no longer tells all that happened after {after}",
+            hint="bootstrap again from a newer artifact",
+            path=str(path),
+            base=replay.base,
+        )
+    return [record for record in records if record.seq > after]
+
+
+class AppendLogExporter(BaseModel):
+    """Exports an append log as it is at one moment, up to its last whole record, while others go on writing to it.
+
+    The cursor is that record's sequence number.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path = Field(description="The directory of the log.")
+
+    @property
+    def backend(self) -> str:
+        return BACKEND
+
+    def export(self, dest: Path, *, on_progress: OnProgress | None = None) -> ExportResult:
+        """Write an artifact of the log into `dest`; see `Exporter.export`.
+
+        Raises:
+            NotFoundError: there is no log.
+            ChecksumMismatch: the log is damaged; there is no artifact then.
+            DestinationNotEmpty: `dest` holds something.
+            DiskFull: there is no room at `dest`.
+        """
+
+        def write(data: Path) -> JsonValue:
+            with (
+                _open_newest(self.path.expanduser()) as stream,
+                writing(dest),
+                open(data / Path(stream.name).name, "wb") as copy,
+            ):
+                return _replay(stream, on_line=copy.write).cursor
+
+        return export_files(dest, backend=BACKEND, write=write, on_progress=on_progress)
+
+
+class AppendLogImporter(VersionedImporter):
+    """Keeps a mirror of an append log: `<path>/current` is a log that goes on where the snapshot ended.
+
+    A log that follows its source further than an artifact reaches is not set back by it, unless `rewind` says so.
+    """
+
+    compact_threshold: int = Field(
+        default=DEFAULT_COMPACT_THRESHOLD, ge=1, description="Bytes appended between two compactions of the live log."
+    )
+    rewind: bool = Field(default=False, description="Whether an artifact may take the place of a log that is ahead.")
+
+    @property
+    @override
+    def backend(self) -> str:
+        return BACKEND
+
+    @override
+    def cursor(self) -> JsonValue:
+        """The sequence number of the last record of the live log; None before the first import."""
+        return read_state(self.data).cursor if self.data.exists() else None
+
+    def open(self, *, sync: bool = True) -> AppendLog:
+        """The live log, to go on with; nobody imports while it is open.
+
+        Raises:
+            NotFoundError: nothing was imported yet.
+            TransferBusy: another process has it open.
+        """
+        if self.current() is None:
+            raise NotFoundError(f"mirror {self.path} is empty", hint="import an artifact first", path=str(self.path))
+        while True:
+            shown = os.path.realpath(self.data)
+            live = AppendLog(shown, compact_threshold=self.compact_threshold, sync=sync)
+            # Only who holds the log's lock may swap it: what is shown now stays until it is closed.
+            if os.path.realpath(self.data) == shown:
+                return live
+            live.close()
+
+    @override
+    def prepare(self, artifact: Artifact) -> None:
+        paths = artifact.index.paths
+        if len(paths) != 1 or not _NAME.fullmatch(paths[0]):
+            # A second file could be newer than the one that the cursor speaks of.
+            raise HostileArtifact(f"{artifact!r} is not a log: it has members {paths[:3]}", reason="members")
+        self._check_order(artifact.manifest.cursor)
+
+    @override
+    def verify_open(self, artifact: Artifact) -> None:
+        with _open_newest(artifact.data) as stream:
+            found = _replay(stream)
+        promised = artifact.manifest.cursor
+        if found.cursor != promised or found.end != artifact.manifest.bytes:
+            raise ArtifactInvalid(
+                f"the log in {artifact!r} ends at record {found.cursor}, the manifest says {promised!r}",
+                path=str(artifact.path),
+                expected=promised,
+                actual=found.cursor,
+            )
+
+    @override
+    def swap(self, version: Path) -> None:
+        if self.data.exists():
+            lock = _take_lock(self.data)
+            try:
+                # Somebody may have appended since the import began.
+                self._check_order(Artifact.open(version).manifest.cursor)
+                super().swap(version)
+            finally:
+                os.close(lock)
+        else:
+            super().swap(version)
+
+    def _check_order(self, offered: JsonValue) -> None:
+        alive = self.cursor()
+        if not self.rewind and isinstance(alive, int) and isinstance(offered, int) and alive > offered:
+            raise RefusedError(
+                f"the log in {self.path} is at {alive}, the artifact only reaches to {offered}",
+                hint="import a newer artifact, or set `rewind` to throw the later records away",
+                expected=alive,
+                actual=offered,
+            )
+
+
+def _take_lock(path: Path) -> int:
+    from blobflow.artifact.landing import try_flock
+
+    with writing(path):
+        lock = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    if not try_flock(lock, fcntl.LOCK_EX):
+        os.close(lock)
+        raise TransferBusy(f"another process writes to the log {path}", path=str(path))
+    return lock
+
+
+def _newest(path: Path) -> Path | None:
+    try:
+        names = [name for name in os.listdir(path) if _NAME.fullmatch(name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    # A compaction removes the file before only after its own is whole.
+    return path / max(names) if names else None
+
+
+def _open_newest(path: Path) -> io.BufferedReader:
+    """The newest file of a log; what is appended, and compactions, do no harm while it is read."""
+    for _ in range(_ATTEMPTS):
+        file = _newest(path)
+        if file is None:
+            break
+        try:
+            return open(file, "rb")
+        except FileNotFoundError:
+            continue
+    raise NotFoundError(f"there is no log in {path}", path=str(path))
+
+
+def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
+    """The lines that the file has at this moment, however many are appended meanwhile; the last may be torn."""
+    left = os.fstat(stream.fileno()).st_size
+    while left and (line := stream.readline(left)):
+        left -= len(line)
+        yield line
+
+
+def _records(stream: io.BufferedReader) -> Iterator[tuple[bytes, LogRecord | _Head]]:
+    """Every whole line with what it says: the head first, then records. A torn last line is left out."""
+    lines = _lines(stream)
+    offset = 0
+    line = next(lines, None)
+    while line is not None:
+        following = next(lines, None)
+        record = _parsed(line)
+        if record is not None:
+            yield line, record
+        elif following is None and offset:
+            log.info("log.torn file=%s offset=%d bytes=%d", stream.name, offset, len(line))
+        else:
+            raise _damaged(stream.name, offset)
+        offset += len(line)
+        line = following
+
+
+def _parsed(line: bytes) -> LogRecord | _Head | None:
+    """What a line says; None if it is not whole."""
+    seal = _SEAL.search(line, max(0, len(line) - _MAX_SEAL_BYTES))
+    if seal is None or crc32c(line[: seal.start()]) != int(seal[1]):
+        return None
+    try:
+        match json.loads(line):
+            case {"log": 1, "base": int(base), "records": int(records)}:
+                return _Head(base, records)
+            case {"seq": int(seq), "key": str(key), "deleted": True}:
+                return LogRecord(seq, key, deleted=True)
+            case {"seq": int(seq), "key": str(key), "value": value}:
+                return LogRecord(seq, key, value)
+            case _:
+                return None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _replay(
+    stream: io.BufferedReader,
+    *,
+    on_line: Callable[[bytes], object] | None = None,
+    on_change: Callable[[LogRecord], object] | None = None,
+) -> _Replay:
+    """What a file says; every whole line goes to `on_line`, every record after the base to `on_change`."""
+    replay = _Replay()
+    for line, record in _records(stream):
+        if not replay.take(record):
+            raise _damaged(stream.name, replay.end)
+        replay.end += len(line)
+        if replay.cursor == replay.base:
+            replay.compacted_end = replay.end
+        elif on_change and isinstance(record, LogRecord):
+            on_change(record)
+        if on_line:
+            on_line(line)
+    if not replay.end or replay.compacted:
+        raise _damaged(stream.name, replay.end)
+    return replay
+
+
+def _damaged(file: str, offset: int) -> ChecksumMismatch:
+    return ChecksumMismatch(
+        f"the log {file} is damaged at byte {offset}", hint="restore it from a snapshot", what=file, offset=offset
+    )
+
+
+def _encode(record: LogRecord) -> bytes:
+    if not isinstance(record.key, str):  # pyright: ignore[reportUnnecessaryIsInstance] - nobody could read it back
+        raise UsageError(f"the key of a record is a string, not {record.key!r}")
+    document: dict[str, JsonValue] = {"seq": record.seq, "key": record.key}
+    document |= {"deleted": True} if record.deleted else {"value": record.value}
+    return _sealed(document)
+
+
+def _sealed(document: dict[str, JsonValue]) -> bytes:
+    try:
+        body = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))[:-1].encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"the record is no JSON: {error}") from error
+    return body + b',"crc32c":%d}\n' % crc32c(body)
+
+
+def _write_all(file: io.FileIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) or 0 :]

@@ -1,0 +1,149 @@
+"""Files of sources and targets: exported, copied, removed, and their errors in this package's words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from blobflow.artifact.artifact import write_artifact
+from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
+from blobflow.artifact.manifest import DATA_NAME
+from blobflow.artifact.members import open_regular
+from blobflow.backends.base import ExportResult, OnProgress
+from blobflow.errors import SourceChanged, Unsupported, UnsupportedSource, writing
+
+
+def unsupported(path: str, reason: str, remedy: str) -> UnsupportedSource:
+    """The error for an entry of the source that no artifact can hold."""
+    shown = path.encode("utf-8", "backslashreplace").decode()
+    return UnsupportedSource(f"{shown!r} cannot be exported: {reason}", hint=remedy, path=shown, reason=reason)
+
+
+def export_files(
+    dest: Path, *, backend: str, write: Callable[[Path], JsonValue], on_progress: OnProgress | None = None
+) -> ExportResult:
+    """Make an artifact in `dest` of the files that `write` puts into a directory; on failure `dest` is as before.
+
+    The same files give the same payload, whenever they were made.
+
+    Args:
+        write: Gets the empty directory of the members, and returns the cursor.
+
+    Raises:
+        DestinationNotEmpty: `dest` holds something.
+        DiskFull, RefusedError: `dest` cannot be written.
+    """
+    # Not at the top: pyarrow behind them costs 0.3 s, and a pipeline is defined more often than it is run.
+    from blobflow.artifact.index import FILE_MODE, Index, Member
+    from blobflow.artifact.landing import check_destination
+
+    started = time.monotonic()
+    check_destination(dest)
+    created = not dest.exists()
+    try:
+        data = dest / DATA_NAME
+        with writing(dest):
+            data.mkdir(parents=True)
+        cursor = write(data)
+        paths = sorted(os.listdir(data))
+        sizes = [(data / path).stat().st_size for path in paths]
+        total = sum(sizes)
+
+        def hash_member(i: int, buffer: memoryview) -> FileHash:
+            with open_regular(data, paths[i]) as file:
+                return hash_descriptor(file.fileno(), buffer)
+
+        hashes = hash_files(
+            len(paths),
+            lambda i: sizes[i],
+            hash_member,
+            on_batch=(lambda _, done: on_progress(done, total)) if on_progress else None,
+        )
+        index = Index()
+        for path, hashed in zip(paths, hashes, strict=True):
+            index.append(Member(path, hashed.size, FILE_MODE, 0, hashed.sha256, hashed.crc32c))
+        with writing(dest):
+            artifact = write_artifact(dest, index, backend=backend, cursor=cursor)
+    except BaseException:
+        remove_tree(dest)
+        if not created:
+            dest.mkdir()
+        raise
+    return ExportResult(
+        artifact=artifact,
+        members=len(index),
+        bytes=total,
+        excluded=0,
+        symlinks_skipped=0,
+        seconds=time.monotonic() - started,
+    )
+
+
+@contextmanager
+def reading(path: str) -> Generator[None]:
+    """Errors of the operating system while the source's `path` is read, in this package's words."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+            raise SourceChanged(f"{path!r} went away while it was exported", path=path, what="existence") from error
+        remedies = {
+            errno.EACCES: "give permission to read it, or exclude it",
+            errno.EIO: "look after the disk, or exclude it",
+            errno.ENAMETOOLONG: "shorten the path, or exclude it",
+        }
+        remedy = remedies.get(error.errno or 0, "exclude it")
+        raise unsupported(path, f"it cannot be read: {error.strerror}", remedy) from error
+
+
+def place_members(paths: Sequence[str], root: Path, data: Path, place: Callable[[Path, Path], object]) -> None:
+    """Bring the members at `paths` from `root` to `data`; `place` links or copies one file.
+
+    Raises:
+        DiskFull, RefusedError: `data` cannot be written.
+        SourceChanged, UnsupportedSource: a member cannot be read.
+        Unsupported: `data` cannot hold hard links to the members.
+    """
+    with writing(data):
+        data.mkdir()
+    for path in paths:
+        target = data / path
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.endswith("/"):
+                target.mkdir()
+        if not path.endswith("/"):
+            with _placing(path, target):
+                place(Path(os.path.realpath(root / path)), target)
+
+
+@contextmanager
+def _placing(path: str, target: Path) -> Generator[None]:
+    """Errors of the operating system while the member `path` is linked or copied to `target`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EMLINK, errno.EPERM):
+            raise Unsupported(
+                f"{path!r} cannot be linked to {target}: {error.strerror}",
+                hint="use mode 'reference' or 'copy', or a destination on the file system of the source",
+                ability="hard links",
+            ) from error
+        # Of the errors of a copy only these are surely those of the target.
+        with writing(target) if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else reading(path):
+            raise
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory tree of ours; absent is fine. Links are removed, not followed."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)

@@ -1,0 +1,71 @@
+"""What a mirror has shown: one line of JSON for each import, the newest last."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+HISTORY_NAME: Final = "history.jsonl"
+
+_MAX_BYTES: Final = 1024 * 1024
+"""About 3,000 imports with small cursors; beyond it the older half is dropped."""
+
+
+class HistoryEntry(BaseModel):
+    """One import of an artifact into a mirror. Fields added by later versions are ignored."""
+
+    model_config = ConfigDict(frozen=True)
+
+    imported_at: datetime
+    artifact_digest: str
+    backend: str
+    cursor: JsonValue = None
+    """Where in the source's history the artifact stands."""
+    created_at: datetime
+    """When the artifact was made."""
+    key: str | None = None
+    """Under which it was published, if the importing process knew."""
+
+
+def read_history(mirror: Path) -> list[HistoryEntry]:
+    """The imports into a mirror that are remembered, oldest first; lines torn by a kill are passed over."""
+    try:
+        data = (mirror / HISTORY_NAME).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    entries: list[HistoryEntry] = []
+    for line in data.splitlines():
+        try:
+            entries.append(HistoryEntry.model_validate_json(line))
+        except ValidationError:
+            continue
+    return entries
+
+
+def add_to_history(mirror: Path, entry: HistoryEntry) -> None:
+    """Append an import, durably. The caller holds the mirror, because a long history is written anew."""
+    path = mirror / HISTORY_NAME
+    # The newline in front ends a line that a killed process left torn, which would swallow this one.
+    with open(path, "ab", buffering=0) as file:
+        file.write(b"\n" + entry.model_dump_json().encode() + b"\n")
+        os.fsync(file.fileno())
+        too_long = file.tell() > _MAX_BYTES
+    if too_long:
+        kept: list[bytes] = []
+        size = 0
+        for old in reversed(read_history(mirror)):
+            line = old.model_dump_json().encode() + b"\n"
+            size += len(line)
+            if kept and size > _MAX_BYTES // 2:
+                break
+            kept.append(line)
+        partial = mirror / f".{HISTORY_NAME}.partial"
+        with open(partial, "wb") as file:
+            file.writelines(reversed(kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)

@@ -1,0 +1,293 @@
+"""SQLite databases: a snapshot of one that is written to, and a mirror that swaps whole databases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Callable, Generator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Final, cast
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from typing_extensions import override
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.backends.base import ExportResult, OnProgress
+from blobflow.backends.files import export_files
+from blobflow.backends.versions import VersionedImporter
+from blobflow.errors import (
+    ArtifactInvalid,
+    BlobflowError,
+    DiskFull,
+    HostileArtifact,
+    NotFoundError,
+    RefusedError,
+    TransferBusy,
+    UnsupportedSource,
+    UsageError,
+    writing,
+)
+
+log = logging.getLogger(__name__)
+
+BACKEND: Final = "sqlite"
+DATABASE_NAME: Final = "database.sqlite"
+"""The one member of the artifacts, so that readers of a mirror open `<path>/current/database.sqlite`."""
+
+_STEP_PAGES: Final = 4096
+"""Pages copied between two signs of life: 16 MiB of a database with the usual pages."""
+_STEP_INSTRUCTIONS: Final = 10_000_000
+"""Of SQLite's machine between two signs of life while a database is checked: a few tenths of a second."""
+
+
+_BUSY: Final = ("database is locked", "database table is locked", "database schema is locked")
+
+
+class SqliteExporter(BaseModel):
+    """Exports an SQLite database as it is at one moment, by SQLite's online backup, while others go on writing to it.
+
+    Everything is read in one read transaction: of a database in WAL mode nobody has to wait for it; in the other
+    journal modes writers wait to commit until the copy is made. The copy has no journal beside it, whatever the mode
+    of the source. A source is only read: even a journal that a killed writer left is its application's to roll back.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path = Field(description="The database file.")
+    cursor_query: str | None = Field(
+        default=None,
+        description="A query whose first row is the cursor (one column: its value; several: a list), read in the same"
+        " transaction as the data, e.g. `SELECT max(id) FROM events`. Without it the cursor is the schema version and"
+        " the user version.",
+    )
+    busy_timeout_s: float = Field(default=5.0, ge=0, description="Seconds to wait for a writer that is committing.")
+
+    @property
+    def backend(self) -> str:
+        return BACKEND
+
+    def export(self, dest: Path, *, on_progress: OnProgress | None = None) -> ExportResult:
+        """Write an artifact of the database into `dest`; see `Exporter.export`.
+
+        Raises:
+            NotFoundError: there is no such file.
+            TransferBusy: writers kept the database locked for longer than `busy_timeout_s`.
+            UnsupportedSource: it is no SQLite database, or a damaged one.
+            RefusedError: a killed writer left a journal that has to be rolled back first.
+            UsageError: the cursor query fails, or gives what JSON cannot hold.
+            DestinationNotEmpty: `dest` holds something.
+            DiskFull: there is no room at `dest`.
+        """
+        path = self.path.expanduser().absolute()
+        if not path.is_file():
+            raise NotFoundError(f"database {self.path} does not exist", path=str(self.path))
+        size = path.stat().st_size
+
+        def alive(*_: int) -> None:
+            if on_progress:
+                on_progress(0, size)
+
+        def write(data: Path) -> JsonValue:
+            target = data / DATABASE_NAME
+            with (
+                writing(dest),
+                _errors_of(path),
+                closing(_connect(path, "mode=ro", timeout_s=self.busy_timeout_s)) as source,
+                closing(_connect(target, "mode=rwc")) as copy,
+            ):
+                # The transaction begins with the first read, and pins the state for the whole of the export.
+                source.execute("BEGIN")
+                source.execute("SELECT 1 FROM sqlite_master").fetchone()
+                cursor = self._cursor(source)
+                copy.execute("PRAGMA synchronous=OFF")  # an unfinished artifact is thrown away as a whole
+                source.backup(copy, pages=_STEP_PAGES, progress=alive)
+                # Of a source in WAL mode the copy would be, too, and make files beside it when it is opened.
+                copy.execute("PRAGMA journal_mode=DELETE")
+                _check(copy, path, alive, UnsupportedSource)
+            return cursor
+
+        return export_files(dest, backend=BACKEND, write=write, on_progress=on_progress)
+
+    def _cursor(self, source: sqlite3.Connection) -> JsonValue:
+        if self.cursor_query is None:
+            # PRAGMA data_version means nothing to another connection, and the change counter in the file's header
+            # stands still in WAL mode (https://www.sqlite.org/pragma.html#pragma_data_version).
+            return {name: _pragma(source, name) for name in ("schema_version", "user_version")}
+        return _query_cursor(source, self.cursor_query)
+
+
+class SqliteImporter(VersionedImporter):
+    """Keeps a mirror of an SQLite database: `<path>/current/database.sqlite` is always one whole database.
+
+    A reader that has the old one open keeps reading it, until it opens the path again. The mirror is for reading: what
+    was written to it is gone with the next import, which waits for nobody, but refuses while a transaction is open.
+    """
+
+    application_id: int | None = Field(
+        default=None, description="Refuse databases with another `PRAGMA application_id`; None: take any."
+    )
+    user_version: int | None = Field(
+        default=None, description="Refuse databases with another `PRAGMA user_version`; None: take any."
+    )
+    cursor_query: str | None = Field(
+        default=None,
+        description="A query on the mirror whose first row is its cursor, for mirrors that are followed further by"
+        " other means than imports.",
+    )
+
+    @property
+    @override
+    def backend(self) -> str:
+        return BACKEND
+
+    @property
+    def database(self) -> Path:
+        """What readers open."""
+        return self.data / DATABASE_NAME
+
+    @override
+    def cursor(self) -> JsonValue:
+        if self.cursor_query is None or not self.database.exists():
+            return super().cursor()
+        with _errors_of(self.database), closing(_connect(self.database, "mode=ro")) as connection:
+            return _query_cursor(connection, self.cursor_query)
+
+    @override
+    def prepare(self, artifact: Artifact) -> None:
+        if artifact.index.paths != [DATABASE_NAME]:
+            # A journal beside the database would be applied to it by the first who opens it.
+            raise HostileArtifact(
+                f"{artifact!r} is not a database: it has members {artifact.index.paths[:3]}", reason="members"
+            )
+
+    @override
+    def verify_open(self, artifact: Artifact) -> None:
+        database = artifact.data / DATABASE_NAME
+        # Immutable: nothing is locked, and no file is made beside what may still be refused.
+        with (
+            _errors_of(database, ArtifactInvalid),
+            closing(_connect(database, "mode=ro&immutable=1")) as connection,
+        ):
+            _check(connection, database, _nothing, ArtifactInvalid)
+            for name, expected in (("application_id", self.application_id), ("user_version", self.user_version)):
+                actual = _pragma(connection, name)
+                if expected is not None and actual != expected:
+                    raise RefusedError(
+                        f"the database in {artifact!r} has {name} {actual}, this mirror takes {expected}",
+                        hint="import what the mirror was made for, or change what it takes",
+                        expected=expected,
+                        actual=actual,
+                    )
+
+    @override
+    def swap(self, version: Path) -> None:
+        with _writers_held_off(self.database):
+            super().swap(version)
+
+
+def _query_cursor(connection: sqlite3.Connection, query: str) -> JsonValue:
+    """The first row that a query gives: its value, or the list of its values; None if there is no row.
+
+    Raises:
+        UsageError: the query fails, or gives what JSON cannot hold.
+    """
+    try:
+        row = cast("tuple[object, ...] | None", connection.execute(query).fetchone())
+        value = row[0] if row and len(row) == 1 else row and list(row)
+        return cast("JsonValue", json.loads(json.dumps(value, allow_nan=False)))
+    except sqlite3.Error as error:
+        if str(error) in _BUSY:
+            raise
+        raise UsageError(f"the cursor query fails: {error}", hint="try it on the database") from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the cursor query gives what JSON cannot hold: {error}") from error
+
+
+def _connect(path: Path, parameters: str, *, timeout_s: float = 0.0) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"{Path(os.path.realpath(path)).as_uri()}?{parameters}", uri=True, timeout=timeout_s, isolation_level=None
+    )
+    # The schema of a database that came from elsewhere must not run code of ours (https://www.sqlite.org/security.html).
+    connection.execute("PRAGMA trusted_schema=OFF")
+    return connection
+
+
+@contextmanager
+def _errors_of(path: Path, damaged: type[BlobflowError] = UnsupportedSource) -> Generator[None]:
+    """Errors of SQLite about the database at `path`, in this package's words."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        # Python tells the codes only since 3.11; the messages are SQLite's own, and have been the same for decades.
+        message = str(error)
+        if message in _BUSY:
+            raise TransferBusy(f"database {path} is locked by a writer", path=str(path)) from error
+        if message == "database or disk is full":
+            raise DiskFull(f"no room left for the copy of {path}", path=str(path)) from error
+        if message == "attempt to write a readonly database":
+            raise RefusedError(
+                f"database {path} has a journal that a killed writer left",
+                hint="let its application open it once, which rolls the journal back",
+                path=str(path),
+            ) from error
+        raise damaged(f"database {path} cannot be read: {message}", path=str(path), reason=message) from error
+
+
+@contextmanager
+def _writers_held_off(database: Path) -> Generator[None]:
+    """Keep others from writing to the database that is shown now: what they would commit would be gone unseen.
+
+    Raises:
+        TransferBusy: one of them is in a transaction.
+    """
+    if not database.exists():
+        yield
+        return
+    with closing(_connect(database, "mode=rw")) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            if str(error) in _BUSY:
+                raise TransferBusy(
+                    f"somebody writes to {database}", hint="end the transaction, or wait for it", path=str(database)
+                ) from error
+            # Read-only or damaged: then there are no writers, and a whole database in its place is all the better.
+            log.info("sqlite.not_held path=%s error=%s", database, error)
+        yield
+
+
+def _check(connection: sqlite3.Connection, path: Path, alive: Callable[[], None], damaged: type[BlobflowError]) -> None:
+    """Let SQLite prove that the database is whole; what `alive` raises meanwhile ends it, and comes out here."""
+    failures: list[BaseException] = []
+
+    def on_step() -> int:
+        try:
+            alive()
+        except BaseException as failure:  # noqa: BLE001 - it comes out below; SQLite itself would swallow it
+            failures.append(failure)
+        return len(failures)
+
+    connection.set_progress_handler(on_step, _STEP_INSTRUCTIONS)
+    try:
+        # cell_size_check: look for damage before it can do harm (https://www.sqlite.org/security.html).
+        connection.execute("PRAGMA cell_size_check=ON")
+        found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    except sqlite3.Error:
+        if failures:
+            raise failures[0] from None
+        raise
+    finally:
+        connection.set_progress_handler(None, 0)
+    if found != "ok":
+        raise damaged(f"database {path} is damaged: {found}", path=str(path), reason=found)
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+def _nothing() -> None:
+    """No sign of life is asked for."""
