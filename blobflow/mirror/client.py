@@ -1,0 +1,260 @@
+"""Pushes snapshots to a receiver elsewhere: asks where it stands, goes on there, over broken connections and kills."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+from urllib.parse import urlencode, urlsplit
+
+from blobflow import errors
+from blobflow.checksum import Buffer
+from blobflow.config import MIB
+from blobflow.errors import (
+    BlobflowError,
+    ChecksumMismatch,
+    OffsetRegressionError,
+    StoreConfigurationError,
+    StoreUnavailable,
+    TemporaryError,
+    TimedOut,
+    UsageError,
+)
+from blobflow.mirror.envelope import SnapshotId, head_bytes
+from blobflow.mirror.sending import DEFAULT_CHUNK_BYTES, Snapshot
+from blobflow.stores.base import Body
+from blobflow.stores.retry import DEFAULT_PATIENCE_S
+from blobflow.stores.s3_wire import Answer, Wire, WireError
+from blobflow.version import __version__
+
+log = logging.getLogger(__name__)
+
+REQUEST_BYTES: Final = 64 * MIB
+"""Of a snapshot in one request: each is acknowledged, and lets the caller see progress."""
+_MAX_ANSWER_BYTES: Final = 16 * MIB
+_FIRST_WAIT_S: Final = 0.25
+_LONGEST_WAIT_S: Final = 20.0
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """How a push went.
+
+    Attributes:
+        status: `unchanged`: the receiver had all of it.
+        bytes_sent: Of the snapshot, by this call, what was sent twice included.
+        bytes_resumed: What the receiver held when the call began.
+    """
+
+    status: Literal["pushed", "unchanged"]
+    id: SnapshotId
+    bytes_total: int
+    bytes_sent: int
+    bytes_resumed: int
+    seconds: float
+
+
+class MirrorClient:
+    """Speaks with the receiver at a URL; for one thread.
+
+    Args:
+        url: `http://host:port` or `https://...`, with a path if the application is mounted below one.
+        token: The receiver's.
+        tls: For another CA, or a client certificate; default: Python's.
+        connect_timeout_s: For a connection to be made.
+        idle_timeout_s: For a single byte to move.
+        patience_s: Seconds without progress, over all attempts, before a push fails.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str,
+        tls: ssl.SSLContext | None = None,
+        connect_timeout_s: float = 10.0,
+        idle_timeout_s: float = 60.0,
+        patience_s: float = DEFAULT_PATIENCE_S,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None or parts.query:
+            raise UsageError("a receiver needs a URL: http://host:port or https://host:port, without credentials")
+        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        self._host = parts.netloc
+        self._base = parts.path.rstrip("/")
+        self._token = token
+        self._patience_s = patience_s
+        self._sleep = sleep
+        self._clock = clock
+        self._wire = Wire(
+            f"{parts.scheme}://{parts.netloc}",
+            connect_timeout_s=connect_timeout_s,
+            idle_timeout_s=idle_timeout_s,
+            max_idle=1,
+            tls=tls,
+        )
+
+    def push(
+        self,
+        snapshot: Snapshot,
+        *,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        request_bytes: int = REQUEST_BYTES,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> PushResult:
+        """Send what the receiver lacks of a snapshot; may be called again after a crash.
+
+        Args:
+            on_progress: Told the bytes acknowledged, and all.
+
+        Raises:
+            StoreUnavailable, TimedOut and the like: no progress for `patience_s`.
+            StoreConfigurationError: the token is wrong, or the certificate is not trusted.
+            RefusedError, IntegrityError: the receiver refuses the snapshot.
+            SourceChanged: the source is another one now.
+        """
+        started = self._clock()
+        tries = _Tries(self._patience_s, self._sleep, self._clock)
+        total, sent = snapshot.total_bytes, 0
+        held: int | None = None
+        at: dict[str, Any] | None = None
+        while True:
+            try:
+                at = at or self.status(snapshot.id)
+                offset: int = at["bytes_done"]
+                held = offset if held is None else held
+                if on_progress is not None:
+                    on_progress(total if at["complete"] else offset, total)
+                if at["complete"]:
+                    break
+                end = min(total, offset + request_bytes)
+                sent += end - offset
+                at = self._send(snapshot, offset, end, chunk_bytes)
+                tries.succeeded()
+            except (OffsetRegressionError, TemporaryError) as error:
+                at = None
+                tries.failed(error)
+            except ChecksumMismatch as error:
+                if error.fields.get("what") == "snapshot":
+                    raise
+                at = None  # a chunk was damaged on its way
+                tries.failed(error)
+        status = "pushed" if sent or not total else "unchanged"
+        return PushResult(status, snapshot.id, total, sent, held or 0, self._clock() - started)
+
+    def status(self, snapshot: SnapshotId) -> dict[str, Any]:
+        """What the receiver has of a snapshot: docs/mirror.md, "Requests"."""
+        return self._call("GET", f"/v1/snapshot?{urlencode(snapshot._asdict())}")
+
+    def snapshots(self) -> list[dict[str, Any]]:
+        """All that the receiver has."""
+        return self._call("GET", "/v1/snapshots")["snapshots"]
+
+    def abort(self, snapshot: SnapshotId) -> None:
+        """Have the receiver drop what it has of a snapshot that is not complete."""
+        self._call("DELETE", f"/v1/snapshot?{urlencode(snapshot._asdict())}")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._wire.close()
+
+    def __enter__(self) -> MirrorClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<MirrorClient {self.url}>"
+
+    def _send(self, snapshot: Snapshot, offset: int, end: int, chunk_bytes: int) -> dict[str, Any]:
+        """One request's worth; where the receiver stands then."""
+        chunks = max(1, -(-(end - offset) // chunk_bytes))
+        size = end - offset + chunks * head_bytes(snapshot.id)
+
+        def frames() -> Iterator[Buffer]:
+            for envelope in snapshot.envelopes(offset, chunk_bytes=chunk_bytes, end=end):
+                yield envelope.head()
+                yield envelope.data
+
+        return self._call("POST", "/v1/frames", Body(size, frames))["snapshots"][-1]
+
+    def _call(self, method: str, target: str, body: Body | None = None) -> dict[str, Any]:
+        def headers() -> dict[str, str]:
+            fields = {
+                "Host": self._host,
+                "User-Agent": f"blobflow/{__version__}",
+                "Authorization": f"Bearer {self._token}",
+            }
+            if body is not None:
+                fields |= {"Content-Length": str(body.size), "Content-Type": "application/vnd.blobflow.frames"}
+            return fields
+
+        try:
+            # Frames may be sent twice: the receiver knows them again.
+            with self._wire.send(method, self._base + target, headers, body) as answer:
+                text = answer.read(_MAX_ANSWER_BYTES)
+        except WireError as error:
+            if isinstance(error.__cause__, ssl.SSLCertVerificationError):
+                raise StoreConfigurationError(
+                    f"{self.url} shows a certificate that is not trusted: {error.__cause__.verify_message}",
+                    hint="give a context that trusts its authority",
+                    operation=method,
+                ) from error
+            if error.timeout_s is not None:
+                raise TimedOut(f"{self.url} is silent", operation=method, timeout_s=error.timeout_s) from error
+            raise StoreUnavailable(f"{self.url} does not answer: {error}", operation=method) from error
+        try:
+            document: dict[str, Any] = json.loads(text)
+        except ValueError:
+            document = {}
+        if answer.status != 200 or not document:
+            raise self._failure(answer, document)
+        return document
+
+    def _failure(self, answer: Answer, document: dict[str, Any]) -> BlobflowError:
+        """The error that the receiver raised, as far as it is one of ours."""
+        told: dict[str, Any] = document.get("error") or {}
+        if answer.status == 401:
+            return StoreConfigurationError(f"{self.url} refuses the token", operation="push", status=401)
+        kind = getattr(errors, str(told.pop("type", "")), None)
+        if not (isinstance(kind, type) and issubclass(kind, BlobflowError)):
+            passing = answer.status >= 500 or answer.status in (408, 429)
+            kind = StoreUnavailable if passing else StoreConfigurationError
+            return kind(f"{self.url} answered {answer.status}", operation="push", status=answer.status)
+        message, hint = str(told.pop("message", "")), str(told.pop("hint", ""))
+        return kind(f"{self.url}: {message}", hint=hint, **told)
+
+
+class _Tries:
+    """Waits between attempts, exponentially with full jitter, until the patience is used up."""
+
+    def __init__(self, patience_s: float, sleep: Callable[[float], None], clock: Callable[[], float]) -> None:
+        self._patience_s = patience_s
+        self._sleep = sleep
+        self._clock = clock
+        self.succeeded()
+
+    def succeeded(self) -> None:
+        self._failures = 0
+        self._deadline: float | None = None
+
+    def failed(self, error: BlobflowError) -> None:
+        """Wait; raises `error` if that was the last attempt."""
+        now = self._clock()
+        if self._deadline is None:
+            self._deadline = now + self._patience_s
+        if now >= self._deadline:
+            raise error
+        log.info("mirror.retry error=%s failures=%d", type(error).__name__, self._failures + 1)
+        asked_s = float(error.fields.get("retry_after_s", 0))
+        backoff_s = random.uniform(0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**self._failures))
+        self._failures += 1
+        self._sleep(min(max(asked_s, backoff_s), self._deadline - now))

@@ -1,0 +1,351 @@
+"""The rules by which a snapshot is received: a machine without I/O, one for each snapshot.
+
+    state, envelope -> `receive` -> state, actions
+
+The actions are performed in their order; only then the new state counts. If one fails, whatever the reason, the state
+is forgotten and `restore` makes it again from what lies on disk. So there is one way to recover, the same after a
+full disk, a bug and a power cut, and it costs at most what came after the last checkpoint.
+
+| a chunk | is |
+|---|---|
+| that continues at the offset reached | appended |
+| at offset 0 | a new beginning, unless it is the very chunk that lies there |
+| that was taken already: same offset, length, checksum | acknowledged again; the last 64 and the first are known |
+| at another offset | refused, with the offset that is expected |
+| whose bytes are not those of its CRC32C | refused: one bad chunk costs one chunk |
+| that passes the declared size, or is the last one and does not reach it | refused |
+| of a snapshot that is complete | acknowledged: a complete snapshot never changes |
+
+A refusal changes nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, NamedTuple, TypeAlias
+
+from blobflow.checksum import Buffer, combine_crc32c, crc32c
+from blobflow.config import MIB
+from blobflow.errors import (
+    BlobflowError,
+    ChecksumMismatch,
+    IntegrityError,
+    KeyConflict,
+    OffsetRegressionError,
+    SizeMismatch,
+)
+from blobflow.mirror.envelope import SnapshotEnvelope, SnapshotId
+
+JOURNAL_FORMAT: Final = "blobflow.mirror-journal/1"
+REPORT_EVERY_BYTES: Final = MIB
+REMEMBERED_CHUNKS: Final = 64
+"""More than any sender has in flight."""
+
+Cursor: TypeAlias = str | int | None
+
+
+@dataclass(frozen=True)
+class Bootstrapping:
+    """A snapshot is on its way, or arrived and waits to be imported."""
+
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True)
+class Following:
+    """The snapshot was imported; `cursor` is where the mirror's own history goes on."""
+
+    cursor: Cursor
+
+
+ReceiverStatus: TypeAlias = Bootstrapping | Following
+
+
+class Chunk(NamedTuple):
+    """A chunk that was taken."""
+
+    offset: int
+    length: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Replace the journal by this record, then empty the partial file: a crash in between leaves no claim."""
+
+    record: bytes
+
+
+@dataclass(frozen=True)
+class Write:
+    """Write into the partial file."""
+
+    offset: int
+    data: Buffer = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Make the partial file durable, then append the record to the journal and make that durable."""
+
+    record: bytes
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Make the partial file durable and give it the name of a snapshot, in one step."""
+
+
+@dataclass(frozen=True)
+class Discard:
+    """Remove journal and partial file, in this order."""
+
+
+Action: TypeAlias = Begin | Write | Checkpoint | Commit | Discard
+
+
+@dataclass(frozen=True)
+class SessionState:
+    """What is known of one snapshot.
+
+    Attributes:
+        begun: Whether there is something of it.
+        offset: Bytes taken; the next chunk begins here.
+        crc: CRC32C of those.
+        durable: The offset of the last checkpoint.
+        unreported: Bytes since the last progress report.
+        first: The chunk at offset 0.
+        recent: The last chunks, oldest first.
+        committed: It is whole and has its final name.
+        following: It was imported.
+    """
+
+    id: SnapshotId
+    total_bytes: int = 0
+    total_crc32c: int = 0
+    begun: bool = False
+    offset: int = 0
+    crc: int = 0
+    durable: int = 0
+    unreported: int = 0
+    first: Chunk | None = None
+    recent: tuple[Chunk, ...] = ()
+    committed: bool = False
+    following: bool = False
+    cursor: Cursor = None
+
+    @property
+    def status(self) -> ReceiverStatus:
+        return Following(self.cursor) if self.following else Bootstrapping(self.offset, self.total_bytes)
+
+    def __str__(self) -> str:
+        if self.following:
+            return f"following {self.id.database}"
+        return f"bootstrapping {self.id.database}, {self.offset} of {self.total_bytes} bytes"
+
+
+class Step(NamedTuple):
+    """What a machine wants done.
+
+    Attributes:
+        state: Once all actions are performed.
+        reports: For whoever watches, after that.
+        error: To be raised after that.
+    """
+
+    state: SessionState
+    actions: tuple[Action, ...] = ()
+    reports: tuple[ReceiverStatus, ...] = ()
+    error: BlobflowError | None = None
+
+
+def receive(state: SessionState, envelope: SnapshotEnvelope, *, checkpoint_bytes: int) -> Step:
+    """Take a chunk.
+
+    Raises:
+        OffsetRegressionError, SizeMismatch, ChecksumMismatch, KeyConflict: it is refused, and nothing changes.
+    """
+    chunk = Chunk(envelope.offset, len(envelope.data), crc32c(envelope.data))
+    if chunk.crc32c != envelope.crc32c:
+        raise ChecksumMismatch(
+            f"the chunk of {envelope.id} at {envelope.offset} was damaged on its way",
+            hint="send it again",
+            what="chunk",
+            offset=envelope.offset,
+            expected=envelope.crc32c,
+            actual=chunk.crc32c,
+        )
+    agrees = (state.total_bytes, state.total_crc32c) == (envelope.total_bytes, envelope.total_crc32c)
+    if state.committed:
+        if not agrees:
+            raise KeyConflict(f"{envelope.id} is complete, and declared another size or checksum", key=str(envelope.id))
+        return Step(state)
+    _check_size(envelope)
+    actions: list[Action] = []
+    agrees = agrees and state.begun
+    taken = agrees and chunk.length > 0 and (chunk in state.recent or chunk == state.first)
+    if not taken:
+        if envelope.offset == 0 and not (agrees and state.offset == 0):
+            state = SessionState(envelope.id, envelope.total_bytes, envelope.total_crc32c, begun=True)
+            actions.append(Begin(_header(state)))
+        elif envelope.offset != state.offset:
+            raise OffsetRegressionError(
+                f"the chunk of {envelope.id} begins at {envelope.offset}, {state.offset} is expected",
+                expected=state.offset,
+                actual=envelope.offset,
+            )
+        elif not agrees:
+            raise KeyConflict(f"the chunk of {envelope.id} declares another size or checksum", key=str(envelope.id))
+        if chunk.length:
+            actions.append(Write(chunk.offset, envelope.data))
+            state = _appended(state, chunk)
+    if envelope.done:
+        return _finished(state, actions)
+    reports: tuple[ReceiverStatus, ...] = ()
+    if state.unreported >= REPORT_EVERY_BYTES:
+        state = replace(state, unreported=0)
+        reports = (state.status,)
+    if state.offset - state.durable >= checkpoint_bytes:
+        checkpoint = vouch(state)
+        return Step(checkpoint.state, (*actions, *checkpoint.actions), reports)
+    return Step(state, tuple(actions), reports)
+
+
+def vouch(state: SessionState) -> Step:
+    """Have the journal vouch for everything that was taken."""
+    if not state.begun or state.committed or state.offset == state.durable:
+        return Step(state)
+    first = state.first and (state.first.length, state.first.crc32c)
+    record = _line({"offset": state.offset, "crc32c": state.crc, "first": first})
+    return Step(replace(state, durable=state.offset), (Checkpoint(record),))
+
+
+def follow(state: SessionState, cursor: Cursor) -> Step:
+    """Note that the snapshot was imported, and where its history goes on.
+
+    Raises:
+        IntegrityError: it is not complete.
+    """
+    if not state.committed:
+        raise IntegrityError(f"{state.id} is not complete: {state.offset} of {state.total_bytes} bytes are there")
+    following = replace(state, following=True, cursor=cursor)
+    return Step(following, (Checkpoint(_line({"following": cursor})),), (following.status,))
+
+
+def abort(state: SessionState) -> Step:
+    """Drop what is there of a snapshot; a complete one stays."""
+    return Step(state) if state.committed else Step(SessionState(state.id), (Discard(),))
+
+
+def restore(
+    snapshot: SnapshotId, journal: bytes, *, partial_bytes: int | None, committed: bool
+) -> tuple[SessionState, int]:
+    """The state that a journal vouches for. What the partial file has beyond `offset` has to be cut off.
+
+    Args:
+        partial_bytes: Length of the partial file: a claim beyond it does not count. None: there is none, so that
+            nothing has begun.
+        committed: The snapshot has its final name.
+
+    Returns:
+        The state, and the length of the journal up to its last whole record.
+    """
+    state, length = SessionState(snapshot), 0
+    if partial_bytes is None and not committed:
+        return state, length
+    for record, end in _records(journal):
+        try:
+            state = _replayed(state, record, partial_bytes=partial_bytes or 0, committed=committed)
+        except (KeyError, TypeError, ValueError):
+            break
+        length = end
+    return state, length
+
+
+def identify(journal: bytes) -> SnapshotId | None:
+    """The snapshot that a journal belongs to, if it can be read."""
+    for record, _ in _records(journal):
+        try:
+            return SnapshotId(*(record[name] for name in SnapshotId._fields)).checked()
+        except (KeyError, TypeError, BlobflowError):
+            break
+    return None
+
+
+def _check_size(envelope: SnapshotEnvelope) -> None:
+    end, total = envelope.end, envelope.total_bytes
+    if end > total or (envelope.done and end != total):
+        raise SizeMismatch(
+            f"{envelope.id} {'ends' if envelope.done else 'goes on'} at byte {end}, it was declared with {total}",
+            what="snapshot",
+            expected=total,
+            actual=end,
+        )
+
+
+def _appended(state: SessionState, chunk: Chunk) -> SessionState:
+    return replace(
+        state,
+        offset=chunk.offset + chunk.length,
+        crc=combine_crc32c(state.crc, chunk.crc32c, chunk.length),
+        unreported=state.unreported + chunk.length,
+        first=state.first or chunk,
+        recent=(*state.recent[1 - REMEMBERED_CHUNKS :], chunk),
+    )
+
+
+def _finished(state: SessionState, actions: Iterable[Action]) -> Step:
+    if state.crc != state.total_crc32c:
+        error = ChecksumMismatch(
+            f"{state.id} arrived with CRC32C {state.crc:08x}, it was declared with {state.total_crc32c:08x}",
+            hint="every chunk was right: the source declared another snapshot than it sent",
+            what="snapshot",
+            expected=state.total_crc32c,
+            actual=state.crc,
+        )
+        return Step(SessionState(state.id), (Discard(),), error=error)
+    committed = replace(state, committed=True, durable=state.offset, unreported=0)
+    return Step(committed, (*actions, Commit()), (committed.status,))
+
+
+def _header(state: SessionState) -> bytes:
+    declared = {"total_bytes": state.total_bytes, "total_crc32c": state.total_crc32c}
+    return _line({"format": JOURNAL_FORMAT, **state.id._asdict(), **declared})
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    """A record with its own checksum, so that a torn one is none."""
+    text = json.dumps(record, separators=(",", ":")).encode()
+    return b"%08x %b\n" % (crc32c(text), text)
+
+
+def _records(journal: bytes) -> Iterable[tuple[dict[str, Any], int]]:
+    """The whole records from the beginning, each with the offset behind it."""
+    end = 0
+    for line in journal.splitlines(keepends=True):
+        told, _, text = line.partition(b" ")
+        if not line.endswith(b"\n") or told != b"%08x" % crc32c(text[:-1]):
+            return
+        end += len(line)
+        yield json.loads(text), end
+
+
+def _replayed(state: SessionState, record: dict[str, Any], *, partial_bytes: int, committed: bool) -> SessionState:
+    if "format" in record:
+        if record["format"] != JOURNAL_FORMAT:
+            raise ValueError("of another format")
+        total, crc = int(record["total_bytes"]), int(record["total_crc32c"])
+        begun = SessionState(state.id, total, crc, begun=True)
+        return replace(begun, offset=total, crc=crc, durable=total, committed=True) if committed else begun
+    if not state.begun:
+        raise ValueError("no header")
+    if "following" in record:
+        return replace(state, following=committed, cursor=record["following"])
+    offset = int(record["offset"])
+    if committed or offset > partial_bytes:
+        return state
+    first = Chunk(0, *record["first"]) if record["first"] else None
+    return replace(state, offset=offset, durable=offset, crc=int(record["crc32c"]), first=first)

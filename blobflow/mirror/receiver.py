@@ -1,0 +1,405 @@
+"""The receiving end: the machine of each snapshot, its files, and one lock for each.
+
+    <data_dir>/recv_snapshots/.lock                            one receiver at a time
+    <data_dir>/recv_snapshots/<database>/<stem>.journal        what is vouched for: docs/mirror.md, "On disk"
+    <data_dir>/recv_snapshots/<database>/<stem>.partial        what arrived so far
+    <data_dir>/recv_snapshots/<database>/<stem>.snapshot       the same file, once it is whole
+
+The stem is the position, in 20 digits, and the beginning of a hash of the snapshot's whole id: snapshots of one
+database lie beside each other, in the order of their positions, and none ever takes the place of another.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from blobflow.checksum import Buffer
+from blobflow.config import MIB
+from blobflow.errors import (
+    BlobflowError,
+    DiskFull,
+    ObjectTooLarge,
+    SessionPoisoned,
+    StoreUnavailable,
+    TransferBusy,
+)
+from blobflow.mirror import machine
+from blobflow.mirror.envelope import SnapshotEnvelope, SnapshotId
+from blobflow.mirror.machine import Cursor, ReceiverStatus, SessionState, Step
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CHECKPOINT_BYTES: Final = 64 * MIB
+
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_WRITE: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@dataclass(frozen=True)
+class Pending:
+    """More is to come."""
+
+    bytes_done: int
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The snapshot is whole, durable, and has its final name."""
+
+    id: SnapshotId
+    path: Path
+
+
+@dataclass
+class _Slot:
+    """A snapshot's place: whoever holds the lock is its only actor."""
+
+    files: _Files
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    state: SessionState | None = None
+    """None: what lies on disk decides."""
+    poison: str = ""
+
+
+class MirrorReceiver:
+    """Receives snapshots, any number of them at the same time, from any number of threads.
+
+    What arrived survives the death of the process: the journal of each snapshot vouches for its bytes up to the last
+    checkpoint. A snapshot that fails, in whatever way, leaves all others alone and goes on from there. When it is
+    complete it gets the name `.snapshot` in one step; it stays `Bootstrapping` until `follow` says that it was
+    imported.
+
+    Args:
+        data_dir: Made if it is not there. One receiver at a time, in whatever process.
+        on_progress: Told the id and status of a snapshot for every MiB or more, at its end, and when it follows; called
+            outside of all locks. What it raises reaches the caller of `handle`; the chunk was taken nevertheless.
+        checkpoint_bytes: Bytes between two checkpoints, which is what has to be sent again after a crash, at most.
+        max_snapshot_bytes: A snapshot that is declared larger is refused.
+
+    Raises:
+        TransferBusy: another receiver uses the directory.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | os.PathLike[str],
+        *,
+        on_progress: Callable[[SnapshotId, ReceiverStatus], None] | None = None,
+        checkpoint_bytes: int = DEFAULT_CHECKPOINT_BYTES,
+        max_snapshot_bytes: int | None = None,
+    ) -> None:
+        self._directory = Path(data_dir).absolute() / "recv_snapshots"
+        self._on_progress = on_progress
+        self._checkpoint_bytes = checkpoint_bytes
+        self._max_snapshot_bytes = max_snapshot_bytes
+        self._slots: dict[SnapshotId, _Slot] = {}
+        self._guard = threading.Lock()
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._lock_file = os.open(self._directory / ".lock", _WRITE, 0o666)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock_file)
+            raise TransferBusy(f"another receiver uses {self._directory}", path=str(self._directory)) from None
+
+    def handle(self, envelope: SnapshotEnvelope) -> Pending | Committed:
+        """Take one chunk; see the table in `blobflow.mirror.machine`. It is written when this returns.
+
+        Blocks for as long as the disk takes: call it in a thread, not in an event loop.
+
+        Raises:
+            OffsetRegressionError: go on at its `expected`.
+            ChecksumMismatch: the chunk (send it again), or the snapshot as a whole, of which nothing is left then.
+            SizeMismatch, KeyConflict: it is not of the snapshot that was declared.
+            RefusedError: the id is hostile.
+            DiskFull, StoreUnavailable: the disk failed at `operation`. The chunk may be sent again, or the one that
+                an `OffsetRegressionError` then asks for.
+            SessionPoisoned: an earlier chunk ended in an unexpected error; go on at `expected`, or at 0.
+        """
+        slot = self._slot(envelope.id)
+        if self._max_snapshot_bytes is not None and envelope.total_bytes > self._max_snapshot_bytes:
+            raise ObjectTooLarge(
+                f"{envelope.id} has {envelope.total_bytes} bytes, {self._max_snapshot_bytes} are allowed",
+                limit=self._max_snapshot_bytes,
+            )
+        with slot.lock:
+            before = self._loaded(slot, envelope.id)
+            poison, slot.poison = slot.poison, ""
+            if poison and envelope.offset:
+                raise SessionPoisoned(
+                    f"{envelope.id} was poisoned by {poison} in an earlier chunk; {before.offset} bytes are sound",
+                    expected=before.offset,
+                )
+            step = machine.receive(before, envelope, checkpoint_bytes=self._checkpoint_bytes)
+            self._perform(slot, step)
+        after = step.state
+        if after.committed and not before.committed:
+            log.info("mirror.committed %s bytes=%d crc32c=%08x", _about(after.id), after.total_bytes, after.crc)
+        self._report(envelope.id, step)
+        return Committed(envelope.id, slot.files.snapshot) if after.committed else Pending(after.offset)
+
+    def status(self, snapshot: SnapshotId) -> ReceiverStatus | None:
+        """How far a snapshot is, and so where a sender goes on; None if there is nothing of it."""
+        slot = self._slot(snapshot)
+        with slot.lock:
+            state = self._loaded(slot, snapshot)
+            return state.status if state.begun else None
+
+    def committed(self, snapshot: SnapshotId) -> Committed | None:
+        """The snapshot, if it is complete."""
+        slot = self._slot(snapshot)
+        with slot.lock:
+            return Committed(snapshot, slot.files.snapshot) if self._loaded(slot, snapshot).committed else None
+
+    def follow(self, snapshot: SnapshotId, cursor: Cursor) -> None:
+        """Note, durably, that the snapshot was imported and that the mirror follows from `cursor` on.
+
+        Raises:
+            IntegrityError: the snapshot is not complete.
+        """
+        slot = self._slot(snapshot)
+        with slot.lock:
+            step = machine.follow(self._loaded(slot, snapshot), cursor)
+            self._perform(slot, step)
+        log.info("mirror.following %s", _about(snapshot))
+        self._report(snapshot, step)
+
+    def abort(self, snapshot: SnapshotId) -> None:
+        """Drop what is there of a snapshot that is not complete; may be called again, and in any state."""
+        slot = self._slot(snapshot)
+        with slot.lock:
+            slot.poison = ""
+            self._perform(slot, machine.abort(self._loaded(slot, snapshot)))
+        log.info("mirror.aborted %s", _about(snapshot))
+
+    def snapshots(self) -> dict[SnapshotId, ReceiverStatus]:
+        """All snapshots in the directory, by database and position."""
+        found = {snapshot: self.status(snapshot) for snapshot, _ in _journals(self._directory)}
+        return {snapshot: status for snapshot, status in found.items() if status is not None}
+
+    def close(self) -> None:
+        """Checkpoint what is under way and let another receiver use the directory; may be called again."""
+        with self._guard:
+            descriptor, self._lock_file = self._lock_file, -1
+            slots = list(self._slots.values())
+        if descriptor < 0:
+            return
+        try:
+            for slot in slots:
+                with slot.lock:
+                    if slot.state is not None:
+                        self._perform(slot, machine.vouch(slot.state))
+        finally:
+            os.close(descriptor)
+
+    def __enter__(self) -> MirrorReceiver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        with self._guard:
+            states = [slot.state for slot in self._slots.values()]
+        return f"<MirrorReceiver {'; '.join(str(state) for state in states if state and state.begun) or 'idle'}>"
+
+    def _slot(self, snapshot: SnapshotId) -> _Slot:
+        snapshot.checked()
+        with self._guard:
+            if snapshot not in self._slots:
+                self._slots[snapshot] = _Slot(_Files.of(self._directory, snapshot))
+            return self._slots[snapshot]
+
+    def _loaded(self, slot: _Slot, snapshot: SnapshotId) -> SessionState:
+        if self._lock_file < 0:
+            raise TransferBusy("the receiver is closed", path=str(self._directory))
+        if slot.state is None:
+            slot.state = slot.files.restore(snapshot)
+        return slot.state
+
+    def _perform(self, slot: _Slot, step: Step) -> None:
+        """Do what the machine wants, all of it, or forget its state: then what lies on disk decides."""
+        state, slot.state = slot.state, None
+        try:
+            for action in step.actions:
+                slot.files.perform(action)
+        except BlobflowError:
+            raise
+        except Exception as error:
+            slot.poison = type(error).__name__
+            log.exception("mirror.poisoned %s", _about(step.state.id))
+            raise
+        slot.state = step.state
+        if step.error is not None:
+            log.warning("mirror.refused %s bytes=%d", _about(step.state.id), state.offset if state else 0)
+            raise step.error
+
+    def _report(self, snapshot: SnapshotId, step: Step) -> None:
+        if self._on_progress is not None:
+            for status in step.reports:
+                self._on_progress(snapshot, status)
+
+
+def read_snapshots(data_dir: str | os.PathLike[str]) -> dict[SnapshotId, ReceiverStatus]:
+    """What the journals in a receiver's directory vouch for, also while the receiver works in it."""
+    found: dict[SnapshotId, ReceiverStatus] = {}
+    directory = Path(data_dir).absolute() / "recv_snapshots"
+    for snapshot, files in _journals(directory):
+        state = files.restore(snapshot, repair=False)
+        if state.begun:
+            found[snapshot] = state.status
+    return found
+
+
+def _journals(directory: Path) -> list[tuple[SnapshotId, _Files]]:
+    """The snapshots that have a journal, by database and position."""
+    found: list[tuple[SnapshotId, _Files]] = []
+    for journal in sorted(directory.glob("*/*.journal")):
+        with suppress(FileNotFoundError):  # it may be aborted at this moment
+            snapshot = machine.identify(journal.read_bytes())
+            if snapshot is not None and (files := _Files.of(directory, snapshot)).journal == journal:
+                found.append((snapshot, files))
+    return found
+
+
+def _about(snapshot: SnapshotId) -> str:
+    return f"database={snapshot.database} position={snapshot.position} source={snapshot.source}"
+
+
+class _Files:
+    """The files of one snapshot. They are opened for each action, so that no number of snapshots is too large."""
+
+    def __init__(self, directory: Path, stem: str) -> None:
+        self._directory = directory
+        self.journal = directory / f"{stem}.journal"
+        self.partial = directory / f"{stem}.partial"
+        self.snapshot = directory / f"{stem}.snapshot"
+        self._journal_end = 0
+
+    @classmethod
+    def of(cls, directory: Path, snapshot: SnapshotId) -> _Files:
+        token = hashlib.sha256("\0".join(map(str, snapshot)).encode()).hexdigest()[:16]
+        return cls(directory / snapshot.database, f"{snapshot.position:020d}-{token}")
+
+    def restore(self, snapshot: SnapshotId, *, repair: bool = True) -> SessionState:
+        """The state that lies on disk; with `repair`, what is not vouched for goes."""
+        with _doing("read journal", self.journal):
+            try:
+                journal = self.journal.read_bytes()
+            except FileNotFoundError:
+                journal = b""
+            partial_bytes = self.partial.stat().st_size if self.partial.exists() else None
+            state, self._journal_end = machine.restore(
+                snapshot, journal, partial_bytes=partial_bytes, committed=self.snapshot.exists()
+            )
+        if repair and not state.committed and partial_bytes is not None and partial_bytes > state.offset:
+            with _doing("truncate partial file", self.partial):
+                os.truncate(self.partial, state.offset)
+        return state
+
+    def perform(self, action: machine.Action) -> None:
+        match action:
+            case machine.Begin(record):
+                self._begin(record)
+            case machine.Write(offset, data):
+                self._write(offset, data)
+            case machine.Checkpoint(record):
+                self._checkpoint(record)
+            case machine.Commit():
+                self._commit()
+            case machine.Discard():
+                self._discard()
+
+    def _begin(self, record: bytes) -> None:
+        with _doing("make directory", self._directory):
+            if not self._directory.exists():
+                self._directory.mkdir(exist_ok=True)
+                _sync_directory(self._directory.parent)
+        with _doing("begin journal", self.journal):
+            fresh = self.journal.with_suffix(".journal-new")
+            with _opened(fresh, _WRITE | os.O_TRUNC) as file:
+                _write_all(file, record, 0)
+                os.fsync(file)
+            os.replace(fresh, self.journal)
+            _sync_directory(self._directory)
+            self._journal_end = len(record)
+        with _doing("open partial file", self.partial):
+            os.close(os.open(self.partial, _WRITE | os.O_TRUNC, 0o666))
+            _sync_directory(self._directory)
+
+    def _write(self, offset: int, data: Buffer) -> None:
+        with _doing("write partial chunk", self.partial), _opened(self.partial, _WRITE & ~os.O_CREAT) as file:
+            _write_all(file, data, offset)
+
+    def _checkpoint(self, record: bytes) -> None:
+        if self.partial.exists():
+            with _doing("sync partial file", self.partial), _opened(self.partial, _READ) as file:
+                os.fdatasync(file)
+        with _doing("append to journal", self.journal), _opened(self.journal, _WRITE & ~os.O_CREAT) as file:
+            os.ftruncate(file, self._journal_end)  # of a record that somebody was killed in
+            _write_all(file, record, self._journal_end)
+            os.fsync(file)
+            self._journal_end += len(record)
+
+    def _commit(self) -> None:
+        with _doing("sync partial file", self.partial), _opened(self.partial, _READ) as file:
+            os.fsync(file)
+        with _doing("rename partial to snapshot", self.snapshot):
+            os.rename(self.partial, self.snapshot)
+            _sync_directory(self._directory)
+
+    def _discard(self) -> None:
+        with _doing("remove partial file", self.partial):
+            # The journal first: without it nothing vouches for the rest.
+            for path in (self.journal, self.partial):
+                path.unlink(missing_ok=True)
+            if self._directory.exists():
+                _sync_directory(self._directory)
+        self._journal_end = 0
+
+
+def _sync_directory(path: Path) -> None:
+    with _opened(path, _READ | os.O_DIRECTORY) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Generator[int]:
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: Buffer, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+@contextmanager
+def _doing(operation: str, path: Path) -> Generator[None]:
+    """Translate the operating system's errors, so that each names what was being done."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{operation}: {error.strerror or error}"
+        if error.errno in _NO_ROOM:
+            raise DiskFull(message, path=str(path), operation=operation) from error
+        raise StoreUnavailable(message, path=str(path), operation=operation) from error

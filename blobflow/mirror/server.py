@@ -1,0 +1,253 @@
+"""The receiver behind HTTP, so that one cluster can push to another. docs/mirror.md has the requests and answers.
+
+A body is a stream of frames. It is taken as it comes: one frame at a time is in memory for each request, and while the
+disk is busy nothing is read from the connection. The disk is waited for in threads, never in the event loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import anyio
+import uvicorn
+from anyio import to_thread
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from blobflow.errors import (
+    BlobflowError,
+    DiskFull,
+    IntegrityError,
+    NotFoundError,
+    ObjectTooLarge,
+    OffsetRegressionError,
+    RefusedError,
+    SlowDown,
+    TemporaryError,
+    TimedOut,
+    UsageError,
+)
+from blobflow.mirror.envelope import MAX_PAYLOAD_BYTES, FrameDecoder, SnapshotId
+from blobflow.mirror.machine import Following, ReceiverStatus
+from blobflow.mirror.receiver import Committed, MirrorReceiver
+
+log = logging.getLogger(__name__)
+
+MIN_TOKEN_CHARACTERS: Final = 16
+_MAX_PUSHES: Final = 16
+_STATUS: Final[tuple[tuple[type[BlobflowError], int], ...]] = (
+    (ObjectTooLarge, 413),
+    (OffsetRegressionError, 409),
+    (DiskFull, 507),
+    (SlowDown, 429),
+    (TimedOut, 408),
+    (TemporaryError, 503),
+    (IntegrityError, 422),
+    (NotFoundError, 404),
+    (RefusedError, 409),
+    (UsageError, 400),
+)
+"""The first that fits."""
+
+_Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def snapshot_document(snapshot: SnapshotId, status: ReceiverStatus | None, *, complete: bool = False) -> dict[str, Any]:
+    """A snapshot as the answers show it."""
+    document: dict[str, Any] = {**snapshot._asdict(), "status": "absent", "bytes_done": 0}
+    if isinstance(status, Following):
+        return document | {"status": "following", "cursor": status.cursor, "complete": True}
+    if status is not None:
+        document |= {"status": "bootstrapping", "bytes_done": status.bytes_done, "bytes_total": status.bytes_total}
+    return document | {"complete": complete}
+
+
+class _Api:
+    def __init__(
+        self, receiver: MirrorReceiver, token: str, max_frame_bytes: int, max_pushes: int, idle_timeout_s: float
+    ) -> None:
+        self._receiver = receiver
+        self._token = _digest(token)
+        self._max_frame_bytes = max_frame_bytes
+        self._pushes_left = max_pushes
+        self._idle_timeout_s = idle_timeout_s
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/v1/snapshots", self._guarded(self._list), methods=["GET"]),
+            Route("/v1/snapshot", self._guarded(self._show), methods=["GET"]),
+            Route("/v1/snapshot", self._guarded(self._abort), methods=["DELETE"]),
+            Route("/v1/frames", self._guarded(self._frames), methods=["POST"]),
+        ]
+
+    def _guarded(self, endpoint: _Endpoint) -> _Endpoint:
+        """Nobody without the token, and every error as a document."""
+
+        async def guarded(request: Request) -> Response:
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            # Digests have one length, so that the comparison tells nothing of the token's.
+            if scheme.lower() != "bearer" or not hmac.compare_digest(_digest(given.strip()), self._token):
+                log.warning("mirror.unauthorized client=%s", request.client.host if request.client else "")
+                error = RefusedError("the token is missing or wrong", hint="give the token of this receiver")
+                headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
+                return JSONResponse({"error": error.to_dict()}, 401, headers)
+            try:
+                return await endpoint(request)
+            except BlobflowError as error:
+                status = next((number for kind, number in _STATUS if isinstance(error, kind)), 500)
+                log.info("mirror.refused status=%d error=%s", status, type(error).__name__)
+                return JSONResponse({"error": error.to_dict()}, status)
+            except ClientDisconnect:
+                log.info("mirror.disconnected")
+                return Response(status_code=400)
+
+        return guarded
+
+    async def _list(self, _: Request) -> Response:
+        found = await to_thread.run_sync(self._receiver.snapshots)
+        documents = [await to_thread.run_sync(self._document, snapshot) for snapshot in found]
+        return JSONResponse({"snapshots": documents})
+
+    async def _show(self, request: Request) -> Response:
+        return JSONResponse(await to_thread.run_sync(self._document, _id_of(request)))
+
+    async def _abort(self, request: Request) -> Response:
+        snapshot = _id_of(request)
+        await to_thread.run_sync(self._receiver.abort, snapshot)
+        return JSONResponse(await to_thread.run_sync(self._document, snapshot))
+
+    def _document(self, snapshot: SnapshotId) -> dict[str, Any]:
+        status = self._receiver.status(snapshot)
+        return snapshot_document(snapshot, status, complete=self._receiver.committed(snapshot) is not None)
+
+    async def _frames(self, request: Request) -> Response:
+        if not self._pushes_left:
+            raise SlowDown("as many pushes as are allowed are under way", retry_after_s=1.0)
+        self._pushes_left -= 1
+        try:
+            return await self._take_frames(request)
+        finally:
+            self._pushes_left += 1
+
+    async def _take_frames(self, request: Request) -> Response:
+        decoder = FrameDecoder(self._max_frame_bytes)
+        frames = 0
+        reached: dict[SnapshotId, dict[str, Any]] = {}
+        with anyio.CancelScope(deadline=anyio.current_time() + self._idle_timeout_s) as silence:
+            async for piece in request.stream():
+                for envelope in decoder.feed(piece):
+                    silence.deadline = float("inf")  # the disk's time is not the sender's
+                    outcome = await to_thread.run_sync(self._receiver.handle, envelope)
+                    frames += 1
+                    complete = isinstance(outcome, Committed)
+                    done = envelope.total_bytes if complete else outcome.bytes_done
+                    reached[envelope.id] = {**envelope.id._asdict(), "bytes_done": done, "complete": complete}
+                silence.deadline = anyio.current_time() + self._idle_timeout_s
+        if silence.cancelled_caught:
+            raise TimedOut("no byte arrived", operation="push", timeout_s=self._idle_timeout_s)
+        if decoder.pending:
+            raise IntegrityError("the body ended inside a frame")
+        return JSONResponse({"frames": frames, "snapshots": list(reached.values())})
+
+
+def mirror_app(
+    receiver: MirrorReceiver,
+    *,
+    token: str,
+    max_frame_bytes: int = MAX_PAYLOAD_BYTES,
+    max_pushes: int = _MAX_PUSHES,
+    idle_timeout_s: float = 60.0,
+) -> Starlette:
+    """The ASGI application in front of a receiver; mount it anywhere.
+
+    Args:
+        token: What senders give as `Authorization: Bearer`; at least 16 characters.
+        max_frame_bytes: Payload of one frame; memory is this times `max_pushes`.
+        max_pushes: Requests that carry frames at the same time; others are told to wait.
+        idle_timeout_s: For a single byte of a body to arrive.
+
+    Raises:
+        UsageError: the token is too short to keep anybody out.
+    """
+    if len(token) < MIN_TOKEN_CHARACTERS:
+        raise UsageError(f"the token has fewer than {MIN_TOKEN_CHARACTERS} characters")
+    return Starlette(routes=_Api(receiver, token, max_frame_bytes, max_pushes, idle_timeout_s).routes())
+
+
+class MirrorServer:
+    """A receiver's application behind a server of its own.
+
+    Args:
+        host, port: Where to listen; port 0 takes a free one.
+        certificate, private_key: PEM files; with them it is https.
+        options: For `mirror_app`.
+
+    Attributes:
+        url: Where it listens, from construction on.
+    """
+
+    def __init__(
+        self,
+        receiver: MirrorReceiver,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        certificate: str | None = None,
+        private_key: str | None = None,
+        **options: Any,
+    ) -> None:
+        app = mirror_app(receiver, **options)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family, backlog=128)
+        shown = f"[{host}]" if ":" in host else host
+        scheme = "https" if certificate else "http"
+        self.url = f"{scheme}://{shown}:{self._listener.getsockname()[1]}"
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                ws="none",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ssl_certfile=certificate,
+                ssl_keyfile=private_key,
+                timeout_graceful_shutdown=10,
+            )
+        )
+
+    def run(self) -> None:
+        """Serve until `stop`, SIGINT or SIGTERM, and let requests under way end."""
+        started = time.monotonic()
+        try:
+            self._server.run(sockets=[self._listener])
+        finally:
+            self._listener.close()
+            log.info("mirror.stopped seconds=%.1f", time.monotonic() - started)
+
+    def stop(self) -> None:
+        """Have `run` return; may be called from any thread."""
+        self._server.should_exit = True
+
+    def __repr__(self) -> str:
+        return f"<MirrorServer {self.url}>"
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def _id_of(request: Request) -> SnapshotId:
+    given = request.query_params
+    try:
+        return SnapshotId(given["source"], given["database"], int(given["position"]), given["digest"]).checked()
+    except (KeyError, ValueError):
+        raise UsageError("a snapshot is named by source, database, position and digest") from None
