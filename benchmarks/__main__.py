@@ -51,6 +51,8 @@ class Options:
     runs: int
     size: int
     files: int
+    skip: tuple[tuple[str, str], ...]
+    """Beginnings of the names of a peer and of a scenario."""
     patience: float
     endpoint: str | None
     tls: bool
@@ -91,6 +93,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="64 MiB, 500 files, one run: does it work at all?")
     parser.add_argument("--peers", help="comma-separated, by the beginning of their names; 'none' for blobflow alone")
     parser.add_argument(
+        "--skip",
+        action="append",
+        metavar="PEER@NAME",
+        default=[],
+        help="leave a peer out of the scenarios that begin so; may be repeated",
+    )
+    parser.add_argument(
         "--patience",
         type=float,
         default=10.0,
@@ -117,6 +126,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         runs=given.runs,
         size=given.size,
         files=given.files,
+        skip=tuple((peer, scenario) for peer, _, scenario in (entry.partition("@") for entry in given.skip)),
         patience=given.patience,
         endpoint=given.endpoint,
         tls=given.tls,
@@ -221,7 +231,12 @@ class Session:
         return self.runs
 
     def _rounds(self, scenario: str, order: random.Random) -> None:
-        taking_part = [contestant for contestant in self.everybody if scenario in contestant.scenarios]
+        skipped = tuple(peer for peer, beginning in self.options.skip if scenario.startswith(beginning))
+        taking_part = [
+            contestant
+            for contestant in self.everybody
+            if scenario in contestant.scenarios and not contestant.tool.startswith(skipped)
+        ]
         if scenario.endswith("up"):
             self._drop_seeds()
         rounds = min(self.options.runs, _RESUME_RUNS) if scenario in RESUMES else self.options.runs

@@ -14,23 +14,43 @@ defs = dg.Definitions.merge(
 """
 
 from blobflow.backends import DirectoryExporter, DirectoryImporter
-from blobflow.dagster.automation import export_schedule
+from blobflow.dagster.automation import export_schedule, mirror_condition
+from blobflow.dagster.component import ArtifactMirrorComponent, ArtifactPipelineComponent
 from blobflow.dagster.handles import MirrorHandle, RemoteHandle, SnapshotHandle
+from blobflow.dagster.handoff import HandoffIOManager
+from blobflow.dagster.io_manager import ArtifactIOManager, ArtifactRef
+from blobflow.dagster.jobs import gc_job, probe_check, probe_job
+from blobflow.dagster.mirror import ArtifactMirror, artifact_mirror
 from blobflow.dagster.pipeline import ArtifactPipeline, artifact_pipeline
 from blobflow.dagster.resource import BlobflowResource, ProfileConfig
+from blobflow.dagster.sensors import artifact_partitions, manifest_sensor, ref_sensor
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
 
 __all__ = [
+    "ArtifactIOManager",
+    "ArtifactMirror",
+    "ArtifactMirrorComponent",
     "ArtifactPipeline",
+    "ArtifactPipelineComponent",
+    "ArtifactRef",
     "BlobflowAssetProps",
     "BlobflowResource",
     "BlobflowTranslator",
     "DirectoryExporter",
     "DirectoryImporter",
+    "HandoffIOManager",
     "MirrorHandle",
     "ProfileConfig",
     "RemoteHandle",
     "SnapshotHandle",
+    "artifact_mirror",
+    "artifact_partitions",
     "artifact_pipeline",
     "export_schedule",
+    "gc_job",
+    "manifest_sensor",
+    "mirror_condition",
+    "probe_check",
+    "probe_job",
+    "ref_sensor",
 ]

@@ -1,6 +1,6 @@
-"""Schedules for export rounds."""
+"""What runs by itself: schedules of export rounds, and the automation condition of mirrors."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -8,6 +8,26 @@ from blobflow.errors import UsageError
 
 if TYPE_CHECKING:
     from blobflow.dagster.pipeline import ArtifactPipeline
+
+
+def mirror_condition() -> dg.AutomationCondition[Any]:
+    """A mirror that follows: run for every artifact that it has not brought to life, and whenever one is replaced.
+
+    It differs from `AutomationCondition.eager()` in two ways. Artifacts that were there before the condition was first
+    evaluated count as well, so a mirror that is set up late catches up, in one backfill. And no partition is too old:
+    an artifact that was exported late for an early day is followed, too.
+
+    A run that failed is not requested again before its artifact changes: that is the retries' business.
+    """
+    condition = dg.AutomationCondition
+    is_due = condition.missing().newly_true() | condition.any_deps_updated()
+    is_handled = condition.newly_requested() | condition.newly_updated()
+    return (
+        is_due.since(is_handled)
+        & ~condition.any_deps_missing()
+        & ~condition.any_deps_in_progress()
+        & ~condition.in_progress()
+    ).with_label("mirror_condition")
 
 
 def export_schedule(
@@ -20,12 +40,13 @@ def export_schedule(
 ) -> dg.ScheduleDefinition:
     """A schedule of export rounds, each brought all the way to the mirror.
 
-    Of a pipeline that is partitioned by time, a tick materializes the last partition that is over.
+    Of a pipeline that is partitioned by time, a tick materializes the last partition that is over, unless an earlier
+    tick has requested it: the run key is the partition. What failed is started again by retries, or by hand.
 
     Args:
         cron_schedule: For example `0 * * * *`.
         name: By default `<pipeline>_schedule`.
-        execution_timezone: Of the cron string; by default UTC.
+        execution_timezone: Of the cron string; by default that of the partitions, else UTC.
 
     Raises:
         UsageError: the pipeline is partitioned by something else than time, so that a time names no partition.
@@ -50,7 +71,8 @@ def export_schedule(
         name=name,
         job=pipeline.job,
         cron_schedule=cron_schedule,
-        execution_timezone=execution_timezone,
+        # A day in Tokyo is over at 15:00 UTC: "0 1 * * *" means an hour after it is over, there.
+        execution_timezone=execution_timezone or partitions.timezone,
         default_status=default_status,
     )
     def last_partition(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:

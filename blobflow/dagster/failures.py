@@ -1,6 +1,6 @@
 """From the core's errors to Dagster's: what may pass is retried, the rest fails at once and says what to do."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -14,19 +14,24 @@ MAX_WAIT_S: Final = 300.0
 
 
 def as_dagster_error(
-    error: BlobflowError, *, retry_number: int, retry_policy: dg.RetryPolicy | None
+    error: BlobflowError,
+    *,
+    retry_number: int,
+    retry_policy: dg.RetryPolicy | None,
+    facts: Mapping[str, Any] | None = None,
 ) -> dg.Failure | dg.RetryRequested:
     """What a step raises in the place of `error`.
 
     Args:
         retry_number: Retries of this step so far.
         retry_policy: How often a passing error is tried again, and how long to wait.
+        facts: More metadata: how far the step had come.
     """
     if error.retryable and retry_policy is not None and retry_number < retry_policy.max_retries:
         wait = max(retry_policy.calculate_delay(retry_number + 1), error.fields.get("retry_after_s", 0.0))
         return dg.RetryRequested(max_retries=retry_policy.max_retries, seconds_to_wait=min(wait, MAX_WAIT_S))
     description = f"{error.message}. Hint: {error.hint}." if error.hint else error.message
-    return dg.Failure(description, metadata=error_metadata(error), allow_retries=False)
+    return dg.Failure(description, metadata={**error_metadata(error), **(facts or {})}, allow_retries=False)
 
 
 def error_metadata(error: BlobflowError) -> dict[str, Any]:
@@ -38,12 +43,16 @@ def error_metadata(error: BlobflowError) -> dict[str, Any]:
 
 
 @contextmanager
-def dagster_errors(context: dg.OpExecutionContext, retry_policy: dg.RetryPolicy | None) -> Iterator[None]:
-    """Raises the core's errors as Dagster's."""
+def dagster_errors(
+    context: dg.OpExecutionContext,
+    retry_policy: dg.RetryPolicy | None,
+    facts: Callable[[], Mapping[str, Any]] = dict,
+) -> Iterator[None]:
+    """Raises the core's errors as Dagster's; `facts` tells how far the step had come."""
     try:
         yield
     except BlobflowError as error:
-        raised = as_dagster_error(error, retry_number=context.retry_number, retry_policy=retry_policy)
+        raised = as_dagster_error(error, retry_number=context.retry_number, retry_policy=retry_policy, facts=facts())
         if isinstance(raised, dg.RetryRequested):
             context.log.warning("step.retry wait_s=%.0f error=%r", raised.seconds_to_wait, error.message)
         raise raised from error

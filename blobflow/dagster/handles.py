@@ -16,6 +16,8 @@ class SnapshotHandle:
     scratch: str
     """The directory that is removed once the artifact is verified in the store."""
     manifest_json: bytes
+    round_number: int | None = None
+    """Of the export round; a ref that a later round has moved is left alone. None: the store holds no leases."""
 
     @property
     def path(self) -> Path:
@@ -36,6 +38,7 @@ class UploadHandle:
     scratch: str
     status: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    round_number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class RemoteHandle:
 
     key: str
     digest: str
+    round_number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class StagedHandle:
     key: str
     digest: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    round_number: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import dagster as dg
 from pydantic import JsonValue
 
 from blobflow.artifact.artifact import Artifact
+from blobflow.engine.checkpoint import TransferRecord
 
 SIZE: Final = "dagster/size_bytes"
 URI: Final = "dagster/uri"
@@ -17,11 +18,16 @@ ARTIFACT_DIGEST: Final = "blobflow/artifact_digest"
 CONTENT_DIGEST: Final = "blobflow/content_digest"
 KEY: Final = "blobflow/key"
 REF: Final = "blobflow/ref"
+GENERATION: Final = "blobflow/generation"
+"""Of the ref; it counts how often the ref was moved."""
+MANIFEST_E_TAG: Final = "blobflow/manifest_e_tag"
+"""Of the sibling manifest; while a listing shows it, the artifact is the same."""
 BACKEND: Final = "blobflow/backend"
 CREATED_AT: Final = "blobflow/created_at"
 CURSOR: Final = "blobflow/cursor"
 MEMBERS: Final = "blobflow/members"
 LARGEST_MEMBERS: Final = "blobflow/largest_members"
+PARTITIONS: Final = "blobflow/partitions"
 EXCLUDED: Final = "blobflow/excluded"
 SYMLINKS_SKIPPED: Final = "blobflow/symlinks_skipped"
 SCRATCH: Final = "blobflow/scratch"
@@ -30,7 +36,18 @@ MIRROR_STATUS: Final = "blobflow/mirror_status"
 
 BYTES_SENT: Final = "blobflow/bytes_sent"
 BYTES_RECEIVED: Final = "blobflow/bytes_received"
-BYTES_RESUMED: Final = "blobflow/bytes_resumed"
+BYTES_DONE: Final = "blobflow/bytes_done"
+BYTES_RESUMED: Final = "blobflow/resumed_from_bytes"
+"""What earlier attempts, in whatever run, had moved already."""
+PERCENT: Final = "blobflow/percent"
+PARTS_DONE: Final = "blobflow/parts_done"
+PARTS: Final = "blobflow/parts"
+LANES: Final = "blobflow/lanes"
+RETRIES: Final = "blobflow/retries"
+"""Earlier attempts at the same transfer, in whatever run."""
+CONTINUES: Final = "blobflow/continues"
+"""The run of the attempt before."""
+CHECKPOINT: Final = "blobflow/checkpoint"
 THROUGHPUT: Final = "blobflow/throughput_mb_per_s"
 CHECKPOINTS: Final = "blobflow/checkpoints_saved"
 VERIFY_MODE: Final = "blobflow/verify_mode"
@@ -41,6 +58,18 @@ UPLOAD_SECONDS: Final = "blobflow/upload_seconds"
 VERIFY_SECONDS: Final = "blobflow/verify_seconds"
 DOWNLOAD_SECONDS: Final = "blobflow/download_seconds"
 IMPORT_SECONDS: Final = "blobflow/import_seconds"
+
+GC_DRY_RUN: Final = "blobflow/gc_dry_run"
+GC_UPLOADS: Final = "blobflow/gc_uploads"
+GC_UPLOADS_KEPT: Final = "blobflow/gc_uploads_kept"
+GC_INTENTS: Final = "blobflow/gc_intents"
+GC_TRIALS: Final = "blobflow/gc_trials"
+GC_PAYLOADS: Final = "blobflow/gc_payloads"
+GC_FOUND: Final = "blobflow/gc_found"
+
+FINDINGS: Final = "blobflow/probe_findings"
+SOFTWARE: Final = "blobflow/server_software"
+PROBED_AT: Final = "blobflow/probed_at"
 
 ERROR: Final = "blobflow/error"
 HINT: Final = "blobflow/hint"
@@ -69,3 +98,15 @@ def largest_members(artifact: Artifact) -> dict[str, Any]:
     records = [dg.TableRecord({"path": index.paths[i], "bytes": index.sizes[i]}) for i in top]
     schema = dg.TableSchema([dg.TableColumn("path"), dg.TableColumn("bytes", "int")])
     return {LARGEST_MEMBERS: dg.MetadataValue.table(records, schema)}
+
+
+def parts_table(record: TransferRecord) -> dict[str, Any]:
+    """A table of what was found done and what was moved, in parts and bytes."""
+    moved = record.parts_done - record.parts_resumed
+    rows = [
+        ("found done", record.parts_resumed, record.bytes_resumed),
+        ("moved", moved, record.bytes_done - record.bytes_resumed),
+    ]
+    records = [dg.TableRecord({"what": what, "parts": parts, "bytes": size}) for what, parts, size in rows]
+    schema = dg.TableSchema([dg.TableColumn("what"), dg.TableColumn("parts", "int"), dg.TableColumn("bytes", "int")])
+    return {PARTS: dg.MetadataValue.table(records, schema)}

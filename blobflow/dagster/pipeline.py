@@ -6,6 +6,8 @@
 | `[name, "remote"]` | upload, verify | the artifact is whole in the store, and the ref names it |
 | `[name, "mirror"]` | download, import | the target shows the artifact |
 
+With `lanes`, upload and download are graphs of several steps (`blobflow.dagster.lanes`).
+
 All three carry the artifact's digest as their data version. The steps only read their inputs, call the core and turn
 its result into metadata; that a step continues where an earlier one stopped is the core's doing.
 """
@@ -15,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, TypeAlias, TypeVar
 
@@ -26,9 +28,10 @@ from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.backends import Exporter, Importer, import_artifact
 from blobflow.dagster import metadata as md
 from blobflow.dagster.automation import export_schedule
+from blobflow.dagster.checkpoints import StepJournal, transfer_journal
 from blobflow.dagster.failures import dagster_errors, error_metadata
 from blobflow.dagster.handles import MirrorHandle, RemoteHandle, SnapshotHandle, StagedHandle, UploadHandle
-from blobflow.dagster.progress import ProgressLog
+from blobflow.dagster.lanes import MAX_LANES, download_in_lanes, upload_in_lanes
 from blobflow.dagster.resource import BlobflowResource
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator, Stage
 from blobflow.errors import (
@@ -40,10 +43,12 @@ from blobflow.errors import (
     TransferBusy,
     UsageError,
 )
-from blobflow.lease import Lease, move_ref
-from blobflow.rounds import content_key
+from blobflow.lease import Lease, check_round, move_ref, read_ref
+from blobflow.rounds import content_key, round_number
 from blobflow.stores import Store
+from blobflow.stores.base import key_segment
 from blobflow.transport import VerifyMode, download, read_manifest_bytes, upload, verify
+from blobflow.transport.books import transfer_id
 
 CHECK_NAME: Final = "verified"
 DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
@@ -91,6 +96,7 @@ def artifact_pipeline(
     importer: ImporterOf,
     *,
     partitions_def: dg.PartitionsDefinition[str] | None = None,
+    lanes: int = 1,
     schedule: str | None = None,
     ref: str | None = "latest",
     verify_mode: VerifyMode = "auto",
@@ -112,6 +118,9 @@ def artifact_pipeline(
         exporter: Of the source; or a function of the partition key that returns one.
         importer: Of the target; or a function of the partition key. A fixed importer of a partitioned pipeline shows
             the partition that was materialized last.
+        lanes: Among how many steps each upload and download is divided, for executors that spread them over machines.
+            All of them have to see the scratch directory, and the lanes of a download the target as well. One step
+            is as fast on one machine, which it can fill by itself.
         schedule: Cron string; see `export_schedule`.
         ref: None: no ref is moved.
         verify_mode: `shallow` compares sizes, manifests and the store's own checksum, `deep` reads every byte, `auto`
@@ -129,6 +138,8 @@ def artifact_pipeline(
     """
     if not re.fullmatch(r"[A-Za-z0-9_]+", name):
         raise UsageError(f"invalid pipeline name {name!r}", hint="use letters, digits and underscores")
+    if not 1 <= lanes <= MAX_LANES:
+        raise UsageError(f"{lanes} lanes", hint=f"give 1 to {MAX_LANES}")
     if partitions_def is None and not (_is_backend(exporter) and _is_backend(importer)):
         raise UsageError("an exporter or importer that depends on the partition needs a partitions_def")
 
@@ -137,7 +148,7 @@ def artifact_pipeline(
         made = (translator or BlobflowTranslator()).get_asset_spec(BlobflowAssetProps(name, stage, known))
         return made.replace_attributes(group_name=group_name) if group_name else made
 
-    plan = _Plan(name, exporter, importer, ref, verify_mode, partitions_def, retry_policy, pool, resource_key)
+    plan = _Plan(name, exporter, importer, ref, verify_mode, partitions_def, retry_policy, pool, resource_key, lanes)
     snapshot_spec = spec("snapshot", exporter).merge_attributes(deps=deps)
     remote_spec = spec("remote", None)
     snapshot = _snapshot_asset(plan, snapshot_spec)
@@ -165,6 +176,7 @@ class _Plan:
     retry_policy: dg.RetryPolicy | None
     pool: str | None
     resource_key: str
+    lanes: int = 1
 
     def op(self, node: str, *, pool: bool = False, **options: Any) -> Callable[[Callable[..., Any]], dg.OpDefinition]:
         """The decorator of a step. The op's name is unique in the code location, the node's is not."""
@@ -178,32 +190,40 @@ class _Plan:
         )
 
     @contextmanager
-    def step(self, context: dg.OpExecutionContext) -> Iterator[BlobflowResource]:
-        """Gives the resource, and raises the core's errors as Dagster's."""
-        with dagster_errors(context, self.retry_policy):
-            yield getattr(context.resources, self.resource_key)
+    def step(self, context: dg.OpExecutionContext) -> Iterator[tuple[BlobflowResource, StepJournal]]:
+        """Gives the resource and the step's journal, and raises the core's errors as Dagster's."""
+        journal = transfer_journal(context)
+        with dagster_errors(context, self.retry_policy, journal.metadata):
+            yield getattr(context.resources, self.resource_key), journal
 
     def prefix(self, context: dg.OpExecutionContext) -> str:
         """What keys, lease and ref of this run begin with."""
         return f"{self.name}/{_segment(context)}" if context.has_partition_key else self.name
 
+    def ref_name(self, context: dg.OpExecutionContext) -> str | None:
+        """The ref that names the newest artifact."""
+        return f"{self.prefix(context)}/{self.ref}" if self.ref is not None else None
+
 
 def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
     @plan.op("export")
     def export(context: dg.OpExecutionContext):
-        with plan.step(context) as blobflow:
+        with plan.step(context) as (blobflow, journal):
             prefix = plan.prefix(context)
             store = blobflow.get_store()
             scratch = blobflow.scratch_path(plan.name, _segment(context), context.run_id)
-            progress = ProgressLog(context.log.info, "export")
+            progress = journal.watch("export")
             lease = _take_round(store, prefix)
+            number: int | None = None
 
             def alive(done: int, total: int) -> None:
                 if lease is not None and lease.renewal_due():
                     lease.renew()
-                progress.bytes(done, total)
+                progress(done, total)
 
             try:
+                if lease is not None:
+                    number = round_number(store, lease, plan.ref_name(context) or prefix)
                 _discard_all(scratch.parent, context)
                 _mark_used(scratch, context)
                 result = _chosen(plan.exporter, context).export(scratch / "artifact", on_progress=alive)
@@ -215,7 +235,7 @@ def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
             if lease is not None:
                 lease.complete(result.artifact.manifest.cursor)
             artifact, manifest = result.artifact, result.artifact.manifest
-            handle = SnapshotHandle(content_key(prefix, artifact), str(scratch), artifact.manifest_bytes)
+            handle = SnapshotHandle(content_key(prefix, artifact), str(scratch), artifact.manifest_bytes, number)
             stored = _stored_digest(store, handle.key, manifest)
             status = "unchanged" if stored else "exported"
             context.log.info(
@@ -251,50 +271,63 @@ def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
 
 
 def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) -> dg.AssetsDefinition:
+    def stored(context: dg.OpExecutionContext, store: Store, snapshot: SnapshotHandle) -> str | None:
+        """The digest under which the store has the snapshot, if it is gone from the disk; None if it is at hand."""
+        if Artifact.is_artifact(snapshot.path):
+            _mark_used(Path(snapshot.scratch), context)
+            return None
+        # It was removed after an earlier verification, and only this asset is materialized again.
+        digest = _stored_digest(store, snapshot.key, snapshot.manifest)
+        if digest is None:
+            raise ArtifactNotFound(
+                f"the exported artifact {snapshot.path} is gone, and {snapshot.key!r} is not in {store.url}",
+                hint=f"materialize {snapshot_key.to_user_string()} again; if the steps of this run are on several"
+                " machines, give the resource a scratch_dir that all of them see",
+                path=str(snapshot.path),
+                key=snapshot.key,
+            )
+        return digest
+
+    def facts(store: Store, snapshot: SnapshotHandle) -> dict[str, Any]:
+        manifest = snapshot.manifest
+        return {
+            md.URI: f"{store.url}/{snapshot.key}",
+            md.KEY: snapshot.key,
+            md.MEMBERS: manifest.members,
+            md.CONTENT_DIGEST: manifest.content_digest,
+            md.BACKEND: manifest.backend,
+            md.CREATED_AT: dg.MetadataValue.timestamp(manifest.created_at),
+        }
+
     @plan.op("upload", pool=True)
     def upload_artifact(context: dg.OpExecutionContext, snapshot: SnapshotHandle) -> UploadHandle:
-        with plan.step(context) as blobflow:
+        with plan.step(context) as (blobflow, journal):
             store = blobflow.get_store()
-            manifest = snapshot.manifest
-            metadata: dict[str, Any] = {
-                md.URI: f"{store.url}/{snapshot.key}",
-                md.KEY: snapshot.key,
-                md.MEMBERS: manifest.members,
-                md.CONTENT_DIGEST: manifest.content_digest,
-                md.BACKEND: manifest.backend,
-                md.CREATED_AT: dg.MetadataValue.timestamp(manifest.created_at),
-            }
-            if not Artifact.is_artifact(snapshot.path):
-                # It was removed after an earlier verification, and only this asset is materialized again.
-                digest = _stored_digest(store, snapshot.key, manifest)
-                if digest is None:
-                    raise ArtifactNotFound(
-                        f"the exported artifact {snapshot.path} is gone, and {snapshot.key!r} is not in {store.url}",
-                        hint=f"materialize {snapshot_key.to_user_string()} again",
-                        path=str(snapshot.path),
-                        key=snapshot.key,
-                    )
+            metadata = facts(store, snapshot)
+            digest = stored(context, store, snapshot)
+            if digest is not None:
                 status, sent, resumed = "unchanged", 0, 0
             else:
-                _mark_used(Path(snapshot.scratch), context)
-                progress = ProgressLog(context.log.info, "upload")
                 result = upload(
                     store,
                     snapshot.key,
                     snapshot.path,
                     profile=blobflow.get_profile(),
-                    on_progress=progress.transfer,
+                    on_progress=journal.progress,
+                    on_checkpoint=journal.save,
                 )
                 digest, status = result.artifact_digest, result.status
+                if status == "unchanged":
+                    journal.done(transfer_id(store, snapshot.key, digest, "upload"))
                 sent, resumed = result.bytes_sent, result.bytes_resumed
                 metadata |= {md.UPLOAD_SECONDS: round(result.seconds, 3), md.CHECKPOINTS: result.checkpoints_saved}
-                metadata |= md.throughput(sent, result.seconds)
+                metadata |= journal.metadata() | md.throughput(sent, result.seconds)
             metadata |= {md.STATUS: status, md.BYTES_SENT: sent, md.BYTES_RESUMED: resumed}
             context.log.info(
                 "upload.done status=%s key=%s bytes_sent=%d bytes_resumed=%d", status, snapshot.key, sent, resumed
             )
             context.add_output_metadata(metadata)
-            return UploadHandle(snapshot.key, digest, snapshot.scratch, status, metadata)
+            return UploadHandle(snapshot.key, digest, snapshot.scratch, status, metadata, snapshot.round_number)
 
     check_spec = dg.AssetCheckSpec(
         CHECK_NAME, asset=spec.key, blocking=True, description="The artifact in the store is whole."
@@ -302,9 +335,8 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
 
     @plan.op("verify", out={"result": dg.Out(), CHECK_NAME: dg.Out(is_required=False)})
     def verify_artifact(context: dg.OpExecutionContext, uploaded: UploadHandle):
-        with plan.step(context) as blobflow:
+        with plan.step(context) as (blobflow, journal):
             store = blobflow.get_store()
-            progress = ProgressLog(context.log.info, "verify")
             try:
                 result = verify(
                     store,
@@ -312,7 +344,8 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                     mode=plan.verify_mode,
                     expected_digest=uploaded.digest,
                     profile=blobflow.get_profile(),
-                    on_progress=progress.transfer,
+                    on_progress=journal.progress,
+                    on_checkpoint=journal.save,
                 )
             except (IntegrityError, RefusedError, NotFoundError) as error:
                 yield dg.AssetCheckResult(
@@ -329,9 +362,9 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                 md.ARTIFACT_DIGEST: result.artifact_digest,
                 md.VERIFY_SECONDS: round(result.seconds, 3),
             }
-            if plan.ref is not None:
-                ref = f"{plan.prefix(context)}/{plan.ref}"
-                move_ref(store, ref, uploaded.key, result.artifact_digest)
+            if (ref := plan.ref_name(context)) is not None:
+                journal.fence.check(now=True)
+                move_ref(store, ref, uploaded.key, result.artifact_digest, round_number=uploaded.round_number)
                 metadata[md.REF] = ref
             _discard(Path(uploaded.scratch), context)
             context.log.info(
@@ -340,7 +373,7 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
             )
             yield dg.MaterializeResult(
                 asset_key=spec.key,
-                value=RemoteHandle(uploaded.key, result.artifact_digest),
+                value=RemoteHandle(uploaded.key, result.artifact_digest, uploaded.round_number),
                 data_version=dg.DataVersion(result.artifact_digest),
                 metadata=metadata,
                 check_results=[
@@ -354,7 +387,11 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
             )
 
     def remote(snapshot: Any, **after: Any):
-        uploaded = upload_artifact.alias("upload")(snapshot, **_waiting(after))
+        if plan.lanes == 1:
+            uploaded = upload_artifact.alias("upload")(snapshot, **_waiting(after))
+        else:
+            uploading = upload_in_lanes(plan, plan.lanes, list(after), stored, facts)
+            uploaded = uploading.alias("upload")(snapshot, **after)
         result, verified = verify_artifact.alias("verify")(uploaded)
         return {"result": result, check_spec.get_python_identifier(): verified}
 
@@ -363,18 +400,26 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
 
 def _mirror_asset(plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey) -> dg.AssetsDefinition:
     def fetch(
-        context: dg.OpExecutionContext, blobflow: BlobflowResource, importer: Importer, key: str, digest: str
+        context: dg.OpExecutionContext,
+        blobflow: BlobflowResource,
+        journal: StepJournal,
+        importer: Importer,
+        key: str,
+        digest: str,
     ) -> dict[str, Any]:
         """Land the artifact where the importer takes it from; what landed before is not fetched again."""
-        progress = ProgressLog(context.log.info, "download")
+        store = blobflow.get_store()
         result = download(
-            blobflow.get_store(),
+            store,
             key,
             importer.staging(digest),
             profile=blobflow.get_profile(),
             expected_digest=digest,
-            on_progress=progress.transfer,
+            on_progress=journal.progress,
+            on_checkpoint=journal.save,
         )
+        if result.status == "unchanged":
+            journal.done(transfer_id(store, key, digest, "download"))
         context.log.info(
             "download.done status=%s key=%s bytes_received=%d bytes_resumed=%d",
             *(result.status, key, result.bytes_received, result.bytes_resumed),
@@ -384,25 +429,26 @@ def _mirror_asset(plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey) -> d
             md.BYTES_RECEIVED: result.bytes_received,
             md.BYTES_RESUMED: result.bytes_resumed,
             md.DOWNLOAD_SECONDS: round(result.seconds, 3),
+            **journal.metadata(),
             **md.throughput(result.bytes_received, result.seconds),
         }
 
     @plan.op("download", pool=True)
     def download_artifact(context: dg.OpExecutionContext, remote: RemoteHandle) -> StagedHandle:
-        with plan.step(context) as blobflow:
+        with plan.step(context) as (blobflow, journal):
             importer = _chosen(plan.importer, context)
             alive = importer.current()
             if alive is not None and alive.digest == remote.digest:
                 context.log.info("download.done status=unchanged key=%s alive=%s", remote.key, alive.path)
                 metadata: dict[str, Any] = {md.STATUS: "unchanged", md.BYTES_RECEIVED: 0, md.BYTES_RESUMED: 0}
             else:
-                metadata = fetch(context, blobflow, importer, remote.key, remote.digest)
+                metadata = fetch(context, blobflow, journal, importer, remote.key, remote.digest)
             context.add_output_metadata(metadata)
-            return StagedHandle(remote.key, remote.digest, metadata)
+            return StagedHandle(remote.key, remote.digest, metadata, remote.round_number)
 
     @plan.op("import")
     def import_staged(context: dg.OpExecutionContext, staged: StagedHandle):
-        with plan.step(context) as blobflow:
+        with plan.step(context) as (blobflow, journal):
             importer = _chosen(plan.importer, context)
             metadata = staged.metadata
             artifact = importer.current()
@@ -410,10 +456,17 @@ def _mirror_asset(plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey) -> d
                 landed = importer.staging(staged.digest)
                 if not Artifact.is_artifact(landed):
                     # An import that was killed may have moved it away; or this step runs on another machine.
-                    metadata = fetch(context, blobflow, importer, staged.key, staged.digest)
+                    metadata = fetch(context, blobflow, journal, importer, staged.key, staged.digest)
                 artifact = Artifact.open(landed)
-            progress = ProgressLog(context.log.info, "import")
-            result = import_artifact(artifact, importer, consume=True, on_progress=progress.bytes)
+            journal.fence.check(now=True)
+            if (ref := plan.ref_name(context)) is not None:
+                found, alive = read_ref(blobflow.get_store(), ref), importer.current()
+                # Like the ref, a mirror that shows the newest never goes back because somebody wakes up late.
+                if found and alive and alive.digest == found.manifest_sha256 != staged.digest:
+                    check_round(ref, found, staged.round_number)
+            result = import_artifact(
+                artifact, importer, consume=True, on_progress=journal.watch("import"), key=staged.key
+            )
             context.log.info(
                 "import.done status=%s members=%d bytes=%d seconds=%.1f path=%s",
                 *(result.status, result.members, result.bytes, result.seconds, result.path),
@@ -438,7 +491,13 @@ def _mirror_asset(plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey) -> d
 
     def mirror(remote: Any, **after: Any):
         # `import` is a word of Python's, which Dagster does not allow as a name.
-        return import_staged.alias("import_")(download_artifact.alias("download")(remote, **_waiting(after)))
+        if plan.lanes == 1:
+            staged = download_artifact.alias("download")(remote, **_waiting(after))
+        else:
+            choose = partial(_chosen, plan.importer)
+            downloading = download_in_lanes(plan, plan.lanes, list(after), choose, fetch)
+            staged = downloading.alias("download")(remote, **after)
+        return import_staged.alias("import_")(staged)
 
     return _graph_asset(plan, spec, mirror, ins={"remote": dg.AssetIn(remote_key)})
 
@@ -487,8 +546,7 @@ def _segment(context: dg.OpExecutionContext) -> str:
     """The partition as one segment of a key or a path."""
     if not context.has_partition_key:
         return _UNPARTITIONED
-    segment = context.partition_key.replace("%", "%25").replace("/", "%2F")
-    return segment.replace(".", "%2E") if segment in (".", "..") else segment
+    return key_segment(context.partition_key)
 
 
 def _take_round(store: Store, prefix: str) -> Lease | None:

@@ -11,6 +11,7 @@ from pydantic import Field, PrivateAttr
 from blobflow.config import ChunkProfile
 from blobflow.errors import UsageError
 from blobflow.stores import Store, open_store
+from blobflow.stores.retry import DEFAULT_PATIENCE_S
 
 STORE_DIR = "blobflow/store"
 SCRATCH_DIR = "blobflow/scratch"
@@ -64,13 +65,16 @@ class BlobflowResource(dg.ConfigurableResource):
         if context.instance is not None:
             self._instance_storage = Path(context.instance.storage_directory())
 
-    def get_store(self) -> Store:
+    def get_store(self, *, patience_s: float = DEFAULT_PATIENCE_S) -> Store:
         """The store; nothing is sent yet.
+
+        Args:
+            patience_s: Seconds for which a call that fails for a passing reason is repeated.
 
         Raises:
             UsageError: naming the setting that is wrong.
         """
-        return open_store(self.store or self._instance_path(STORE_DIR), **self._s3_options())
+        return open_store(self.store or self._instance_path(STORE_DIR), patience_s=patience_s, **self._s3_options())
 
     def get_profile(self) -> ChunkProfile:
         """The transfer profile."""

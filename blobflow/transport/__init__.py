@@ -1,4 +1,4 @@
-"""Moving artifacts: upload, read the manifest, verify, download. The wire format is in docs/format.md.
+"""Moving artifacts: upload, copy, read the manifest, verify, download. The wire format is in docs/format.md.
 
 Order is everything here. Upload: intent, parts, complete, sibling manifest last, intent removed. Download: manifest,
 head (embedded manifest and index), parts, proof, one rename. So a reader sees a whole artifact or none, and whoever
@@ -16,22 +16,43 @@ from blobflow.transport.catalog import (
     read_manifest,
     read_manifest_bytes,
 )
+from blobflow.transport.copying import CopyResult, copy_artifact
+from blobflow.transport.lanes import (
+    DownloadTicket,
+    LaneResult,
+    UploadTicket,
+    begin_download,
+    begin_upload,
+    commit_upload,
+    fetch_lane,
+    send_parts,
+)
 from blobflow.transport.reading import DownloadResult, VerifyMode, VerifyResult, download, verify
 from blobflow.transport.uploading import UploadResult, upload
 
 __all__ = [
     "MANIFEST_SUFFIX",
     "ArtifactEntry",
+    "CopyResult",
     "DownloadResult",
+    "DownloadTicket",
+    "LaneResult",
     "ProgressEvent",
     "UploadResult",
+    "UploadTicket",
     "VerifyMode",
     "VerifyResult",
+    "begin_download",
+    "begin_upload",
     "check_artifact_key",
+    "commit_upload",
+    "copy_artifact",
     "download",
+    "fetch_lane",
     "list_artifacts",
     "read_manifest",
     "read_manifest_bytes",
+    "send_parts",
     "upload",
     "verify",
 ]

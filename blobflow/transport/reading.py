@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import Manifest
@@ -17,8 +17,14 @@ from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
 from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch
 from blobflow.stores.base import ObjectMeta, Store
-from blobflow.transport.books import OnProgress, OnRecord
+from blobflow.transport.books import Books, OnProgress, OnRecord
 from blobflow.transport.remote import RemoteArtifact
+
+if TYPE_CHECKING:
+    from blobflow.artifact.landing import Landing, Stage
+    from blobflow.artifact.tarmap import TarMap
+
+# Both need the index and with it pyarrow (0.3 s to import): imported where something is fetched.
 
 VerifyMode: TypeAlias = Literal["auto", "shallow", "deep"]
 
@@ -62,6 +68,7 @@ def verify(
     expected_digest: str | None = None,
     profile: ChunkProfile | None = None,
     on_progress: OnProgress | None = None,
+    on_checkpoint: OnRecord | None = None,
 ) -> VerifyResult:
     """Prove that the artifact under `key` is whole.
 
@@ -71,6 +78,9 @@ def verify(
             reads every byte and holds every member to its SHA-256. `auto` is shallow where there is an attested
             CRC32C, and deep everywhere else.
         expected_digest: The artifact that is expected.
+        on_progress: Called in the calling thread about twice a second; raising from it stops the verification.
+        on_checkpoint: Called in the calling thread now and then while every byte is read. A verification that failed
+            begins again: what was read and not found damaged may be damaged by then.
 
     Raises:
         IntegrityError, HostileArtifact: it is not; the message says what differs.
@@ -93,7 +103,7 @@ def verify(
         bytes_read = len(remote.head)
     else:
         mode_used = "deep"
-        _read_all(remote, profile or ChunkProfile(), on_progress)
+        _read_all(remote, profile or ChunkProfile(), on_progress, on_checkpoint)
         bytes_read = remote.payload.size
     return VerifyResult(
         status="verified",
@@ -138,12 +148,15 @@ class _Turnstile:
             self._condition.notify_all()
 
 
-def _read_all(remote: RemoteArtifact, profile: ChunkProfile, on_progress: OnProgress | None) -> None:
+def _read_all(
+    remote: RemoteArtifact, profile: ChunkProfile, on_progress: OnProgress | None, on_checkpoint: OnRecord | None
+) -> None:
     from blobflow.artifact.checker import PayloadChecker
 
     layout = remote.open_layout()
     plan = TransferPlan(layout.size - layout.data_start, profile.chunk_size, start=layout.data_start)
-    books = remote.books(plan, profile, "verify", lambda: None, on_progress, None)
+    books = remote.books(plan, profile, "verify", lambda: None, on_progress, on_checkpoint)
+    books.begin()
     checker = PayloadChecker(layout)
     turnstile = _Turnstile()
 
@@ -157,15 +170,19 @@ def _read_all(remote: RemoteArtifact, profile: ChunkProfile, on_progress: OnProg
             raise
         return part.length
 
-    move_parts(
-        list(plan),
-        move,
-        workers=profile.workers,
-        buffer_size=min(profile.chunk_size, plan.size),
-        on_moved=lambda _, length: books.moved(length),
-        on_tick=books.tick,
-    )
-    checker.settle()
+    try:
+        move_parts(
+            list(plan),
+            move,
+            workers=profile.workers,
+            buffer_size=min(profile.chunk_size, plan.size),
+            on_moved=lambda _, length: books.moved(length),
+            on_tick=books.tick,
+        )
+        checker.settle()
+    except BaseException:
+        books.failed()
+        raise
     books.done()
 
 
@@ -188,7 +205,8 @@ def download(
         dest: A path that does not exist or is an empty directory; its parents are made.
         expected_digest: The artifact that is expected.
         on_progress: Called in the calling thread about twice a second; raising from it stops the download cleanly.
-        on_checkpoint: Called in the calling thread after each saved checkpoint, at the end and on failure.
+        on_checkpoint: Called in the calling thread once it is known what is on disk already, after each saved
+            checkpoint, at the end and on failure.
 
     Raises:
         DestinationNotEmpty: `dest` holds something else; it is left alone.
@@ -208,6 +226,7 @@ def download(
     except DestinationNotEmpty:
         if not _holds(dest, remote.digest):
             raise
+        Stage(dest, remote.digest).sweep()
         seconds = time.monotonic() - started
         return DownloadResult(
             "unchanged", key, dest, remote.digest, remote.manifest, remote.payload.size, 0, 0, seconds
@@ -216,35 +235,13 @@ def download(
     with Stage(dest, remote.digest).held() as stage:
         if stage.part_size is None:
             stage.begin(profile.chunk_size)
-        plan = TransferPlan(
-            layout.size - layout.data_start, stage.part_size or profile.chunk_size, start=layout.data_start
-        )
-        landing = Landing(stage, layout, plan, digests=profile.verify_digest)
+        landing = Landing(stage, layout, landing_plan(layout, stage), digests=profile.verify_digest)
+        plan = landing.plan
         books = remote.books(plan, profile, "download", landing.sync, on_progress, on_checkpoint)
-        for number in stage.done:
-            books.resumed(plan.part(number).length)
-
-        def moved(part: Part, crc: int) -> None:
-            landing.landed(part, crc)
-            books.moved(part.length)
-
-        try:
-            move_parts(
-                plan.missing(stage.done),
-                lambda part, buffer: landing.land(part, remote.fetch(part, buffer)),
-                workers=profile.workers,
-                buffer_size=min(plan.part_size, plan.size),
-                on_moved=moved,
-                on_tick=books.tick,
-            )
-            landing.finish(remote.head, remote.payload_crc32c, remote.manifest_bytes, remote.index_bytes)
-        except DigestMismatch as error:
-            books.failed()
-            landing.forget(error)
-            raise
-        except BaseException:
-            books.failed()
-            raise
+        with failures_noted(landing, books):
+            land_parts(remote, landing, list(plan), books, workers=profile.workers)
+            contents = (remote.manifest_bytes, remote.index_bytes)
+            landing.finish(remote.head, remote.payload_crc32c, *contents, books.tick)
     books.done()
     return DownloadResult(
         status="downloaded",
@@ -259,6 +256,49 @@ def download(
         parts=len(plan),
         checkpoints_saved=books.saved,
     )
+
+
+def landing_plan(layout: TarMap, stage: Stage) -> TransferPlan:
+    """The parts of a download into a stage that was begun: all that comes after manifest and index."""
+    if stage.part_size is None:
+        raise AssertionError("a stage that was not begun has no parts")
+    return TransferPlan(layout.size - layout.data_start, stage.part_size, start=layout.data_start)
+
+
+def land_parts(remote: RemoteArtifact, landing: Landing, parts: Sequence[Part], books: Books, *, workers: int) -> None:
+    """Fetch and land those of `parts` that the stage lacks."""
+    done = landing.stage.done
+    for part in parts:
+        if part.number in done:
+            books.resumed(part.length)
+    books.begin()
+
+    def move(part: Part, buffer: memoryview) -> int:
+        landing.landed(part, landing.land(part, remote.fetch(part, buffer)))
+        return part.length
+
+    move_parts(
+        [part for part in parts if part.number not in done],
+        move,
+        workers=workers,
+        buffer_size=min(landing.plan.part_size, landing.plan.size),
+        on_moved=lambda _, length: books.moved(length),
+        on_tick=books.tick,
+    )
+
+
+@contextmanager
+def failures_noted(landing: Landing, books: Books) -> Generator[None]:
+    """Whatever stops the landing: what has landed is saved, and what turned out to be wrong is fetched again."""
+    try:
+        yield
+    except DigestMismatch as error:
+        books.failed()
+        landing.forget(error)
+        raise
+    except BaseException:
+        books.failed()
+        raise
 
 
 def _holds(dest: Path, digest: str) -> bool:

@@ -1,13 +1,14 @@
-"""Takes the pictures of docs/images: the demo's assets and one of its runs in Dagster's web UI.
+"""Takes the pictures of docs/images that show Dagster's web UI, and drives it for the tests.
 
-`python docs/tools/screenshots.py` runs the demo in a temporary directory and drives a headless Chromium
-(Debian: chromium fonts-dejavu-core). Nothing of the checkout's own .blobflow is touched.
+`python docs/tools/screenshots.py` runs the demo and the example project in a temporary directory and drives a headless
+Chromium (Debian: chromium fonts-dejavu-core). Nothing of the checkout's own .blobflow is touched.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,15 +17,15 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Page, Response
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 IMAGES: Final = ROOT / "docs" / "images"
@@ -34,6 +35,8 @@ _FLAGS: Final = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
+DEMO_GRAPH: Final = "/locations/blobflow/asset-groups/demo/lineage"
+REGIONS_GRAPH: Final = "/locations/regions/asset-groups/orders/lineage"
 _START_S: Final = 120.0
 
 
@@ -43,39 +46,45 @@ def find_browser() -> str | None:
 
 
 @dataclass(frozen=True)
-class Demo:
-    """The demo with everything below one directory: instance, store and mirror."""
+class Project:
+    """A Dagster project and an instance of its own: everything that it makes lies below `home`."""
 
     home: Path
-    source: Path | None = None
+    root: Path
+    """Where the project's pyproject.toml lies."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables."""
+    instance_yaml: str = (ROOT / "docs" / "dagster.yaml").read_text(encoding="utf-8")
 
     def __post_init__(self) -> None:
         (self.home / "dagster").mkdir(parents=True)
-        config = (ROOT / "docs" / "dagster.yaml").read_text(encoding="utf-8")
-        (self.home / "dagster" / "dagster.yaml").write_text(config + "\nnux:\n  enabled: false\n", encoding="utf-8")
+        config = self.instance_yaml + "\nnux:\n  enabled: false\n"
+        (self.home / "dagster" / "dagster.yaml").write_text(config, encoding="utf-8")
 
     @cached_property
     def environment(self) -> dict[str, str]:
         """For the programs of the environment, as in an activated shell."""
-        own = {"BLOBFLOW_SOURCE": str(self.source)} if self.source else {}
         return {
             **os.environ,
             "VIRTUAL_ENV": str(BINARIES.parent),
             "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
             "DAGSTER_HOME": str(self.home / "dagster"),
-            "BLOBFLOW_STORE": str(self.home / "store"),
-            "BLOBFLOW_MIRROR": str(self.home / "mirror"),
-            **own,
+            **self.variables,
         }
 
-    def launch(self) -> None:
-        """One run, as `make demo` makes it."""
-        command = [str(BINARIES / "dg"), "launch", "--assets", '+key:"demo/mirror"']
+    def launch(self, *arguments: str) -> None:
+        """One run."""
         done = subprocess.run(
-            command, cwd=ROOT, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+            [str(BINARIES / "dg"), "launch", *arguments],
+            cwd=self.root,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
         )
         if done.returncode:
-            raise RuntimeError(f"the demo failed:\n{done.stdout.decode(errors='replace')[-4000:]}")
+            raise RuntimeError(f"the run failed:\n{done.stdout.decode(errors='replace')[-4000:]}")
 
     @contextmanager
     def served(self) -> Iterator[Server]:
@@ -86,7 +95,9 @@ class Demo:
         log = self.home / "webserver.log"
         command = [str(BINARIES / "dg"), "dev", "--no-check-yaml", "--host", "127.0.0.1", "--port", str(port)]
         with log.open("wb") as output:
-            process = subprocess.Popen(command, cwd=ROOT, env=self.environment, stdout=output, stderr=output)
+            process = subprocess.Popen(
+                command, cwd=self.root, env=self.environment, stdout=output, stderr=output, start_new_session=True
+            )
         try:
             server = Server(f"http://127.0.0.1:{port}")
             give_up = time.monotonic() + _START_S
@@ -97,11 +108,36 @@ class Demo:
             yield server
         finally:
             process.send_signal(signal.SIGINT)  # it ends its children: web server, daemon, code server
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what is left of them: a shell's background job ignores SIGINT
+            process.wait()
+
+
+def demo(home: Path, source: Path | None = None) -> Project:
+    """The demo, with store and mirror below `home`."""
+    own = {"BLOBFLOW_STORE": str(home / "store"), "BLOBFLOW_MIRROR": str(home / "mirror")}
+    return Project(home, ROOT, {**own, "BLOBFLOW_SOURCE": str(source)} if source else own)
+
+
+def regions(home: Path, **options: Any) -> Project:
+    """A copy of the example project below `home`, where its store and its mirrors lie as well."""
+    made = shutil.ignore_patterns("store", "mirror", "__pycache__")
+    return Project(home, shutil.copytree(ROOT / "examples" / "regions", home / "regions", ignore=made), **options)
+
+
+def gated_regions(home: Path, size: int) -> Project:
+    """The example project with `size` bytes more in its partition eu, and a store that stops uploads at a gate.
+
+    As long as the named pipe `<home>/gate` is there, an upload waits for it at its fourth part. No run is retried by
+    itself.
+    """
+    project = regions(home, variables={"GATE": str(home / "gate")}, instance_yaml="telemetry:\n  enabled: false\n")
+    shutil.copy(ROOT / "tests" / "ui" / "gated_store.py", project.root / "regions" / "defs" / "store.py")
+    (project.root / "data" / "eu" / "archive.bin").write_bytes(os.urandom(size))
+    os.mkfifo(home / "gate")
+    return project
 
 
 @dataclass(frozen=True)
@@ -109,7 +145,6 @@ class Server:
     """A running web server."""
 
     url: str
-    lineage: str = field(init=False, default="/locations/blobflow/asset-groups/demo/lineage")
 
     def is_up(self) -> bool:
         try:
@@ -118,11 +153,11 @@ class Server:
         except OSError:
             return False
 
-    def query(self, graphql: str) -> Any:
+    def query(self, graphql: str, **variables: str) -> Any:
         """The `data` of a GraphQL answer."""
         request = urllib.request.Request(
             f"{self.url}/graphql",
-            json.dumps({"query": graphql}).encode(),
+            json.dumps({"query": graphql, "variables": variables}).encode(),
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=30) as answer:
@@ -132,6 +167,15 @@ class Server:
         """Id and status of the runs, newest first."""
         found = self.query("{ runsOrError { ... on Runs { results { runId status } } } }")
         return found["runsOrError"]["results"]
+
+    def messages(self, run_id: str) -> list[str]:
+        """The lines of a run's log so far."""
+        found = self.query(
+            "query($id: ID!) { logsForRun(runId: $id) { ... on EventConnection {"
+            " events { ... on MessageEvent { message } } } } }",
+            id=run_id,
+        )
+        return [event["message"] for event in found["logsForRun"]["events"] if event]
 
 
 @contextmanager
@@ -155,26 +199,90 @@ def browsing(url: str, *, width: int = 1600, height: int = 900) -> Iterator[Page
             browser.close()
 
 
+def materialize(page: Page, partition: str) -> str:
+    """Ask for one partition of all assets of the graph that is shown; the id of the run."""
+    page.get_by_role("button", name="Materialize all").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("Select a partition or create one").click()
+    page.get_by_role("menuitem").filter(has=page.get_by_text(partition, exact=True)).click()
+    with page.expect_response(_operation("LaunchPipelineExecution")) as answer:
+        dialog.get_by_role("button", name="Launch 1 run").click()
+    return answer.value.json()["data"]["launchPipelineExecution"]["run"]["id"]
+
+
+def backfill(page: Page) -> None:
+    """Ask for all partitions of all assets of the graph that is shown."""
+    page.get_by_role("button", name="Materialize all").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("All", exact=True).click()
+    with page.expect_response(_operation("launchPartitionBackfill")):
+        dialog.get_by_role("button", name="Launch").click()
+
+
+def re_execute_from_failure(page: Page) -> str:
+    """Continue the failed run that is shown; the id of the new run, which is shown then."""
+    page.get_by_role("button", name="Re-execute all").locator("xpath=following::button[1]").click()
+    with page.expect_response(_operation("LaunchPipelineReexecution")) as answer:
+        page.get_by_role("menuitem").filter(has_text="From failure").click()
+    run_id: str = answer.value.json()["data"]["launchPipelineReexecution"]["run"]["id"]
+    page.wait_for_url(re.compile(run_id))
+    return run_id
+
+
+def _operation(name: str) -> Callable[[Response], bool]:
+    return lambda response: name in (response.request.post_data or "")
+
+
+def kill_worker(server: Server, run_id: str) -> None:
+    """SIGKILL to the process that executes a run; the run's log names it."""
+    pids = {int(pid) for line in server.messages(run_id) for pid in re.findall(r"in process \(pid: (\d+)\)", line)}
+    (worker,) = pids
+    os.kill(worker, signal.SIGKILL)
+
+
 def main() -> None:
-    """Write docs/images/asset-graph.png and docs/images/run.png."""
+    """Write the pictures of docs/images that come from the web UI."""
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="blobflow-docs-") as home:
-        demo = Demo(Path(home) / "demo")
-        demo.launch()
-        with demo.served() as server, browsing(server.url) as page:
-            page.set_viewport_size({"width": 1600, "height": 560})
-            page.goto(server.lineage)
-            page.get_by_text("1 / 1 Passed").wait_for()
-            page.wait_for_load_state("networkidle")
-            page.screenshot(path=IMAGES / "asset-graph.png")
+        _picture_the_demo(demo(Path(home) / "demo"))
+        _picture_the_regions(Path(home) / "regions")
 
-            page.set_viewport_size({"width": 1600, "height": 720})
-            page.goto(f"/runs/{server.runs()[0]['runId']}")
-            page.get_by_text("RUN_SUCCESS").first.wait_for()
-            page.get_by_placeholder("Filter…").fill(".done")
-            page.get_by_text("RUN_SUCCESS").wait_for(state="detached")
-            page.wait_for_load_state("networkidle")
-            page.screenshot(path=IMAGES / "run.png")
+
+def _picture_the_demo(project: Project) -> None:
+    project.launch("--assets", '+key:"demo/mirror"')
+    with project.served() as server, browsing(server.url, height=560) as page:
+        page.goto(DEMO_GRAPH)
+        page.get_by_text("1 / 1 Passed").wait_for()
+        page.wait_for_load_state("networkidle")
+        page.screenshot(path=IMAGES / "asset-graph.png")
+
+
+def _picture_the_regions(home: Path) -> None:
+    with gated_regions(home, 60_000).served() as server, browsing(server.url, height=720) as page:
+        page.goto(REGIONS_GRAPH)
+        killed = materialize(page, "eu")
+        page.goto(f"/runs/{killed}")
+        page.get_by_text(re.compile("upload.progress percent=")).first.wait_for()
+        page.screenshot(path=IMAGES / "progress.png")
+
+        kill_worker(server, killed)
+        page.get_by_text("RUN_FAILURE").first.wait_for()
+        (home / "gate").unlink()
+        re_execute_from_failure(page)
+        page.get_by_text("RUN_SUCCESS").first.wait_for()
+        # Other lines name directories of this machine.
+        page.get_by_placeholder("Filter…").fill("upload.")
+        page.get_by_text("RUN_SUCCESS").wait_for(state="detached")
+        page.wait_for_load_state("networkidle")
+        page.screenshot(path=IMAGES / "run.png")
+
+        page.goto(REGIONS_GRAPH)
+        backfill(page)
+        page.set_viewport_size({"width": 1600, "height": 560})
+        page.goto(REGIONS_GRAPH)
+        page.get_by_text("100% filled").nth(2).wait_for(timeout=300_000)
+        page.wait_for_load_state("networkidle")
+        page.screenshot(path=IMAGES / "partitions.png")
 
 
 if __name__ == "__main__":

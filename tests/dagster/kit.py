@@ -40,8 +40,8 @@ class FaultyResource(BlobflowResource):
     faults: ClassVar[Callable[[Request], Fault | None]] = staticmethod(lambda _: None)
     opened: ClassVar[list[FaultyStore]] = []
 
-    def get_store(self) -> Store:
-        store = FaultyStore(super().get_store(), type(self).faults)
+    def get_store(self, **options: Any) -> Store:
+        store = FaultyStore(super().get_store(**options), type(self).faults)
         self.opened.append(store)
         return store
 

@@ -275,12 +275,12 @@ def test_an_import_that_lost_its_artifact_fetches_it_again(place):
     """An import that died after it had taken the artifact is repeated without help."""
 
     class Interrupted(DirectoryImporter):
-        def import_artifact(self, artifact, *, consume=False, on_progress=None) -> ImportResult:
+        def import_artifact(self, artifact, *, consume=False, on_progress=None, key=None) -> ImportResult:
             if artifact.path.parent.name == ".incoming" and not (self.path / "died").exists():
                 (self.path / "died").touch()
                 shutil.rmtree(artifact.path)
                 raise TransferBusy("the import died")
-            return super().import_artifact(artifact, consume=consume, on_progress=on_progress)
+            return super().import_artifact(artifact, consume=consume, on_progress=on_progress, key=key)
 
     pipeline = place.pipeline(
         importer=Interrupted(path=place.home / "mirror"), retry_policy=dg.RetryPolicy(max_retries=1)

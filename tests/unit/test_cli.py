@@ -25,8 +25,8 @@ import blobflow
 from blobflow.artifact.landing import Stage
 from blobflow.cli import run
 from blobflow.cli.progress import LINE_EVERY_S, Lines
-from blobflow.cli.scratch import scratch_directory
 from blobflow.cli.settings import Settings
+from blobflow.scratch import scratch_directory
 from blobflow.testing import Executable, Tree, read_tree, write_tree
 from tests.kit import noise
 
@@ -264,6 +264,18 @@ def test_a_ref_is_set_to_an_artifact_and_read_back(call: Call, source: Path):
     assert call("ref", "get", "orders/latest").out == "orders/1\n"
     assert call("ref", "set", "orders/latest", "orders/2").code == 4
     assert call("ref", "get", "orders/latest", "--json").document == document | {"status": "found"}
+
+
+def test_the_log_of_a_ref_shows_where_it_was(call: Call, source: Path):
+    """The latest move first, with times and digests."""
+    for key in ("orders/1", "orders/2"):
+        call("push", source, key)
+        call("ref", "set", "orders/latest", key)
+    document = call("ref", "log", "orders/latest", "--json").document
+    assert [(move["key"], move["generation"]) for move in document["moves"]] == [("orders/2", 2), ("orders/1", 1)]
+    lines = call("ref", "log", "orders/latest").out.splitlines()
+    assert [line.split("\t")[1] for line in lines] == ["orders/2", "orders/1"]
+    assert call("ref", "log", "orders/other").code == 4
 
 
 def test_a_digest_given_by_the_caller_pins_the_artifact(call: Call, source: Path, tmp_path: Path):

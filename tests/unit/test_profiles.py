@@ -46,7 +46,7 @@ def test_custom_takes_a_chunk_and_an_interval():
     assert ChunkProfile.custom(4096, 10, workers=1, verify_digest=False).workers == 1
 
 
-@pytest.mark.seed("0.5")
+@pytest.mark.seed("0.5", "W0.5")
 @pytest.mark.parametrize(("chunk", "interval"), [(0, 1), (-1, 1), (1, 0), (1, -5)])
 def test_sizes_below_one_are_refused(chunk: int, interval: int):
     """A chunk or an interval of nothing would move nothing and call it success."""
@@ -63,7 +63,7 @@ def test_unknown_and_impossible_options_are_refused():
         ChunkProfile.named("fast")
 
 
-@pytest.mark.seed("0.6")
+@pytest.mark.seed("0.6", "W0.6")
 def test_fractions_of_a_second_survive():
     """A profile that is saved and loaded is the same, also with a quarter of a second."""
     profile = ChunkProfile.custom(4096, 10, read_timeout=0.25, write_timeout=1.5)

@@ -398,6 +398,7 @@ def test_a_source_that_was_written_to_is_never_published(store: LocalStore, tmp_
     assert store.list_uploads() == []
 
 
+@pytest.mark.seed("W0.10")
 @pytest.mark.parametrize("what", ["size", "mtime_ns", "inode"])
 def test_a_changed_source_file_is_refused(what: str, store: LocalStore, tmp_path: Path):
     """A reference artifact checks each file as it is read, and says what differs."""
@@ -445,7 +446,7 @@ def test_the_same_artifact_is_unchanged(artifact: Artifact, store: LocalStore, t
     again = artifact_of(tmp_path / "again")
     result = upload(faulty, KEY, again)
     assert (result.status, result.artifact_digest, result.bytes_sent) == ("unchanged", artifact.digest, 0)
-    assert [request.operation for request in faulty.log] == ["get", "head"]
+    assert [request.operation for request in faulty.log] == ["get", "head", "get"]  # the last looks for a leftover
 
 
 def test_a_changed_execute_bit_is_another_artifact(store: LocalStore, tmp_path: Path):

@@ -1,0 +1,305 @@
+"""Verified artifacts on local disk, by digest, shared by all processes that use the same directory.
+
+```
+<root>/<digest>-<n>/           an artifact directory; held (flock, shared) by whoever was given its path
+<root>/<digest>-<n>/STAMP      what its tree looked like when it had been verified; its mtime is the last use
+<root>/.<digest>.lock          held by whoever looks for the artifact or fetches it; the others wait, and find it then
+<root>/.blobflow-download-*    the stage of a download; the next process continues it
+```
+
+An entry is for reading. It is shared as it is, so somebody who writes into it changes what others read; that is found
+out at the next use by the stamp, and the next user gets another entry (`-1`, `-2`, ...). Nothing is removed under the
+feet of its users: locks end with the process, also when it is killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.config import ChunkProfile
+from blobflow.errors import DiskFull, IntegrityError, NotFoundError, TransferBusy
+from blobflow.gc import DEFAULT_AGE_S, collect_stages
+from blobflow.scratch import hold
+from blobflow.stores.base import Store
+from blobflow.transport import DownloadResult, download, read_manifest
+from blobflow.transport.books import OnProgress, OnRecord
+
+log = logging.getLogger(__name__)
+
+CacheCheck: TypeAlias = Literal["stamp", "sha256"]
+
+_STAMP: Final = "STAMP"
+_REMOVED_PREFIX: Final = ".removed-"
+_NAME_LENGTH: Final = 32
+"""Digits of the digest in the name of an entry; the whole digest is compared with the manifest inside."""
+_ENTRY: Final = re.compile(r"[0-9a-f]{32}-[0-9]+")
+
+
+class CachedArtifact(NamedTuple):
+    """An artifact that stays where it is until the cache is closed."""
+
+    artifact: Artifact
+    download: DownloadResult | None
+    """None: it was there."""
+
+
+class ArtifactCache:
+    """Local copies of artifacts, fetched once and kept while there is room.
+
+    Args:
+        root: A directory on a file system with locks; made when it is needed.
+        max_bytes: Before a download, entries that nobody uses go, the one that was used longest ago first, until the
+            new one fits. What is in use stays, even if that is more. None: nothing goes.
+        check: How an entry is looked at before it is used again. `stamp` compares names, sizes, times and inodes with
+            those of the tree that was verified: one system call per member. `sha256` also reads every byte.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        max_bytes: int | None = None,
+        check: CacheCheck = "stamp",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._root = root
+        self._max_bytes = max_bytes
+        self._check = check
+        self._clock = clock
+        self._held: dict[Path, int] = {}
+
+    def __repr__(self) -> str:
+        return f"<ArtifactCache {self._root}, {len(self._held)} entries in use>"
+
+    def get(
+        self,
+        store: Store,
+        key: str,
+        digest: str,
+        *,
+        profile: ChunkProfile | None = None,
+        on_wait: Callable[[], None] | None = None,
+        on_progress: OnProgress | None = None,
+        on_checkpoint: OnRecord | None = None,
+    ) -> CachedArtifact:
+        """The artifact `digest`, which lies under `key` in the store; fetched unless it is here already.
+
+        May be called again after a crash: it fetches what is missing. It is kept in its place until `close`.
+
+        Args:
+            on_wait: Called if another process fetches the artifact at this moment, before waiting for its end.
+
+        Raises:
+            ArtifactNotFound, IntegrityError, HostileArtifact, DiskFull: as `download`.
+        """
+        name = digest.removeprefix("sha256:")[:_NAME_LENGTH]
+        self._root.mkdir(parents=True, exist_ok=True)
+        with _alone(self._root / f".{name}.lock", on_wait):
+            found = self._find(name, digest)
+            if found is not None:
+                return CachedArtifact(found, None)
+
+            def fetch() -> DownloadResult:
+                return download(
+                    store,
+                    key,
+                    next(path for n in count() if not (path := self._root / f"{name}-{n}").exists()),
+                    profile=profile,
+                    expected_digest=digest,
+                    on_progress=on_progress,
+                    on_checkpoint=on_checkpoint,
+                )
+
+            self._clean_up()
+            if self._max_bytes is not None:
+                self._shrink_to(self._max_bytes - read_manifest(store, key).bytes)
+            try:
+                result = fetch()
+            except DiskFull:
+                if not self._shrink_to(0):
+                    raise
+                result = fetch()
+            # Held before it has a stamp: without one, nobody takes it for an entry that may go.
+            held = hold(result.path, shared=True)
+            if held is None:
+                raise TransferBusy(f"{result.path} was removed by somebody when it had landed", path=str(result.path))
+            _write_stamp(result.path)
+            self._use(result.path, held)
+            return CachedArtifact(Artifact.open(result.path), result)
+
+    def close(self) -> None:
+        """Give the entries back; they may go after that."""
+        while self._held:
+            os.close(self._held.popitem()[1])
+
+    # Using entries
+
+    def _find(self, name: str, digest: str) -> Artifact | None:
+        """An entry that is what it should be, held."""
+        for entry in sorted(self._root.glob(f"{name}-*")):
+            held = hold(entry, shared=True)
+            if held is None:
+                continue  # it is being removed
+            artifact = self._intact(entry, digest)
+            if artifact is not None:
+                self._use(entry, held)
+                return artifact
+            os.close(held)
+            log.warning("cache.entry_changed path=%s", entry)
+            self._remove(entry)  # stays if somebody, perhaps in this process, still uses it
+        return None
+
+    def _intact(self, entry: Path, digest: str) -> Artifact | None:
+        try:
+            artifact = Artifact.open(entry)
+            stamp = _read_stamp(entry)
+            if artifact.digest != digest or (stamp is not None and stamp != _stamp(entry)):
+                return None
+            if stamp is None or self._check == "sha256":
+                from blobflow.artifact.members import verify_members
+
+                verify_members(artifact)
+        except (IntegrityError, NotFoundError, FileNotFoundError) as error:
+            log.warning("cache.entry_damaged path=%s error=%s", entry, error)
+            return None
+        if stamp is None:  # whoever fetched it was killed when it had landed
+            _write_stamp(entry)
+        return artifact
+
+    def _use(self, entry: Path, held: int) -> None:
+        """Keep the entry until `close`, and note when it was used."""
+        now = self._clock()
+        os.utime(entry / _STAMP, (now, now))
+        if entry in self._held:
+            os.close(held)
+        else:
+            self._held[entry] = held
+
+    # Removing entries
+
+    def _shrink_to(self, limit: int) -> bool:
+        """Remove entries that nobody uses, oldest use first, until all have at most `limit` bytes; whether any went."""
+        entries = sorted((entry for entry in self._root.iterdir() if _ENTRY.fullmatch(entry.name)), key=_last_use)
+        sizes = {entry: _size(entry) for entry in entries}
+        total = sum(sizes.values())
+        removed = False
+        for entry in entries:
+            if total <= limit:
+                break
+            landing = _read_stamp(entry) is None and self._clock() - _last_use(entry) < DEFAULT_AGE_S
+            if not landing and self._remove(entry):
+                log.info("cache.entry_evicted path=%s bytes=%d", entry, sizes[entry])
+                total -= sizes[entry]
+                removed = True
+        return removed
+
+    def _remove(self, entry: Path) -> bool:
+        """Remove an entry unless somebody uses it."""
+        held = hold(entry)
+        if held is None:
+            return False
+        try:
+            # Whoever is killed here leaves nothing that could be taken for an entry.
+            removed = self._root / f"{_REMOVED_PREFIX}{uuid.uuid4().hex}"
+            os.rename(entry, removed)
+            shutil.rmtree(removed, ignore_errors=True)
+        finally:
+            os.close(held)
+        return True
+
+    def _clean_up(self) -> None:
+        """Remove what killed processes left: halves of removed entries, stages that nobody came back for."""
+        for removed in self._root.glob(f"{_REMOVED_PREFIX}*"):
+            shutil.rmtree(removed, ignore_errors=True)
+        collect_stages(self._root, clock=self._clock)
+
+
+@contextmanager
+def _alone(path: Path, on_wait: Callable[[], None] | None) -> Generator[None]:
+    """Hold the lock file `path`, which is there only meanwhile; waits for whoever holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if on_wait:
+                    on_wait()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # a signal whose handler raises ends the wait
+            if not _is_still(path, descriptor):
+                continue  # whoever held it has removed it, and whoever comes now locks another one
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _stamp(entry: Path) -> str:
+    """A digest of what `stat` says of everything in an entry but its stamp."""
+    digest = hashlib.sha256()
+    for path, status in _walk(entry, ""):
+        facts = (status.st_mode, status.st_size, status.st_mtime_ns, status.st_ino)
+        digest.update(b"%s\0%d %d %d %d\n" % (os.fsencode(path), *facts))
+    return digest.hexdigest()
+
+
+def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    with os.scandir(directory) as found:
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        path = prefix + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(directory / entry.name, path + "/")
+        elif path != _STAMP:
+            yield path, entry.stat(follow_symlinks=False)
+
+
+def _write_stamp(entry: Path) -> None:
+    (entry / _STAMP).write_text(_stamp(entry))
+
+
+def _read_stamp(entry: Path) -> str | None:
+    try:
+        return (entry / _STAMP).read_text()
+    except FileNotFoundError:
+        return None
+
+
+def _last_use(entry: Path) -> float:
+    """Seconds since the epoch; 0.0 for an entry that is gone."""
+    for path in (entry / _STAMP, entry):
+        with suppress(FileNotFoundError):
+            return path.stat().st_mtime
+    return 0.0
+
+
+def _size(entry: Path) -> int:
+    """Bytes of the members; 0 for an entry that is gone or damaged."""
+    try:
+        return Artifact.open(entry).manifest.bytes
+    except (IntegrityError, NotFoundError):
+        return 0

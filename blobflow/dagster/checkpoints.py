@@ -1,0 +1,210 @@
+"""Checkpoints of transfers as observations of the asset `blobflow/transfers`, one partition per transfer.
+
+An observation is stored the moment it is logged (10 ms), is never overwritten, shows in the run's log and in the plots
+of the asset, and any later run finds it by the transfer's id (3 ms): the retry in the same run, the re-execution from
+failure, the run that follows a killed worker, and the run that knows nothing of the one before.
+
+```python
+journal = transfer_journal(context)
+upload(store, key, artifact, on_progress=journal.progress, on_checkpoint=journal.save)
+context.add_output_metadata(journal.metadata())
+```
+"""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+import dagster as dg
+
+from blobflow.checkpoints import Checkpoint, TransferJournal
+from blobflow.dagster import metadata as md
+from blobflow.dagster.fencing import RunFence
+from blobflow.dagster.progress import ProgressLog
+from blobflow.engine.checkpoint import TransferRecord
+from blobflow.errors import UsageError
+from blobflow.transport import ProgressEvent
+
+TRANSFERS: Final = dg.AssetKey(["blobflow", "transfers"])
+"""The journal. It needs no definition and no partitions definition: observations may name any partition."""
+LIVE_S: Final = 30.0
+"""Seconds after which a transfer without checkpoints shows how far it is."""
+
+StepContext: TypeAlias = dg.OpExecutionContext | dg.AssetExecutionContext | dg.OutputContext | dg.InputContext
+
+
+def transfer_journal(
+    context: StepContext, *, instance: dg.DagsterInstance | None = None, run_id: str | None = None
+) -> "StepJournal":
+    """The journal of the transfers of one step.
+
+    Args:
+        context: Of an op, an asset, or the output or input of an IO manager.
+        instance: Needed with an `OutputContext`, which does not tell it. An IO manager finds it as `context.instance`
+            in `setup_for_execution`.
+        run_id: Needed with an `InputContext`, which does not tell it (`context.run.run_id` in `setup_for_execution`):
+            without it, the step does not notice that its run is over. Observations of inputs belong to no run.
+
+    Raises:
+        UsageError: the instance is neither given nor known.
+    """
+    write: Callable[[dg.AssetObservation], None]
+    if isinstance(context, dg.InputContext):
+        instance = instance or context.instance
+        write = instance.report_runless_asset_event
+    elif isinstance(context, dg.OutputContext):
+        if instance is None:
+            raise UsageError(
+                "an OutputContext does not tell its Dagster instance",
+                hint="keep `context.instance` of setup_for_execution, and give it as `instance`",
+            )
+        run_id = run_id or context.run_id
+        write = context.log_event
+    else:
+        if isinstance(context, dg.AssetExecutionContext):
+            context = context.op_execution_context
+        instance = instance or context.instance
+        run_id = run_id or context.run_id
+        write = context.log_event
+    return StepJournal(ObservationHome(instance, write), RunFence(instance, run_id), context.log.info, writer=run_id)
+
+
+class ObservationHome:
+    """Keeps checkpoints as observations of `TRANSFERS`.
+
+    Args:
+        write: Stores an observation before it returns.
+    """
+
+    def __init__(self, instance: dg.DagsterInstance, write: Callable[[dg.AssetObservation], None]) -> None:
+        self._instance = instance
+        self._write = write
+
+    def read(self, transfer_id: str) -> str | None:
+        wanted = dg.AssetRecordsFilter(asset_key=TRANSFERS, asset_partitions=[transfer_id])
+        for record in self._instance.fetch_observations(wanted, limit=1).records:
+            observation = record.asset_observation
+            value = observation.metadata.get(md.CHECKPOINT) if observation else None
+            if isinstance(value, dg.JsonMetadataValue):
+                return json.dumps(value.data)
+        return None
+
+    def append(self, checkpoint: Checkpoint) -> None:
+        record = checkpoint.record
+        self._write(
+            dg.AssetObservation(
+                TRANSFERS,
+                partition=record.transfer_id,
+                description=f"{record.kind} {record.state}, {_percent(record):.0f} %",
+                metadata={
+                    md.STATUS: record.state,
+                    **transfer_facts(checkpoint),
+                    md.CHECKPOINT: dg.MetadataValue.json(json.loads(checkpoint.to_json())),
+                },
+            )
+        )
+
+
+class StepJournal(TransferJournal):
+    """The journal of one step: it also shows progress, and ends the step when its run is over.
+
+    Args:
+        write: Takes a line for the step's log.
+    """
+
+    def __init__(
+        self,
+        home: ObservationHome,
+        fence: RunFence,
+        write: Callable[[str], None],
+        *,
+        writer: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        super().__init__(home, writer=writer, clock=clock)
+        self.fence = fence
+        self._line = write
+        self._lines: dict[str, ProgressLog] = {}
+        self._record: TransferRecord | None = None
+
+    def save(self, record: TransferRecord) -> Checkpoint | None:
+        """`on_checkpoint` of uploads, downloads and verifications.
+
+        Raises:
+            StepOrphaned: the run is over. The last record of a failing transfer is written nevertheless.
+        """
+        if record.state == "running":
+            self.fence.check()
+        first = self.written(record.transfer_id) is None
+        self._record = record
+        checkpoint = super().save(record)
+        if checkpoint is not None and first and checkpoint.continues:
+            self._line(
+                f"{record.kind}.resumed attempt={checkpoint.attempt} after={checkpoint.continues}"
+                f" resumed_from_bytes={record.bytes_resumed} parts={record.parts_resumed}/{record.parts_total}"
+            )
+        return checkpoint
+
+    def progress(self, event: ProgressEvent) -> None:
+        """`on_progress` of uploads, downloads and verifications.
+
+        Raises:
+            StepOrphaned: the run is over.
+        """
+        self.watch(event.phase)(event.bytes_done, event.bytes_total, event.bytes_resumed)
+        record = self._record
+        if record is None or record.state != "running":
+            return
+        shown = self.written(record.transfer_id)
+        if shown is not None and self._clock() - shown.saved_at >= LIVE_S:
+            super().save(_advanced(record, event.bytes_done))
+
+    def watch(self, phase: str) -> Callable[..., None]:
+        """`on_progress` of exports and imports: takes the bytes done, the bytes in all, and those found done."""
+        lines = self._lines.setdefault(phase, ProgressLog(self._line, phase))
+
+        def watch(done: int, total: int, resumed: int = 0) -> None:
+            self.fence.check()
+            lines.bytes(done, total, resumed)
+
+        return watch
+
+    def metadata(self) -> dict[str, Any]:
+        """Facts of the step's last transfer for its materialization or failure; nothing if it moved nothing."""
+        checkpoint = self.written(self._record.transfer_id) if self._record else None
+        if checkpoint is None:
+            return {}
+        facts = transfer_facts(checkpoint)
+        facts.pop(md.SIZE)
+        return facts | md.parts_table(checkpoint.record)
+
+
+def transfer_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A checkpoint as metadata: numbers under constant labels, so that Dagster plots them."""
+    record = checkpoint.record
+    facts: dict[str, Any] = {
+        md.BYTES_DONE: record.bytes_done,
+        md.SIZE: record.bytes_total,
+        md.PERCENT: round(_percent(record), 1),
+        md.PARTS_DONE: record.parts_done,
+        md.BYTES_RESUMED: record.bytes_resumed,
+        md.THROUGHPUT: round(checkpoint.bytes_per_s / 1e6, 3),
+        md.RETRIES: checkpoint.attempt - 1,
+    }
+    if checkpoint.continues:
+        # A process outside of Dagster names itself by host and pid.
+        is_run = "/" not in checkpoint.continues
+        facts[md.CONTINUES] = dg.MetadataValue.dagster_run(checkpoint.continues) if is_run else checkpoint.continues
+    return facts
+
+
+def _percent(record: TransferRecord) -> float:
+    return 100 * record.bytes_done / record.bytes_total if record.bytes_total else 100.0
+
+
+def _advanced(record: TransferRecord, bytes_done: int) -> TransferRecord:
+    """`record` as it stands now, between two checkpoints."""
+    more = max(0, bytes_done - record.bytes_done)
+    parts = record.parts_done + -(-more // record.part_size)
+    return record.model_copy(update={"bytes_done": record.bytes_done + more, "parts_done": parts})

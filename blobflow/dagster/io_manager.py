@@ -1,0 +1,518 @@
+"""`ArtifactIOManager`: an asset returns a directory, its consumer gets a verified copy of it. Nothing is pickled.
+
+```python
+@dg.asset(io_manager_key="artifacts")
+def model() -> Path:
+    return train(Path("/data/model"))
+
+@dg.asset
+def scores(model: Path) -> None:
+    evaluate(model / "weights.bin")
+
+blobflow = BlobflowResource(store="s3://models/prod")
+defs = dg.Definitions(
+    assets=[model, scores],
+    resources={"artifacts": ArtifactIOManager(blobflow=blobflow)},
+)
+```
+
+Every content has a key of its own, so that nothing is ever overwritten, and a ref names the newest. Of an asset these
+are `<asset key>[/<partition>]/<content digest>.tar` and `<asset key>[/<partition>]/latest`, as in a pipeline. Outputs
+of ops belong to their run, as they do with Dagster's own IO managers: `runs/<run id>/<step>/<output>/latest`. Their
+contents do not (`ops/<step>/<output>/...`), so that a new run continues the upload of a killed one.
+"""
+
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
+
+import dagster as dg
+from pydantic import Field, PrivateAttr
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.backends import export_artifact
+from blobflow.cache import ArtifactCache
+from blobflow.dagster import metadata as md
+from blobflow.dagster.checkpoints import StepJournal, transfer_journal
+from blobflow.dagster.failures import as_dagster_error
+from blobflow.dagster.progress import ProgressLog
+from blobflow.dagster.resource import BlobflowResource
+from blobflow.errors import ArtifactNotFound, BlobflowError, LeaseLost, TransferBusy, UsageError
+from blobflow.lease import Lease, move_ref, read_ref
+from blobflow.rounds import content_key, round_number
+from blobflow.scratch import scratch_directory
+from blobflow.stores import Store
+from blobflow.stores.base import key_segment
+from blobflow.transport import ProgressEvent, upload, verify
+
+CACHE_BYTES: Final = 20 << 30
+
+_TICKET_TTL_S: Final = 10.0
+"""Of a lease that is held for three requests."""
+_TICKET_WAIT_S: Final = 0.1
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """An artifact in the store, named but not fetched. Plain data: it goes through JSON, config and tags."""
+
+    key: str
+    digest: str
+    """`sha256:<hex>` of the manifest."""
+
+    def to_json_dict(self) -> dict[str, str]:
+        """Plain JSON values; `ArtifactRef(**values)` is the inverse."""
+        return asdict(self)
+
+
+Stored: TypeAlias = Path | ArtifactRef
+
+
+class NotMaterialized(ArtifactNotFound):
+    """No ref names the value that is to be loaded. Field: key (of the ref)."""
+
+
+class ArtifactIOManager(dg.ConfigurableIOManager):
+    """Keeps directories that assets and ops return as artifacts in a store, and hands verified copies to consumers.
+
+    | a step returns | stored is |
+    |---|---|
+    | `Path` of a directory | its content; the directory stays where it is, and is not needed afterwards |
+    | `Path` of an artifact directory (`blobflow export`) | that very artifact |
+    | `ArtifactRef` | nothing: the ref is moved to an artifact that is in the store already |
+    | a dict of these by partition key | one for each partition of the run |
+
+    | an input is annotated | it is |
+    |---|---|
+    | `Path`, or not at all | a directory in the local cache, every byte verified; for reading |
+    | `ArtifactRef` | the key and digest of the artifact; nothing is fetched |
+    | `dict[str, Path]`, `dict[str, ArtifactRef]` | one for each partition |
+
+    Anything else is refused. A store that fails, and whatever else may pass, fails the step in a way that its own
+    `RetryPolicy` may retry; other errors fail it for good. Each attempt, in whatever run, moves only what is missing.
+    """
+
+    blobflow: dg.ResourceDependency[BlobflowResource]
+    ref: str = Field(default="latest", description="Last segment of the ref that names the newest artifact.")
+    exclude: list[str] = Field(
+        default=[],
+        description="Patterns (`*`, `?`, `[...]`) of what is left out: against the name of an entry, or, with a `/`,"
+        " against its path.",
+    )
+    symlinks: Literal["refuse", "skip", "follow"] = Field(
+        default="refuse", description="`follow` follows links to what is inside the directory only."
+    )
+    verify_mode: Literal["shallow", "auto", "deep"] = Field(
+        default="shallow",
+        description="Of what was uploaded, before the ref names it: `shallow` compares sizes, manifests and the store's"
+        " own checksum, `deep` reads every byte back, `auto` does so where the store attests no checksum. Consumers"
+        " verify every byte in any case.",
+    )
+    cache_max_bytes: int | None = Field(
+        default=CACHE_BYTES,
+        ge=0,
+        description="Bytes of inputs that are kept in the scratch directory. Before a download, those go that no step"
+        " uses, the one that was used longest ago first. None: all are kept.",
+    )
+    cache_check: Literal["stamp", "sha256"] = Field(
+        default="stamp",
+        description="How an input is looked at before it is used again: `stamp` compares names, sizes, times and"
+        " inodes of all files with those of the verified tree, `sha256` also reads every byte.",
+    )
+
+    _instance: dg.DagsterInstance | None = PrivateAttr(default=None)
+    _run_id: str | None = PrivateAttr(default=None)
+    _cache: ArtifactCache | None = PrivateAttr(default=None)
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Learn which run this is."""
+        self._instance = context.instance
+        self._run_id = context.run.run_id if context.run is not None else None
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002  # Dagster's signature
+        """Give the inputs back: other runs may make room in the cache.
+
+        Outside of a run (a notebook, `load_asset_value`) nobody knows how long they are used: until the process ends.
+        """
+        if self._cache is not None and self._run_id is not None:
+            self._cache.close()
+
+    # Outputs
+
+    def handle_output(self, context: dg.OutputContext, obj: object) -> None:
+        """Bring what the step returned into the store, and let the ref name it.
+
+        Raises:
+            dg.Failure: saying what to do; retries are allowed where they may help.
+        """
+        what = _name_output(context)
+        journal = self._journal(context)
+        with _explained(journal):
+            values = _values_by_partition(context, what, obj)
+            store = self.blobflow.get_store()
+            published = {
+                partition: self._publish(context, store, self._home(context, what, partition), value, journal)
+                for partition, value in values.items()
+            }
+            if len(published) == 1:
+                (metadata,) = published.values()
+                context.add_output_metadata({**(journal.metadata() if journal else {}), **metadata})
+            else:
+                context.add_output_metadata(_facts_of_many(published))
+
+    def _publish(
+        self, context: dg.OutputContext, store: Store, home: "_Home", value: Stored, journal: StepJournal | None
+    ) -> dict[str, Any]:
+        """Store a value, prove that it is whole, and move the ref to it; the facts for the materialization."""
+        # Before the value is looked at: of two steps that publish at once, the one that began later has the newer.
+        ticket = _take_ticket(store, home) if home.lasts else None
+        if isinstance(value, ArtifactRef):
+            stored, facts = value, {md.STATUS: "referenced", md.BYTES_SENT: 0, md.BYTES_RESUMED: 0}
+        else:
+            stored, facts = self._upload(context, store, home, value, journal)
+        proven = verify(
+            store,
+            stored.key,
+            mode=self.verify_mode,
+            expected_digest=stored.digest,
+            profile=self.blobflow.get_profile(),
+            on_progress=_progress(context, "verify", journal),
+        )
+        if journal:
+            journal.fence.check(now=True)
+        try:
+            move_ref(store, home.ref, stored.key, stored.digest, round_number=ticket)
+        except LeaseLost as lost:
+            context.log.warning("output.superseded ref=%s key=%s reason=%r", home.ref, stored.key, lost.message)
+            facts[md.STATUS] = "superseded"
+        manifest, uri = proven.manifest, f"{store.url}/{stored.key}"
+        context.log.info(
+            "output.done status=%s uri=%s ref=%s bytes_sent=%d bytes_resumed=%d",
+            *(facts[md.STATUS], uri, home.ref, facts[md.BYTES_SENT], facts[md.BYTES_RESUMED]),
+        )
+        return {
+            md.URI: uri,
+            md.KEY: stored.key,
+            md.REF: home.ref,
+            md.ARTIFACT_DIGEST: stored.digest,
+            md.CONTENT_DIGEST: manifest.content_digest,
+            md.BACKEND: manifest.backend,
+            md.CREATED_AT: dg.MetadataValue.timestamp(manifest.created_at),
+            **md.cursor(manifest.cursor),
+            md.SIZE: proven.bytes_total,
+            md.MEMBERS: manifest.members,
+            md.VERIFY_MODE: proven.mode_used,
+            md.VERIFY_SECONDS: round(proven.seconds, 3),
+            **facts,
+        }
+
+    def _upload(
+        self, context: dg.OutputContext, store: Store, home: "_Home", directory: Path, journal: StepJournal | None
+    ) -> tuple[ArtifactRef, dict[str, Any]]:
+        """Bring a directory into the store under the key of its content; where it is now, and what that took."""
+        with self._as_artifact(context, directory, journal) as (artifact, facts):
+            result = upload(
+                store,
+                content_key(home.name, artifact),
+                artifact,
+                profile=self.blobflow.get_profile(),
+                on_progress=_progress(context, "upload", journal),
+                on_checkpoint=journal.save if journal else None,
+            )
+            facts |= {
+                md.STATUS: result.status,
+                md.BYTES_SENT: result.bytes_sent,
+                md.BYTES_RESUMED: result.bytes_resumed,
+                md.UPLOAD_SECONDS: round(result.seconds, 3),
+                md.CHECKPOINTS: result.checkpoints_saved,
+                **md.throughput(result.bytes_sent, result.seconds),
+                **md.largest_members(artifact),
+            }
+        return ArtifactRef(result.key, result.artifact_digest), facts
+
+    @contextmanager
+    def _as_artifact(
+        self, context: dg.OutputContext, directory: Path, journal: StepJournal | None
+    ) -> Iterator[tuple[Artifact, dict[str, Any]]]:
+        """The directory as an artifact that refers to its files, and what the export has to tell."""
+        if Artifact.is_artifact(directory):
+            yield Artifact.open(directory), {}
+            return
+        with scratch_directory(directory, self.blobflow.scratch_path("outputs")) as scratch:
+            result = export_artifact(
+                directory,
+                scratch / "artifact",
+                exclude=self.exclude,
+                symlinks=self.symlinks,
+                # A retry writes its files anew; with their times the payload would not be the one whose parts are sent.
+                mtimes="drop",
+                on_progress=journal.watch("export") if journal else ProgressLog(context.log.info, "export").bytes,
+            )
+            yield (
+                result.artifact,
+                {
+                    md.EXCLUDED: result.excluded,
+                    md.SYMLINKS_SKIPPED: result.symlinks_skipped,
+                    md.EXPORT_SECONDS: round(result.seconds, 3),
+                },
+            )
+
+    # Inputs
+
+    def load_input(self, context: dg.InputContext) -> Stored | dict[str, Stored]:
+        """What the ref names, in the shape that the annotation of the input asks for.
+
+        Paths are for reading: other steps may read the same files. They stay where they are until the step (with the
+        in-process executor: the run) ends.
+
+        Raises:
+            dg.Failure: saying what to do; retries are allowed where they may help.
+        """
+        what = _name_input(context)
+        journal = self._journal(context)
+        with _explained(journal):
+            annotation = context.dagster_type.typing_type
+            if not context.has_asset_key and get_origin(annotation) is list:
+                # Of outputs that are collected in one input; each of them is loaded by a call of its own.
+                (annotation,) = get_args(annotation)
+            kind, many = _wanted(what, annotation)
+            if not context.has_asset_key or not context.has_asset_partitions:
+                if many:
+                    raise UsageError(f"{what} has no partitions", hint=f"annotate it as {kind.__name__}")
+                return self._load(context, what, None, kind, journal)
+            keys = context.asset_partition_keys
+            if len(keys) == 1 and not many:
+                return self._load(context, what, keys[0], kind, journal)
+            if many is False:
+                raise UsageError(
+                    f"{what} has {len(keys)} partitions in this run",
+                    hint=f"annotate it as dict[str, {kind.__name__}], or map one partition to one",
+                )
+            loaded: dict[str, Stored] = {}
+            for key in keys:
+                try:
+                    loaded[key] = self._load(context, what, key, kind, journal)
+                except NotMaterialized as missing:
+                    # As with Dagster's own IO managers.
+                    if not context.definition_metadata.get("allow_missing_partitions"):
+                        raise
+                    context.log.warning("input.missing partition=%s reason=%r", key, missing.message)
+            return loaded
+
+    def _load(
+        self,
+        context: dg.InputContext,
+        what: str,
+        partition: str | None,
+        kind: type[Stored],
+        journal: StepJournal | None,
+    ) -> Stored:
+        store = self.blobflow.get_store()
+        home = self._home(context, what, partition)
+        named = read_ref(store, home.ref)
+        if named is None:
+            raise NotMaterialized(
+                f"{what} is not in {store.url}: there is no ref {home.ref!r}",
+                hint="materialize it with this IO manager; or, if something else has put it there, name its ref in the"
+                f" metadata {md.REF!r} of the asset or of the input",
+                key=home.ref,
+            )
+        if kind is ArtifactRef:
+            return ArtifactRef(named.key, named.manifest_sha256)
+        if self._cache is None:
+            self._cache = ArtifactCache(
+                self.blobflow.scratch_path("inputs"), max_bytes=self.cache_max_bytes, check=self.cache_check
+            )
+        artifact, result = self._cache.get(
+            store,
+            named.key,
+            named.manifest_sha256,
+            profile=self.blobflow.get_profile(),
+            on_wait=lambda: context.log.info("input.wait key=%s: another step is fetching it", named.key),
+            on_progress=_progress(context, "download", journal),
+            on_checkpoint=journal.save if journal else None,
+        )
+        received, resumed = (result.bytes_received, result.bytes_resumed) if result else (0, 0)
+        context.log.info(
+            "input.done status=%s uri=%s bytes_received=%d bytes_resumed=%d path=%s",
+            *(result.status if result else "cached", f"{store.url}/{named.key}", received, resumed, artifact.data),
+        )
+        return artifact.data
+
+    # Both
+
+    def _journal(self, context: dg.InputContext | dg.OutputContext) -> StepJournal | None:
+        """The journal of the step's transfers; none outside of a run."""
+        if self._instance is None or self._run_id is None:
+            return None
+        return transfer_journal(context, instance=self._instance, run_id=self._run_id)
+
+    def _home(self, context: dg.InputContext | dg.OutputContext, what: str, partition: str | None) -> "_Home":
+        if not context.has_asset_key:
+            if isinstance(context, dg.InputContext) and context.upstream_output is None:
+                raise UsageError(f"{what} comes from no step and no asset", hint="connect it to an output or an asset")
+            identifier = [key_segment(part) for part in context.get_identifier()]
+            return _Home("/".join(("ops", *identifier[1:])), "/".join(("runs", *identifier, self.ref)), lasts=False)
+        given = _given_ref(context)
+        if given is None:
+            name, last = "/".join(map(key_segment, context.asset_key.path)), self.ref
+        else:
+            name, _, last = given.rpartition("/")
+            if not name:
+                raise UsageError(f"{what} has the ref {given!r}", hint="name it like 'orders/latest'")
+        if partition is not None:
+            name = f"{name}/{key_segment(partition)}"
+        return _Home(name, f"{name}/{last}", lasts=True)
+
+
+@dataclass(frozen=True)
+class _Home:
+    """Where a value lives in the store."""
+
+    name: str
+    """What the keys of its contents begin with."""
+    ref: str
+    lasts: bool
+    """Whether run after run moves the ref; the ref of an op's output belongs to one run."""
+
+
+def _take_ticket(store: Store, home: _Home) -> int | None:
+    """A number above that of everybody who has begun to publish under this ref before; None where nobody counts.
+
+    Raises:
+        TransferBusy: a round under this name is under way.
+    """
+    if not store.abilities.conditional:
+        return None
+    lease = Lease(store, f"{home.name}/round", ttl_s=_TICKET_TTL_S)
+    deadline = time.monotonic() + 2 * _TICKET_TTL_S
+    while not lease.try_acquire():
+        if time.monotonic() > deadline:
+            raise TransferBusy(f"a round of {home.name!r} is under way", key=home.name)
+        time.sleep(_TICKET_WAIT_S)
+    try:
+        return round_number(store, lease, home.ref)
+    finally:
+        lease.abandon()
+
+
+def _given_ref(context: dg.InputContext | dg.OutputContext) -> str | None:
+    """The ref that the metadata of the input or of the asset names."""
+    definitions = [context.definition_metadata]
+    if isinstance(context, dg.InputContext) and context.upstream_output is not None:
+        definitions.append(context.upstream_output.definition_metadata)
+    for definition in definitions:
+        given = definition.get(md.REF)
+        if given is not None:
+            return str(given.value if isinstance(given, dg.MetadataValue) else given)
+    return None
+
+
+def _name_output(context: dg.OutputContext) -> str:
+    if context.has_asset_key:
+        return f"asset {context.asset_key.to_user_string()!r}"
+    return f"output {context.name!r} of step {context.step_key!r}"
+
+
+def _name_input(context: dg.InputContext) -> str:
+    if context.has_asset_key:
+        return f"asset {context.asset_key.to_user_string()!r}"
+    return f"input {context.name!r}"
+
+
+def _values_by_partition(context: dg.OutputContext, what: str, obj: object) -> dict[str | None, Stored]:
+    """What the step returned for each partition of the run; None stands for an output without partitions."""
+    if not context.has_asset_key or not context.has_asset_partitions:
+        return {None: _checked(what, obj)}
+    keys = context.asset_partition_keys
+    if isinstance(obj, Mapping):
+        if set(obj) != set(keys):
+            missing, unexpected = (sorted(map(str, one)) for one in (set(keys) - set(obj), set(obj) - set(keys)))
+            raise UsageError(
+                f"{what} returned other partitions than those of the run: missing {missing}, unexpected {unexpected}",
+                hint="return one directory for each of context.partition_keys",
+            )
+        return {key: _checked(f"{what}, partition {key!r},", obj[key]) for key in keys}
+    if len(keys) != 1:
+        raise UsageError(
+            f"{what} returned one value for {len(keys)} partitions",
+            hint="return a dict with one directory per partition key, or use BackfillPolicy.multi_run()",
+        )
+    return {keys[0]: _checked(what, obj)}
+
+
+def _checked(what: str, value: object) -> Stored:
+    if isinstance(value, ArtifactRef):
+        return value
+    if isinstance(value, Path):
+        if value.is_dir():
+            return value
+        raise UsageError(
+            f"{what} returned {value}, which is {'no directory' if value.exists() else 'not there'}",
+            hint="return a directory; a single file goes into a directory of its own",
+            path=str(value),
+        )
+    hint = "return the pathlib.Path of a directory, or an ArtifactRef; or give the asset another io_manager_key"
+    if value is None:
+        hint = "annotate the step with `-> None` if it returns nothing to be kept; else " + hint
+    raise UsageError(f"{what} returned {type(value).__name__}, which ArtifactIOManager does not keep", hint=hint)
+
+
+def _wanted(what: str, annotation: Any) -> tuple[type[Stored], bool | None]:
+    """What an input is to be made of, and whether a dict of them is wanted; None: nothing is said about that."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        others = [one for one in get_args(annotation) if one is not types.NoneType]
+        annotation = others[0] if len(others) == 1 else annotation
+    many: bool | None = None if annotation in (Any, object) else False
+    if annotation is dict or get_origin(annotation) in (dict, Mapping):
+        many = True
+        annotation = (get_args(annotation) or (Any, Any))[1]
+    if annotation in (Any, object, Path):
+        return Path, many
+    if annotation is ArtifactRef:
+        return ArtifactRef, many
+    raise UsageError(
+        f"{what} cannot be loaded as {annotation}",
+        hint="annotate the input as Path, ArtifactRef, dict[str, Path] or dict[str, ArtifactRef]",
+    )
+
+
+def _progress(
+    context: dg.InputContext | dg.OutputContext, phase: str, journal: StepJournal | None
+) -> Callable[[ProgressEvent], None]:
+    return journal.progress if journal else ProgressLog(context.log.info, phase).transfer
+
+
+def _facts_of_many(published: Mapping[str | None, Mapping[str, Any]]) -> dict[str, Any]:
+    """Dagster shows the same metadata with every partition of a run: what the run moved, and a table of them all."""
+    columns = {"key": md.KEY, "digest": md.ARTIFACT_DIGEST, "status": md.STATUS, "bytes": md.SIZE}
+    rows = [
+        dg.TableRecord({"partition": partition or "", **{name: facts[label] for name, label in columns.items()}})
+        for partition, facts in published.items()
+    ]
+    kinds = [dg.TableColumn(name, "int" if name == "bytes" else "string") for name in ("partition", *columns)]
+    sent = sum(facts[md.BYTES_SENT] for facts in published.values())
+    return {
+        md.PARTITIONS: dg.MetadataValue.table(rows, dg.TableSchema(kinds)),
+        md.BYTES_SENT: sent,
+        md.BYTES_RESUMED: sum(facts[md.BYTES_RESUMED] for facts in published.values()),
+        **md.throughput(sent, sum(facts.get(md.UPLOAD_SECONDS, 0.0) for facts in published.values())),
+    }
+
+
+@contextmanager
+def _explained(journal: StepJournal | None) -> Iterator[None]:
+    """Raises the core's errors as Dagster's, with how far the step had come."""
+    try:
+        yield
+    except BlobflowError as error:
+        facts = journal.metadata() if journal else {}
+        raised = as_dagster_error(error, retry_number=0, retry_policy=None, facts=facts)
+        if isinstance(raised, dg.Failure):
+            # An IO manager does not see the step's retry policy; Dagster applies it to what may be retried.
+            raised.allow_retries = error.retryable
+        raise raised from error

@@ -1,0 +1,185 @@
+"""`artifact_mirror`: the mirror side alone, for a deployment that brings to life what another one publishes.
+
+| asset | materialized by | means |
+|---|---|---|
+| `[name, "remote"]` | a sensor; external | the store has a new artifact |
+| `[name, "mirror"]` | the nodes download, import | the target shows it |
+
+The two deployments share nothing but the store.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import dagster as dg
+
+from blobflow.artifact.manifest import artifact_digest
+from blobflow.backends import Importer
+from blobflow.dagster.automation import mirror_condition
+from blobflow.dagster.failures import as_dagster_error
+from blobflow.dagster.handles import RemoteHandle
+from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, artifact_pipeline
+from blobflow.dagster.sensors import artifact_partitions, manifest_sensor, ref_sensor
+from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
+from blobflow.errors import BlobflowError, NotFoundError
+from blobflow.lease import read_ref
+from blobflow.stores import Store
+from blobflow.transport import read_manifest_bytes
+
+_DESCRIPTION: Final = "An artifact that another deployment published in the store."
+
+
+@dataclass(frozen=True)
+class ArtifactMirror:
+    """The Dagster definitions of one mirror, to be taken together (`definitions`) or one by one."""
+
+    name: str
+    remote: dg.AssetSpec
+    """External: a sensor tells of it."""
+    mirror: dg.AssetsDefinition
+    job: Any
+    sensors: list[dg.SensorDefinition]
+    references_key: str
+    """The resource that says which artifact the mirror is to show."""
+    references: dg.IOManagerDefinition
+
+    @cached_property
+    def definitions(self) -> dg.Definitions:
+        """All of it but the `BlobflowResource`, which is the code location's to configure."""
+        return dg.Definitions(
+            assets=[self.remote, self.mirror],
+            jobs=[self.job],
+            sensors=self.sensors,
+            resources={self.references_key: self.references},
+        )
+
+
+def artifact_mirror(
+    name: str,
+    importer: Importer | Callable[[str], Importer],
+    *,
+    ref: str | None = "latest",
+    lanes: int = 1,
+    translator: BlobflowTranslator | None = None,
+    retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
+    pool: str | None = None,
+    minimum_interval_seconds: int = 30,
+    running: bool = False,
+    resource_key: str = "blobflow",
+) -> ArtifactMirror:
+    """A mirror of what the pipeline `name` of another deployment publishes in the store.
+
+    With a ref, the mirror shows what the ref `<name>/<ref>` names, and a `ref_sensor` starts a run whenever it moves.
+    Without one (None), every artifact below `<name>/` is a partition with a mirror of its own: a `manifest_sensor`
+    tells of them, and an automation condition makes the runs, one backfill for all that is new.
+
+    Args:
+        name: Of the publishing pipeline: what its keys begin with.
+        importer: Of the target; without a ref it may be a function of the partition key, which is the artifact's key.
+        lanes: Among how many steps each download is divided; see `artifact_pipeline`.
+        pool: Concurrency pool of which downloads take a slot.
+        minimum_interval_seconds: Between two looks into the store.
+        running: The sensors run from the start; otherwise they are switched on in the UI.
+        resource_key: Under which the `BlobflowResource` is found.
+    """
+    references_key = f"{name}_references"
+    partitions = artifact_partitions(name) if ref is None else None
+    looks = _MirrorTranslator(translator or BlobflowTranslator(), automatic=ref is None)
+    mirror = artifact_pipeline(
+        name,
+        _ExportedElsewhere(),
+        importer,
+        partitions_def=partitions,
+        ref=ref,
+        lanes=lanes,
+        translator=looks,
+        retry_policy=retry_policy,
+        pool=pool,
+        resource_key=resource_key,
+    ).mirror
+    remote = (
+        looks.get_asset_spec(BlobflowAssetProps(name, "remote", None))
+        .replace_attributes(description=_DESCRIPTION, partitions_def=partitions)
+        .with_io_manager_key(references_key)
+    )
+
+    @dg.io_manager(required_resource_keys={resource_key})
+    def references(context: dg.InitResourceContext) -> dg.IOManager:
+        return _References(getattr(context.resources, resource_key).get_store(), f"{name}/{ref}" if ref else None)
+
+    job = dg.define_asset_job(
+        f"{name}_mirror_job",
+        selection=dg.AssetSelection.assets(mirror),
+        description=f"Brings the mirror of {name} up to date.",
+    )
+    status = dg.DefaultSensorStatus.RUNNING if running else dg.DefaultSensorStatus.STOPPED
+    follow: dict[str, Any] = {
+        "asset_key": remote.key,
+        "minimum_interval_seconds": minimum_interval_seconds,
+        "default_status": status,
+        "resource_key": resource_key,
+    }
+    if ref is not None:
+        sensors = [ref_sensor(name, ref=ref, target=job, **follow)]
+    else:
+        automation = dg.AutomationConditionSensorDefinition(
+            f"{name}_mirror_automation",
+            target=dg.AssetSelection.assets(mirror),
+            default_status=status,
+            minimum_interval_seconds=minimum_interval_seconds,
+        )
+        sensors = [manifest_sensor(name, partitions_def=partitions, **follow), automation]
+    return ArtifactMirror(name, remote, mirror, job, sensors, references_key, references)
+
+
+class _ExportedElsewhere:
+    """Takes the place of the exporter in a pipeline of which only the mirror is used."""
+
+    backend = "elsewhere"
+
+    def export(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _MirrorTranslator(BlobflowTranslator):
+    """Gives the mirror the condition under which it follows, unless it has one."""
+
+    inner: BlobflowTranslator
+    automatic: bool
+
+    def get_asset_spec(self, props: BlobflowAssetProps) -> dg.AssetSpec:
+        spec = self.inner.get_asset_spec(props)
+        if self.automatic and props.stage == "mirror" and spec.automation_condition is None:
+            return spec.replace_attributes(automation_condition=mirror_condition())
+        return spec
+
+
+class _References(dg.IOManager):
+    """Gives the mirror's download the artifact that it is to show, straight from the store."""
+
+    def __init__(self, store: Store, ref: str | None) -> None:
+        self._store = store
+        self._ref = ref
+
+    def load_input(self, context: dg.InputContext) -> RemoteHandle:
+        try:
+            if self._ref is None:
+                key = context.asset_partition_key
+                return RemoteHandle(key, artifact_digest(read_manifest_bytes(self._store, key)))
+            state = read_ref(self._store, self._ref)
+            if state is None:
+                raise NotFoundError(
+                    f"there is no ref {self._ref!r} in {self._store.url}",
+                    hint="look at the deployment that publishes it, and at the url of the store",
+                )
+            return RemoteHandle(state.key, state.manifest_sha256, state.round_number)
+        except BlobflowError as error:
+            if error.retryable:
+                raise  # the step's retry policy takes care of it
+            raise as_dagster_error(error, retry_number=0, retry_policy=None) from error
+
+    def handle_output(self, context: dg.OutputContext, obj: object) -> None:
+        raise NotImplementedError("the asset is external: what it refers to is published elsewhere")

@@ -1,0 +1,577 @@
+"""Sensors that follow a store: what appears there becomes asset events, partitions and, where asked for, runs.
+
+| sensor | follows | tells of it |
+|---|---|---|
+| `manifest_sensor` | every artifact below a prefix | an event and a dynamic partition for each |
+| `ref_sensor` | one ref, e.g. `orders/latest` | an event whenever it is moved |
+
+Dagster's event log is the journal: what the last event says of an artifact is what is known of it. The cursor only says
+where the walk through the keys stands. So a tick that was killed anywhere is simply evaluated again, what it recorded
+is not recorded twice, and a run that it did not come to request is requested by the next one.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timezone
+from time import monotonic
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import dagster as dg
+
+from blobflow.artifact.manifest import MAX_MANIFEST_BYTES, Manifest, artifact_digest
+from blobflow.dagster import metadata as md
+from blobflow.dagster.failures import as_dagster_error
+from blobflow.errors import (
+    ArtifactInvalid,
+    ArtifactNotFound,
+    BlobflowError,
+    InvalidKey,
+    ObjectNotFound,
+    ReplacementInProgress,
+    TemporaryError,
+    UsageError,
+)
+from blobflow.lease import read_ref
+from blobflow.stores import ObjectMeta, Store, StoredObject
+from blobflow.transport import MANIFEST_SUFFIX, read_manifest_bytes
+from blobflow.transport.remote import payload_size
+
+Target: TypeAlias = Any
+"""What `dg.sensor` takes as its `target`: a job, assets, or a selection of assets."""
+
+PAGE_SIZE: Final = 900
+"""Artifacts that one tick looks at. Dagster needs 10 ms to record one, three times as long on a busy machine: so a tick
+stays below 30 s, and 10,000 new artifacts are 12 ticks."""
+LARGEST_PAGE: Final = 1000
+BUDGET_S: Final = 20.0
+"""Dagster gives an evaluation 60 s, and records what it found after that."""
+MAX_RUNS: Final = 50
+"""Dagster starts about six a second."""
+
+_PATIENCE_S: Final = 5.0
+"""A store that is down for longer is asked again by the next tick."""
+_BATCH: Final = 32
+_READERS: Final = 8
+_NAMED: Final = 5
+"""Artifacts that a message names; the log names all."""
+_QUOTED: Final = 200
+"""Characters of what a manifest says: anybody may have written it, and it may have a megabyte."""
+_DATA_VERSION: Final = "dagster/data_version"
+_RUN_KEY: Final = "dagster/run_key"
+_SENSOR_NAME: Final = "dagster/sensor_name"
+_NOT_IN_PARTITION_KEYS: Final = "..."
+"""Dagster's notation for ranges. (It takes no control characters either, nor do stores.)"""
+
+
+def artifact_partitions(name: str) -> dg.DynamicPartitionsDefinition:
+    """The partitions of a pipeline's artifacts, one for each key in the store. They are `manifest_sensor`'s to keep."""
+    return dg.DynamicPartitionsDefinition(name=f"{name}_artifacts")
+
+
+def manifest_sensor(
+    name: str,
+    *,
+    prefix: str | None = None,
+    asset_key: dg.AssetKey | Sequence[str] | str | None = None,
+    partitions_def: dg.DynamicPartitionsDefinition | None = None,
+    target: Target = None,
+    max_runs: int = MAX_RUNS,
+    page_size: int = PAGE_SIZE,
+    minimum_interval_seconds: int = 30,
+    default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
+    resource_key: str = "blobflow",
+) -> dg.SensorDefinition:
+    """A sensor that tells of the artifacts below a prefix, whoever brought them there.
+
+    Tick by tick it goes through the keys, a page each, and then begins anew. So it finds what is new wherever it sorts,
+    what was replaced and what is gone, and a store of N artifacts is gone through in N / `page_size` ticks.
+
+    | in the store | in Dagster |
+    |---|---|
+    | a new artifact | a materialization of the external asset, and a partition: its key |
+    | another artifact under the same key | a materialization |
+    | an artifact that is gone | the partition is removed; its events stay |
+    | a manifest that cannot be read | nothing; the tick's message and log name it, and the next round tries again |
+
+    With `target`, new and replaced artifacts also get a run, with the run key `<key>@<digest>`. Many are better left to
+    the mirror's automation condition, see `mirror_condition`, which makes one backfill of them.
+
+    Args:
+        name: The pipeline's; the sensor is called `<name>_manifest_sensor`.
+        prefix: Of the keys, a plain string; by default `<name>/`.
+        asset_key: The external asset; by default `[name, "remote"]`.
+        partitions_def: By default `artifact_partitions(name)`. No other sensor and nobody else should change them.
+        target: A job or assets with the same partitions, to be run for each artifact. None: no runs.
+        max_runs: Runs requested per tick, at most 50. The artifacts after them wait for the next tick.
+        page_size: Artifacts looked at per tick, at most 1,000; fewer if that takes longer than 20 s.
+        minimum_interval_seconds: Between ticks.
+        resource_key: Under which the `BlobflowResource` is found.
+
+    Raises:
+        UsageError: a limit makes no sense.
+    """
+    for what, limit, highest in (("page_size", page_size, LARGEST_PAGE), ("max_runs", max_runs, MAX_RUNS)):
+        if not 1 <= limit <= highest:
+            raise UsageError(f"{what}={limit} is not between 1 and {highest}")
+    plan = _Plan(
+        sensor_name=f"{name}_manifest_sensor",
+        prefix=f"{name}/" if prefix is None else prefix,
+        asset_key=_asset_key(name, asset_key),
+        partitions_def=partitions_def or artifact_partitions(name),
+        max_runs=0 if target is None else max_runs,
+        page_size=page_size,
+    )
+
+    @dg.sensor(
+        name=plan.sensor_name,
+        description=f"Tells of the artifacts below {plan.prefix!r}.",
+        target=target,
+        required_resource_keys={resource_key},
+        minimum_interval_seconds=minimum_interval_seconds,
+        default_status=default_status,
+    )
+    def manifests(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        store = _open(context, resource_key)
+        try:
+            return _Tick(context, store, plan).run()
+        except BlobflowError as error:
+            raise as_dagster_error(error, retry_number=0, retry_policy=None) from error
+        finally:
+            store.close()
+
+    return manifests
+
+
+def ref_sensor(
+    name: str,
+    *,
+    ref: str = "latest",
+    asset_key: dg.AssetKey | Sequence[str] | str | None = None,
+    target: Target = None,
+    minimum_interval_seconds: int = 30,
+    default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
+    resource_key: str = "blobflow",
+) -> dg.SensorDefinition:
+    """A sensor that tells when the ref `<name>/<ref>` was moved, which takes one small request per tick.
+
+    That is how a mirror follows an exporter that lives in another Dagster deployment: every move is a materialization
+    of the external asset, and with `target` a run, with the run key `<name>/<ref>@<generation>@<digest>`. Of several
+    moves between two ticks only the last one counts.
+
+    Args:
+        name: The pipeline's; the sensor is called `<name>_<ref>_sensor`, with `_` for what is no letter or digit.
+        asset_key: The external asset; by default `[name, "remote"]`.
+        target: A job or assets without partitions. None: no runs; the mirror's automation condition makes them.
+        minimum_interval_seconds: Between ticks.
+        resource_key: Under which the `BlobflowResource` is found.
+    """
+    sensor_name = re.sub(r"\W", "_", f"{name}_{ref}_sensor", flags=re.ASCII)
+    followed = f"{name}/{ref}"
+    remote = _asset_key(name, asset_key)
+
+    @dg.sensor(
+        name=sensor_name,
+        description=f"Tells when {followed!r} was moved.",
+        target=target,
+        required_resource_keys={resource_key},
+        minimum_interval_seconds=minimum_interval_seconds,
+        default_status=default_status,
+    )
+    def moves(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        try:
+            store = _open(context, resource_key)
+            try:
+                state = read_ref(store, followed)
+                if state is None:
+                    return _nothing(context, f"there is no ref {followed!r} in {store.url}")
+                version = f"{state.generation}@{state.manifest_sha256}"
+                if version == context.cursor:
+                    return _nothing(context, f"{followed!r} still names {state.key!r}")
+                data = read_manifest_bytes(store, state.key)
+                found = _Artifact.read(store, state.key, data)
+            finally:
+                store.close()
+            if found.digest != state.manifest_sha256:
+                return _nothing(context, f"{state.key!r} was replaced; its uploader moves {followed!r} in a moment")
+        except TemporaryError as error:
+            return _nothing(context, _told(error))
+        except BlobflowError as error:
+            raise as_dagster_error(error, retry_number=0, retry_policy=None) from error
+        known = _latest_version(context.instance, remote) == (state.generation, state.manifest_sha256)
+        event = found.event(remote, {md.REF: followed, md.GENERATION: state.generation})
+        run = dg.RunRequest(run_key=f"{followed}@{version}", tags={md.ARTIFACT_DIGEST: found.digest})
+        return dg.SensorResult(
+            asset_events=[] if known else [event],
+            run_requests=None if target is None else [run],
+            skip_reason=f"{followed!r} was moved to {state.key!r}" if target is None else None,
+            cursor=version,
+        )
+
+    return moves
+
+
+def _asset_key(name: str, given: dg.AssetKey | Sequence[str] | str | None) -> dg.AssetKey:
+    if given is None:
+        return dg.AssetKey([name, "remote"])
+    return given if isinstance(given, dg.AssetKey) else dg.AssetKey(given)
+
+
+def _open(context: dg.SensorEvaluationContext, resource_key: str) -> Store:
+    return getattr(context.resources, resource_key).get_store(patience_s=_PATIENCE_S)
+
+
+def _nothing(context: dg.SensorEvaluationContext, reason: str) -> dg.SensorResult:
+    return dg.SensorResult(skip_reason=reason, cursor=context.cursor)
+
+
+def _told(error: BlobflowError) -> str:
+    return f"{error.message}. Hint: {error.hint}" if error.hint else error.message
+
+
+def _latest_version(instance: dg.DagsterInstance, asset_key: dg.AssetKey) -> tuple[Any, Any] | None:
+    """Generation and digest that the last event of the asset tells."""
+    for record in instance.fetch_materializations(asset_key, limit=1).records:
+        made = record.asset_materialization
+        if made is not None and md.GENERATION in made.metadata:
+            return made.metadata[md.GENERATION].value, (made.tags or {}).get(_DATA_VERSION)
+    return None
+
+
+@dataclass(frozen=True)
+class _Artifact:
+    """What its manifest tells of an artifact."""
+
+    key: str
+    digest: str
+    facts: dict[str, Any]
+
+    @classmethod
+    def read(cls, store: Store, key: str, data: bytes) -> "_Artifact":
+        """What the bytes of a manifest tell.
+
+        Raises:
+            ArtifactInvalid: it is none.
+        """
+        manifest = Manifest.parse(data)
+        created_at = manifest.created_at
+        digest = artifact_digest(data)
+        facts = {
+            md.URI: f"{store.url}/{key}",
+            md.KEY: key,
+            md.SIZE: payload_size(data, manifest),
+            md.MEMBERS: manifest.members,
+            md.ARTIFACT_DIGEST: digest,
+            md.CONTENT_DIGEST: manifest.content_digest,
+            md.BACKEND: manifest.backend[:_QUOTED],
+            md.CREATED_AT: dg.MetadataValue.timestamp(
+                created_at if created_at.tzinfo else created_at.replace(tzinfo=timezone.utc)
+            ),
+        }
+        return cls(key, digest, facts)
+
+    def event(
+        self, asset_key: dg.AssetKey, also: dict[str, Any], partition: str | None = None
+    ) -> dg.AssetMaterialization:
+        return dg.AssetMaterialization(
+            asset_key, partition=partition, metadata={**self.facts, **also}, tags={_DATA_VERSION: self.digest}
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the ticks of one manifest sensor share."""
+
+    sensor_name: str
+    prefix: str
+    asset_key: dg.AssetKey
+    partitions_def: dg.DynamicPartitionsDefinition
+    max_runs: int
+    """0: no runs."""
+    page_size: int
+
+    @property
+    def partitions_name(self) -> str:
+        return str(self.partitions_def.name)
+
+
+class _Cursor(NamedTuple):
+    """Where the sensor stands: at most 930 bytes, as a key has at most 900."""
+
+    recorded: int
+    """Storage id of the asset's last event when the last tick began; whatever came after it may want a run."""
+    position: str
+    """The object that the walk reached; empty: it begins anew."""
+
+    @classmethod
+    def parse(cls, text: str | None) -> "_Cursor":
+        """What nobody understands begins from the start, which costs time and nothing else."""
+        version, _, rest = (text or "").partition(" ")
+        recorded, _, position = rest.partition(" ")
+        return cls(int(recorded), position) if version == "1" and recorded.isdecimal() else cls(0, "")
+
+    def __str__(self) -> str:
+        return f"1 {self.recorded} {self.position}"
+
+
+class _Known(NamedTuple):
+    """What the last event tells of an artifact."""
+
+    digest: str | None
+    e_tag: str | None
+
+
+class _Step(NamedTuple):
+    """A step of the walk: an object that is listed, or a partition whose artifact is not."""
+
+    at: str
+    """The object's key, or the one that is missing."""
+    key: str | None
+    """The artifact's; None: the object is no manifest."""
+    e_tag: str | None
+    """None: not listed."""
+
+
+class _Tick:
+    """One evaluation of a manifest sensor: a walk through what is listed and what is known, side by side."""
+
+    def __init__(self, context: dg.SensorEvaluationContext, store: Store, plan: _Plan) -> None:
+        self._context = context
+        self._store = store
+        self._plan = plan
+        self._cursor = _Cursor.parse(context.cursor)
+        self._position = self._cursor.position
+        self._partitions = {
+            key for key in context.instance.get_dynamic_partitions(plan.partitions_name) if key.startswith(plan.prefix)
+        }
+        self._looked = 0
+        self._events: list[dg.AssetMaterialization] = []
+        self._added: list[str] = []
+        self._gone: list[str] = []
+        self._runs: list[dg.RunRequest] = []
+        self._unreadable: list[str] = []
+        self._trouble: BlobflowError | None = None
+
+    def run(self) -> dg.SensorResult:
+        """What Dagster is to record, and the cursor behind it."""
+        recorded = self._last_recorded()
+        if self._plan.max_runs:
+            self._request_forgotten_runs()
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="blobflow-sensor") as readers:
+            self._walk(readers)
+        if self._gone and not self._anything_listed():
+            self._gone.clear()
+        partitions = self._plan.partitions_def
+        summary = self._summary()
+        self._context.log.info("sensor.tick %s", summary)
+        return dg.SensorResult(
+            asset_events=self._events,
+            dynamic_partitions_requests=[
+                *([partitions.build_add_request(self._added)] if self._added else []),
+                *([partitions.build_delete_request(self._gone)] if self._gone else []),
+            ],
+            run_requests=self._runs,
+            skip_reason=None if self._runs else summary,
+            cursor=str(_Cursor(recorded, self._position)),
+        )
+
+    def _summary(self) -> str:
+        parts = [
+            f"{self._looked} artifacts below {self._plan.prefix!r} looked at",
+            f"{len(self._events)} new or replaced",
+            f"{len(self._gone)} gone",
+        ]
+        if self._unreadable:
+            named = ", ".join(self._unreadable[:_NAMED])
+            more = len(self._unreadable) - _NAMED
+            parts.append(f"{len(self._unreadable)} unreadable: {named}" + (f" and {more} more" if more > 0 else ""))
+        if self._trouble is not None:
+            parts.append(f"stopped there: {_told(self._trouble)}")
+        return "; ".join(parts)
+
+    # The walk
+
+    def _walk(self, readers: ThreadPoolExecutor) -> None:
+        """Go on from the cursor until the page is full, the time is over, or the end is reached."""
+        deadline = monotonic() + BUDGET_S
+        batch: list[_Step] = []
+        listing = self._store.list(self._plan.prefix, start_after=self._position or None)
+        try:
+            for step in _side_by_side(listing, self._missing_candidates()):
+                if step.key is not None:
+                    batch.append(step)
+                    self._looked += 1
+                over = self._looked == self._plan.page_size or monotonic() >= deadline
+                if over or len(batch) == _BATCH:
+                    if not self._settle(batch, readers):
+                        return
+                    self._position = step.at
+                    batch = []
+                if over:
+                    return
+        except TemporaryError as error:
+            self._settle(batch, readers)
+            self._trouble = error
+        else:
+            if self._settle(batch, readers):
+                self._position = ""
+
+    def _missing_candidates(self) -> list[str]:
+        """The manifests of the known artifacts behind the position, in the order of a listing."""
+        start = self._position.encode()
+        manifests = (key + MANIFEST_SUFFIX for key in self._partitions)
+        return sorted((at for at in manifests if at.encode() > start), key=str.encode)
+
+    def _settle(self, batch: Sequence[_Step], readers: ThreadPoolExecutor) -> bool:
+        """Take up what is new in a batch, in order. False: the walk stops behind the position."""
+        known = self._known([step.key for step in batch if step.key is not None])
+        read = {step.at: readers.submit(self._read, step) for step in batch if self._is_news(step, known)}
+        for step in batch:
+            if step.at in read:
+                outcome = read[step.at].result()
+                if isinstance(outcome, TemporaryError) and not isinstance(outcome, ReplacementInProgress):
+                    self._trouble = outcome
+                    for pending in read.values():
+                        pending.cancel()  # of a store that is down, each would use up the patience
+                    return False
+                if not self._take_up(str(step.key), outcome, known.get(str(step.key))):
+                    return False
+            self._position = step.at
+        return True
+
+    def _is_news(self, step: _Step, known: dict[str, _Known]) -> bool:
+        seen = known.get(str(step.key))
+        return step.e_tag is None or step.key not in self._partitions or seen is None or seen.e_tag != step.e_tag
+
+    def _read(self, step: _Step) -> StoredObject | BlobflowError:
+        try:
+            return self._store.get(step.at, max_bytes=MAX_MANIFEST_BYTES)
+        except ObjectNotFound:
+            try:
+                read_manifest_bytes(self._store, str(step.key))
+            except BlobflowError as error:
+                return error
+            return ReplacementInProgress(f"{step.key!r} has just appeared", key=step.key)
+        except BlobflowError as error:
+            return error
+
+    def _take_up(self, key: str, outcome: StoredObject | BlobflowError, known: _Known | None) -> bool:
+        """False: it wants a run, and this tick may request no more of them."""
+        if isinstance(outcome, ReplacementInProgress):
+            return True
+        if isinstance(outcome, ArtifactNotFound | InvalidKey):
+            if key in self._partitions:
+                self._gone.append(key)
+            return True
+        try:
+            if isinstance(outcome, BlobflowError):
+                raise outcome
+            found = _Artifact.read(self._store, key, outcome.data)
+            if _NOT_IN_PARTITION_KEYS in key:
+                raise ArtifactInvalid(f"Dagster takes no partition key with {_NOT_IN_PARTITION_KEYS!r}", key=key)
+        except BlobflowError as error:
+            reason = error.message[:_QUOTED]
+            self._unreadable.append(f"{key!r} ({reason})")
+            self._context.log.warning("manifest.unreadable key=%s error=%s", key, reason)
+            return True
+        if known is None or known.digest != found.digest:
+            if self._plan.max_runs and not self._request_run(key, found.digest):
+                return False
+            also = {md.MANIFEST_E_TAG: outcome.meta.e_tag}
+            self._events.append(found.event(self._plan.asset_key, also, partition=key))
+        self._add(key)
+        return True
+
+    def _add(self, key: str) -> None:
+        if key not in self._partitions and key not in self._added:
+            self._added.append(key)
+
+    def _anything_listed(self) -> bool:
+        """Whether the store shows anything at all; a disk that is not mounted looks as if everything were gone."""
+        try:
+            if next(self._store.list(self._plan.prefix), None) is not None:
+                return True
+            self._trouble = ArtifactNotFound(
+                f"nothing at all is listed, so nothing of the {len(self._gone)} artifacts is taken for gone",
+                hint="see that the store is the right one and mounted; partitions can be removed in Dagster's UI",
+            )
+        except TemporaryError as error:
+            self._trouble = error
+        return False
+
+    # The journal
+
+    def _last_recorded(self) -> int:
+        records = self._context.instance.fetch_materializations(self._plan.asset_key, limit=1).records
+        return max((record.storage_id for record in records), default=0)
+
+    def _known(self, keys: Sequence[str]) -> dict[str, _Known]:
+        """What the last events of these artifacts tell."""
+        known: dict[str, _Known] = {}
+        wanted = set(keys)
+        page: str | None = None
+        while wanted:
+            found = self._context.instance.fetch_materializations(
+                dg.AssetRecordsFilter(self._plan.asset_key, asset_partitions=sorted(wanted)),
+                limit=len(wanted),
+                cursor=page,
+            )
+            for record in found.records:
+                key, made = record.partition_key, record.asset_materialization
+                if key is not None and made is not None and key not in known:
+                    e_tag = made.metadata.get(md.MANIFEST_E_TAG)
+                    known[key] = _Known((made.tags or {}).get(_DATA_VERSION), str(e_tag.value) if e_tag else None)
+            wanted -= known.keys()
+            if not found.has_more:
+                break
+            page = found.cursor
+        return known
+
+    # Runs
+
+    def _request_run(self, key: str, digest: str) -> bool:
+        if len(self._runs) >= self._plan.max_runs:
+            return False
+        tags = {md.KEY: key, md.ARTIFACT_DIGEST: digest}
+        self._runs.append(dg.RunRequest(run_key=f"{key}@{digest}", partition_key=key, tags=tags))
+        return True
+
+    def _request_forgotten_runs(self) -> None:
+        """Request what a killed tick did not come to: it recorded its events, at most as many as this one may request.
+
+        Of the events that the last complete tick recorded, the runs are there.
+        """
+        behind = dg.AssetRecordsFilter(self._plan.asset_key, after_storage_id=self._cursor.recorded or None)
+        records = self._context.instance.fetch_materializations(behind, limit=self._plan.max_runs).records
+        for record in reversed(records):
+            key, made = record.partition_key, record.asset_materialization
+            digest = (made.tags or {}).get(_DATA_VERSION) if made else None
+            if key is None or digest is None or not key.startswith(self._plan.prefix):
+                continue
+            if not self._has_run(f"{key}@{digest}"):
+                self._request_run(key, digest)
+                self._add(key)
+
+    def _has_run(self, run_key: str) -> bool:
+        tags = {_RUN_KEY: run_key, _SENSOR_NAME: self._plan.sensor_name}
+        return bool(self._context.instance.get_run_records(dg.RunsFilter(tags=tags), limit=1))
+
+
+def _side_by_side(listing: Iterable[ObjectMeta], known: Sequence[str]) -> Iterator[_Step]:
+    """What is listed, and in between, where it would be listed, what is known and is not."""
+    missing = iter(known)
+    next_known = next(missing, None)
+    for meta in listing:
+        while next_known is not None and next_known.encode() < meta.key.encode():
+            yield _Step(next_known, next_known.removesuffix(MANIFEST_SUFFIX), None)
+            next_known = next(missing, None)
+        if next_known == meta.key:
+            next_known = next(missing, None)
+        key = meta.key.removesuffix(MANIFEST_SUFFIX)
+        # Not `.manifest.json` alone: what ends up there belongs to somebody else.
+        is_manifest = key != meta.key and bool(key) and not key.endswith("/")
+        yield _Step(meta.key, key if is_manifest else None, meta.e_tag)
+    while next_known is not None:
+        yield _Step(next_known, next_known.removesuffix(MANIFEST_SUFFIX), None)
+        next_known = next(missing, None)

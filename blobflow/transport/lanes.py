@@ -1,0 +1,450 @@
+"""One transfer by several processes: begin it once, move its parts in any number of lanes, then make the whole once.
+
+| | begin | lanes | the whole |
+|---|---|---|---|
+| upload | `begin_upload` | `send_parts` | `commit_upload` |
+| download | `begin_download` | `fetch_lane` | `download` |
+
+Each may be called again after a crash: what is there is not moved twice, and what is done is done.
+
+The lanes of an upload share nothing but the store, and run on any machine that has the artifact or has exported the
+same content again. Nothing is visible before `commit_upload` has proven that every part of the plan is there, and that
+together they are the payload that the manifest promises; so a lane that was skipped, or died, cannot be overlooked.
+
+The lanes of a download see one file system: on one machine, or a shared one. They land parts in one stage beside the
+destination, share its lock, and keep a journal each. `download` takes the lock alone afterwards: it takes their notes
+over, fetches what is missing, reads every member back that lies in several parts, and publishes by one rename. So a
+lane that was skipped, or died, costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.config import ChunkProfile
+from blobflow.engine.plan import Part, TransferPlan
+from blobflow.errors import (
+    BlobflowError,
+    DestinationNotEmpty,
+    NoSuchUpload,
+    Unsupported,
+    UploadIncomplete,
+    UsageError,
+)
+from blobflow.stores.base import ObjectMeta, Store
+from blobflow.transport.books import Books, OnProgress, OnRecord
+from blobflow.transport.catalog import check_artifact_key
+from blobflow.transport.reading import failures_noted, land_parts, landing_plan
+from blobflow.transport.remote import RemoteArtifact
+from blobflow.transport.uploading import Errand, MultipartUpload, UploadResult, unless_there
+
+_OWNER: Final = "lanes"
+"""In whose name their intent is kept: that one lane's process has ended says nothing of the others."""
+
+
+@dataclass(frozen=True)
+class UploadTicket:
+    """An upload that was begun: what a lane has to know, besides the store and the artifact."""
+
+    key: str
+    upload_id: str
+    """Empty where there is nothing to send: the key holds the artifact already."""
+    artifact_digest: str
+    """Of the artifact that will be under the key; it may be an older export of equal content."""
+    part_size: int
+    parts: int
+    """Numbered from 1."""
+    bytes_total: int
+
+    def numbers(self, lane: int, lanes: int) -> range:
+        """The parts of one of `lanes` lanes, which count from 0: every part belongs to exactly one."""
+        if not 0 <= lane < lanes:
+            raise UsageError(f"there is no lane {lane} of {lanes}")
+        return range(lane + 1, self.parts + 1, lanes)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json_dict(cls, document: dict[str, Any]) -> UploadTicket:
+        """The inverse of `to_json_dict`.
+
+        Raises:
+            UsageError: not a ticket.
+        """
+        try:
+            return cls(**document)
+        except TypeError as error:
+            raise UsageError(f"not the ticket of an upload: {error}") from error
+
+
+@dataclass(frozen=True)
+class DownloadTicket:
+    """A download that was begun: what a lane has to know, besides the store and the destination."""
+
+    key: str
+    artifact_digest: str
+    lanes: int
+    part_size: int
+    parts: int
+    """0 where there is nothing to fetch: the destination holds the artifact already."""
+    bytes_total: int
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json_dict(cls, document: dict[str, Any]) -> DownloadTicket:
+        """The inverse of `to_json_dict`.
+
+        Raises:
+            UsageError: not a ticket.
+        """
+        try:
+            return cls(**document)
+        except TypeError as error:
+            raise UsageError(f"not the ticket of a download: {error}") from error
+
+
+@dataclass(frozen=True)
+class LaneResult:
+    """What a lane did."""
+
+    status: Literal["moved", "unchanged"]
+    """`unchanged`: the whole is at its place already."""
+    parts: int
+    """Of this lane, all there now."""
+    bytes_moved: int
+    bytes_resumed: int
+    """Were there before."""
+    seconds: float
+    checkpoints_saved: int = 0
+
+
+def begin_upload(
+    store: Store,
+    key: str,
+    artifact: Artifact | str | Path,
+    *,
+    profile: ChunkProfile | None = None,
+    overwrite: bool = False,
+) -> UploadTicket:
+    """Claim `key` for an artifact; no part is sent yet. An upload of the same content that is under way is taken up.
+
+    The claim keeps other content away for two minutes after the last sign of life of a lane; then another upload may
+    take the key, and the lanes are told so.
+
+    Raises:
+        Unsupported: the store has no multipart uploads.
+        KeyConflict, TransferBusy, ArtifactNotFound, ArtifactInvalid: as `upload`.
+    """
+    check_artifact_key(key)
+    if not store.abilities.multipart:
+        raise Unsupported(f"{store.url} has no multipart uploads", store=store.url, ability="multipart")
+    errand = _errand(store, key, artifact, profile, overwrite=overwrite)
+
+    def claim(replaces: str | None) -> UploadTicket:
+        upload = MultipartUpload(errand, replaces, owner=_OWNER)
+        upload_id, plan = upload.claim()
+        if not upload.is_new:
+            upload.keeper.save({})
+        return UploadTicket(key, upload_id, upload.payload.digest, plan.part_size, len(plan), plan.size)
+
+    begun = unless_there(errand, claim)
+    if isinstance(begun, UploadResult):
+        return UploadTicket(key, "", begun.artifact_digest, errand.profile.chunk_size, 0, begun.bytes_total)
+    return begun
+
+
+def send_parts(
+    store: Store,
+    ticket: UploadTicket,
+    artifact: Artifact | str | Path,
+    numbers: Collection[int],
+    *,
+    profile: ChunkProfile | None = None,
+    on_progress: OnProgress | None = None,
+    on_checkpoint: OnRecord | None = None,
+) -> LaneResult:
+    """Send those of the parts `numbers` that the store does not hold.
+
+    Progress and records count these parts only; the records have a transfer id of their own, which belongs to the
+    numbers: the next attempt at the same ones has the same.
+
+    Raises:
+        NoSuchUpload: the upload is gone, and was not completed: begin again.
+        TransferBusy: other content was uploaded to the key meanwhile.
+        SourceChanged: the files are not the ones that were exported.
+    """
+    started = time.monotonic()
+    unknown = sorted(number for number in numbers if not 1 <= number <= ticket.parts)
+    if unknown:
+        raise UsageError(f"the upload has parts 1 to {ticket.parts}, not {unknown[0]}", key=ticket.key)
+    if not ticket.upload_id:
+        return LaneResult("unchanged", 0, 0, 0, time.monotonic() - started)
+    errand = _errand(store, ticket.key, artifact, profile, on_progress=on_progress, on_checkpoint=on_checkpoint)
+    upload, plan = _taken_up(errand, ticket)
+    books = upload.upload_books(ticket.upload_id, plan)
+    _narrow(books, [plan.part(number) for number in numbers])
+    try:
+        _check_held(upload, ticket)
+        upload.send(ticket.upload_id, plan, books, numbers)
+    except NoSuchUpload:
+        # A commit came before this call, which then is one too many.
+        if upload.completed_by_somebody() is None:
+            raise
+        return LaneResult("unchanged", len(numbers), 0, 0, time.monotonic() - started)
+    books.done()
+    return LaneResult(
+        status="moved",
+        parts=len(numbers),
+        bytes_moved=books.bytes_moved,
+        bytes_resumed=books.bytes_resumed,
+        seconds=time.monotonic() - started,
+        checkpoints_saved=books.saved,
+    )
+
+
+def commit_upload(
+    store: Store,
+    ticket: UploadTicket,
+    artifact: Artifact | str | Path,
+    *,
+    lanes: int | None = None,
+    profile: ChunkProfile | None = None,
+    on_progress: OnProgress | None = None,
+    on_checkpoint: OnRecord | None = None,
+) -> UploadResult:
+    """Prove that every part is there and right, make the payload of them, and publish the artifact.
+
+    `bytes_resumed` is what the lanes sent. Reads and sends no payload, except of parts whose checksum nobody knows
+    (the store tells none, and has lost the lanes' notes, because it has no conditional writes): these are compared
+    with the source, and sent again if that proves nothing.
+
+    Args:
+        lanes: In how many the parts were sent (`UploadTicket.numbers`), to name those whose parts are missing.
+
+    Raises:
+        UploadIncomplete: parts are missing: run their lanes again. Fields: lanes (as `1,4`), first (a part's number).
+        ChecksumMismatch: the parts are not the payload; nothing was published, and the upload is gone.
+        NoSuchUpload: the upload is gone, and was not completed: begin again.
+        KeyConflict, TransferBusy: as `upload`.
+    """
+    started = time.monotonic()
+    errand = _errand(store, ticket.key, artifact, profile, on_progress=on_progress, on_checkpoint=on_checkpoint)
+
+    def commit(_: str | None) -> UploadResult:
+        if not ticket.upload_id:
+            raise _gone(ticket)
+        upload, plan = _taken_up(errand, ticket)
+        books = upload.upload_books(ticket.upload_id, plan)
+
+        def make(upload_id: str, plan: TransferPlan, books: Books) -> ObjectMeta:
+            _check_held(upload, ticket)
+            upload.crcs, unproven = upload.held(upload_id, plan)
+            missing = [part.number for part in plan.missing(upload.crcs) if part.number not in unproven]
+            if missing:
+                raise _incomplete(ticket, missing, lanes)
+            if unproven:
+                upload.send(upload_id, plan, books, range(1, len(plan) + 1))
+            else:
+                for part in plan:
+                    books.resumed(part.length)
+                books.begin()
+            return upload.complete(upload_id, plan)
+
+        if not upload.bring(ticket.upload_id, plan, books, make):
+            raise _gone(ticket)
+        return upload.result(books, started)
+
+    return unless_there(errand, commit)
+
+
+def _errand(
+    store: Store,
+    key: str,
+    artifact: Artifact | str | Path,
+    profile: ChunkProfile | None,
+    *,
+    overwrite: bool = True,
+    on_progress: OnProgress | None = None,
+    on_checkpoint: OnRecord | None = None,
+) -> Errand:
+    """Whether the key may be overwritten was settled when the upload began; the intent remembers it."""
+    if not isinstance(artifact, Artifact):
+        artifact = Artifact.open(artifact)
+    return Errand(store, key, artifact, profile or ChunkProfile(), overwrite, on_progress, on_checkpoint)
+
+
+def _taken_up(errand: Errand, ticket: UploadTicket) -> tuple[MultipartUpload, TransferPlan]:
+    """The upload of the ticket, with the manifest that it was begun with."""
+    upload = MultipartUpload(errand, None, owner=_OWNER)  # only the intent knows what may be replaced
+    intent = upload.keeper.load()
+    if intent is not None and intent.upload_id == ticket.upload_id:
+        upload.replaces = intent.replaces
+        if intent.manifest_bytes != upload.payload.manifest_bytes:
+            upload.payload = upload.payload.adopt(intent.manifest_bytes)
+    elif errand.payload.digest != ticket.artifact_digest:
+        raise _gone(ticket)
+    return upload, TransferPlan(upload.payload.payload_size, ticket.part_size)
+
+
+def _check_held(upload: MultipartUpload, ticket: UploadTicket) -> None:
+    """Without the intent somebody else may be at the key: what the upload id still holds is not touched any more."""
+    intent = upload.keeper.intent
+    if intent is None or intent.upload_id != ticket.upload_id:
+        raise _gone(ticket)
+
+
+def _incomplete(ticket: UploadTicket, missing: list[int], lanes: int | None) -> UploadIncomplete:
+    theirs = sorted({(number - 1) % lanes for number in missing}) if lanes else []
+    named = ",".join(map(str, theirs))
+    of_lanes = f", of {'lane' if len(theirs) == 1 else 'lanes'} {named}" if named else ""
+    return UploadIncomplete(
+        f"{len(missing)} of {ticket.parts} parts of {ticket.key!r} are missing{of_lanes}; the first is {missing[0]}",
+        hint="run the lanes again; they send what is missing",
+        key=ticket.key,
+        expected=ticket.parts,
+        actual=ticket.parts - len(missing),
+        lanes=named or None,
+        first=missing[0],
+    )
+
+
+def _gone(ticket: UploadTicket) -> NoSuchUpload:
+    return NoSuchUpload(
+        f"the upload of {ticket.key!r} is gone",
+        hint="begin it again; parts of another upload of the same content are taken up",
+        key=ticket.key,
+        upload_id=ticket.upload_id,
+    )
+
+
+def begin_download(
+    store: Store,
+    key: str,
+    dest: str | Path,
+    *,
+    lanes: int,
+    profile: ChunkProfile | None = None,
+    expected_digest: str | None = None,
+) -> DownloadTicket:
+    """Divide what is missing of the artifact under `key` among lanes; no part is fetched yet.
+
+    A download to `dest` that was killed is taken up, whether it had lanes, other lanes, or none.
+
+    Raises:
+        TransferBusy: somebody is landing the artifact there; it may be lanes that were divided earlier.
+        DestinationNotEmpty, ArtifactNotFound, IntegrityError, HostileArtifact: as `download`.
+    """
+    from blobflow.artifact.landing import Stage, check_destination
+
+    if lanes < 1:
+        raise UsageError(f"{lanes} lanes move nothing")
+    profile = profile or ChunkProfile()
+    dest = Path(dest).absolute()
+    remote = RemoteArtifact.open(store, key, expected_digest)
+    size = remote.payload.size
+    try:
+        check_destination(dest)
+    except DestinationNotEmpty:
+        if not _is_there(dest, remote.digest):
+            raise
+        return DownloadTicket(key, remote.digest, lanes, profile.chunk_size, 0, size)
+    layout = remote.open_layout()
+    with Stage(dest, remote.digest).held() as stage:
+        if stage.part_size is None:
+            stage.begin(profile.chunk_size)
+        plan = landing_plan(layout, stage)
+        stage.divide(lanes)
+    return DownloadTicket(key, remote.digest, lanes, plan.part_size, len(plan), size)
+
+
+def fetch_lane(
+    store: Store,
+    ticket: DownloadTicket,
+    dest: str | Path,
+    lane: int,
+    *,
+    profile: ChunkProfile | None = None,
+    on_progress: OnProgress | None = None,
+    on_checkpoint: OnRecord | None = None,
+) -> LaneResult:
+    """Land every `ticket.lanes`-th part, from part `lane + 1` on, unless it has landed already.
+
+    May be called again after a crash, on any machine that sees the destination. Progress and records count this
+    lane only, as those of `send_parts` do.
+
+    Raises:
+        NotFoundError: nothing of the download is there any more: begin it again.
+        TransferBusy: another process is this lane, or is landing the artifact alone.
+        ObjectChanged, DigestMismatch: the artifact was replaced meanwhile.
+        DestinationNotEmpty, IntegrityError, HostileArtifact: as `download`.
+    """
+    from blobflow.artifact.landing import Landing, Stage, check_destination
+
+    started = time.monotonic()
+    if not 0 <= lane < ticket.lanes:
+        raise UsageError(f"there is no lane {lane} of {ticket.lanes}")
+    if not ticket.parts:
+        return LaneResult("unchanged", 0, 0, 0, time.monotonic() - started)
+    profile = profile or ChunkProfile()
+    dest = Path(dest).absolute()
+    try:
+        check_destination(dest)
+    except DestinationNotEmpty:
+        if not _is_there(dest, ticket.artifact_digest):
+            raise
+        return LaneResult("unchanged", 0, 0, 0, time.monotonic() - started)
+    remote = RemoteArtifact.open(store, ticket.key, ticket.artifact_digest)
+    layout = remote.open_layout()
+    with Stage(dest, remote.digest).lane(lane, ticket.lanes) as stage:
+        landing = Landing(stage, layout, landing_plan(layout, stage), digests=profile.verify_digest)
+        parts = [part for part in landing.plan if (part.number - 1) % ticket.lanes == lane]
+        books = remote.books(landing.plan, profile, "download", landing.sync, on_progress, on_checkpoint)
+        _narrow(books, parts)
+        with failures_noted(landing, books):
+            land_parts(remote, landing, parts, books, workers=profile.workers)
+            books.save()  # whoever goes on may be another machine, and believes only what is synced
+    books.done()
+    return LaneResult(
+        status="moved",
+        parts=len(parts),
+        bytes_moved=books.bytes_moved,
+        bytes_resumed=books.bytes_resumed,
+        seconds=time.monotonic() - started,
+        checkpoints_saved=books.saved,
+    )
+
+
+def _narrow(books: Books, parts: Sequence[Part]) -> None:
+    """Let the books of a transfer be those of some of its parts.
+
+    Under an id of their own: checkpoints of lanes that are at work at the same time are several stories.
+    """
+    numbers = ",".join(str(part.number) for part in parts)
+    record = books.record
+    books.record = record.model_copy(
+        update={
+            "transfer_id": f"{record.transfer_id}-{hashlib.sha256(numbers.encode()).hexdigest()[:8]}",
+            "parts_total": len(parts),
+            "bytes_done": 0,
+            "bytes_total": sum(part.length for part in parts),
+        }
+    )
+
+
+def _is_there(dest: Path, digest: str) -> bool:
+    """Whether `dest` calls itself the artifact; `download` proves it."""
+    try:
+        return Artifact.open(dest).digest == digest
+    except BlobflowError:
+        return False

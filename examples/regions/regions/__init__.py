@@ -1,0 +1,1 @@
+"""Three regions, each with its own snapshots, its own ref and its own mirror."""

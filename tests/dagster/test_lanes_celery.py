@@ -1,0 +1,148 @@
+"""Lanes on Celery workers, with redis between them and Postgres behind Dagster."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from blobflow.testing import read_tree, write_tree
+from tests.dagster.yard import ROOT, wait_for
+from tests.kit import noise
+from tests.servers import free_port
+
+# Not a dependency: whoever runs Celery has it. In CI, too, the module is left out where it is not installed.
+pytest.importorskip("dagster_celery", reason="needs dagster-celery")
+pytest.importorskip("dagster_postgres", reason="needs dagster-postgres")
+
+from tests.dagster.celery_location import LANES, PART
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
+
+PG_BIN = next((path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
+
+
+@contextmanager
+def running(command: list[str], log: Path, **options: Any) -> Generator[subprocess.Popen[Any]]:
+    """A process that is ended with the block, and all that it has started."""
+    with (
+        open(log, "wb") as out,
+        subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, **options) as process,
+    ):
+        try:
+            yield process
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                pass
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextmanager
+def postgres() -> Generator[str]:
+    """The URL of a database of one's own; it refuses to run as root, and runs as `postgres` then."""
+    assert PG_BIN is not None
+    directory = Path(tempfile.mkdtemp(prefix="pg-"))
+    user: dict[str, Any] = {}
+    if os.geteuid() == 0:
+        shutil.chown(directory, "postgres", "postgres")
+        user = {"user": "postgres", "group": "postgres", "cwd": directory}
+    port = free_port()
+    try:
+        subprocess.run(
+            [PG_BIN / "initdb", "-D", directory / "data", "-U", "blobflow", "--auth=trust", "-N"],
+            check=True,
+            capture_output=True,
+            **user,
+        )
+        options = ["-D", str(directory / "data"), "-p", str(port), "-h", "127.0.0.1", "-k", str(directory), "-F"]
+        with running([str(PG_BIN / "postgres"), *options], directory.with_suffix(".log"), **user):
+            ready = [str(PG_BIN / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
+            wait_for(lambda: subprocess.run(ready, check=False).returncode == 0)
+            yield f"postgresql+psycopg2://blobflow@127.0.0.1:{port}/postgres"
+    finally:
+        shutil.rmtree(directory)
+        directory.with_suffix(".log").unlink(missing_ok=True)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Of everybody who takes part: redis and Postgres are up."""
+    redis = shutil.which("redis-server")
+    if redis is None or PG_BIN is None:
+        pytest.skip("needs redis and Postgres (Debian: redis-server postgresql)")
+    port = free_port()
+    with ExitStack() as stack:
+        url = stack.enter_context(postgres())
+        stack.enter_context(
+            running([redis, "--port", str(port), "--bind", "127.0.0.1", "--save", ""], tmp_path / "redis.log")
+        )
+        broker = f"redis://127.0.0.1:{port}/0"
+        (tmp_path / "instance").mkdir()
+        (tmp_path / "instance" / "dagster.yaml").write_text(
+            f"telemetry: {{enabled: false}}\nstorage: {{postgres: {{postgres_url: '{url}'}}}}\n"
+        )
+        (tmp_path / "worker.yaml").write_text(f"execution: {{config: {{broker: '{broker}', backend: '{broker}'}}}}\n")
+        yield {
+            **os.environ,
+            "LANES_HOME": str(tmp_path),
+            "DAGSTER_HOME": str(tmp_path / "instance"),
+            "BROKER": broker,
+            # The command starts another one, `celery`.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+
+
+@contextmanager
+def workers(environment: dict[str, str], count: int) -> Generator[list[subprocess.Popen[Any]]]:
+    home = Path(environment["LANES_HOME"])
+    app = ["worker", "start", "-A", "dagster_celery.app", "-y", str(home / "worker.yaml")]
+    command = [sys.executable, "-c", "from dagster_celery.cli import main; main()", *app]
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(
+                running(
+                    [*command, "-n", f"w{number}", "--", "--concurrency", "2"],
+                    home / f"worker-{number}.log",
+                    env=environment,
+                    cwd=home,
+                )
+            )
+            for number in range(count)
+        ]
+
+
+def run(environment: dict[str, str], *arguments: str) -> int:
+    command = [sys.executable, "-m", "tests.dagster.celery_location", *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, check=False, timeout=300).returncode
+
+
+def test_celery_workers_share_the_lanes(environment: dict[str, str], tmp_path: Path):
+    """Every lane is a task of some worker; they find the handles of the steps before in the store."""
+    tree = {f"{number}": noise(10 * PART, number) for number in range(5)}
+    write_tree(tmp_path / "source", tree)
+    with workers(environment, 2):
+        assert run(environment) == 0
+    assert read_tree(tmp_path / "mirror" / "current") == tree
+    handed = {path.parent.name for path in (tmp_path / "store" / "handoff" / "runs").rglob("result.json")}
+    assert handed >= {f"orders__remote.upload.lane_{lane}" for lane in range(LANES)}
+    logs = "".join((tmp_path / f"worker-{number}.log").read_text() for number in range(2))
+    assert logs.count("succeeded") >= 2 * LANES + 6
+    with dg.DagsterInstance.from_config(str(tmp_path / "instance")) as instance:
+        (found,) = instance.get_runs()
+        assert found.status is dg.DagsterRunStatus.SUCCESS

@@ -1,0 +1,181 @@
+"""Where processes get killed: a strict S3 that holds a transfer at its middle, and runs of the pipeline around it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from blobflow.testing import read_tree, write_tree
+from tests.dagster import location_s3
+from tests.dagster.location_s3 import PART, WORKERS
+from tests.kit import noise
+from tests.strict_s3 import Call, Exchange, Fault, Rules, StrictS3
+
+ROOT = Path(__file__).resolve().parents[2]
+PARTS = 24
+PATIENCE_S = 300.0
+"""No test waits that long; it is how long a broken one may hang on a busy machine."""
+SETTINGS = "telemetry: {enabled: false}\n"
+
+
+class Yard:
+    """One pipeline, its server, and what the server saw."""
+
+    def __init__(self, home: Path, server: StrictS3, instance: dg.DagsterInstance) -> None:
+        self.home = home
+        self.instance = instance
+        self.server = server
+        self.bucket = server.new_bucket()
+        self.environment = {
+            "ORDERS_HOME": str(home),
+            "ORDERS_S3": server.url,
+            "ORDERS_BUCKET": self.bucket,
+            "ORDERS_FENCE_S": "0.5",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+        self.tree = {"a.bin": noise(PART * PARTS * 3 // 4, 1), "b": {"c.bin": noise(PART * PARTS // 4, 2)}}
+        write_tree(home / "source", self.tree)
+
+    # Runs
+
+    def in_process(self, *stages: str) -> dg.ExecuteInProcessResult:
+        """A brand-new run in this process, of some assets."""
+        keys = [dg.AssetKey(["orders", stage]) for stage in stages] or None
+        return location_s3.orders().execute_in_process(
+            instance=self.instance, asset_selection=keys, raise_on_error=False
+        )
+
+    def worker(self, *stages: str) -> subprocess.Popen[bytes]:
+        """A run worker in a process of its own."""
+        code = "from tests.dagster import location_s3; location_s3.main()"
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *stages],
+            env=dict(os.environ),
+            cwd=ROOT,
+            start_new_session=True,
+        )
+
+    def step_pid(self) -> int:
+        """The process of the step that runs, or ran last."""
+        return int((self.home / "pid").read_text())
+
+    # The server
+
+    @contextmanager
+    def held(self, kind: str, at: int = PARTS // 2) -> Generator[Hold]:
+        """Hold the transfer when half of its parts are through."""
+        hold = Hold()
+        self.server.script(
+            Fault(
+                Call(hold),
+                operation={"upload": "UploadPart", "download": "GetObject"}[kind],
+                nth=at,
+                times=None,
+                key="*.tar",
+            )
+        )
+        try:
+            yield hold
+        finally:
+            hold.release()
+            self.server.script()
+
+    def moved(self, kind: str) -> list[Exchange]:
+        """The requests that moved a part, over all attempts."""
+        if kind == "upload":
+            return self.server.requests("UploadPart", "orders/*.tar")
+        return [each for each in self.server.requests("GetObject", "orders/*.tar") if each.bytes_out == PART]
+
+    def check_whole(self) -> None:
+        """One payload, one manifest, nothing under way."""
+        names = sorted(self.server.objects(self.bucket))
+        payloads = [name for name in names if name.endswith(".tar")]
+        assert len(payloads) == 1
+        assert [name for name in names if name.endswith((".manifest.json", ".upload.json"))] == [
+            f"{payloads[0]}.manifest.json"
+        ]
+        assert self.server.uploads(self.bucket) == {}
+
+    def check_mirror(self) -> None:
+        assert read_tree(self.home / "mirror" / "current") == self.tree
+
+    def check_sent_once(self, kind: str) -> None:
+        """At the server: what moved more than once is no more than was in flight when the process died."""
+        numbers = [str(each.part_number) if kind == "upload" else each.headers["range"] for each in self.moved(kind)]
+        assert len(set(numbers)) >= PARTS
+        twice = sorted(number for number in set(numbers) if numbers.count(number) > 1)
+        assert len(numbers) - len(set(numbers)) <= WORKERS, twice
+
+
+class Hold:
+    """Blocks the requests that come to it until it is released."""
+
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self._released = threading.Event()
+
+    def __call__(self, _: Exchange) -> None:
+        self._reached.set()
+        assert self._released.wait(PATIENCE_S)
+
+    def wait(self) -> None:
+        """Until a request is held."""
+        assert self._reached.wait(PATIENCE_S)
+
+    def release(self) -> None:
+        self._released.set()
+
+
+def kill(pid: int) -> None:
+    """SIGKILL one process."""
+    os.kill(pid, signal.SIGKILL)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody has waited for counts."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@contextmanager
+def yard(home: Path, monkeypatch: pytest.MonkeyPatch, settings: str = SETTINGS) -> Generator[Yard]:
+    """A place whose server ends with the block; `settings` are the instance's dagster.yaml."""
+    (home / "instance").mkdir()
+    (home / "instance" / "dagster.yaml").write_text(settings)
+    with (
+        StrictS3(Rules(min_part_size=PART)) as server,
+        dg.DagsterInstance.from_config(str(home / "instance")) as instance,
+    ):
+        made = Yard(home, server, instance)
+        for name, value in made.environment.items():
+            monkeypatch.setenv(name, value)
+        for target, tuned in location_s3.TUNED.items():
+            monkeypatch.setattr(target, tuned)
+        try:
+            yield made
+        finally:
+            while location_s3.Marking.opened:
+                location_s3.Marking.opened.pop().close()
+
+
+def wait_for(holds: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
+    """Look every 50 ms at what only another process can change, and return it once it is true."""
+    ticks = threading.Event()
+    for _ in range(int(seconds / 0.05)):
+        found = holds()
+        if found:
+            return found
+        ticks.wait(0.05)
+    raise AssertionError(f"not within {seconds} s")
