@@ -31,6 +31,7 @@ from blobflow.testing import write_tree
 from tests.crash.machines import LocalPlace, Place, S3Place
 from tests.fault_proxy import Cut, FaultProxy, Rule, no_faults, scripted
 from tests.faults.clients import Stores
+from tests.kit import sized
 from tests.servers import S3Endpoint
 from tests.strict_s3 import Rules, StrictS3
 
@@ -266,8 +267,10 @@ def test_a_small_storm_of_rounds(tmp_path: Path):
 @pytest.mark.timeout(1800)
 @pytest.mark.seed("1.20", "W1.7")
 def test_a_storm_of_rounds_on_a_local_store(tmp_path: Path):
-    """Sixteen workers, 500 rounds."""
-    figures = Storm(seed(), LocalPlace(tmp_path / "store"), tmp_path, workers=16, ttl_s=5.0).run(rounds(500))
+    """Sixteen workers, and at full size 500 rounds."""
+    figures = Storm(seed(), LocalPlace(tmp_path / "store"), tmp_path, workers=16, ttl_s=5.0).run(
+        rounds(sized(500, 100))
+    )
     assert figures.kills
     assert figures.frozen
 
@@ -277,8 +280,8 @@ def test_a_storm_of_rounds_on_a_local_store(tmp_path: Path):
 @pytest.mark.timeout(1800)
 @pytest.mark.seed("1.20", "W1.7")
 def test_a_storm_of_rounds_on_ceph(tmp_path: Path, rgw_s3: S3Endpoint):
-    """Sixteen workers, 500 rounds."""
-    figures = Storm(seed(), S3Place(rgw_s3), tmp_path, workers=16, ttl_s=5.0).run(rounds(500))
+    """Sixteen workers, and at full size 500 rounds."""
+    figures = Storm(seed(), S3Place(rgw_s3), tmp_path, workers=16, ttl_s=5.0).run(rounds(sized(500, 40)))
     assert figures.kills
     assert figures.frozen
 
@@ -289,7 +292,9 @@ def test_a_storm_of_rounds_on_ceph(tmp_path: Path, rgw_s3: S3Endpoint):
 def test_a_storm_of_rounds_with_leases_in_sqlite(tmp_path: Path):
     """The lease in a database, the artifacts in a store; workers are killed, not stopped."""
     leases = f"sqlite:///{tmp_path}/leases.db"
-    Storm(seed(), LocalPlace(tmp_path / "store"), tmp_path, workers=8, ttl_s=5.0, leases_url=leases).run(rounds(100))
+    Storm(seed(), LocalPlace(tmp_path / "store"), tmp_path, workers=8, ttl_s=5.0, leases_url=leases).run(
+        rounds(sized(100, 30))
+    )
 
 
 def publish(store: Store, directory: Path, content: str) -> RoundResult | None:
@@ -334,7 +339,9 @@ def test_lost_answers_cost_no_round_and_publish_none_twice(tmp_path: Path):
 
 
 @pytest.mark.seed("W1.5")
-@pytest.mark.parametrize("moves", [20, pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize(
+    "moves", [20, pytest.param(sized(1000, 200), marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
 def test_readers_of_a_moving_ref_get_whole_artifacts(moves: int, tmp_path: Path):
     """Two pull what it names again and again: always whole, as it was published, and never older than before."""
     store = open_store(tmp_path / "store")
