@@ -172,11 +172,15 @@ def move_ref(store: Store, name: str, key: str, digest: str, *, round_number: in
     return _change_ref(store, name, write_id, moved)
 
 
-def fence_ref(store: Store, name: str, generation: int) -> int:
+def fence_ref(store: Store, name: str, generation: int, *, still_ours: Callable[[], None] = lambda: None) -> int:
     """Keep all earlier rounds from moving the ref `name` from now on; returns the number of this round.
 
     It is the lease's generation, unless the ref has seen that number, because somebody removed the lease's record and
     its count began again.
+
+    Args:
+        still_ours: Asked before a number above the generation is taken, and raises if the lease was lost: then it was
+            a successor who fenced the ref, while this process stood still.
 
     Raises:
         TransferBusy: others moved it again and again meanwhile.
@@ -184,6 +188,8 @@ def fence_ref(store: Store, name: str, generation: int) -> int:
     fence_id = uuid.uuid4().hex
 
     def fenced(found: RefState | None) -> RefState:
+        if found is not None and found.round_number >= generation:
+            still_ours()
         number = max(generation, found.round_number + 1 if found else 1)
         if found is not None:
             return found.model_copy(update={"round_number": number, "fence_id": fence_id})

@@ -105,7 +105,7 @@ def run_export_round(
 
         try:
             with lease.heartbeat(lambda: time.monotonic() - progressed_at < max_silence_s):
-                number = fence_ref(store, f"{name}/{ref}", generation) if ref else None
+                number = fence_ref(store, f"{name}/{ref}", generation, still_ours=lease.renew) if ref else None
                 scratch = Path(tempfile.mkdtemp(prefix=".blobflow-round-", dir=scratch_dir))
                 artifact = exporter.export(scratch / "artifact", on_progress=progress).artifact
                 lease.renew()

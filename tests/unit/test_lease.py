@@ -538,6 +538,19 @@ def test_a_fence_goes_on_where_a_lease_was_removed(store: LocalStore):
     assert fence_ref(store, "latest", 1) == 10
 
 
+def test_a_sleeper_does_not_fence_its_successor(store: LocalStore):
+    """Who wakes up before its fence, and finds a later one, looks after its lease; the successor's number stays."""
+
+    def lost() -> None:
+        raise LeaseLost("lease 'orders/round' was taken over", name="orders/round")
+
+    assert fence_ref(store, "latest", 7) == 7
+    with pytest.raises(LeaseLost):
+        fence_ref(store, "latest", 6, still_ours=lost)
+    assert newest_round(store, "latest") == 7
+    move_ref(store, "latest", "7.tar", A, round_number=7)
+
+
 def test_a_ref_remembers_where_it_was(store: LocalStore):
     """The latest first, with the round that moved it, and no more than fit."""
     for number in range(1, MAX_HISTORY + 4):
