@@ -18,7 +18,7 @@ from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
 from blobflow.artifact.manifest import DATA_NAME
 from blobflow.artifact.members import open_regular
 from blobflow.backends.base import ExportResult, OnProgress
-from blobflow.backends.files import place_members, reading, remove_tree, unsupported
+from blobflow.backends.files import all_or_nothing, place_members, reading, unsupported
 from blobflow.backends.versions import VersionedImporter
 from blobflow.checksum import EMPTY_SHA256
 from blobflow.errors import NotFoundError, RefusedError, SourceChanged, writing
@@ -90,10 +90,9 @@ class DirectoryExporter(BaseModel):
                 f"the artifact {dest} would lie inside its own source {root}", hint="name a directory elsewhere"
             )
         found = self._scan(root)
-        created = not dest.exists()
-        with writing(dest):
-            dest.mkdir(parents=True, exist_ok=True)
-        try:
+        with all_or_nothing(dest):
+            with writing(dest):
+                dest.mkdir(parents=True, exist_ok=True)
             paths = [path for path, _ in found.entries]
             statuses = [status for _, status in found.entries]
             data = self._materialise(paths, root, dest / DATA_NAME)
@@ -114,11 +113,6 @@ class DirectoryExporter(BaseModel):
                 origins = [status.st_ino for status in statuses], [status.st_mtime_ns for status in statuses]
             with writing(dest):
                 artifact = write_artifact(dest, index, backend=BACKEND, origins=origins)
-        except BaseException:
-            remove_tree(dest)
-            if not created:
-                dest.mkdir()
-            raise
         return ExportResult(
             artifact=artifact,
             members=len(index),

@@ -26,6 +26,19 @@ def unsupported(path: str, reason: str, remedy: str) -> UnsupportedSource:
     return UnsupportedSource(f"{shown!r} cannot be exported: {reason}", hint=remedy, path=shown, reason=reason)
 
 
+@contextmanager
+def all_or_nothing(dest: Path) -> Generator[None]:
+    """What is made in `dest`, which is absent or empty, goes again if the block fails: `dest` is as it was before."""
+    created = not dest.exists()
+    try:
+        yield
+    except BaseException:
+        remove_tree(dest)
+        if not created:
+            dest.mkdir()
+        raise
+
+
 def export_files(
     dest: Path, *, backend: str, write: Callable[[Path], JsonValue], on_progress: OnProgress | None = None
 ) -> ExportResult:
@@ -46,8 +59,7 @@ def export_files(
 
     started = time.monotonic()
     check_destination(dest)
-    created = not dest.exists()
-    try:
+    with all_or_nothing(dest):
         data = dest / DATA_NAME
         with writing(dest):
             data.mkdir(parents=True)
@@ -71,11 +83,6 @@ def export_files(
             index.append(Member(path, hashed.size, FILE_MODE, 0, hashed.sha256, hashed.crc32c))
         with writing(dest):
             artifact = write_artifact(dest, index, backend=backend, cursor=cursor)
-    except BaseException:
-        remove_tree(dest)
-        if not created:
-            dest.mkdir()
-        raise
     return ExportResult(
         artifact=artifact,
         members=len(index),

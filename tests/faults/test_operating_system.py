@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 
 from blobflow import Artifact, DirectoryExporter, DirectoryImporter, download, export_artifact, upload
-from blobflow.backends.directory import remove_tree
+from blobflow.backends.files import remove_tree
 from blobflow.errors import (
     BlobflowError,
     DiskFull,
