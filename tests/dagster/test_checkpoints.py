@@ -97,8 +97,11 @@ def test_every_kind_of_context_writes_and_finds_checkpoints(ephemeral):
 
 def test_an_output_that_does_not_tell_its_instance_is_refused():
     """Without the instance no earlier checkpoint could be found, so the mistake is told at once."""
-    with pytest.raises(UsageError, match="does not tell its Dagster instance") as refusal:
-        transfer_journal(dg.build_output_context())
+    with (
+        dg.build_output_context() as context,
+        pytest.raises(UsageError, match="does not tell its Dagster instance") as refusal,
+    ):
+        transfer_journal(context)
     assert "setup_for_execution" in refusal.value.hint
 
 

@@ -90,14 +90,16 @@ def test_handles_of_another_version_are_refused(document: object):
 
 def test_payloads_are_refused():
     """Nobody passes gigabytes through the store's small objects by mistake."""
-    context = dg.build_output_context(asset_key="a")
-    with pytest.raises(UsageError, match="is no handle"):
+    with dg.build_output_context(asset_key="a") as context, pytest.raises(UsageError, match="is no handle"):
         HandoffIOManager(blobflow=BlobflowResource(store="/nowhere")).handle_output(context, "x" * MAX_BYTES)
 
 
 def test_what_was_never_handed_on_is_named(tmp_path: Path):
     """The error says which object is missing, and what to do."""
     manager = HandoffIOManager(blobflow=BlobflowResource(store=str(tmp_path)))
-    with pytest.raises(UsageError, match=r"nothing was handed on as 'handoff/assets/orders/remote\.json'") as answer:
-        manager.load_input(dg.build_input_context(asset_key=["orders", "remote"]))
+    with (
+        dg.build_input_context(asset_key=["orders", "remote"]) as context,
+        pytest.raises(UsageError, match=r"nothing was handed on as 'handoff/assets/orders/remote\.json'") as answer,
+    ):
+        manager.load_input(context)
     assert "materialize" in answer.value.hint

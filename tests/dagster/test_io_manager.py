@@ -121,11 +121,13 @@ def keep(
     **options: Any,
 ) -> dict[str, Any]:
     """Store a value as the asset `team/model` without a run; the facts that were added to the output."""
-    context = dg.build_output_context(
+    # An output or input context that nobody closes is closed whenever it is collected, and then brings back as current
+    # whatever instance was so when it was made.
+    with dg.build_output_context(
         asset_key=["team", "model"], definition_metadata=metadata, **(regions(region, region) if region else {})
-    )
-    manager(place, **options).handle_output(context, value)
-    return {label: fact.value for label, fact in context.get_logged_metadata().items()}
+    ) as context:
+        manager(place, **options).handle_output(context, value)
+        return {label: fact.value for label, fact in context.get_logged_metadata().items()}
 
 
 def regions(first: str, last: str) -> dict[str, Any]:
@@ -143,8 +145,8 @@ def keep_regions(place: Place, *keys: str) -> None:
 def load(place: Place, annotation: Any, **options: Any) -> Any:
     """Load the asset `team/model` without a run."""
     kind = dg.DagsterType(lambda _context, _value: True, name="Anything", typing_type=annotation)
-    context = dg.build_input_context(asset_key=["team", "model"], dagster_type=kind, **options)
-    return manager(place).load_input(context)
+    with dg.build_input_context(asset_key=["team", "model"], dagster_type=kind, **options) as context:
+        return manager(place).load_input(context)
 
 
 def refusal(call: Callable[[], object]) -> dg.Failure:
