@@ -335,13 +335,42 @@ class _Transfer:
             log.warning("transfer.last_checkpoint_failed session=%s error=%r", self._checkpoint.session_id, error)
 
     def _flush(self) -> None:
-        """Make what was written durable, as far as the target knows how."""
+        """Make what was written durable, as far as the target knows how.
+
+        In a thread of its own: the writer may hang in a write meanwhile and keep the stream locked, and a flush can
+        hang by itself.
+        """
+        ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        flushing = _Clock("flush", self._writing.timeout_s)
+        flushing.offset = self._checkpoint.offset
+
+        def work() -> None:
+            try:
+                self._flush_target(flushing)
+                ended.put(None)
+            except BaseException as error:  # noqa: BLE001  # carried to the calling thread and raised there
+                ended.put(error)
+
+        threading.Thread(target=work, name="blobflow-flush", daemon=True).start()
+        while True:
+            try:
+                error = ended.get(timeout=min(TICK_S, flushing.timeout_s / 5))
+            except queue.Empty:
+                self._writing.check()
+                flushing.check()
+                continue
+            if error is not None:
+                raise error
+            return
+
+    def _flush_target(self, clock: _Clock) -> None:
         if self._session is not None:
             self._session.flush()
             return
         flush = getattr(self._target, "flush", None)
         if flush:
-            flush()
+            with clock:
+                flush()
         fileno: Callable[[], int] | None = getattr(self._target, "fileno", None)
         try:
             descriptor = fileno() if fileno else -1
