@@ -8,7 +8,7 @@ Interchange Format"), which every stock `tar` unpacks. Pure arithmetic: no I/O h
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -138,6 +138,23 @@ class TarMap:
         """Payload offset and length of an entry's content."""
         name, size, _ = self.entry(number)
         return self._starts[number] + _header_length(name, size), size
+
+    def slice_of_members(self, number: int, count: int) -> tuple[int, int]:
+        """Payload offset and length of the `number`-th (from 1) of `count` slices of about equal size.
+
+        Slices begin and end between entries, so each member is whole in one of them, and together they are all that
+        comes after the index. A slice can be empty: where one member is larger than a slice.
+        """
+        start, stop = (self._boundary((self.size - self.data_start) * part // count) for part in (number - 1, number))
+        return start, stop - start
+
+    def _boundary(self, distance: int) -> int:
+        """The first place between two entries that is at least `distance` bytes after the beginning of the members."""
+        wanted = self.data_start + distance
+        if wanted > self._end:
+            return self.size
+        later = bisect_left(self._starts, wanted)
+        return self._starts[later] if later < len(self._starts) else self._end
 
     def entries_in(self, offset: int, length: int) -> int:
         """How many entries a non-empty range touches."""

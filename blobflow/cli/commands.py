@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import click
 
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
-from blobflow.cli.settings import CommandGroup, DigestType, DurationType, Settings, shared_options
+from blobflow.cli.settings import CommandGroup, DigestType, DurationType, SampleType, Settings, shared_options
 from blobflow.cli.words import human_size, human_time, table
 from blobflow.errors import NotFoundError, TemporaryError
 from blobflow.scratch import scratch_directory
@@ -264,9 +264,21 @@ def _pull_into(
 @click.argument("key")
 @click.option("--deep", "mode", flag_value="deep", help="Read and check every byte.")
 @click.option("--shallow", "mode", flag_value="shallow", help="Check sizes, manifests and what the store attests.")
+@click.option(
+    "--sample",
+    type=SampleType(),
+    metavar="N/T",
+    help="Read only the Nth of T slices of the files: 1/7 on Mondays, 2/7 on Tuesdays, and so on.",
+)
 @click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
 @click.pass_obj
-def verify(settings: Settings, key: str, mode: Literal["deep", "shallow"] | None, digest: str | None) -> None:
+def verify(
+    settings: Settings,
+    key: str,
+    mode: Literal["deep", "shallow"] | None,
+    sample: tuple[int, int] | None,
+    digest: str | None,
+) -> None:
     """Prove that the artifact under KEY is whole.
 
     Without --deep or --shallow every byte is read, except where the store itself attests the checksum of the payload.
@@ -278,6 +290,7 @@ def verify(settings: Settings, key: str, mode: Literal["deep", "shallow"] | None
             store,
             key,
             mode=mode or "auto",
+            sample=sample,
             expected_digest=digest,
             profile=settings.transfer_profile(),
             on_progress=transferred(progress),

@@ -165,6 +165,19 @@ class DigestType(click.ParamType[str]):
         return value
 
 
+class SampleType(click.ParamType[tuple[int, int]]):
+    """One slice of several, N/T."""
+
+    name = "sample"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        slices = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", str(value))
+        number, count = map(int, slices.groups()) if slices else (0, 0)
+        if not 1 <= number <= count:
+            self.fail(f"{value!r} is no sample: N/T is the Nth of T slices, for example 1/7", param, ctx)
+        return number, count
+
+
 def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:
     """Put a shared option where every command finds it; given after the command it wins over one before."""
     name = parameter.name or ""

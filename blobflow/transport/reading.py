@@ -15,7 +15,7 @@ from blobflow.artifact.manifest import Manifest
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
-from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch
+from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch, UsageError
 from blobflow.stores.base import ObjectMeta, Store
 from blobflow.transport.books import Books, OnProgress, OnRecord
 from blobflow.transport.remote import RemoteArtifact
@@ -37,7 +37,7 @@ class VerifyResult:
     key: str
     artifact_digest: str
     manifest: Manifest
-    mode_used: Literal["shallow", "deep"]
+    mode_used: Literal["shallow", "deep", "sample"]
     bytes_total: int
     bytes_read: int
     seconds: float
@@ -65,6 +65,7 @@ def verify(
     key: str,
     *,
     mode: VerifyMode = "auto",
+    sample: tuple[int, int] | None = None,
     expected_digest: str | None = None,
     profile: ChunkProfile | None = None,
     on_progress: OnProgress | None = None,
@@ -77,6 +78,8 @@ def verify(
             the store attests one: computed by itself, as the probe has shown (`Abilities.attests_crc32c`). `deep`
             reads every byte and holds every member to its SHA-256. `auto` is shallow where there is an attested
             CRC32C, and deep everywhere else.
+        sample: `(n, t)` reads the n-th of t slices of the members, as `deep` reads them all, and compares the rest as
+            `shallow` does: an artifact that is too large to be read every day is read once in t days.
         expected_digest: The artifact that is expected.
         on_progress: Called in the calling thread about twice a second; raising from it stops the verification.
         on_checkpoint: Called in the calling thread now and then while every byte is read. A verification that failed
@@ -85,8 +88,14 @@ def verify(
     Raises:
         IntegrityError, HostileArtifact: it is not; the message says what differs.
         ArtifactNotFound: nothing there.
+        UsageError: there is no such slice, or nothing of it would be read.
     """
     started = time.monotonic()
+    if sample is not None and (mode == "shallow" or not 1 <= sample[0] <= sample[1]):
+        raise UsageError(
+            f"no sample {sample[0]}/{sample[1]} can be read in mode {mode!r}",
+            hint="give n/t with n from 1 to t, and not together with shallow",
+        )
     remote = RemoteArtifact.open(store, key, expected_digest)
     attested = None if mode == "deep" else _attested_crc32c(store, remote.payload)
     if attested is not None and attested != remote.payload_crc32c:
@@ -96,15 +105,14 @@ def verify(
             expected=remote.payload_crc32c,
             actual=attested,
         )
-    mode_used: Literal["shallow", "deep"]
-    if mode == "shallow" or (mode == "auto" and attested is not None):
+    mode_used: Literal["shallow", "deep", "sample"]
+    if mode == "shallow" or (mode == "auto" and attested is not None and sample is None):
         mode_used = "shallow"
         remote.check_embedded()
         bytes_read = len(remote.head)
     else:
-        mode_used = "deep"
-        _read_all(remote, profile or ChunkProfile(), on_progress, on_checkpoint)
-        bytes_read = remote.payload.size
+        mode_used = "sample" if sample else "deep"
+        bytes_read = _read_members(remote, sample or (1, 1), profile or ChunkProfile(), on_progress, on_checkpoint)
     return VerifyResult(
         status="verified",
         key=key,
@@ -148,13 +156,19 @@ class _Turnstile:
             self._condition.notify_all()
 
 
-def _read_all(
-    remote: RemoteArtifact, profile: ChunkProfile, on_progress: OnProgress | None, on_checkpoint: OnRecord | None
-) -> None:
+def _read_members(
+    remote: RemoteArtifact,
+    sample: tuple[int, int],
+    profile: ChunkProfile,
+    on_progress: OnProgress | None,
+    on_checkpoint: OnRecord | None,
+) -> int:
+    """Read manifest, index and a slice of the members, hold them to their checksums, and return how many bytes."""
     from blobflow.artifact.checker import PayloadChecker
 
     layout = remote.open_layout()
-    plan = TransferPlan(layout.size - layout.data_start, profile.chunk_size, start=layout.data_start)
+    start, size = layout.slice_of_members(*sample)
+    plan = TransferPlan(size, profile.chunk_size, start=start)
     books = remote.books(plan, profile, "verify", lambda: None, on_progress, on_checkpoint)
     books.begin()
     checker = PayloadChecker(layout)
@@ -172,10 +186,10 @@ def _read_all(
 
     try:
         move_parts(
-            list(plan),
+            list(plan) if size else [],
             move,
             workers=profile.workers,
-            buffer_size=min(profile.chunk_size, plan.size),
+            buffer_size=min(profile.chunk_size, size),
             on_moved=lambda _, length: books.moved(length),
             on_tick=books.tick,
         )
@@ -184,6 +198,7 @@ def _read_all(
         books.failed()
         raise
     books.done()
+    return len(remote.head) + size
 
 
 def download(

@@ -160,7 +160,7 @@ class RemoteArtifact:
             parts_total=len(plan),
             parts_done=0,
             bytes_done=len(self.head),
-            bytes_total=self.payload.size,
+            bytes_total=len(self.head) + plan.size,
             state="running",
         )
         return Books(

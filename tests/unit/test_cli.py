@@ -337,6 +337,26 @@ def test_a_flipped_bit_anywhere_is_found_before_anything_lands(
     assert read_tree(tmp_path / "out" / "data") == read_tree(source)
 
 
+def test_samples_find_damage_in_their_turn(call: Call, source: Path, store: Path):
+    """`verify --sample` reads a part of the files; the part with the damage exits with 3."""
+    call("push", source, "k")
+    documents = [call("verify", "k", "--sample", f"{n}/2", "--json").document for n in (1, 2)]
+    assert [document["mode"] for document in documents] == ["sample", "sample"]
+    assert all(document["bytes_received"] < document["bytes_total"] for document in documents)
+    payload = bytearray((store / "k").read_bytes())
+    payload[classes_of(bytes(payload))["content"][-1][0]] ^= 1
+    (store / "k").write_bytes(payload)
+    assert sorted(call("verify", "k", "--sample", f"{n}/2").code for n in (1, 2)) == [0, 3]
+
+
+@pytest.mark.parametrize("sample", ["0/2", "3/2", "1", "1/0", "-1/2", "a/b"])
+def test_a_sample_that_is_none_is_a_usage_error(call: Call, sample: str):
+    """The message says what a sample looks like."""
+    outcome = call("verify", "k", "--sample", sample)
+    assert outcome.code == 2
+    assert "1/7" in outcome.err
+
+
 def test_a_truncated_payload_is_refused(call: Call, source: Path, store: Path, tmp_path: Path):
     """A payload that lost its end, or grew one, is no artifact."""
     call("push", source, "k")

@@ -162,3 +162,31 @@ def test_empty_members_have_no_content():
     spans = list(layout.spans(layout.data_start, layout.size - layout.data_start))
     assert [span.length for span in spans] == [BLOCK, BLOCK, 2 * BLOCK]
     assert all(span.content_offset == -1 for span in spans)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 100])
+def test_slices_are_whole_members_and_together_all_of_them(tmp_path: Path, count: int):
+    """Each slice begins where the one before ends, at the beginning of an entry; the last one has the end blocks."""
+    layout = artifact_of(tmp_path).layout
+    position = layout.data_start
+    for number in range(1, count + 1):
+        start, length = layout.slice_of_members(number, count)
+        assert start == position
+        position += length
+        contents = [span for span in layout.spans(start, length) if span.content_offset >= 0]
+        assert all(span.content_offset == 0 for span in contents)
+        assert all(span.length == layout.entry(span.entry)[1] for span in contents)
+    assert position == layout.size
+
+
+def test_slices_are_about_equal(tmp_path: Path):
+    """Many members of one size are divided evenly."""
+    layout = artifact_of(tmp_path, {f"{i:03}": noise(700, i) for i in range(100)}).layout
+    lengths = [layout.slice_of_members(number, 10)[1] for number in range(1, 11)]
+    assert max(lengths) - min(lengths) <= 2 * (BLOCK + 1024)
+
+
+def test_nothing_to_slice_is_the_end_blocks(tmp_path: Path):
+    """An artifact without members has one slice with something in it."""
+    layout = artifact_of(tmp_path, {}).layout
+    assert [layout.slice_of_members(number, 3)[1] for number in (1, 2, 3)] == [2 * BLOCK, 0, 0]

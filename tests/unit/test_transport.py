@@ -815,6 +815,41 @@ def test_verification_says_what_is_wrong_and_not_that_somebody_else_failed(
             verify(store, KEY, mode="deep", profile=ChunkProfile.custom(1024, 1, workers=8))
 
 
+def test_samples_read_every_member_once(artifact: Artifact, store: LocalStore):
+    """Damage is found by the one sample that reads its member, and the samples together read the payload once."""
+    upload(store, KEY, artifact, profile=SMALL)
+    layout = artifact.layout
+    for number in range(2, 2 + len(layout.index)):
+        offset, length = layout.content_range(number)
+        if not length:
+            continue
+        flip(store.root / KEY, offset + length - 1)
+        found: list[str] = []
+        for sample in ((1, 3), (2, 3), (3, 3)):
+            try:
+                verify(store, KEY, sample=sample, profile=SMALL)
+            except DigestMismatch as error:
+                found.append(error.what)
+        assert found == [layout.index.paths[number - 2]]
+        flip(store.root / KEY, offset + length - 1)
+    results = [verify(store, KEY, sample=(number, 3), profile=SMALL) for number in (1, 2, 3)]
+    assert {result.mode_used for result in results} == {"sample"}
+    assert sum(result.bytes_read - layout.data_start for result in results) == layout.size - layout.data_start
+
+
+@pytest.mark.parametrize("sample", [(0, 3), (4, 3), (1, 0), (-1, -1)])
+def test_a_sample_that_is_none_is_refused(sample: tuple[int, int], store: LocalStore):
+    """There is nothing to read in it, and no request is sent for it."""
+    with pytest.raises(UsageError, match="no sample"):
+        verify(store, KEY, sample=sample)
+
+
+def test_a_shallow_sample_is_refused(store: LocalStore):
+    """It would say that something was read which was not."""
+    with pytest.raises(UsageError, match="shallow"):
+        verify(store, KEY, mode="shallow", sample=(1, 2))
+
+
 @pytest.mark.seed("1.18")
 def test_the_embedded_manifest_is_the_sibling(artifact: Artifact, store: LocalStore, tmp_path: Path):
     """None inside, or another one: refused, and nothing is at the destination."""
