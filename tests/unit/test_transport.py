@@ -52,10 +52,12 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.intent import SUFFIX, IntentKeeper
+from blobflow.lease import move_ref
+from blobflow.mirror import Snapshot
 from blobflow.stores.base import Store
 from blobflow.stores.local import LocalStore
 from blobflow.testing import Executable, FaultyStore, Hook, Request, Tree, read_tree, write_tree
-from blobflow.transport import ProgressEvent, read_manifest_bytes
+from blobflow.transport import ProgressEvent, begin_download, copy_artifact, read_manifest_bytes
 from tests.kit import SERIAL, SMALL, TREE, Killed, artifact_of, dies_at, keys, local_store, noise, watched
 from tests.servers import S3Endpoint
 
@@ -741,7 +743,7 @@ def test_a_stalled_server_is_an_error_that_names_the_operation():
     assert refusal.value.key == f"{KEY}.manifest.json"
 
 
-@pytest.mark.seed("1.19")
+@pytest.mark.seed("1.19", "W1.10")
 def test_absent_and_damaged_are_two_errors(artifact: Artifact, store: LocalStore):
     """Who retries and who gives up can tell: not found is 4, damaged is 3, being replaced is temporary."""
     for call in (read_manifest, verify):
@@ -839,6 +841,54 @@ def test_the_embedded_manifest_is_the_sibling(artifact: Artifact, store: LocalSt
             with pytest.raises((ArtifactInvalid, SizeMismatch)):
                 call()
         assert not (tmp_path / "dest").exists()
+
+
+@pytest.mark.seed("W1.9")
+def test_who_writes_the_bucket_cannot_pass_for_a_pinned_artifact(artifact: Artifact, store: LocalStore, tmp_path: Path):
+    """Payload, sibling and ref are replaced, and agree: without a digest that is an artifact, with it none of ours."""
+    upload(store, KEY, artifact, profile=SMALL)
+    move_ref(store, "orders/latest", KEY, artifact.digest)
+    forged = artifact_of(tmp_path / "forged", {"big.bin": "not what was published"})
+    upload(store, KEY, forged, overwrite=True)
+    move_ref(store, "orders/latest", KEY, forged.digest)
+    assert verify(store, KEY, mode="deep").artifact_digest == forged.digest
+    elsewhere = LocalStore(tmp_path / "elsewhere")
+    pinned = {"expected_digest": artifact.digest}
+    ref = {"source": "east", "database": "orders"}
+    for call in (
+        lambda: verify(store, KEY, mode="shallow", **pinned),
+        lambda: verify(store, KEY, mode="deep", **pinned),
+        lambda: download(store, KEY, tmp_path / "dest", **pinned),
+        lambda: begin_download(store, KEY, tmp_path / "dest", lanes=2, **pinned),
+        lambda: copy_artifact(store, KEY, elsewhere, KEY, **pinned),
+        lambda: Snapshot.of_artifact(store, KEY, **ref, **pinned),
+    ):
+        with pytest.raises(DigestMismatch) as refusal:
+            call()
+        assert (refusal.value.expected, refusal.value.actual) == (artifact.digest, forged.digest)
+        assert not refusal.value.retryable
+    assert not (tmp_path / "dest").exists()
+    assert keys(elsewhere) == []
+
+
+@pytest.mark.seed("W1.9")
+def test_a_pinned_manifest_cannot_have_other_content(artifact: Artifact, store: LocalStore, tmp_path: Path):
+    """The right manifest above a payload whose CRC32C was made to fit: every member's SHA-256 is pinned with it."""
+    upload(store, KEY, artifact, profile=SMALL)
+    payload = bytearray(store.get(KEY, max_bytes=1 << 20).data)
+    before, at = crc32c(payload), payload.index(noise(20_000, 1)) + 10_000
+    # CRC32C is linear, and of its own polynomial it is 0: this difference does not change it.
+    for number, byte in enumerate((0x82F63B78 << 1 | 1).to_bytes(5, "little")):
+        payload[at + number] ^= byte
+    assert crc32c(payload) == before
+    store.put(KEY, bytes(payload))
+    for call in (
+        lambda: verify(store, KEY, mode="deep", expected_digest=artifact.digest),
+        lambda: download(store, KEY, tmp_path / "dest", expected_digest=artifact.digest),
+    ):
+        with pytest.raises(DigestMismatch, match=r"big\.bin"):
+            call()
+    assert not (tmp_path / "dest").exists()
 
 
 def test_another_artifact_than_the_expected_is_refused(artifact: Artifact, store: LocalStore, tmp_path: Path):
