@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from blobflow.transport import DownloadResult
 
 _PATH: Final = click.Path(path_type=Path)
-_BACKENDS: Final = click.Choice(["append-log", "directory", "sqlite"])
+_BACKENDS: Final = click.Choice(["append-log", "directory", "parquet", "sqlite"])
 """`blobflow.backends.BACKENDS`, without the import."""
 
 
@@ -210,7 +210,7 @@ def _resumed(count: int) -> str:
     type=(_BACKENDS, _PATH),
     metavar="BACKEND TARGET",
     help="Bring the artifact to life at TARGET instead, which keeps TARGET/current up to date; BACKEND is append-log,"
-    " directory or sqlite.",
+    " directory, parquet or sqlite.",
 )
 @click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
 @click.pass_obj

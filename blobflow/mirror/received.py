@@ -79,6 +79,8 @@ class ReceivedStore(Store):
         self._database = database
         self._shown_as = shown_as if database else None
         self._files = LocalStore(os.path.join(self._data_dir, "recv_snapshots"))
+        self._paths: dict[str, str] = {}
+        """Where the payloads are, by key; a complete snapshot never changes, it may only be gone."""
         self.url = f"received:{self._data_dir}"
         self.abilities = Abilities(multipart=False, conditional=False)
 
@@ -133,7 +135,8 @@ class ReceivedStore(Store):
 
     @override
     def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
-        self._files.get_range_into(self._path(self._offered(check_key(key))), offset, buffer, e_tag=e_tag)
+        path = self._paths.get(key) or self._path(self._offered(check_key(key)))
+        self._files.get_range_into(path, offset, buffer, e_tag=e_tag)
 
     @override
     def head(self, key: str) -> ObjectMeta:
@@ -163,6 +166,7 @@ class ReceivedStore(Store):
         name = key.partition("/")[0]
         for each in self._all(name):
             if each.key == key:
+                self._paths[key] = self._path(each)
                 return each
         raise ObjectNotFound(f"no object {key!r} in {self.url}", key=key)
 

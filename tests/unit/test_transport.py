@@ -28,6 +28,7 @@ from blobflow import (
     upload,
     verify,
 )
+from blobflow.artifact import landing
 from blobflow.artifact.artifact import write_artifact
 from blobflow.artifact.manifest import MAX_MANIFEST_BYTES
 from blobflow.checksum import crc32c
@@ -257,7 +258,7 @@ def test_an_upload_killed_at_any_request_leaves_a_whole_artifact_or_none(artifac
     assert number > 15
 
 
-@pytest.mark.seed("1.2", "1.8")
+@pytest.mark.seed("1.2", "1.8", "W1.5")
 def test_an_overwrite_killed_at_any_request_never_mixes(artifact: Artifact, tmp_path: Path):
     """What a reader finds is whole: the old artifact, the new one, or a temporary error."""
     new = artifact_of(tmp_path / "new", {"new": noise(9000, 9)})
@@ -469,7 +470,7 @@ def test_another_artifact_is_refused(artifact: Artifact, store: LocalStore, tmp_
     verify(store, KEY, expected_digest=artifact.digest)
 
 
-@pytest.mark.seed("1.8")
+@pytest.mark.seed("1.8", "W1.5")
 def test_overwriting_gives_readers_the_old_or_the_new(store: LocalStore, tmp_path: Path):
     """A reader in a loop during thirty swaps: every answer is one of the two, or asks to be tried again."""
     trees: list[Tree] = [{"f": noise(9000, 1)}, {"f": noise(9000, 2)}]
@@ -841,6 +842,53 @@ def test_the_embedded_manifest_is_the_sibling(artifact: Artifact, store: LocalSt
             with pytest.raises((ArtifactInvalid, SizeMismatch)):
                 call()
         assert not (tmp_path / "dest").exists()
+
+
+@pytest.mark.seed("W1.8")
+def test_no_more_is_fetched_than_the_manifest_announces(artifact: Artifact, store: LocalStore, tmp_path: Path):
+    """A payload that grew, or a manifest that announces another size: refused before a byte of the payload is read."""
+    upload(store, KEY, artifact, profile=SMALL)
+    whole = store.get(KEY, max_bytes=1 << 20).data
+    seen = watched(store)
+    for payload in (whole + bytes(512), whole[:-512]):
+        store.put(KEY, payload)
+        with pytest.raises(SizeMismatch) as refusal:
+            download(seen, KEY, tmp_path / "dest", profile=SMALL)
+        assert (refusal.value.expected, refusal.value.actual) == (len(whole), len(payload))
+    assert seen.count("get_range") == 0
+    assert not (tmp_path / "dest").exists()
+
+
+@pytest.mark.seed("W1.8")
+def test_what_landed_is_durable_before_it_has_its_name(
+    artifact: Artifact, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All files are synced, then the directory is renamed, then its parent is synced."""
+    upload(store, KEY, artifact, profile=SMALL)
+    events: list[str] = []
+
+    def watch(name: str) -> None:
+        real: Callable[..., None] = getattr(landing, name)
+
+        def function(path: Path) -> None:
+            events.append(f"{name} {path.name}" if path == tmp_path else name)
+            real(path)
+
+        monkeypatch.setattr(landing, name, function)
+
+    rename = os.rename
+
+    def renamed(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "dest":
+            events.append("rename")
+        rename(source, target)
+
+    watch("sync_tree")
+    watch("fsync_directory")
+    monkeypatch.setattr(os, "rename", renamed)
+    download(store, KEY, tmp_path / "dest", profile=SMALL)
+    at = events.index("rename")
+    assert events[at - 1 :] == ["sync_tree", "rename", f"fsync_directory {tmp_path.name}"]
 
 
 @pytest.mark.seed("W1.9")
