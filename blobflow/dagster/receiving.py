@@ -86,7 +86,7 @@ def received_mirror(
     if keep_snapshots < 1:
         raise UsageError(f"keep_snapshots={keep_snapshots}", hint="the snapshot that is shown stays")
     database = database or name
-    SnapshotId(source or database, database, 0, f"sha256:{'0' * 64}").checked()
+    SnapshotId(source or "any", database, 0, f"sha256:{'0' * 64}").checked()
     resource_key = f"{name}_receiver"
     view = {"database": database, "shown_as": name}
     mirror = artifact_mirror(
@@ -107,7 +107,7 @@ def received_mirror(
     return replace(
         mirror,
         sensors=[*mirror.sensors, arrivals],
-        resources={resource_key: ReceiverResource(directory=str(directory), **view)},
+        resources={resource_key: ReceiverResource(directory=str(directory), database=database, shown_as=name)},
     )
 
 

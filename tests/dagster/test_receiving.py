@@ -24,7 +24,7 @@ from blobflow import (
     upload,
 )
 from blobflow.backends.sqlite import SqliteExporter, SqliteImporter
-from blobflow.cli import main as blobflow
+from blobflow.cli import run as blobflow
 from blobflow.dagster import ArtifactMirror, received_mirror
 from blobflow.dagster import metadata as md
 from blobflow.errors import IntegrityError, NotFoundError, RefusedError, Unsupported, UsageError

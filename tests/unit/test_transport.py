@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -901,8 +902,8 @@ def test_who_writes_the_bucket_cannot_pass_for_a_pinned_artifact(artifact: Artif
     move_ref(store, "orders/latest", KEY, forged.digest)
     assert verify(store, KEY, mode="deep").artifact_digest == forged.digest
     elsewhere = LocalStore(tmp_path / "elsewhere")
-    pinned = {"expected_digest": artifact.digest}
-    ref = {"source": "east", "database": "orders"}
+    pinned: dict[str, Any] = {"expected_digest": artifact.digest}
+    ref: dict[str, Any] = {"source": "east", "database": "orders"}
     for call in (
         lambda: verify(store, KEY, mode="shallow", **pinned),
         lambda: verify(store, KEY, mode="deep", **pinned),
