@@ -74,6 +74,8 @@ class Actor:
     """A process, and how far its round is."""
 
     lease: Lease
+    round: int = -1
+    """The oracle's count of rounds that were taken."""
     number: int | None = None
     """Of its round, once its turn was opened."""
 
@@ -87,9 +89,11 @@ class RoundStory(RuleBasedStateMachine):
         self.shelf = Shelf()  # pyright: ignore[reportAbstractUsage]
         self.keys = count()
         self.actors = [self._actor() for _ in range(ACTORS)]
-        self.took_last: Actor | None = None
-        self.opened_last: Actor | None = None
-        """None: nobody's turn, because it was published by hand, or not at all."""
+        self.taken = -1
+        self.opened = -1
+        """The round whose turn was opened last."""
+        self.tidied = -1
+        """The last round whose lease was removed under its holder, which loses it."""
         self.numbers: list[int] = []
         self.published: list[str] = []
 
@@ -111,7 +115,8 @@ class RoundStory(RuleBasedStateMachine):
         self.now += after_s
         actor = self.actors[which]
         if not self._holds(actor) and actor.lease.try_acquire():
-            self.took_last, actor.number = actor, None
+            self.taken += 1
+            actor.round, actor.number = self.taken, None
             if not sleeps:
                 self.open_its_turn(which, fate)
 
@@ -125,18 +130,17 @@ class RoundStory(RuleBasedStateMachine):
         try:
             number = fence_ref(self.shelf, "orders/latest", actor.lease.generation, still_ours=actor.lease.renew)
         except LeaseLost:
-            assert actor is not self.took_last, "a false conflict"
+            assert actor.round < self.taken or actor.round <= self.tidied, "a false conflict"
             return
         except StoreUnavailable:
-            assert fate == "never sent" or actor is not self.took_last
+            assert fate == "never sent" or actor.round < self.taken
             return
         finally:
             self.shelf.fate = "arrives"
-        successor = self.took_last if self.took_last is not actor else None
-        assert successor is None or successor is not self.opened_last, "a sleeper has closed its successor's turn"
+        assert actor.round > self.opened, "a sleeper has closed its successor's turn"
         assert not self.numbers or number > self.numbers[-1], "two rounds with one number, or a later one with a lower"
         self.numbers.append(number)
-        self.opened_last, actor.number = actor, number
+        self.opened, actor.number = actor.round, number
 
     @rule(which=actors, fate=fates)
     def publish(self, which: int, fate: str) -> None:
@@ -149,7 +153,7 @@ class RoundStory(RuleBasedStateMachine):
         try:
             moved = move_ref(self.shelf, "orders/latest", key, DIGEST, round_number=actor.number)
         except LeaseLost:
-            assert actor is not self.opened_last, "a false conflict"
+            assert actor.round < self.opened, "a false conflict"
             actor.number = None
             return
         except StoreUnavailable:
@@ -157,7 +161,7 @@ class RoundStory(RuleBasedStateMachine):
             return
         finally:
             self.shelf.fate = "arrives"
-        assert actor is self.opened_last, "a sleeper has published"
+        assert actor.round == self.opened, "a sleeper has published"
         assert moved.key == key
         self.published.append(key)
 
@@ -180,7 +184,7 @@ class RoundStory(RuleBasedStateMachine):
     def somebody_tidies_the_lease_away(self) -> None:
         """Its count begins again; that of the ref goes on."""
         del self.shelf.objects["orders/round.lease.json"]
-        self.took_last = None
+        self.tidied = self.taken
 
     @invariant()
     def the_ref_shows_what_was_published_last(self) -> None:
