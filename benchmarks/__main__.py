@@ -149,14 +149,14 @@ def _matches(name: str, prefixes: Sequence[str]) -> bool:
 def measure(options: Options, tools: dict[str, Tool]) -> dict[str, Any]:
     """Everything that was asked for, as the document that `report` understands."""
     largest = max(
-        options.size * any(name.startswith(("one", "resume")) for name in options.scenarios),
+        options.size * any(name.startswith(("one", "resume", "mirror")) for name in options.scenarios),
         options.files * 32 * 1024 * any(name.startswith("many") for name in options.scenarios),
         MIB,
     )
     # In memory at the same time: the source, a download, and on the server one copy in each layout, or an upload with
     # what a killed one left.
     layouts = {contestant.layout for tool in tools.values() for contestant in tool.contestants}
-    needed = 2 * largest + 64 * MIB
+    needed = 2 * largest + 64 * MIB + options.size * ("mirror" in options.scenarios)
     server_bytes = 0 if options.endpoint else max(2, len(layouts)) * largest + 512 * MIB
     if available_memory_bytes() < needed + server_bytes:
         raise SystemExit(
@@ -278,6 +278,8 @@ class Session:
     def _play(self, scenario: str) -> Callable[[Contestant, str, str, Path, bool], dict[str, Any]]:
         if scenario == "start":
             return self._start
+        if scenario == "mirror":
+            return self._mirror
         if scenario in RESUMES:
             return self._resume
         return self._up if scenario.endswith("up") else self._down
@@ -390,6 +392,20 @@ class Session:
         contestant.prepare(job)
         self.endpoint.reset()
         return self._figures(run(self._announced(contestant, scenario, job), log=place / "log"))
+
+    def _mirror(self, contestant: Contestant, scenario: str, prefix: str, place: Path, _first: bool) -> dict[str, Any]:
+        workload = self._workload(scenario)
+        job = self._job("up", scenario, workload.path, prefix)
+        contestant.prepare(job)
+        command = self._announced(contestant, scenario, job)
+        try:
+            cost = run(command, log=place / "log")
+            held = sum(path.stat().st_size for path in job.received.rglob("*.snapshot"))
+            if held < workload.bytes:
+                raise CommandFailed(f"{contestant.name}: {held} bytes were received of {workload}")
+        finally:
+            shutil.rmtree(job.received, ignore_errors=True)
+        return asdict(cost) | {"cpu_s_per_gb": cost.cpu_s / workload.bytes * 1e9}
 
     # Their ends
 

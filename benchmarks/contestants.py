@@ -23,7 +23,7 @@ Layout: TypeAlias = Literal["objects", "artifact", "restic"]
 
 TRANSFERS = ("one-up", "one-down", "many-up", "many-down")
 RESUMES = ("resume-up", "resume-down")
-SCENARIOS = ("one-up", "one-down", *RESUMES, "many-up", "many-down", "start")
+SCENARIOS = ("one-up", "one-down", *RESUMES, "many-up", "many-down", "start", "mirror")
 
 BLOBFLOW = "blobflow"
 _VERSION_TIMEOUT_S = 60
@@ -45,6 +45,11 @@ class Job:
     @property
     def url(self) -> str:
         return f"s3://{self.endpoint.bucket}/{self.prefix}"
+
+    @property
+    def received(self) -> Path:
+        """Where a mirror receives."""
+        return self.scratch / "received"
 
     @property
     def single(self) -> bool:
@@ -204,6 +209,17 @@ def _blobflow(_peers: Path | None) -> Tool:
         if not ready(job).exists():
             unmeasured(job, program, "export", "--mode", "link", str(job.directory), str(ready(job)))
 
+    def home_store(job: Job) -> str:
+        return str(job.scratch / "home-store")
+
+    def at_home(job: Job) -> None:
+        if not Path(home_store(job)).exists():
+            unmeasured(job, program, "--store", home_store(job), "push", str(job.directory), "artifact")
+
+    def mirror(job: Job, *what: str) -> list[str]:
+        driver = str(HERE / "drivers" / "blobflow_mirror.py")
+        return [sys.executable, driver, program, str(job.received), "--store", home_store(job), "mirror", "push", *what]
+
     contestants = (
         Contestant(BLOBFLOW, "", (*TRANSFERS, *RESUMES), push_or_pull, "artifact", used_before),
         Contestant(
@@ -230,6 +246,13 @@ def _blobflow(_peers: Path | None) -> Tool:
             push_or_pull,
             "artifact",
             lambda job: unmeasured(job, *push_or_pull(job)),
+        ),
+        Contestant(BLOBFLOW, "mirror push", ("mirror",), lambda job: mirror(job, "artifact"), prepare=at_home),
+        Contestant(
+            BLOBFLOW,
+            "mirror push --file",
+            ("mirror",),
+            lambda job: mirror(job, "--file", str(job.directory / ONE_NAME)),
         ),
     )
     return Tool((_output(program, "--version") or "blobflow").removeprefix("blobflow "), contestants)

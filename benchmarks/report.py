@@ -15,7 +15,17 @@ from benchmarks.bars import Bar, bars
 from benchmarks.contestants import BLOBFLOW, TRANSFERS
 
 MIB = 1024 * 1024
-_METRICS = ("wall_s", "cpu_s", "peak_rss_bytes", "requests", "bytes_in", "bytes_out", "moved_again_bytes", "left_over")
+_METRICS = (
+    "wall_s",
+    "cpu_s",
+    "peak_rss_bytes",
+    "requests",
+    "bytes_in",
+    "bytes_out",
+    "moved_again_bytes",
+    "left_over",
+    "cpu_s_per_gb",
+)
 _TITLES = {
     "one-up": "Up: one file of {size}",
     "one-down": "Down: one file of {size}",
@@ -24,6 +34,7 @@ _TITLES = {
     "resume-up": "Up again after SIGKILL at half of {size}",
     "resume-down": "Down again after SIGKILL at half of {size}",
     "start": "Start-up",
+    "mirror": "To a mirror: {size} over loopback, sender and receiver together",
 }
 _MARKS = ("<!-- results:begin -->", "<!-- results:end -->")
 
@@ -65,7 +76,7 @@ class Target:
     words: str
     scenario: str
     contestant: str
-    metric: Literal["wall_s", "cpu_s", "peak_rss_bytes", "moved_again_bytes", "left_over"]
+    metric: Literal["wall_s", "cpu_s", "peak_rss_bytes", "moved_again_bytes", "left_over", "cpu_s_per_gb"]
     limit: float
     peers: tuple[str, ...] | None = None
     """Tools; all their variants count. None for a bound by itself, () for every peer."""
@@ -94,6 +105,7 @@ TARGETS = (
     Target("received again, bytes (workers x part size)", "resume-down", BLOBFLOW, "moved_again_bytes", 4 * 8 * MIB),
     Target("seconds", "start", f"{BLOBFLOW}, --version", "wall_s", 0.25),
     Target("seconds", "start", f"{BLOBFLOW}, push, nothing changed", "wall_s", 0.8),
+    Target("CPU s per GB: 400 MB/s per core", "mirror", f"{BLOBFLOW}, mirror push", "cpu_s_per_gb", 1000 / 400),
 )
 
 
@@ -188,7 +200,13 @@ def _table(scenario: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     resumed = any("moved_again_bytes" in figures for _, figures in rows)
     versus = scenario in TRANSFERS and len(ours) < len(rows)
     header = ["", "wall s (fastest to slowest)", "CPU s", "RSS MiB", "requests", "in MiB", "out MiB"]
-    header += ["moved again MiB", "left over"] * resumed + ([f"{name} ÷" for name in ours] if versus else []) + ["n"]
+    pushed = any("cpu_s_per_gb" in figures for _, figures in rows)
+    header += (
+        ["moved again MiB", "left over"] * resumed
+        + ["MB per core s"] * pushed
+        + ([f"{name} ÷" for name in ours] if versus else [])
+        + ["n"]
+    )
     lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
     for name, figures in rows:
         cell = [
@@ -202,6 +220,8 @@ def _table(scenario: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
         ]
         if resumed:
             cell += [_mib(figures["moved_again_bytes"]), f"{figures['left_over']:.0f}"]
+        if pushed:
+            cell.append(f"{1000 / figures['cpu_s_per_gb']:.0f}")
         for variant in ours if versus else ():
             mine = cells[variant]
             ratio = f"{mine['wall_s'] / figures['wall_s']:.2f} / {mine['cpu_s'] / max(figures['cpu_s'], 1e-6):.2f}"

@@ -179,8 +179,9 @@ def fence_ref(store: Store, name: str, generation: int, *, still_ours: Callable[
     its count began again.
 
     Args:
-        still_ours: Asked before a number above the generation is taken, and raises if the lease was lost: then it was
-            a successor who fenced the ref, while this process stood still.
+        still_ours: Asked before the number is written, and raises if the lease was lost: a process that stood still
+            since it won the lease must not shut its successor out, whose number may be the lower one if somebody
+            removed the lease's record.
 
     Raises:
         TransferBusy: others moved it again and again meanwhile.
@@ -188,8 +189,9 @@ def fence_ref(store: Store, name: str, generation: int, *, still_ours: Callable[
     fence_id = uuid.uuid4().hex
 
     def fenced(found: RefState | None) -> RefState:
-        if found is not None and found.round_number >= generation:
-            still_ours()
+        # Between the look at the ref and the write that names its version: who was succeeded before is told here, and
+        # who is succeeded now finds another version.
+        still_ours()
         number = max(generation, found.round_number + 1 if found else 1)
         if found is not None:
             return found.model_copy(update={"round_number": number, "fence_id": fence_id})

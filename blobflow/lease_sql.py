@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from pydantic import ValidationError
 from sqlalchemy import (
@@ -27,7 +27,7 @@ from sqlalchemy import (
     text,
     update,
 )
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import (
     ArgumentError,
     DBAPIError,
@@ -57,13 +57,22 @@ _NAME_LENGTH: Final = 255
 """MySQL indexes no longer column of four-byte characters by default."""
 _BUSY_S: Final = 30
 """How long SQLite waits for another writer, whose transaction is one statement."""
+_LIBPQ: Final = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+"""A server that vanished is noticed within half a minute. libpq's own answer is to wait for it, for hours."""
 
 
 class SqlLeases(Leases):
     """Leases in the table `blobflow_leases`, which is made by the first use.
 
     Every request has a connection of its own, so that neither forks nor a failover of the server leave a dead one
-    behind; a lease is written a few times a minute.
+    behind; a lease is written a few times a minute. Every statement is a transaction of its own: a process that is
+    stopped between two of them holds no lock of the server's that others wait for.
 
     Args:
         url: Of SQLAlchemy, e.g. `sqlite:////var/lib/leases.db` or `postgresql+psycopg2://user@host/db`.
@@ -77,8 +86,13 @@ class SqlLeases(Leases):
         try:
             parsed = make_url(url)
             self.url = parsed.render_as_string(hide_password=True)
-            options = {"timeout": _BUSY_S} if parsed.get_backend_name() == "sqlite" else {}
-            self._engine = create_engine(parsed, poolclass=NullPool, connect_args=options, hide_parameters=True)
+            self._engine = create_engine(
+                parsed,
+                poolclass=NullPool,
+                isolation_level="AUTOCOMMIT",
+                connect_args=_connect_options(parsed),
+                hide_parameters=True,
+            )
         except (ArgumentError, NoSuchModuleError) as error:
             raise StoreConfigurationError(
                 "not the URL of a SQL database that SQLAlchemy knows",
@@ -140,13 +154,13 @@ class SqlLeases(Leases):
 
     @contextmanager
     def _connection(self, name: str) -> Generator[Connection]:
-        """A connection in a transaction, which is committed at the end of the block."""
+        """A connection for the block, and the driver's errors as ours."""
         try:
             self._make_table()
-            with self._engine.begin() as connection:
+            with self._engine.connect() as connection:
                 yield connection
         except (OperationalError, InterfaceError, InternalError) as error:
-            # Whether a COMMIT whose answer was lost has happened, nobody knows: the lease is read back.
+            # Whether a statement whose answer was lost has happened, nobody knows: the lease is read back.
             raise StoreUnavailable(
                 f"lease {name!r}: {self.url} failed with {type(error.orig).__name__}", operation="lease", key=name
             ) from error
@@ -162,13 +176,22 @@ class SqlLeases(Leases):
         if self._is_made:
             return
         try:
-            with self._engine.begin() as connection:
+            with self._engine.connect() as connection:
                 connection.execute(CreateTable(self._table, if_not_exists=True))
         except IntegrityError:
             # Postgres: another one made it at this moment, between our look and our attempt.
-            with self._engine.begin() as connection:
+            with self._engine.connect() as connection:
                 connection.execute(CreateTable(self._table, if_not_exists=True))
         self._is_made = True
+
+
+def _connect_options(url: URL) -> dict[str, Any]:
+    """What the driver is told beside the URL, which has the last word."""
+    if url.get_backend_name() == "sqlite":
+        return {"timeout": _BUSY_S}
+    if url.drivername in ("postgresql", "postgresql+psycopg2", "postgresql+psycopg"):
+        return {name: value for name, value in _LIBPQ.items() if name not in url.query}
+    return {}
 
 
 def _table() -> Table:

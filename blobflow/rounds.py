@@ -22,6 +22,7 @@ from blobflow.transport import ProgressEvent, UploadResult, upload
 
 log = logging.getLogger(__name__)
 
+DEFAULT_TTL_S: Final = 60.0
 DEFAULT_SILENCE_S: Final = 3600.0
 """Longer than exporters that tell no progress usually take; shorter than a night."""
 
@@ -63,7 +64,7 @@ def run_export_round(
     scratch_dir: Path | None = None,
     ref: str | None = "latest",
     profile: ChunkProfile | None = None,
-    ttl_s: float = 60.0,
+    ttl_s: float = DEFAULT_TTL_S,
     max_silence_s: float = DEFAULT_SILENCE_S,
     leases: Leases | str | None = None,
     on_progress: Callable[[ProgressEvent], None] | None = None,
@@ -91,20 +92,14 @@ def run_export_round(
             return None
         generation = lease.generation
         scratch: Path | None = None
-        progressed_at = time.monotonic()
-
-        def progress(*_: object) -> None:
-            nonlocal progressed_at
-            progressed_at = time.monotonic()
-            lease.check()
-
-        def report(event: ProgressEvent) -> None:
-            progress()
-            if on_progress:
-                on_progress(event)
-
         try:
-            with lease.heartbeat(lambda: time.monotonic() - progressed_at < max_silence_s):
+            with kept_alive(lease, max_silence_s) as progress:
+
+                def report(event: ProgressEvent) -> None:
+                    progress()
+                    if on_progress:
+                        on_progress(event)
+
                 number = fence_ref(store, f"{name}/{ref}", generation, still_ours=lease.renew) if ref else None
                 scratch = Path(tempfile.mkdtemp(prefix=".blobflow-round-", dir=scratch_dir))
                 artifact = exporter.export(scratch / "artifact", on_progress=progress).artifact
@@ -127,6 +122,23 @@ def run_export_round(
             # The artifact is published: losing the completion record costs observability, not correctness.
             log.warning("round.completion_failed name=%s error=%s", name, error)
         return RoundResult(upload=uploaded, generation=generation, ref=moved)
+
+
+@contextmanager
+def kept_alive(lease: Lease, max_silence_s: float = DEFAULT_SILENCE_S) -> Generator[Callable[..., None]]:
+    """Renew the lease in a heartbeat during the block, for as long as the work in it makes progress.
+
+    Gives what the work calls as it goes on, with any arguments; that raises `LeaseLost` once another one has the lease.
+    """
+    progressed_at = time.monotonic()
+
+    def progress(*_: object) -> None:
+        nonlocal progressed_at
+        progressed_at = time.monotonic()
+        lease.check()
+
+    with lease.heartbeat(lambda: time.monotonic() - progressed_at < max_silence_s):
+        yield progress
 
 
 @contextmanager

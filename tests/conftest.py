@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: running S3 servers."""
+"""Fixtures shared by all tests: running servers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 import pytest
 
 from blobflow.testing import StoreContract
-from tests.servers import S3Endpoint, missing_ceph_programs, moto_server, rgw_server
+from tests.servers import S3Endpoint, find_postgres, missing_ceph_programs, moto_server, postgres_server, rgw_server
 
 
 @pytest.hookimpl(wrapper=True)
@@ -41,3 +41,13 @@ def rgw_s3() -> Iterator[S3Endpoint]:
         pytest.skip(f"needs Ceph (Debian: radosgw ceph-mon ceph-osd); missing: {', '.join(missing)}")
     with rgw_server() as endpoint:
         yield endpoint
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL server. Skips where PostgreSQL or a driver is not installed (a failure in CI)."""
+    found = find_postgres()
+    if found is None:
+        pytest.skip("needs PostgreSQL (Debian: postgresql) and psycopg2 or psycopg")
+    with postgres_server(*found) as url:
+        yield url

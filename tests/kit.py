@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,22 @@ def artifact_of(path: Path, tree: Tree = TREE, **options: Any) -> Artifact:
     if not source.exists():
         write_tree(source, tree)
     return export_artifact(source, path / "artifact", **options).artifact
+
+
+def write_parquet(path: Path, columns: Mapping[str, Sequence[Any]]) -> Path:
+    """A Parquet file of these columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(dict(columns)), path)
+    return path
+
+
+def read_parquet(path: Path, column: str) -> list[Any]:
+    """One column of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(path).read().column(column).to_pylist()
 
 
 class Killed(BaseException):

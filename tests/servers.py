@@ -1,10 +1,13 @@
-"""Servers for tests, on free loopback ports: moto (fast), a Ceph RADOS Gateway (a real S3), and one that is scripted.
+"""Servers for tests: moto (fast), a Ceph RADOS Gateway (a real S3), one that is scripted, and PostgreSQL.
 
-The first two end when their standard input closes, so that not even a killed test run leaves one behind.
+They listen on free loopback ports, PostgreSQL on a unix socket. The first two end when their standard input closes, so
+that not even a killed test run leaves one behind.
 """
 
 from __future__ import annotations
 
+import os
+import pwd
 import shutil
 import socket
 import ssl
@@ -17,6 +20,7 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +146,36 @@ def _start_rgw(stack: ExitStack, min_part_size: int, attempts: int = 4) -> str:
         if attempts == 1:
             raise
     return _start_rgw(stack, min_part_size, attempts - 1)
+
+
+def find_postgres() -> tuple[Path, str] | None:
+    """Where the newest PostgreSQL has its programs, and the Python driver at hand; None if either is missing."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    driver = next((name for name in ("psycopg2", "psycopg") if find_spec(name)), None)
+    return (binaries[-1], driver) if binaries and driver else None
+
+
+@contextmanager
+def postgres_server(programs: Path, driver: str) -> Generator[str, None, None]:
+    """SQLAlchemy's URL of a PostgreSQL cluster, on a unix socket alone; its server never runs as root."""
+    user = pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+    home = Path(tempfile.mkdtemp(prefix="pg-"))  # not below pytest's: the path of a unix socket is short
+    os.chown(home, user.pw_uid, user.pw_gid)
+
+    def run(program: str, *arguments: str) -> None:
+        become = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
+        command = [programs / program, "-D", home / "data", *arguments]
+        subprocess.run(command, check=True, cwd=home, stdout=subprocess.DEVNULL, **become)
+
+    try:
+        run("initdb", "-A", "trust", "-U", "tester", "--no-sync")
+        run("pg_ctl", "-w", "-l", str(home / "log"), "-o", f"-c listen_addresses='' -k {home} -F", "start")
+        try:
+            yield f"postgresql+{driver}://tester:secret@/postgres?host={home}"
+        finally:
+            run("pg_ctl", "-m", "immediate", "-w", "stop")
+    finally:
+        shutil.rmtree(home)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from blobflow.errors import RefusedError
 
 if TYPE_CHECKING:
     from blobflow.backends.append_log import AppendLogExporter, AppendLogImporter
+    from blobflow.backends.parquet import ParquetExporter, ParquetImporter
     from blobflow.backends.sqlite import SqliteExporter, SqliteImporter
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "Exporter",
     "ImportResult",
     "Importer",
+    "ParquetExporter",
+    "ParquetImporter",
     "SqliteExporter",
     "SqliteImporter",
     "VersionedImporter",
@@ -37,6 +40,7 @@ __all__ = [
 BACKENDS: Final = {
     "append-log": ("blobflow.backends.append_log", "AppendLogExporter", "AppendLogImporter"),
     "directory": ("blobflow.backends.directory", "DirectoryExporter", "DirectoryImporter"),
+    "parquet": ("blobflow.backends.parquet", "ParquetExporter", "ParquetImporter"),
     "sqlite": ("blobflow.backends.sqlite", "SqliteExporter", "SqliteImporter"),
 }
 """Where the exporter and the importer of each backend are; loaded when they are first used."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from blobflow.artifact.artifact import write_artifact
 from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
@@ -108,11 +108,12 @@ class DirectoryExporter(BaseModel):
                 mode = EXECUTABLE_MODE if path.endswith("/") or status.st_mode & stat.S_IXUSR else FILE_MODE
                 mtime_ns = status.st_mtime_ns if self.mtimes == "keep" else 0
                 index.append(Member(path, hashed.size, mode, mtime_ns, hashed.sha256, hashed.crc32c))
+            cursor = self._cursor(data, paths)
             origins = None
             if self.mode == "reference":
                 origins = [status.st_ino for status in statuses], [status.st_mtime_ns for status in statuses]
             with writing(dest):
-                artifact = write_artifact(dest, index, backend=BACKEND, origins=origins)
+                artifact = write_artifact(dest, index, backend=self.backend, cursor=cursor, origins=origins)
         return ExportResult(
             artifact=artifact,
             members=len(index),
@@ -121,6 +122,11 @@ class DirectoryExporter(BaseModel):
             symlinks_skipped=found.symlinks_skipped,
             seconds=time.monotonic() - started,
         )
+
+    def _cursor(self, root: Path, paths: Sequence[str]) -> JsonValue:
+        """Where in its history the tree stands, for exporters that know what is in the files below `root`."""
+        del root, paths
+        return None
 
     def _root(self) -> Path:
         try:

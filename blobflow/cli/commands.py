@@ -15,18 +15,21 @@ import click
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
 from blobflow.cli.settings import CommandGroup, DigestType, DurationType, SampleType, Settings, shared_options
 from blobflow.cli.words import human_size, human_time, table
-from blobflow.errors import NotFoundError, TemporaryError
+from blobflow.errors import NotFoundError, RefusedError, TemporaryError
 from blobflow.scratch import scratch_directory
 from blobflow.version import __version__
 
 if TYPE_CHECKING:
     from blobflow.artifact.manifest import Manifest
+    from blobflow.backends import Exporter, ImportResult
     from blobflow.lease import RefState
     from blobflow.mirror import ReceiverStatus, SnapshotId
     from blobflow.stores.base import Store
     from blobflow.transport import DownloadResult
 
 _PATH: Final = click.Path(path_type=Path)
+_BACKENDS: Final = click.Choice(["append-log", "directory", "parquet", "sqlite"])
+"""`blobflow.backends.BACKENDS`, without the import."""
 
 
 @click.group(
@@ -42,6 +45,12 @@ def cli() -> None:
 
 def _export_options(function: Callable[..., None]) -> Callable[..., None]:
     for option in (
+        click.option("--from", "backend", type=_BACKENDS, help="What SRC is.  [default: directory]"),
+        click.option(
+            "--cursor-query",
+            metavar="SQL",
+            help="Of sqlite: its first row says where in its history the database stands.",
+        ),
         click.option(
             "--mode",
             type=click.Choice(["reference", "link", "copy"]),
@@ -67,22 +76,33 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value}
 
 
+def _exporter(source: Path, backend: str, options: dict[str, Any]) -> Exporter:
+    """The exporter of SRC; an option that another backend has is refused."""
+    from blobflow.backends import backend_classes
+
+    kind, _ = backend_classes(backend)
+    for name in options:
+        if name not in kind.model_fields:
+            raise click.UsageError(f"--{name.replace('_', '-')} is no option for --from {backend}")
+    return kind(path=source, **options)
+
+
 @cli.command()
 @click.argument("source", metavar="SRC", type=_PATH)
 @click.argument("dest", metavar="DEST", type=_PATH)
 @_export_options
 @click.pass_obj
-def export(settings: Settings, source: Path, dest: Path, **options: Any) -> None:
-    """Make an artifact of the directory SRC in the new directory DEST.
+def export(settings: Settings, source: Path, dest: Path, backend: str | None, **options: Any) -> None:
+    """Make an artifact of SRC, a directory unless --from says otherwise, in the new directory DEST.
 
-    The artifact keeps copies of the files unless --mode says otherwise.
+    The artifact of a directory keeps copies of the files unless --mode says otherwise.
     """
-    from blobflow.backends import export_artifact
-
+    given = _given(options)
+    if backend in (None, "directory"):
+        given = {"mode": "copy", **given}
     with show_progress() as progress:
-        result = export_artifact(
-            source, dest, on_progress=processed(progress, "export"), **{"mode": "copy", **_given(options)}
-        )
+        exporter = _exporter(source, backend or "directory", given)
+        result = exporter.export(dest, on_progress=processed(progress, "export"))
     artifact = result.artifact
     settings.report(
         {
@@ -113,19 +133,19 @@ def _left_out(excluded: int, symlinks_skipped: int) -> list[str]:
 
 
 @cli.command()
-@click.argument("directory", metavar="DIR", type=_PATH)
+@click.argument("source", metavar="SRC", type=_PATH)
 @click.argument("key")
 @_export_options
 @click.option("--overwrite", is_flag=True, help="Replace another artifact under KEY.")
 @click.pass_obj
-def push(settings: Settings, directory: Path, key: str, overwrite: bool, **options: Any) -> None:
-    """Upload the directory DIR, or an artifact made by `export`, under KEY.
+def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: str | None, **options: Any) -> None:
+    """Upload SRC, a directory unless --from says otherwise, or an artifact made by `export`, under KEY.
 
-    Files are read where they are; nothing is copied unless --mode says so. Run it again after a crash, on any machine
-    that has the directory: it sends what is missing.
+    The files of a directory are read where they are; nothing is copied unless --mode says so. Of a database or a log a
+    copy lies among the temporary files meanwhile. Run it again after a crash, on any machine that has the source: it
+    sends what is missing.
     """
     from blobflow.artifact.artifact import Artifact
-    from blobflow.backends import export_artifact
     from blobflow.transport import check_artifact_key, upload
 
     settings.resumes = True
@@ -138,16 +158,16 @@ def push(settings: Settings, directory: Path, key: str, overwrite: bool, **optio
             "on_progress": transferred(progress),
         }
         excluded = symlinks_skipped = 0
-        if Artifact.is_artifact(directory):
-            if given := _given(options):
-                raise click.UsageError(f"{directory} is an artifact already: --{next(iter(given))} comes too late")
-            result = upload(store, key, directory, **arguments)
+        given = _given(options)
+        if Artifact.is_artifact(source):
+            if late := ["from"] * bool(backend) + list(given):
+                raise click.UsageError(f"{source} is an artifact already: --{late[0].replace('_', '-')} comes too late")
+            result = upload(store, key, source, **arguments)
         else:
             store.exists(key)  # wrong credentials should not show only after an hour of hashing
-            with scratch_directory(directory) as scratch:
-                exported = export_artifact(
-                    directory, scratch / "artifact", on_progress=processed(progress, "export"), **_given(options)
-                )
+            exporter = _exporter(source, backend or "directory", given)
+            with scratch_directory(source) as scratch:
+                exported = exporter.export(scratch / "artifact", on_progress=processed(progress, "export"))
                 excluded, symlinks_skipped = exported.excluded, exported.symlinks_skipped
                 result = upload(store, key, exported.artifact, **arguments)
     seconds = time.monotonic() - started
@@ -187,9 +207,10 @@ def _resumed(count: int) -> str:
     "--import",
     "target",
     nargs=2,
-    type=(click.Choice(["directory"]), _PATH),
+    type=(_BACKENDS, _PATH),
     metavar="BACKEND TARGET",
-    help="Bring the artifact to life at TARGET instead; BACKEND is 'directory', which keeps TARGET/current up to date.",
+    help="Bring the artifact to life at TARGET instead, which keeps TARGET/current up to date; BACKEND is append-log,"
+    " directory, parquet or sqlite.",
 )
 @click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
 @click.pass_obj
@@ -212,7 +233,8 @@ def pull(settings: Settings, key: str, dest: Path | None, target: tuple[str, Pat
             "on_progress": transferred(progress),
         }
         if target is not None:
-            status, path, result = _pull_into(target[1], store, key, digest, progress, options)
+            imported, result = _pull_into(*target, store, key, progress, options)
+            status, path = imported.status, imported.path
         else:
             result = download(store, key, dest or "", **options)
             status, path = result.status, result.path
@@ -241,23 +263,31 @@ def pull(settings: Settings, key: str, dest: Path | None, target: tuple[str, Pat
 
 
 def _pull_into(
-    target: Path, store: Store, key: str, digest: str | None, progress: Progress, options: dict[str, Any]
-) -> tuple[str, Path, DownloadResult]:
+    backend: str, target: Path, store: Store, key: str, progress: Progress, options: dict[str, Any]
+) -> tuple[ImportResult, DownloadResult]:
     """Download into the importer's own staging, so that the import is a rename; what is alive there is left alone."""
-    from blobflow.artifact.manifest import artifact_digest
-    from blobflow.backends import DirectoryImporter, import_artifact
+    from blobflow.artifact.manifest import Manifest, artifact_digest
+    from blobflow.backends import backend_classes, import_artifact
     from blobflow.transport import DownloadResult, download, read_manifest_bytes
 
-    importer = DirectoryImporter(path=target)
-    offered = artifact_digest(read_manifest_bytes(store, key))
+    importer = backend_classes(backend)[1](path=target)
+    manifest_bytes = read_manifest_bytes(store, key)
+    offered, manifest = artifact_digest(manifest_bytes), Manifest.parse(manifest_bytes)
+    if manifest.backend != backend:  # the importer would say so as well, after the download
+        raise RefusedError(
+            f"{key!r} was made by backend {manifest.backend!r}, not {backend!r}",
+            hint=f"--import {manifest.backend} TARGET",
+            key=key,
+        )
     alive = importer.current()
-    if alive is not None and alive.digest == offered == (digest or offered):
-        path = importer.path / "current"
-        unchanged = DownloadResult("unchanged", key, path, offered, alive.manifest, alive.payload_size, 0, 0, 0.0)
-        return "unchanged", path, unchanged
-    result = download(store, key, importer.staging(offered), **options)
-    imported = import_artifact(result.path, importer, consume=True, on_progress=processed(progress, "import"))
-    return imported.status, imported.path, result
+    if alive is not None and alive.digest == offered == (options["expected_digest"] or offered):
+        result = DownloadResult("unchanged", key, importer.data, offered, alive.manifest, alive.payload_size, 0, 0, 0.0)
+        artifact = alive
+    else:
+        result = download(store, key, importer.staging(offered), **options)
+        artifact = result.path
+    show = processed(progress, "import")
+    return import_artifact(artifact, importer, consume=True, on_progress=show, key=key), result
 
 
 @cli.command()
@@ -322,6 +352,7 @@ def verify(
 @click.argument("target", metavar="TARGET_STORE")
 @click.argument("target_key", metavar="[KEY]", required=False)
 @click.option("--overwrite", is_flag=True, help="Replace another artifact under the target's key.")
+@click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
 @click.option("--source-endpoint-url", metavar="URL", help="S3 server of SOURCE_STORE, if it is another one.")
 @click.option("--source-region", metavar="NAME", help="S3 region of SOURCE_STORE, likewise.")
 @click.pass_obj
@@ -332,6 +363,7 @@ def copy(
     target: str,
     target_key: str | None,
     overwrite: bool,
+    digest: str | None,
     source_endpoint_url: str | None,
     source_region: str | None,
 ) -> None:
@@ -354,6 +386,7 @@ def copy(
             key,
             profile=settings.transfer_profile(),
             overwrite=overwrite,
+            expected_digest=digest,
             on_progress=transferred(progress),
         )
     how = "the server copied, read back" if result.server_side else "received"
@@ -581,14 +614,24 @@ def mirror_serve(
     help="In the history of the source; greater is newer.  [default: when the artifact was made, or the file modified]",
 )
 @click.option("--file", "is_file", is_flag=True, help="KEY is the path of a local file instead.")
+@click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
 @click.pass_obj
 def mirror_push(
-    settings: Settings, what: str, url: str, database: str, source: str, position: int | None, is_file: bool
+    settings: Settings,
+    what: str,
+    url: str,
+    database: str,
+    source: str,
+    position: int | None,
+    is_file: bool,
+    digest: str | None,
 ) -> None:
     """Send the artifact under KEY to the receiver at URL. Run it again after a crash: it sends what is missing."""
     from blobflow.mirror import Snapshot
     from blobflow.mirror.client import MirrorClient
 
+    if is_file and digest:
+        raise click.UsageError("--digest names an artifact, and --file is none")
     settings.resumes = True
     names: dict[str, Any] = {"source": source, "database": database, "position": position}
     with (
@@ -596,7 +639,10 @@ def mirror_push(
         MirrorClient(url, token=_mirror_token()) as client,
         show_progress() as progress,
     ):
-        snapshot = Snapshot.of_file(what, **names) if store is None else Snapshot.of_artifact(store, what, **names)
+        if store is None:
+            snapshot = Snapshot.of_file(what, **names)
+        else:
+            snapshot = Snapshot.of_artifact(store, what, expected_digest=digest, **names)
         result = client.push(snapshot, on_progress=processed(progress, "push"))
     settings.report(
         {
@@ -611,6 +657,67 @@ def mirror_push(
         },
         f"{result.status} {result.id}  {result.id.digest}",
         f"sent {human_size(result.bytes_sent)}{_resumed(result.bytes_resumed)} in {result.seconds:.1f} s",
+    )
+
+
+@mirror.command("import")
+@click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("database")
+@click.argument("backend", metavar="BACKEND", type=_BACKENDS)
+@click.argument("target", metavar="TARGET", type=_PATH)
+@click.option("--source", metavar="NAME", help="Only what comes from there.")
+@click.option(
+    "--keep",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Received artifacts of that source that stay, the imported one included.",
+)
+@click.pass_obj
+def mirror_import(
+    settings: Settings, directory: Path, database: str, backend: str, target: Path, source: str | None, keep: int
+) -> None:
+    """Bring the newest snapshot of DATABASE that was received in DIR to life at TARGET.
+
+    Every byte is proven before TARGET/current shows it; then the snapshot is Following. Older ones are removed. The
+    receiver may be at work meanwhile. Run it again after a crash.
+    """
+    from blobflow.lease import read_ref
+    from blobflow.mirror import ReceivedStore
+
+    settings.resumes = True
+    started = time.monotonic()
+    store = ReceivedStore(directory)
+    state = read_ref(store, "/".join(filter(None, (database, source, "latest"))))
+    if state is None:
+        raise NotFoundError(f"no complete artifact of {database!r} was received in {directory}", path=str(directory))
+    with show_progress() as progress:
+        options: dict[str, Any] = {
+            "profile": settings.transfer_profile(),
+            "expected_digest": state.manifest_sha256,
+            "on_progress": transferred(progress),
+        }
+        imported, result = _pull_into(backend, target, store, state.key, progress, options)
+    snapshot, cursor = store.snapshot(state.key), store.follow(state.key, imported.cursor)
+    removed = store.prune(state.key, keep)
+    seconds = time.monotonic() - started
+    settings.report(
+        {
+            "status": imported.status,
+            "key": state.key,
+            "path": str(imported.path),
+            **snapshot._asdict(),
+            "artifact_digest": imported.artifact_digest,
+            "cursor": cursor,
+            "bytes_total": result.bytes_total,
+            "bytes_received": result.bytes_received,
+            "bytes_resumed": result.bytes_resumed,
+            "removed": [each.position for each in removed],
+            "seconds": seconds,
+        },
+        f"{imported.status} {imported.path}  {snapshot}  following {json.dumps(cursor)}",
+        f"{_members(result.manifest)} in {seconds:.1f} s",
     )
 
 

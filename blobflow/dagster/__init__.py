@@ -22,6 +22,7 @@ from blobflow.dagster.io_manager import ArtifactIOManager, ArtifactRef
 from blobflow.dagster.jobs import gc_job, probe_check, probe_job
 from blobflow.dagster.mirror import ArtifactMirror, artifact_mirror
 from blobflow.dagster.pipeline import ArtifactPipeline, artifact_pipeline
+from blobflow.dagster.receiving import ReceiverResource, received_mirror
 from blobflow.dagster.resource import BlobflowResource, ProfileConfig
 from blobflow.dagster.sensors import artifact_partitions, manifest_sensor, ref_sensor
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
@@ -41,6 +42,7 @@ __all__ = [
     "HandoffIOManager",
     "MirrorHandle",
     "ProfileConfig",
+    "ReceiverResource",
     "RemoteHandle",
     "SnapshotHandle",
     "artifact_mirror",
@@ -52,5 +54,6 @@ __all__ = [
     "mirror_condition",
     "probe_check",
     "probe_job",
+    "received_mirror",
     "ref_sensor",
 ]

@@ -44,6 +44,7 @@ from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, artifact_pipeline
 from blobflow.dagster.resource import BlobflowResource, ProfileConfig
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
 from blobflow.errors import UsageError
+from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S
 from blobflow.stores.base import key_segment
 from blobflow.transport import VerifyMode
 
@@ -430,6 +431,13 @@ class ArtifactPipelineComponent(_StoreComponent):
         ),
     ] = "auto"
     deps: Annotated[Sequence[dg.ResolvedAssetKey], _described("Keys of assets that the export waits for.")] = ()
+    ttl_s: Annotated[
+        float,
+        _described("Seconds without a sign of life of an export after which another run takes its round over."),
+    ] = DEFAULT_TTL_S
+    max_silence_s: Annotated[
+        float, _described("Seconds without progress of an export after which its round is no longer held.")
+    ] = DEFAULT_SILENCE_S
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002  # Dagster's signature
         """Assets, check, job, schedule, and the resource if the component has its own."""
@@ -441,6 +449,8 @@ class ArtifactPipelineComponent(_StoreComponent):
             ref=self.ref,
             verify_mode=self.verify_mode,
             deps=self.deps,
+            ttl_s=self.ttl_s,
+            max_silence_s=self.max_silence_s,
             **options,
         )
         schedules = []
@@ -508,6 +518,7 @@ class ArtifactMirrorComponent(_StoreComponent):
             " of its own."
         ),
     ] = "latest"
+    digest: Annotated[str | None, _described("Refuse every artifact but this one (sha256:...).")] = None
     minimum_interval_seconds: Annotated[int, _described("Seconds between two looks into the store.")] = 30
     running: Annotated[
         bool, _described("The sensors run from the start; otherwise they are switched on in the UI.")
@@ -519,6 +530,7 @@ class ArtifactMirrorComponent(_StoreComponent):
         mirror = artifact_mirror(
             importer=self.importer,
             ref=self.ref,
+            digest=self.digest,
             minimum_interval_seconds=self.minimum_interval_seconds,
             running=self.running,
             **options,

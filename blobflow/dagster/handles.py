@@ -2,9 +2,21 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import dagster as dg
 
 from blobflow.artifact.manifest import Manifest
+from blobflow.errors import DigestMismatch
+
+PIN: Final = {
+    "digest": dg.Field(
+        dg.Noneable(str),
+        default_value=None,
+        description="Refuse every artifact but this one (sha256:...), whatever the store says.",
+    )
+}
+"""Run config of the first step of a download."""
 
 
 @dataclass(frozen=True)
@@ -66,3 +78,19 @@ class MirrorHandle:
 
     path: str
     digest: str
+
+
+def check_pinned(digest: str | None, remote: RemoteHandle) -> None:
+    """Return if the artifact is the one that the caller names, or if he names none.
+
+    Raises:
+        DigestMismatch: it is another one; whoever can write to the store may have put it there.
+    """
+    if digest is not None and digest != remote.digest:
+        raise DigestMismatch(
+            f"{remote.key!r} is the artifact {remote.digest}, not {digest}",
+            hint="give the digest that you trust, or look at who wrote to the store",
+            what=remote.key,
+            expected=digest,
+            actual=remote.digest,
+        )

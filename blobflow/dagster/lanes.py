@@ -20,7 +20,7 @@ import dagster as dg
 from blobflow.backends import Importer
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import StepJournal
-from blobflow.dagster.handles import RemoteHandle, SnapshotHandle, StagedHandle, UploadHandle
+from blobflow.dagster.handles import PIN, RemoteHandle, SnapshotHandle, StagedHandle, UploadHandle, check_pinned
 from blobflow.dagster.resource import BlobflowResource
 from blobflow.stores import Store
 from blobflow.transport import (
@@ -177,9 +177,10 @@ def download_in_lanes(
         alive = importer.current()
         return alive is not None and alive.digest == digest
 
-    @steps.op("download_plan")
+    @steps.op("download_plan", config_schema=PIN)
     def begin(context: dg.OpExecutionContext, remote: RemoteHandle) -> DownloadTicket:
         with steps.step(context) as (blobflow, _):
+            check_pinned(context.op_config["digest"], remote)
             importer = importer_of(context)
             if is_alive(importer, remote.digest):
                 return DownloadTicket(remote.key, remote.digest, lanes, 0, 0, 0)

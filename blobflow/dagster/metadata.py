@@ -33,6 +33,8 @@ SYMLINKS_SKIPPED: Final = "blobflow/symlinks_skipped"
 SCRATCH: Final = "blobflow/scratch"
 MIRROR_PATH: Final = "blobflow/mirror_path"
 MIRROR_STATUS: Final = "blobflow/mirror_status"
+SNAPSHOT: Final = "blobflow/snapshot"
+"""Source, database, position and digest of what is arriving at a receiver."""
 
 BYTES_SENT: Final = "blobflow/bytes_sent"
 BYTES_RECEIVED: Final = "blobflow/bytes_received"

@@ -8,8 +8,8 @@
 The two deployments share nothing but the store.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from blobflow.artifact.manifest import artifact_digest
 from blobflow.backends import Importer
 from blobflow.dagster.automation import mirror_condition
 from blobflow.dagster.failures import as_dagster_error
-from blobflow.dagster.handles import RemoteHandle
+from blobflow.dagster.handles import RemoteHandle, check_pinned
 from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, artifact_pipeline
 from blobflow.dagster.sensors import artifact_partitions, manifest_sensor, ref_sensor
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
@@ -44,15 +44,17 @@ class ArtifactMirror:
     references_key: str
     """The resource that says which artifact the mirror is to show."""
     references: dg.IOManagerDefinition
+    resources: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """More that it brings along: its own `BlobflowResource`, if it has one."""
 
     @cached_property
     def definitions(self) -> dg.Definitions:
-        """All of it but the `BlobflowResource`, which is the code location's to configure."""
+        """All of it but a `BlobflowResource` that is the code location's to configure."""
         return dg.Definitions(
             assets=[self.remote, self.mirror],
             jobs=[self.job],
             sensors=self.sensors,
-            resources={self.references_key: self.references},
+            resources={self.references_key: self.references, **self.resources},
         )
 
 
@@ -61,6 +63,7 @@ def artifact_mirror(
     importer: Importer | Callable[[str], Importer],
     *,
     ref: str | None = "latest",
+    digest: str | None = None,
     lanes: int = 1,
     translator: BlobflowTranslator | None = None,
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
@@ -78,6 +81,8 @@ def artifact_mirror(
     Args:
         name: Of the publishing pipeline: what its keys begin with.
         importer: Of the target; without a ref it may be a function of the partition key, which is the artifact's key.
+        digest: Refuse every artifact but this one (`sha256:...`), whoever writes to the store. A single run is held to
+            one by the config `digest` of its first step.
         lanes: Among how many steps each download is divided; see `artifact_pipeline`.
         pool: Concurrency pool of which downloads take a slot.
         minimum_interval_seconds: Between two looks into the store.
@@ -107,7 +112,8 @@ def artifact_mirror(
 
     @dg.io_manager(required_resource_keys={resource_key})
     def references(context: dg.InitResourceContext) -> dg.IOManager:
-        return _References(getattr(context.resources, resource_key).get_store(), f"{name}/{ref}" if ref else None)
+        store = getattr(context.resources, resource_key).get_store()
+        return _References(store, f"{name}/{ref}" if ref else None, digest)
 
     job = dg.define_asset_job(
         f"{name}_mirror_job",
@@ -160,26 +166,32 @@ class _MirrorTranslator(BlobflowTranslator):
 class _References(dg.IOManager):
     """Gives the mirror's download the artifact that it is to show, straight from the store."""
 
-    def __init__(self, store: Store, ref: str | None) -> None:
+    def __init__(self, store: Store, ref: str | None, digest: str | None) -> None:
         self._store = store
         self._ref = ref
+        self._digest = digest
 
     def load_input(self, context: dg.InputContext) -> RemoteHandle:
         try:
-            if self._ref is None:
-                key = context.asset_partition_key
-                return RemoteHandle(key, artifact_digest(read_manifest_bytes(self._store, key)))
-            state = read_ref(self._store, self._ref)
-            if state is None:
-                raise NotFoundError(
-                    f"there is no ref {self._ref!r} in {self._store.url}",
-                    hint="look at the deployment that publishes it, and at the url of the store",
-                )
-            return RemoteHandle(state.key, state.manifest_sha256, state.round_number)
+            remote = self._remote(context)
+            check_pinned(self._digest, remote)
+            return remote
         except BlobflowError as error:
             if error.retryable:
                 raise  # the step's retry policy takes care of it
             raise as_dagster_error(error, retry_number=0, retry_policy=None) from error
+
+    def _remote(self, context: dg.InputContext) -> RemoteHandle:
+        if self._ref is None:
+            key = context.asset_partition_key
+            return RemoteHandle(key, artifact_digest(read_manifest_bytes(self._store, key)))
+        state = read_ref(self._store, self._ref)
+        if state is None:
+            raise NotFoundError(
+                f"there is no ref {self._ref!r} in {self._store.url}",
+                hint="look at the deployment that publishes it, and at the url of the store",
+            )
+        return RemoteHandle(state.key, state.manifest_sha256, state.round_number)
 
     def handle_output(self, context: dg.OutputContext, obj: object) -> None:
         raise NotImplementedError("the asset is external: what it refers to is published elsewhere")

@@ -15,7 +15,7 @@ its result into metadata; that a step continues where an earlier one stopped is 
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,7 +30,15 @@ from blobflow.dagster import metadata as md
 from blobflow.dagster.automation import export_schedule
 from blobflow.dagster.checkpoints import StepJournal, transfer_journal
 from blobflow.dagster.failures import dagster_errors, error_metadata
-from blobflow.dagster.handles import MirrorHandle, RemoteHandle, SnapshotHandle, StagedHandle, UploadHandle
+from blobflow.dagster.handles import (
+    PIN,
+    MirrorHandle,
+    RemoteHandle,
+    SnapshotHandle,
+    StagedHandle,
+    UploadHandle,
+    check_pinned,
+)
 from blobflow.dagster.lanes import MAX_LANES, download_in_lanes, upload_in_lanes
 from blobflow.dagster.resource import BlobflowResource
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator, Stage
@@ -44,7 +52,7 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.lease import Lease, check_round, move_ref, read_ref
-from blobflow.rounds import content_key, round_number
+from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S, content_key, kept_alive, round_number
 from blobflow.stores import Store
 from blobflow.stores.base import key_segment
 from blobflow.transport import VerifyMode, download, read_manifest_bytes, upload, verify
@@ -105,6 +113,8 @@ def artifact_pipeline(
     translator: BlobflowTranslator | None = None,
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
     pool: str | None = None,
+    ttl_s: float = DEFAULT_TTL_S,
+    max_silence_s: float = DEFAULT_SILENCE_S,
     resource_key: str = "blobflow",
 ) -> ArtifactPipeline:
     """Assets that take snapshots of a source, keep them in a store, and bring them to life at a target.
@@ -131,6 +141,8 @@ def artifact_pipeline(
         retry_policy: For every step. Errors that pass (a store that is down, a busy round) are retried, others fail
             the step at once.
         pool: Concurrency pool of which uploads and downloads take a slot.
+        ttl_s: Seconds without a sign of life of an export after which another run may take its round over.
+        max_silence_s: Seconds without progress of an export after which its round is no longer held.
         resource_key: Under which the `BlobflowResource` is found.
 
     Raises:
@@ -148,7 +160,20 @@ def artifact_pipeline(
         made = (translator or BlobflowTranslator()).get_asset_spec(BlobflowAssetProps(name, stage, known))
         return made.replace_attributes(group_name=group_name) if group_name else made
 
-    plan = _Plan(name, exporter, importer, ref, verify_mode, partitions_def, retry_policy, pool, resource_key, lanes)
+    plan = _Plan(
+        name,
+        exporter,
+        importer,
+        ref,
+        verify_mode,
+        partitions_def,
+        retry_policy,
+        pool,
+        resource_key,
+        lanes,
+        ttl_s,
+        max_silence_s,
+    )
     snapshot_spec = spec("snapshot", exporter).merge_attributes(deps=deps)
     remote_spec = spec("remote", None)
     snapshot = _snapshot_asset(plan, snapshot_spec)
@@ -177,6 +202,8 @@ class _Plan:
     pool: str | None
     resource_key: str
     lanes: int = 1
+    ttl_s: float = DEFAULT_TTL_S
+    max_silence_s: float = DEFAULT_SILENCE_S
 
     def op(self, node: str, *, pool: bool = False, **options: Any) -> Callable[[Callable[..., Any]], dg.OpDefinition]:
         """The decorator of a step. The op's name is unique in the code location, the node's is not."""
@@ -213,27 +240,29 @@ def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
             store = blobflow.get_store()
             scratch = blobflow.scratch_path(plan.name, _segment(context), context.run_id)
             progress = journal.watch("export")
-            lease = _take_round(store, prefix)
+            lease = _take_round(store, prefix, plan.ttl_s)
             number: int | None = None
-
-            def alive(done: int, total: int) -> None:
-                if lease is not None and lease.renewal_due():
-                    lease.renew()
-                progress(done, total)
-
             try:
+                with kept_alive(lease, plan.max_silence_s) if lease else nullcontext() as alive:
+
+                    def report(done: int, total: int) -> None:
+                        if alive is not None:
+                            alive()
+                        progress(done, total)
+
+                    if lease is not None:
+                        number = round_number(store, lease, plan.ref_name(context) or prefix)
+                    _discard_all(scratch.parent, context)
+                    _mark_used(scratch, context)
+                    result = _chosen(plan.exporter, context).export(scratch / "artifact", on_progress=report)
                 if lease is not None:
-                    number = round_number(store, lease, plan.ref_name(context) or prefix)
-                _discard_all(scratch.parent, context)
-                _mark_used(scratch, context)
-                result = _chosen(plan.exporter, context).export(scratch / "artifact", on_progress=alive)
+                    # A round that was lost meanwhile ends here: what it exported is not handed on.
+                    lease.complete(result.artifact.manifest.cursor)
             except BaseException:
                 shutil.rmtree(scratch, ignore_errors=True)
                 if lease is not None:
                     lease.abandon()
                 raise
-            if lease is not None:
-                lease.complete(result.artifact.manifest.cursor)
             artifact, manifest = result.artifact, result.artifact.manifest
             handle = SnapshotHandle(content_key(prefix, artifact), str(scratch), artifact.manifest_bytes, number)
             stored = _stored_digest(store, handle.key, manifest)
@@ -433,9 +462,10 @@ def _mirror_asset(plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey) -> d
             **md.throughput(result.bytes_received, result.seconds),
         }
 
-    @plan.op("download", pool=True)
+    @plan.op("download", pool=True, config_schema=PIN)
     def download_artifact(context: dg.OpExecutionContext, remote: RemoteHandle) -> StagedHandle:
         with plan.step(context) as (blobflow, journal):
+            check_pinned(context.op_config["digest"], remote)
             importer = _chosen(plan.importer, context)
             alive = importer.current()
             if alive is not None and alive.digest == remote.digest:
@@ -549,7 +579,7 @@ def _segment(context: dg.OpExecutionContext) -> str:
     return key_segment(context.partition_key)
 
 
-def _take_round(store: Store, prefix: str) -> Lease | None:
+def _take_round(store: Store, prefix: str, ttl_s: float) -> Lease | None:
     """The lease of the round; None where the store cannot hold one.
 
     Raises:
@@ -557,7 +587,7 @@ def _take_round(store: Store, prefix: str) -> Lease | None:
     """
     if not store.abilities.conditional:
         return None
-    lease = Lease(store, f"{prefix}/round")
+    lease = Lease(store, f"{prefix}/round", ttl_s=ttl_s)
     if not lease.try_acquire():
         raise TransferBusy(
             f"another run is exporting {prefix!r} at this moment",

@@ -5,6 +5,7 @@
 | `envelope` | the frames on the wire |
 | `machine` | the rules of receiving, without I/O |
 | `receiver` | the files, the locks |
+| `received` | a receiver's directory as a store that is read |
 | `sending` | where the chunks come from |
 | `server`, `client` | HTTP; the server needs the extra `blobflow[mirror]` |
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from blobflow.mirror.envelope import SnapshotEnvelope, SnapshotId
 from blobflow.mirror.machine import Bootstrapping, Following, ReceiverStatus
+from blobflow.mirror.received import ReceivedStore
 from blobflow.mirror.receiver import Committed, MirrorReceiver, Pending, read_snapshots
 from blobflow.mirror.sending import Snapshot
 
@@ -22,6 +24,7 @@ __all__ = [
     "Following",
     "MirrorReceiver",
     "Pending",
+    "ReceivedStore",
     "ReceiverStatus",
     "Snapshot",
     "SnapshotEnvelope",

@@ -26,6 +26,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from pydantic import JsonValue
+
 from blobflow.checksum import Buffer, combine_crc32c, crc32c
 from blobflow.config import MIB
 from blobflow.errors import (
@@ -43,7 +45,7 @@ REPORT_EVERY_BYTES: Final = MIB
 REMEMBERED_CHUNKS: Final = 64
 """More than any sender has in flight."""
 
-Cursor: TypeAlias = str | int | None
+Cursor: TypeAlias = JsonValue
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, NamedTuple
 
 from blobflow.checksum import Buffer
 from blobflow.config import MIB
@@ -100,7 +100,7 @@ class MirrorReceiver:
         checkpoint_bytes: int = DEFAULT_CHECKPOINT_BYTES,
         max_snapshot_bytes: int | None = None,
     ) -> None:
-        self._directory = Path(data_dir).absolute() / "recv_snapshots"
+        self._directory = _snapshots_of(data_dir)
         self._on_progress = on_progress
         self._checkpoint_bytes = checkpoint_bytes
         self._max_snapshot_bytes = max_snapshot_bytes
@@ -171,8 +171,9 @@ class MirrorReceiver:
         """
         slot = self._slot(snapshot)
         with slot.lock:
-            step = machine.follow(self._loaded(slot, snapshot), cursor)
-            self._perform(slot, step)
+            self._loaded(slot, snapshot)
+            step = slot.files.follow(snapshot, cursor)
+            slot.state = step.state
         log.info("mirror.following %s", _about(snapshot))
         self._report(snapshot, step)
 
@@ -227,7 +228,8 @@ class MirrorReceiver:
     def _loaded(self, slot: _Slot, snapshot: SnapshotId) -> SessionState:
         if self._lock_file < 0:
             raise TransferBusy("the receiver is closed", path=str(self._directory))
-        if slot.state is None:
+        if slot.state is None or slot.state.committed:
+            # A complete snapshot is other processes' as well: they note that it was imported, and remove it.
             slot.state = slot.files.restore(snapshot)
         return slot.state
 
@@ -254,15 +256,52 @@ class MirrorReceiver:
                 self._on_progress(snapshot, status)
 
 
+class Received(NamedTuple):
+    """A complete snapshot in a receiver's directory."""
+
+    id: SnapshotId
+    path: Path
+    status: ReceiverStatus
+
+
 def read_snapshots(data_dir: str | os.PathLike[str]) -> dict[SnapshotId, ReceiverStatus]:
     """What the journals in a receiver's directory vouch for, also while the receiver works in it."""
-    found: dict[SnapshotId, ReceiverStatus] = {}
-    directory = Path(data_dir).absolute() / "recv_snapshots"
-    for snapshot, files in _journals(directory):
+    return {snapshot: state.status for snapshot, _, state in _states(data_dir)}
+
+
+def read_received(data_dir: str | os.PathLike[str]) -> list[Received]:
+    """The complete snapshots in a receiver's directory, by database and position, also while the receiver works."""
+    return [
+        Received(snapshot, files.snapshot, state.status)
+        for snapshot, files, state in _states(data_dir)
+        if state.committed
+    ]
+
+
+def follow_received(data_dir: str | os.PathLike[str], snapshot: SnapshotId, cursor: Cursor) -> None:
+    """`MirrorReceiver.follow` from another process, also while the receiver works in the directory.
+
+    Raises:
+        IntegrityError: the snapshot is not complete, or not there any more.
+    """
+    _Files.of(_snapshots_of(data_dir), snapshot.checked()).follow(snapshot, cursor)
+
+
+def remove_received(data_dir: str | os.PathLike[str], snapshot: SnapshotId) -> None:
+    """Remove a complete snapshot, also while the receiver works in the directory; may be called again."""
+    _Files.of(_snapshots_of(data_dir), snapshot.checked()).remove()
+
+
+def _snapshots_of(data_dir: str | os.PathLike[str]) -> Path:
+    return Path(data_dir).absolute() / "recv_snapshots"
+
+
+def _states(data_dir: str | os.PathLike[str]) -> Iterator[tuple[SnapshotId, _Files, SessionState]]:
+    """What is on disk of each snapshot of which there is something, by database and position."""
+    for snapshot, files in _journals(_snapshots_of(data_dir)):
         state = files.restore(snapshot, repair=False)
         if state.begun:
-            found[snapshot] = state.status
-    return found
+            yield snapshot, files, state
 
 
 def _journals(directory: Path) -> list[tuple[SnapshotId, _Files]]:
@@ -310,6 +349,24 @@ class _Files:
             with _doing("truncate partial file", self.partial):
                 os.truncate(self.partial, state.offset)
         return state
+
+    def follow(self, snapshot: SnapshotId, cursor: Cursor) -> Step:
+        """Note that a complete snapshot was imported. Other processes may do so at the same time."""
+        with suppress(FileNotFoundError), _opened(self.journal, _READ) as journal:
+            fcntl.flock(journal, fcntl.LOCK_EX)
+            step = machine.follow(self.restore(snapshot), cursor)
+            for action in step.actions:
+                self.perform(action)
+            return step
+        return machine.follow(SessionState(snapshot), cursor)  # which says that it is not there
+
+    def remove(self) -> None:
+        """Remove a complete snapshot; then its journal, without which nobody would find it again."""
+        with _doing("remove snapshot", self.snapshot):
+            if self.snapshot.exists():
+                self.snapshot.unlink()
+                self.journal.unlink(missing_ok=True)
+                _sync_directory(self._directory)
 
     def perform(self, action: machine.Action) -> None:
         match action:

@@ -94,14 +94,22 @@ class Snapshot:
 
     @classmethod
     def of_artifact(
-        cls, store: Store, key: str, *, source: str, database: str, position: int | None = None
+        cls,
+        store: Store,
+        key: str,
+        *,
+        source: str,
+        database: str,
+        position: int | None = None,
+        expected_digest: str | None = None,
     ) -> Snapshot:
         """The payload of an artifact; nothing is read but its manifest, which knows the checksum.
 
         Args:
             position: Default: the microsecond in which the artifact was made.
+            expected_digest: Refuse every artifact but this one.
         """
-        remote = RemoteArtifact.open(store, key, None)
+        remote = RemoteArtifact.open(store, key, expected_digest)
         if position is None:
             position = int(remote.manifest.created_at.timestamp() * 1_000_000)
         return cls(

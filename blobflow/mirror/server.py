@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 MIN_TOKEN_CHARACTERS: Final = 16
 _MAX_PUSHES: Final = 16
+_TIMER_SHARE: Final = 0.1
+"""Of the idle timeout, by which silence may be noticed early."""
 _STATUS: Final[tuple[tuple[type[BlobflowError], int], ...]] = (
     (ObjectTooLarge, 413),
     (OffsetRegressionError, 409),
@@ -150,7 +152,10 @@ class _Api:
                     complete = isinstance(outcome, Committed)
                     done = envelope.total_bytes if complete else outcome.bytes_done
                     reached[envelope.id] = {**envelope.id._asdict(), "bytes_done": done, "complete": complete}
-                silence.deadline = anyio.current_time() + self._idle_timeout_s
+                # Each move of a deadline is a new timer: not for every piece of a few kilobytes.
+                deadline = anyio.current_time() + self._idle_timeout_s
+                if not 0 <= deadline - silence.deadline < self._idle_timeout_s * _TIMER_SHARE:
+                    silence.deadline = deadline
         if silence.cancelled_caught:
             raise TimedOut("no byte arrived", operation="push", timeout_s=self._idle_timeout_s)
         if decoder.pending:
@@ -172,7 +177,7 @@ def mirror_app(
         token: What senders give as `Authorization: Bearer`; at least 16 characters.
         max_frame_bytes: Payload of one frame; memory is this times `max_pushes`.
         max_pushes: Requests that carry frames at the same time; others are told to wait.
-        idle_timeout_s: For a single byte of a body to arrive.
+        idle_timeout_s: For a single byte of a body to arrive; a tenth less, at worst.
 
     Raises:
         UsageError: the token is too short to keep anybody out.

@@ -57,6 +57,7 @@ def copy_artifact(
     *,
     profile: ChunkProfile | None = None,
     overwrite: bool = False,
+    expected_digest: str | None = None,
     on_progress: OnProgress | None = None,
     on_checkpoint: OnRecord | None = None,
 ) -> CopyResult:
@@ -77,11 +78,14 @@ def copy_artifact(
 
     Args:
         overwrite: Replace another artifact under the key. Readers see the old, the new, or a retryable error.
+        expected_digest: Refuse every artifact but this one. What lands under its manifest is still proven by CRC32C
+            here, and by SHA-256 where it is read.
         on_progress: Called in the calling thread about twice a second; raising from it stops the copy cleanly.
         on_checkpoint: Called in the calling thread after each saved checkpoint, at the end and on failure.
 
     Raises:
         ArtifactNotFound: nothing under the source key.
+        DigestMismatch: another artifact than `expected_digest` is there; nothing was sent.
         ArtifactInvalid, SizeMismatch, ChecksumMismatch: the source is damaged; nothing was published.
         ObjectChanged: the source was replaced meanwhile; try again.
         KeyConflict: the target key holds another artifact.
@@ -92,7 +96,7 @@ def copy_artifact(
     in_place = _is_same_place(source_store, target_store)
     if in_place and source_key == target_key:
         raise UsageError(f"{source_key!r} cannot be copied to itself", key=source_key)
-    payload = RemotePayload(RemoteArtifact.open(source_store, source_key, None))
+    payload = RemotePayload(RemoteArtifact.open(source_store, source_key, expected_digest))
     errand = Errand(target_store, target_key, payload, profile, overwrite, on_progress, on_checkpoint, "copy", _DAMAGED)
     result = run(errand, _ServerCopy if in_place else MultipartUpload)
     meter = payload.meter

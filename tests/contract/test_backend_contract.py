@@ -14,12 +14,15 @@ from blobflow import (
     AppendLogImporter,
     DirectoryExporter,
     DirectoryImporter,
+    ParquetExporter,
+    ParquetImporter,
     SqliteExporter,
     SqliteImporter,
 )
 from blobflow.backends.append_log import read_state
 from blobflow.backends.sqlite import DATABASE_NAME
 from blobflow.testing import BackendContract
+from tests.kit import read_parquet, write_parquet
 
 
 @pytest.mark.seed("1.24")
@@ -57,6 +60,25 @@ class TestAppendLog(BackendContract):
         revision = read_state(target / "current").items["revision"]
         assert isinstance(revision, int)
         return revision
+
+
+@pytest.mark.seed("1.24")
+class TestParquet(BackendContract):
+    """One file for each revision."""
+
+    def write_source(self, source: Path, revision: int) -> None:
+        folder = source / f"year={2000 + revision}"
+        folder.mkdir()
+        write_parquet(folder / "part-0.parquet", {"number": [revision] * revision})
+
+    def exporter(self, source: Path) -> ParquetExporter:
+        return ParquetExporter(path=source)
+
+    def importer(self, target: Path) -> ParquetImporter:
+        return ParquetImporter(path=target)
+
+    def revision_of(self, target: Path) -> int:
+        return max(read_parquet(path, "number")[0] for path in (target / "current").glob("year=*/*.parquet"))
 
 
 @pytest.mark.seed("1.24")

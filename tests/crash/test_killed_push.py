@@ -47,7 +47,7 @@ def assert_arrived(place: Place, cargo: Freight, document: dict[str, Any], unpac
     assert cargo.is_whole(unpacked / "data")
 
 
-@pytest.mark.seed("1.2", "0.11")
+@pytest.mark.seed("1.2", "0.11", "W1.4")
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_push_is_finished_by_another_machine(
     seed: int, place: Place, cargo: Freight, machine: Machines, tmp_path: Path

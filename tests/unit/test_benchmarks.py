@@ -80,7 +80,10 @@ def test_the_smallest_run_fills_the_whole_table(tmp_path: Path, capsys: pytest.C
         ("start", "blobflow, --version"),
         ("start", "blobflow, push, first use of a store"),
         ("start", "blobflow, push, nothing changed"),
+        ("mirror", "blobflow, mirror push"),
+        ("mirror", "blobflow, mirror push --file"),
     }
+    assert document["summary"]["mirror"]["blobflow, mirror push"]["cpu_s_per_gb"] > 0
     one_up = document["summary"]["one-up"]["blobflow"]
     assert one_up["wall_s"] > 0 < one_up["cpu_s"]
     assert 16 * MIB < one_up["bytes_in"] < 17 * MIB

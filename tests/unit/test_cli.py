@@ -9,12 +9,14 @@ import os
 import random
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,11 @@ from typing import Any
 import pytest
 
 import blobflow
+from blobflow import AppendLog, AppendLogImporter
 from blobflow.artifact.landing import Stage
+from blobflow.backends import BACKENDS
 from blobflow.cli import run
+from blobflow.cli.commands import _BACKENDS
 from blobflow.cli.progress import LINE_EVERY_S, Lines
 from blobflow.cli.settings import Settings
 from blobflow.scratch import scratch_directory
@@ -220,6 +225,89 @@ def test_pull_imports_into_a_mirror_and_skips_what_is_alive(call: Call, source: 
     assert call("pull", "tuesday", "--import", "directory", mirror).code == 0
     assert read_tree(mirror / "current") == read_tree(source)
     assert list((mirror / ".incoming").iterdir()) == []
+
+
+def database(path: Path, rows: int) -> None:
+    """An SQLite database with so many rows."""
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE IF NOT EXISTS orders (id INTEGER PRIMARY KEY)")
+        connection.executemany("INSERT OR IGNORE INTO orders VALUES (?)", [(row,) for row in range(1, rows + 1)])
+
+
+@pytest.mark.parametrize("exported_first", [True, False], ids=["export", "push"])
+def test_a_database_is_pushed_and_brought_to_life(call: Call, tmp_path: Path, exported_first: bool):
+    """--from sqlite, --import sqlite: the mirror shows the newest one and says where it stands."""
+    query = ("--from", "sqlite", "--cursor-query", "SELECT max(id) FROM orders")
+    for rows in (3, 5):
+        database(tmp_path / "orders.db", rows)
+        if exported_first:
+            assert call("export", tmp_path / "orders.db", tmp_path / f"artifact-{rows}", *query).code == 0
+            assert call("push", tmp_path / f"artifact-{rows}", f"orders/{rows}").code == 0
+        else:
+            assert call("push", tmp_path / "orders.db", f"orders/{rows}", *query).code == 0
+        pulled = call("pull", f"orders/{rows}", "--import", "sqlite", tmp_path / "mirror", "--json").document
+        assert pulled["status"] == "imported"
+        with closing(sqlite3.connect(tmp_path / "mirror" / "current" / "database.sqlite")) as shown:
+            assert shown.execute("SELECT max(id) FROM orders").fetchone() == (rows,)
+        status = call("mirror", "status", tmp_path / "mirror", "--json").document
+        assert (status["state"], status["cursor"], status["key"]) == ("following", rows, f"orders/{rows}")
+    again = call("pull", "orders/5", "--import", "sqlite", tmp_path / "mirror", "--json").document
+    assert (again["status"], again["bytes_received"]) == ("unchanged", 0)
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_log_is_pushed_and_brought_to_life(call: Call, tmp_path: Path):
+    """--from append-log, --import append-log; the imported log goes on where the snapshot ended."""
+    with AppendLog(tmp_path / "log") as log:
+        log.append("a", 1)
+    assert call("push", tmp_path / "log", "log/1", "--from", "append-log").code == 0
+    assert call("pull", "log/1", "--import", "append-log", tmp_path / "mirror").code == 0
+    with AppendLogImporter(path=tmp_path / "mirror").open() as live:
+        assert (live.cursor, live.append("b", 2)) == (1, 2)
+
+
+def test_what_does_not_fit_a_backend_is_refused_before_a_byte_moves(call: Call, source: Path, tmp_path: Path):
+    """Options of another backend, an artifact of another one, one that is an artifact already."""
+    wrong = call("push", source, "k", "--cursor-query", "SELECT 1")
+    assert (wrong.code, "--cursor-query is no option for --from directory" in wrong.err) == (2, True)
+    database(tmp_path / "db", 1)
+    wrong = call("export", tmp_path / "db", tmp_path / "a", "--from", "sqlite", "--exclude", "x")
+    assert (wrong.code, "--exclude is no option for --from sqlite" in wrong.err) == (2, True)
+    call("push", source, "k")
+    other = call("pull", "k", "--import", "sqlite", tmp_path / "mirror")
+    assert (other.code, "--import directory TARGET" in other.err) == (5, True)
+    assert not (tmp_path / "mirror").exists()
+    call("export", source, tmp_path / "artifact")
+    late = call("push", tmp_path / "artifact", "other", "--from", "directory")
+    assert (late.code, "--from comes too late" in late.err) == (2, True)
+    missing = call("push", tmp_path / "absent.db", "k", "--from", "sqlite")
+    assert (missing.code, "absent.db does not exist" in missing.err) == (4, True)
+
+
+def test_the_command_line_knows_every_backend():
+    """What Python has, `--from` and `--import` have."""
+    assert list(_BACKENDS.choices) == sorted(BACKENDS)
+
+
+@pytest.mark.seed("W1.9")
+def test_a_digest_pins_the_artifact(call: Call, source: Path, tmp_path: Path):
+    """Whoever replaces an artifact, its manifest and its ref: who gave the digest gets exit 3, and nothing lands."""
+    digest = call("push", source, "orders/1", "--json").document["artifact_digest"]
+    (source / "empty").write_text("forged")
+    call("push", source, "orders/1", "--overwrite")
+    call("ref", "set", "orders/latest", "orders/1")
+    url = f"file://{tmp_path}/elsewhere"
+    for command in (
+        ("verify", "orders/1", "--shallow"),
+        ("verify", "orders/1", "--deep"),
+        ("pull", "orders/1", tmp_path / "dest"),
+        ("pull", "orders/1", "--import", "directory", tmp_path / "mirror"),
+        ("copy", str(tmp_path / "store"), "orders/1", url),
+    ):
+        assert call(*command, "--digest", digest).code == 3, command
+    assert not (tmp_path / "dest").exists()
+    assert not (tmp_path / "mirror" / "current").exists()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_an_import_that_was_killed_after_its_download_fetches_nothing_again(call: Call, source: Path, tmp_path: Path):

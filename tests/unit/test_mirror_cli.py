@@ -126,3 +126,36 @@ def test_a_wrong_token_is_an_error_of_usage(
     monkeypatch.setenv("BLOBFLOW_MIRROR_TOKEN", "not the right token")
     code, document = call(capsys, "mirror", "push", "--file", __file__, url, *NAMES)
     assert (code, document["error"]["type"]) == (2, "StoreConfigurationError")
+
+
+def test_what_was_received_is_imported_and_followed(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """`mirror import` while the receiver serves: the newest artifact is shown, and its snapshot is Following."""
+    store = local_store(tmp_path)
+    for position in (1, 2, 3):
+        artifact = artifact_of(tmp_path / str(position), {"number": str(position)})
+        upload(store, f"orders/{position}", artifact)
+        command = ("--store", store.url, "mirror", "push", f"orders/{position}", url, *NAMES, "--position", position)
+        assert call(capsys, *command, "--digest", artifact.digest)[0] == 0
+    shown = tmp_path / "shown"
+    command = ("mirror", "import", tmp_path / "mirror", "orders", "directory", shown)
+    code, done = call(capsys, *command)
+    assert (code, done["status"], done["position"], done["cursor"], done["removed"]) == (0, "imported", 3, 3, [1])
+    assert (shown / "current" / "number").read_text() == "3"
+    code, again = call(capsys, *command, "--keep", 1)
+    assert (code, again["status"], again["bytes_received"], again["removed"]) == (0, "unchanged", 0, [2])
+    code, status = call(capsys, "mirror", "status", tmp_path / "mirror")
+    assert [(each["position"], each["status"], each["cursor"]) for each in status["snapshots"]] == [(3, "following", 3)]
+    code, refusal = call(capsys, "mirror", "import", tmp_path / "mirror", "users", "directory", shown)
+    assert (code, refusal["error"]["type"]) == (4, "NotFoundError")
+    code, refusal = call(capsys, "mirror", "import", tmp_path / "mirror", "orders", "sqlite", tmp_path / "db")
+    assert (code, refusal["error"]["type"]) == (5, "RefusedError")
+
+
+@pytest.mark.seed("W1.9")
+def test_only_the_artifact_that_was_meant_is_pushed(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """With --digest, another one under the key is not sent on."""
+    store = local_store(tmp_path)
+    upload(store, "orders/1", artifact_of(tmp_path))
+    wrong = ("mirror", "push", "orders/1", url, *NAMES, "--digest", "sha256:" + "0" * 64)
+    assert call(capsys, "--store", store.url, *wrong)[0] == 3
+    assert read_snapshots(tmp_path / "mirror") == {}

@@ -277,6 +277,41 @@ def test_an_artifact_is_pushed_by_its_manifest(client: MirrorClient, receiver: M
     assert committed.path.read_bytes() == store.get("orders/1", max_bytes=1 << 20).data
 
 
+@pytest.mark.seed("2.4")
+def test_a_disk_that_hangs_keeps_nobody_else_waiting(
+    server: MirrorServer, client: MirrorClient, snapshot: Snapshot, source: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """While a push waits for the disk in its thread, the server's event loop answers others and takes their pushes."""
+    stuck, go_on = threading.Event(), threading.Event()
+    real = os.pwrite
+
+    def hangs(descriptor: int, data: Any, offset: int) -> int:
+        if not stuck.is_set():
+            stuck.set()
+            assert go_on.wait(60)
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", hangs)
+    pushed: list[str] = []
+
+    def push() -> None:
+        with MirrorClient(server.url, token=TOKEN) as other:
+            pushed.append(other.push(snapshot).status)
+
+    waiting = threading.Thread(target=push)
+    waiting.start()
+    try:
+        assert stuck.wait(60)
+        users = Snapshot.of_file(source, source="east", database="users")
+        assert client.status(users.id)["status"] == "absent"
+        assert client.push(users).status == "pushed"
+        assert pushed == []
+    finally:
+        go_on.set()
+        waiting.join()
+    assert pushed == ["pushed"]
+
+
 @pytest.mark.seed("W2.3")
 def test_two_databases_share_one_connection(server: MirrorServer, receiver: MirrorReceiver):
     """Frames of two snapshots in turns in one body are both right."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import subprocess
+import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from blobflow import (
+    AppendLog,
+    AppendLogExporter,
     DirectoryExporter,
     ExportResult,
     Lease,
@@ -131,7 +136,7 @@ def test_who_lost_the_lease_publishes_nothing(store: LocalStore, scratch: Path, 
     assert list(scratch.iterdir()) == []
 
 
-@pytest.mark.seed("1.22")
+@pytest.mark.seed("1.22", "1.23")
 def test_a_completion_that_fails_is_only_a_warning(
     store: LocalStore, scratch: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -144,7 +149,9 @@ def test_a_completion_that_fails_is_only_a_warning(
     with caplog.at_level(logging.WARNING):
         result = run_export_round(FaultyStore(store, faults), "orders", exporter_of(tmp_path), scratch_dir=scratch)
     assert result is not None
+    assert result.ref == read_ref(store, "orders/latest")
     assert "round.completion_failed name=orders" in caplog.text
+    assert list(scratch.iterdir()) == []
 
 
 @pytest.mark.seed("W1.5")
@@ -189,7 +196,80 @@ class Scripted:
         return result
 
 
+WORKER = """
+import sys
+from pathlib import Path
+
+from blobflow import DirectoryExporter, open_store, run_export_round
+
+store, source, books, me = sys.argv[1:]
+books = Path(books)
+
+
+class Waits(DirectoryExporter):
+    def export(self, dest, **options):
+        (books / f"exports-{me}").touch()
+        while len(list(books.glob("none-*"))) < 7:  # every other one asks while this one exports
+            pass
+        return super().export(dest, **options)
+
+
+done = run_export_round(open_store(store), "orders", Waits(path=source), scratch_dir=books / "scratch")
+(books / f"{'none' if done is None else 'done'}-{me}").touch()
+"""
+
+
 @pytest.mark.seed("1.20")
+def test_of_eight_processes_one_exports(store: LocalStore, scratch: Path, tmp_path: Path):
+    """Eight processes, one round: one export, and seven are told None and have written nothing."""
+    source = write_tree(tmp_path / "source", TREE)
+    (tmp_path / "books" / "scratch").mkdir(parents=True)
+    command = [sys.executable, "-c", WORKER, store.url, source, tmp_path / "books"]
+    workers = [subprocess.Popen([*command, str(number)]) for number in range(8)]
+    try:
+        assert [worker.wait(100) for worker in workers] == [0] * 8
+    finally:
+        for worker in workers:
+            worker.kill()
+    kinds = [path.name.partition("-")[0] for path in (tmp_path / "books").iterdir() if path.is_file()]
+    assert Counter(kinds) == {"none": 7, "exports": 1, "done": 1}
+    assert lease_of(store)["generation"] == 1
+    ref = read_ref(store, "orders/latest")
+    assert ref is not None
+    assert ref.generation == 1
+    assert list((tmp_path / "books" / "scratch").iterdir()) == []
+
+
+@pytest.mark.seed("1.22")
+def test_a_round_is_completed_by_its_upload_alone(store: LocalStore, scratch: Path, tmp_path: Path):
+    """The cursor of the completion record is that of the last round that was uploaded; a failed one leaves it."""
+    log = AppendLogExporter(path=tmp_path / "log")
+
+    def append(key: str) -> None:
+        with AppendLog(log.path) as opened:
+            opened.append(key, 1)
+
+    append("a")
+    seen: list[object] = []
+
+    def watch(request: Request) -> Fault | None:
+        if request.operation == "complete_multipart":
+            seen.append(lease_of(store)["cursor"])
+            return FailBefore() if len(seen) == 2 else None
+        return None
+
+    faulty = FaultyStore(store, watch)
+    assert run_export_round(faulty, "orders", log, scratch_dir=scratch) is not None
+    assert lease_of(store)["cursor"] == 1
+    append("b")
+    with pytest.raises(StoreUnavailable):
+        run_export_round(faulty, "orders", log, scratch_dir=scratch)
+    assert (lease_of(store)["cursor"], lease_of(store)["owner"]) == (1, "")
+    assert run_export_round(faulty, "orders", log, scratch_dir=scratch) is not None
+    assert lease_of(store)["cursor"] == 2
+    assert seen == [None, 1, 1]
+
+
 def test_of_eight_that_want_one_round_one_exports(store: LocalStore, scratch: Path, tmp_path: Path):
     """Seven get None and have done nothing."""
     all_asked = threading.Barrier(8)

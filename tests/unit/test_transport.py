@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -28,6 +29,7 @@ from blobflow import (
     upload,
     verify,
 )
+from blobflow.artifact import landing
 from blobflow.artifact.artifact import write_artifact
 from blobflow.artifact.manifest import MAX_MANIFEST_BYTES
 from blobflow.checksum import crc32c
@@ -52,10 +54,12 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.intent import SUFFIX, IntentKeeper
+from blobflow.lease import move_ref
+from blobflow.mirror import Snapshot
 from blobflow.stores.base import Store
 from blobflow.stores.local import LocalStore
 from blobflow.testing import Executable, FaultyStore, Hook, Request, Tree, read_tree, write_tree
-from blobflow.transport import ProgressEvent, read_manifest_bytes
+from blobflow.transport import ProgressEvent, begin_download, copy_artifact, read_manifest_bytes
 from tests.kit import SERIAL, SMALL, TREE, Killed, artifact_of, dies_at, keys, local_store, noise, watched
 from tests.servers import S3Endpoint
 
@@ -255,7 +259,7 @@ def test_an_upload_killed_at_any_request_leaves_a_whole_artifact_or_none(artifac
     assert number > 15
 
 
-@pytest.mark.seed("1.2", "1.8")
+@pytest.mark.seed("1.2", "1.8", "W1.5")
 def test_an_overwrite_killed_at_any_request_never_mixes(artifact: Artifact, tmp_path: Path):
     """What a reader finds is whole: the old artifact, the new one, or a temporary error."""
     new = artifact_of(tmp_path / "new", {"new": noise(9000, 9)})
@@ -467,7 +471,7 @@ def test_another_artifact_is_refused(artifact: Artifact, store: LocalStore, tmp_
     verify(store, KEY, expected_digest=artifact.digest)
 
 
-@pytest.mark.seed("1.8")
+@pytest.mark.seed("1.8", "W1.5")
 def test_overwriting_gives_readers_the_old_or_the_new(store: LocalStore, tmp_path: Path):
     """A reader in a loop during thirty swaps: every answer is one of the two, or asks to be tried again."""
     trees: list[Tree] = [{"f": noise(9000, 1)}, {"f": noise(9000, 2)}]
@@ -741,7 +745,7 @@ def test_a_stalled_server_is_an_error_that_names_the_operation():
     assert refusal.value.key == f"{KEY}.manifest.json"
 
 
-@pytest.mark.seed("1.19")
+@pytest.mark.seed("1.19", "W1.10")
 def test_absent_and_damaged_are_two_errors(artifact: Artifact, store: LocalStore):
     """Who retries and who gives up can tell: not found is 4, damaged is 3, being replaced is temporary."""
     for call in (read_manifest, verify):
@@ -874,6 +878,101 @@ def test_the_embedded_manifest_is_the_sibling(artifact: Artifact, store: LocalSt
             with pytest.raises((ArtifactInvalid, SizeMismatch)):
                 call()
         assert not (tmp_path / "dest").exists()
+
+
+@pytest.mark.seed("W1.8")
+def test_no_more_is_fetched_than_the_manifest_announces(artifact: Artifact, store: LocalStore, tmp_path: Path):
+    """A payload that grew, or a manifest that announces another size: refused before a byte of the payload is read."""
+    upload(store, KEY, artifact, profile=SMALL)
+    whole = store.get(KEY, max_bytes=1 << 20).data
+    seen = watched(store)
+    for payload in (whole + bytes(512), whole[:-512]):
+        store.put(KEY, payload)
+        with pytest.raises(SizeMismatch) as refusal:
+            download(seen, KEY, tmp_path / "dest", profile=SMALL)
+        assert (refusal.value.expected, refusal.value.actual) == (len(whole), len(payload))
+    assert seen.count("get_range") == 0
+    assert not (tmp_path / "dest").exists()
+
+
+@pytest.mark.seed("W1.8")
+def test_what_landed_is_durable_before_it_has_its_name(
+    artifact: Artifact, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All files are synced, then the directory is renamed, then its parent is synced."""
+    upload(store, KEY, artifact, profile=SMALL)
+    events: list[str] = []
+
+    def watch(name: str) -> None:
+        real: Callable[..., None] = getattr(landing, name)
+
+        def function(path: Path) -> None:
+            events.append(f"{name} {path.name}" if path == tmp_path else name)
+            real(path)
+
+        monkeypatch.setattr(landing, name, function)
+
+    rename = os.rename
+
+    def renamed(source: Path, target: Path) -> None:
+        if Path(target) == tmp_path / "dest":
+            events.append("rename")
+        rename(source, target)
+
+    watch("sync_tree")
+    watch("fsync_directory")
+    monkeypatch.setattr(os, "rename", renamed)
+    download(store, KEY, tmp_path / "dest", profile=SMALL)
+    at = events.index("rename")
+    assert events[at - 1 :] == ["sync_tree", "rename", f"fsync_directory {tmp_path.name}"]
+
+
+@pytest.mark.seed("W1.9")
+def test_who_writes_the_bucket_cannot_pass_for_a_pinned_artifact(artifact: Artifact, store: LocalStore, tmp_path: Path):
+    """Payload, sibling and ref are replaced, and agree: without a digest that is an artifact, with it none of ours."""
+    upload(store, KEY, artifact, profile=SMALL)
+    move_ref(store, "orders/latest", KEY, artifact.digest)
+    forged = artifact_of(tmp_path / "forged", {"big.bin": "not what was published"})
+    upload(store, KEY, forged, overwrite=True)
+    move_ref(store, "orders/latest", KEY, forged.digest)
+    assert verify(store, KEY, mode="deep").artifact_digest == forged.digest
+    elsewhere = LocalStore(tmp_path / "elsewhere")
+    pinned: dict[str, Any] = {"expected_digest": artifact.digest}
+    ref: dict[str, Any] = {"source": "east", "database": "orders"}
+    for call in (
+        lambda: verify(store, KEY, mode="shallow", **pinned),
+        lambda: verify(store, KEY, mode="deep", **pinned),
+        lambda: download(store, KEY, tmp_path / "dest", **pinned),
+        lambda: begin_download(store, KEY, tmp_path / "dest", lanes=2, **pinned),
+        lambda: copy_artifact(store, KEY, elsewhere, KEY, **pinned),
+        lambda: Snapshot.of_artifact(store, KEY, **ref, **pinned),
+    ):
+        with pytest.raises(DigestMismatch) as refusal:
+            call()
+        assert (refusal.value.expected, refusal.value.actual) == (artifact.digest, forged.digest)
+        assert not refusal.value.retryable
+    assert not (tmp_path / "dest").exists()
+    assert keys(elsewhere) == []
+
+
+@pytest.mark.seed("W1.9")
+def test_a_pinned_manifest_cannot_have_other_content(artifact: Artifact, store: LocalStore, tmp_path: Path):
+    """The right manifest above a payload whose CRC32C was made to fit: every member's SHA-256 is pinned with it."""
+    upload(store, KEY, artifact, profile=SMALL)
+    payload = bytearray(store.get(KEY, max_bytes=1 << 20).data)
+    before, at = crc32c(payload), payload.index(noise(20_000, 1)) + 10_000
+    # CRC32C is linear, and of its own polynomial it is 0: this difference does not change it.
+    for number, byte in enumerate((0x82F63B78 << 1 | 1).to_bytes(5, "little")):
+        payload[at + number] ^= byte
+    assert crc32c(payload) == before
+    store.put(KEY, bytes(payload))
+    for call in (
+        lambda: verify(store, KEY, mode="deep", expected_digest=artifact.digest),
+        lambda: download(store, KEY, tmp_path / "dest", expected_digest=artifact.digest),
+    ):
+        with pytest.raises(DigestMismatch, match=r"big\.bin"):
+            call()
+    assert not (tmp_path / "dest").exists()
 
 
 def test_another_artifact_than_the_expected_is_refused(artifact: Artifact, store: LocalStore, tmp_path: Path):

@@ -1,0 +1,290 @@
+"""A receiver's directory as a store: what was pushed is there for everything that reads artifacts.
+
+| key | is |
+|---|---|
+| `<database>/<stem>` | the payload of a complete snapshot that is an artifact |
+| `<database>/<stem>.manifest.json` | its manifest, which is the beginning of the payload |
+| `<database>/latest.ref.json` | a ref to the artifact with the greatest position |
+| `<database>/<source>/latest.ref.json` | the same among those of one source |
+
+The stem is the receiver's own, so keys sort by position. Nothing is believed that is not believed of any store: what
+is read is held to its digest, member by member, by whoever reads it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from typing import Any, Final, NamedTuple, NoReturn
+
+from pydantic import JsonValue
+from typing_extensions import override
+
+from blobflow.artifact.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, artifact_digest
+from blobflow.checksum import Buffer
+from blobflow.errors import NotFoundError, ObjectNotFound, ObjectTooLarge, Unsupported
+from blobflow.lease import MAX_HISTORY, REF_SUFFIX, RefEntry, RefState
+from blobflow.mirror.envelope import SnapshotId
+from blobflow.mirror.machine import Following
+from blobflow.mirror.receiver import Received, follow_received, read_received, remove_received
+from blobflow.stores.base import (
+    Abilities,
+    Body,
+    ObjectMeta,
+    PartMeta,
+    PutMode,
+    Store,
+    StoredObject,
+    UploadMeta,
+    check_key,
+)
+from blobflow.stores.local import LocalStore
+from blobflow.transport.catalog import MANIFEST_SUFFIX
+
+LATEST: Final = "latest"
+
+_HEADER: Final = 512
+_SIZE_FIELD: Final = slice(124, 135)
+"""Of a tar header (docs/format.md): eleven octal digits."""
+
+
+class _Offered(NamedTuple):
+    """A received artifact, and what the store tells of it."""
+
+    key: str
+    received: Received
+    payload: ObjectMeta
+    manifest_bytes: bytes
+
+
+class ReceivedStore(Store):
+    """The artifacts that a receiver holds, complete ones only; read, never written. The receiver may be at work.
+
+    Args:
+        data_dir: The receiver's.
+        database: Only the snapshots of this one.
+        shown_as: What the keys of that database begin with instead of its name.
+
+    Raises:
+        NotFoundError: there is no such directory.
+    """
+
+    def __init__(
+        self, data_dir: str | os.PathLike[str], *, database: str | None = None, shown_as: str | None = None
+    ) -> None:
+        if not os.path.isdir(data_dir):
+            raise NotFoundError(f"there is no directory {data_dir}", path=str(data_dir))
+        self._data_dir = os.path.abspath(data_dir)
+        self._database = database
+        self._shown_as = shown_as if database else None
+        self._files = LocalStore(os.path.join(self._data_dir, "recv_snapshots"))
+        self._paths: dict[str, str] = {}
+        """Where the payloads are, by key; a complete snapshot never changes, it may only be gone."""
+        self.url = f"received:{self._data_dir}"
+        self.abilities = Abilities(multipart=False, conditional=False)
+
+    def snapshot(self, key: str) -> SnapshotId:
+        """Which snapshot the artifact under `key` is.
+
+        Raises:
+            ObjectNotFound: there is no such artifact.
+        """
+        return self._offered(key).received.id
+
+    def follow(self, key: str, cursor: JsonValue) -> JsonValue:
+        """Note, durably, that the artifact under `key` was imported: the snapshot is `Following` from now on.
+
+        Args:
+            cursor: Where the mirror stands; None: at the position of the snapshot.
+
+        Returns:
+            The cursor that was noted.
+        """
+        received = self._offered(key).received
+        status = Following(received.id.position if cursor is None else cursor)
+        if received.status != status:
+            follow_received(self._data_dir, received.id, status.cursor)
+        return status.cursor
+
+    def prune(self, key: str, keep: int) -> list[SnapshotId]:
+        """Remove the artifacts of the same source and database that are older than the one under `key`.
+
+        Args:
+            keep: So many stay, the one under `key` included.
+        """
+        named = self._offered(key).received.id
+        older = [
+            each.received.id
+            for each in self._all()
+            if each.received.id[:2] == named[:2] and each.received.id.position < named.position
+        ]
+        gone = older[: max(0, len(older) + 1 - keep)]
+        for snapshot in gone:
+            remove_received(self._data_dir, snapshot)
+        return gone
+
+    # Reading
+
+    @override
+    def get(self, key: str, *, max_bytes: int) -> StoredObject:
+        data, meta = self._small(check_key(key))
+        if len(data) > max_bytes:
+            raise ObjectTooLarge(f"object {key!r} exceeds {max_bytes} bytes", key=key, limit=max_bytes)
+        return StoredObject(data, meta)
+
+    @override
+    def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
+        path = self._paths.get(key) or self._path(self._offered(check_key(key)))
+        self._files.get_range_into(path, offset, buffer, e_tag=e_tag)
+
+    @override
+    def head(self, key: str) -> ObjectMeta:
+        if key.endswith((MANIFEST_SUFFIX, REF_SUFFIX)):
+            return self._small(check_key(key)).meta
+        return self._offered(check_key(key)).payload
+
+    @override
+    def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:
+        found = [meta for each in self._all() for meta in (each.payload, _manifest(each).meta)]
+        for meta in sorted(found, key=lambda meta: meta.key.encode()):
+            if meta.key.startswith(prefix) and (start_after is None or meta.key.encode() > start_after.encode()):
+                yield meta
+
+    def _small(self, key: str) -> StoredObject:
+        if key.endswith(MANIFEST_SUFFIX):
+            return _manifest(self._offered(key.removesuffix(MANIFEST_SUFFIX)))
+        name, slash, last = key.removesuffix(REF_SUFFIX).rpartition("/")
+        if key.endswith(REF_SUFFIX) and slash and last == LATEST:
+            database, _, source = name.partition("/")
+            entries = [each for each in self._all(database) if source in ("", each.received.id.source)]
+            if entries:
+                return _latest(key, sorted(entries, key=lambda each: each.received.id.position))
+        raise ObjectNotFound(f"no object {key!r} in {self.url}", key=key)
+
+    def _offered(self, key: str) -> _Offered:
+        name = key.partition("/")[0]
+        for each in self._all(name):
+            if each.key == key:
+                self._paths[key] = self._path(each)
+                return each
+        raise ObjectNotFound(f"no object {key!r} in {self.url}", key=key)
+
+    def _all(self, name: str | None = None) -> Iterator[_Offered]:
+        """The complete artifacts, by database and position; those whose keys begin with `name`, if it is given."""
+        for received in read_received(self._data_dir):
+            database = received.id.database
+            shown = self._shown_as or database
+            if self._database not in (None, database) or name not in (None, shown):
+                continue
+            try:
+                offered = self._look(f"{shown}/{received.path.stem}", received)
+            except ObjectNotFound:  # it was removed at this moment
+                continue
+            if offered is not None:
+                yield offered
+
+    def _look(self, key: str, received: Received) -> _Offered | None:
+        """The artifact in a snapshot, if it is one: it begins with the manifest that the snapshot's digest names."""
+        from blobflow.artifact.tarmap import FILE_MODE, header
+
+        path = f"{received.id.database}/{received.path.name}"
+        meta = self._files.head(path)
+        if meta.size < _HEADER:
+            return None
+        head = self._files.get_range(path, 0, _HEADER)
+        try:
+            size = int(head[_SIZE_FIELD], 8)
+        except ValueError:
+            return None
+        if not 0 < size <= min(MAX_MANIFEST_BYTES, meta.size - _HEADER) or head != header(
+            MANIFEST_NAME, size, FILE_MODE
+        ):
+            return None
+        data = self._files.get_range(path, _HEADER, size)
+        if artifact_digest(data) != received.id.digest:
+            return None
+        return _Offered(key, received, meta._replace(key=key), data)
+
+    def _path(self, offered: _Offered) -> str:
+        return f"{offered.received.id.database}/{offered.received.path.name}"
+
+    # Writing
+
+    def _refuse(self) -> NoReturn:
+        raise Unsupported(
+            f"{self.url} is a receiver's, and only read",
+            hint="push to the receiver instead",
+            store=self.url,
+            ability="writing",
+        )
+
+    @override
+    def put(
+        self,
+        key: str,
+        body: Buffer | Body,
+        *,
+        mode: PutMode = PutMode.OVERWRITE,
+        e_tag: str | None = None,
+        content_type: str = "application/octet-stream",
+    ) -> ObjectMeta:
+        self._refuse()
+
+    @override
+    def delete(self, key: str) -> None:
+        self._refuse()
+
+    @override
+    def copy(self, source: str, target: str) -> ObjectMeta:
+        self._refuse()
+
+    @override
+    def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
+        self._refuse()
+
+    @override
+    def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
+        self._refuse()
+
+    @override
+    def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
+        self._refuse()
+
+    @override
+    def list_uploads(self, prefix: str = "") -> list[UploadMeta]:
+        return []
+
+    @override
+    def complete_multipart(self, key: str, upload_id: str, parts: Sequence[PartMeta]) -> ObjectMeta:
+        self._refuse()
+
+    @override
+    def abort_multipart(self, key: str, upload_id: str) -> None:
+        self._refuse()
+
+
+def _manifest(offered: _Offered) -> StoredObject:
+    data = offered.manifest_bytes
+    meta = offered.payload
+    return StoredObject(data, meta._replace(key=meta.key + MANIFEST_SUFFIX, size=len(data)))
+
+
+def _latest(key: str, entries: Sequence[_Offered]) -> StoredObject:
+    """A ref to the last of these; the positions take the place of generations and rounds: greater is newer."""
+
+    def known(offered: _Offered) -> dict[str, Any]:
+        return {
+            "key": offered.key,
+            "manifest_sha256": offered.received.id.digest,
+            "generation": offered.received.id.position,
+            "write_id": "",
+            "updated_at": offered.payload.last_modified or datetime.fromtimestamp(0, timezone.utc),
+            "round_number": offered.received.id.position,
+        }
+
+    *before, newest = entries
+    history = tuple(RefEntry(**known(each)) for each in reversed(before[-MAX_HISTORY:]))
+    state = RefState(**known(newest), made_by_round=newest.received.id.position, history=history)
+    data = state.model_dump_json().encode()
+    return StoredObject(data, newest.payload._replace(key=key, size=len(data)))
