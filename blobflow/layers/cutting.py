@@ -36,7 +36,7 @@ class PartCutter:
         self.first_frame = kept + 1
         """The first one that has to be given to `add`; one more than there are frames is the seek table."""
         self._plan = plan
-        self._part_size = part_size
+        self.part_size = part_size
         self._part = first_part
         self._sizes = log.sizes[:kept]
         self._crcs = log.crcs[:kept]
@@ -104,11 +104,11 @@ class PartCutter:
         rest = memoryview(data)[self._skip :]
         self._skip = 0
         while rest:
-            piece = rest[: self._part_size - self._held]
+            piece = rest[: self.part_size - self._held]
             rest = rest[len(piece) :]
             self._pieces.append(piece)
             self._held += len(piece)
-            if self._held == self._part_size:
+            if self._held == self.part_size:
                 cuts += self._rest()
         return cuts
 

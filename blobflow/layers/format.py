@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from itertools import accumulate
 from typing import Any, Final
-from urllib.parse import unquote
 
 import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -34,14 +33,10 @@ from blobflow.checksum import Buffer, crc32c
 from blobflow.config import MIB
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import ArtifactInvalid, UsageError
-from blobflow.stores.base import key_segment
+from blobflow.layers.names import layer_key
 
 FORMAT: Final = "blobflow.layer/1"
-LAYER_SUFFIX: Final = ".tar.zst"
-META_SUFFIX: Final = ".layer.json"
 CONTENT_TYPE: Final = "application/zstd"
-CONTAINERS: Final = "containers/"
-"""Below it, the refs of the containers."""
 
 DEFAULT_LEVEL: Final = 3
 """zstd's own."""
@@ -275,27 +270,6 @@ def layer_digest(manifest: Manifest) -> str:
     """The name of a layer: what its files hold, and which of them are executable. Times do not count."""
     both = f"{manifest.content_digest}\n{manifest.executables_digest}\n"
     return "sha256:" + hashlib.sha256(both.encode()).hexdigest()
-
-
-def layer_key(digest: str) -> str:
-    """Where the layer lies."""
-    return digest.removeprefix("sha256:") + LAYER_SUFFIX
-
-
-def meta_key(key: str) -> str:
-    """Where the metadata of the layer under `key` lies."""
-    return key.removesuffix(LAYER_SUFFIX) + META_SUFFIX
-
-
-def container_ref(name: str) -> str:
-    """The ref that names a container's layer."""
-    return CONTAINERS + key_segment(name)
-
-
-def container_name(ref: str) -> str | None:
-    """The container of a ref, the inverse of `container_ref`; None if it is that of none."""
-    name = unquote(ref.removeprefix(CONTAINERS))
-    return name if container_ref(name) == ref else None
 
 
 def as_layer(artifact: Artifact) -> Artifact:

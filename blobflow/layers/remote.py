@@ -24,10 +24,10 @@ from blobflow.layers.format import (
     LayerMeta,
     decompress,
     frame_starts,
-    meta_key,
     parse_seek_table,
     seek_table_size,
 )
+from blobflow.layers.names import meta_key
 from blobflow.stores.base import ObjectMeta, Store, StoredObject
 from blobflow.stores.wrapping import WrappingStore
 from blobflow.transport.remote import RemoteArtifact

@@ -1,4 +1,4 @@
-"""Restoring a layer: a download from a view of its tar, and a directory that appears whole, or takes another's place."""
+"""Restoring a layer: a download from a view of its tar; a directory appears whole, or takes another's place."""
 
 from __future__ import annotations
 

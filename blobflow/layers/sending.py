@@ -1,4 +1,4 @@
-"""Sending a layer: compressed as it goes, taken up again by any process, visible when its metadata comes, which is last.
+"""Sending a layer: compressed as it goes, taken up again by any process, visible by its metadata, which comes last.
 
 Intents, the parts that the store holds, and the books are those of `blobflow.transport`; what differs is that nobody
 knows the size of the object before the last frame is compressed.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -36,13 +38,13 @@ from blobflow.layers.format import (
     LayerMeta,
     encode_seek_table,
     layer_digest,
-    layer_key,
-    meta_key,
     meta_of,
     plan_of,
     seek_table_size,
 )
+from blobflow.layers.names import layer_key, meta_key
 from blobflow.layers.remote import find_bytes, read_meta
+from blobflow.owner import process_owner
 from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store
 from blobflow.transport.books import Books, OnProgress, OnRecord, transfer_id
 from blobflow.transport.uploading import proven_parts
@@ -96,17 +98,50 @@ def send_layer(errand: Errand) -> Sent:
         SourceChanged, ChecksumMismatch: the files are not those that were scanned; nothing was published.
         Unsupported: the layer might have more parts than the store takes; nothing was sent.
     """
-    return _Sending(errand).run()
+    sending = _Sending(errand)
+    with _at_work(errand.store, sending.key):
+        return sending.run()
 
 
-def finish_layer(store: Store, key: str) -> LayerMeta | None:
+_busy: set[tuple[str, str]] = set()
+"""Store and key of what this process is sending at the moment."""
+_busy_lock = threading.Lock()
+
+
+@contextmanager
+def _at_work(store: Store, key: str) -> Generator[None]:
+    """One thread of a process sends a layer at a time."""
+    with _busy_lock:
+        if (store.url, key) in _busy:
+            raise TransferBusy(f"this process is sending the layer {key!r} already", key=key)
+        _busy.add((store.url, key))
+    try:
+        yield
+    finally:
+        with _busy_lock:
+            _busy.discard((store.url, key))
+
+
+def _is_idle(store: Store, key: str, keeper: IntentKeeper, *, mine: bool = False) -> bool:
+    """Whether nobody works on the upload of the loaded intent.
+
+    Args:
+        mine: Whether the caller is the one of this process who may.
+    """
+    if keeper.intent is not None and keeper.intent.owner == process_owner():
+        # Left by an attempt of this process that could not even say that it failed.
+        return mine or (store.url, key) not in _busy
+    return not keeper.is_alive()
+
+
+def finish_layer(store: Store, key: str) -> Sent | None:
     """Make a layer of an upload of which the store holds every part: its source is not needed for that.
 
     None: there is no such upload, parts are missing, or somebody is at work on it.
     """
     keeper = IntentKeeper(store, key)
     intent = keeper.load()
-    if intent is None or intent.frames is None or keeper.is_alive():
+    if intent is None or intent.frames is None or not _is_idle(store, key, keeper):
         return None
     finishing = _Finishing(store, intent.manifest_bytes, intent.frames.frame_size)
     finishing.keeper = keeper
@@ -125,14 +160,14 @@ def finish_layer(store: Store, key: str) -> LayerMeta | None:
     finishing.publish(meta, made)
     keeper.remove(intent.upload_id)
     log.info("layer.finished key=%s bytes=%d parts=%d", key, meta.object_size, len(plan))
-    return meta
+    return Sent(meta, parts=len(plan), parts_resumed=len(plan), bytes_resumed=meta.object_size)
 
 
 def abandon_layer(store: Store, key: str, upload_id: str) -> None:
     """Abort an upload that nobody can or will continue, with its intent; one that somebody works on is left alone."""
     keeper = IntentKeeper(store, key)
     intent = keeper.load()
-    if intent is not None and intent.upload_id == upload_id and keeper.is_alive():
+    if intent is not None and intent.upload_id == upload_id and not _is_idle(store, key, keeper):
         return
     store.abort_multipart(key, upload_id)
     if intent is not None and intent.upload_id == upload_id:
@@ -312,7 +347,7 @@ class _Sending(_Finishing):
             TransferBusy: that process is at work.
         """
         intent = self.keeper.load()
-        if intent is not None and self.keeper.is_alive():
+        if intent is not None and not _is_idle(self.store, self.key, self.keeper, mine=True):
             raise TransferBusy(
                 f"another process is sending the layer {self.key!r}: {intent.owner}",
                 hint="run it again when that one is done; then nothing is left to send",
@@ -389,13 +424,20 @@ class _Sending(_Finishing):
             upload_id = self.store.create_multipart(self.key, part_size=part_size, content_type=CONTENT_TYPE)
             frames = FrameLog(self.codec.name, self.plan.frame_size)
             if self.keeper.begin(self.manifest_bytes, upload_id, part_size, frames=frames):
-                if intent is not None:
-                    log.info("layer.superseded key=%s upload_id=%s", self.key, intent.upload_id)
-                    self.store.abort_multipart(self.key, intent.upload_id)
+                self._abort_others(upload_id)
                 self.errand.on_begin(upload_id, part_size)
                 return upload_id, part_size, frames
             self.store.abort_multipart(self.key, upload_id)
         raise TransferBusy(f"too many processes begin to send the layer {self.key!r}", key=self.key)
+
+    def _abort_others(self, upload_id: str) -> None:
+        """Abort what others left: who has not got the intent by now does not get it, and gives up by itself."""
+        if not self.store.abilities.conditional:
+            return
+        for upload in self.store.list_uploads(self.key):
+            if upload.key == self.key and upload.upload_id != upload_id:
+                log.info("layer.superseded key=%s upload_id=%s", self.key, upload.upload_id)
+                self.store.abort_multipart(self.key, upload.upload_id)
 
     def _continued(self, intent: Intent) -> FrameLog | None:
         """What the intent knows of the frames, if this process would make the same ones."""
@@ -503,12 +545,12 @@ class _Sending(_Finishing):
             if self.keeper.renewal_due():
                 self.keeper.save(self.crcs, cutter.log())
 
-        # A worker holds a frame; what it makes of it, and the part that it completes, are bounded by the part size.
         move_parts(
             items,
             move,
             workers=self.errand.profile.workers,
-            buffer_size=self.plan.frame_size,
+            # Behind its frame, room for the part that a worker completes: taken from the budget, never touched.
+            buffer_size=self.plan.frame_size + cutter.part_size,
             on_moved=moved,
             on_tick=tick,
         )

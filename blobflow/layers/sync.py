@@ -25,17 +25,14 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.layers.format import (
-    CONTAINERS,
     DEFAULT_LEVEL,
     Codec,
     LayerMeta,
     as_layer,
-    container_name,
-    container_ref,
     layer_digest,
-    layer_key,
     manifest_digest,
 )
+from blobflow.layers.names import CONTAINERS, container_name, container_ref, layer_key
 from blobflow.layers.remote import RemoteLayer
 from blobflow.layers.restoring import land_layer, sweep
 from blobflow.layers.scanning import StatCache
@@ -212,14 +209,16 @@ class LayerSync:
         """
         started = time.monotonic()
         path = Path(path).absolute()
-        state = self.register(container)
-        state = self._take_up(state, path)
+        state, finished = self._take_up(self.register(container), path)
         with self._scanned(path) as (artifact, files_read):
             artifact = as_layer(artifact)
             digest = layer_digest(artifact.manifest)
             state = self._drop_superseded(state, digest)
-            status, sent = self._bring(state, digest, artifact, path)
             key = layer_key(digest)
+            if finished is not None and finished.meta.digest == digest:
+                status, sent = "uploaded", finished
+            else:
+                status, sent = self._bring(state, digest, artifact, path)
             if status != "unchanged":
                 move_ref(self.store, container_ref(container), key, manifest_digest(sent.meta))
         synced = self._table.load(container) or state
@@ -326,12 +325,13 @@ class LayerSync:
 
     # The parts of a sync
 
-    def _take_up(self, state: SyncState, path: Path) -> SyncState:
+    def _take_up(self, state: SyncState, path: Path) -> tuple[SyncState, Sent | None]:
         """Complete the upload that was left, if nothing but that is missing; end it if its source is gone."""
         pending = state.pending
         if pending is None:
-            return state
-        if finish_layer(self.store, pending.key) is not None:
+            return state, None
+        finished = finish_layer(self.store, pending.key)
+        if finished is not None:
             state = state.model_copy(update={"pending": None})
             self._table.save(state)
         elif not path.is_dir() and not Path(pending.path).is_dir():
@@ -343,7 +343,7 @@ class LayerSync:
                 path=pending.path,
                 upload_id=pending.upload_id,
             )
-        return state
+        return state, finished
 
     def _drop_superseded(self, state: SyncState, digest: str) -> SyncState:
         """End an upload whose content nobody has any more: the directory has changed since."""
@@ -366,6 +366,8 @@ class LayerSync:
             log.warning("layer.metadata_damaged key=%s error=%s", key, error)
             there = None
         if there is not None:
+            if state.pending is not None:  # its process died after it had published
+                abandon_layer(self.store, key, state.pending.upload_id)
             sent = Sent(there.meta, parts=0)
             unchanged = ref is not None and (ref.key, ref.manifest_sha256) == (key, manifest_digest(there.meta))
             return ("unchanged" if unchanged else "shared"), sent
@@ -440,9 +442,9 @@ def _logged(what: str, **names: str) -> Generator[dict[str, Any]]:
     """One event for a transfer, however it ends."""
     started = time.monotonic()
     facts: dict[str, Any] = dict(names)
+    outcome = "done"
     try:
         yield facts
-        outcome = "done"
     except BlobflowError as error:
         outcome = type(error).__name__
         raise

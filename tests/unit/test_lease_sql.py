@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from contextlib import closing
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,8 +17,6 @@ from blobflow.stores.base import Abilities
 from blobflow.testing import write_tree
 from tests.kit import TREE, local_store
 
-DRIVERS = ("psycopg2", "psycopg")
-
 
 class Clock:
     def __init__(self) -> None:
@@ -32,33 +24,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Generator[str]:
-    """The URL of a private cluster, on a unix socket alone; its server never runs as root."""
-    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    driver = next((name for name in DRIVERS if find_spec(name)), None)
-    if not binaries or driver is None:
-        pytest.skip("needs PostgreSQL (Debian: postgresql) and psycopg2 or psycopg")
-    user = pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
-    home = Path(tempfile.mkdtemp(prefix="pg-"))  # not below pytest's: the path of a unix socket is short
-    os.chown(home, user.pw_uid, user.pw_gid)
-
-    def run(program: str, *arguments: str) -> None:
-        become = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []} if os.geteuid() == 0 else {}
-        command = [binaries[-1] / program, "-D", home / "data", *arguments]
-        subprocess.run(command, check=True, cwd=home, stdout=subprocess.DEVNULL, **become)
-
-    try:
-        run("initdb", "-A", "trust", "-U", "tester", "--no-sync")
-        run("pg_ctl", "-w", "-l", str(home / "log"), "-o", f"-c listen_addresses='' -k {home} -F", "start")
-        try:
-            yield f"postgresql+{driver}://tester:secret@/postgres?host={home}"
-        finally:
-            run("pg_ctl", "-m", "immediate", "-w", "stop")
-    finally:
-        shutil.rmtree(home)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
