@@ -42,6 +42,7 @@ DEFAULT_LEVEL: Final = 3
 """zstd's own."""
 MIN_FRAME_BYTES: Final = 2 * MIB
 """Within half a percent of the ratio of one stream (design note 015)."""
+MAX_FRAME_BYTES: Final = 1 << 31
 MAX_FRAMES: Final = 65_536
 """Bounds what the intent remembers to half a megabyte."""
 MAX_META_BYTES: Final = 4 * MAX_MANIFEST_BYTES
@@ -119,14 +120,10 @@ class FramePlan:
         self._body = TransferPlan(size - head, frame_size, start=head)
 
     @staticmethod
-    def frame_size_for(size: int) -> int:
-        """The frame size of a tar of that size: one that keeps the frames under `MAX_FRAMES`."""
+    def frame_size_for(size: int, wanted: int | None = None) -> int:
+        """The frame size of a tar of that size: the wanted or the usual one, or what keeps frames few enough."""
         needed = -(-size // (MAX_FRAMES // 2))
-        return max(MIN_FRAME_BYTES, -(-needed // MIB) * MIB)
-
-    @property
-    def head_frames(self) -> int:
-        return len(self._head)
+        return max(wanted or MIN_FRAME_BYTES, needed if wanted else -(-needed // MIB) * MIB)
 
     def __len__(self) -> int:
         return len(self._head) + len(self._body)
@@ -188,7 +185,7 @@ class LayerMeta(BaseModel):
     object_size: ByteCount = Field(description="Bytes of the layer.")
     tar_size: ByteCount = Field(description="Bytes of the tar in it.")
     head_size: ByteCount = Field(description="Of these, what comes before the first member.")
-    frame_size: int = Field(gt=0, le=1 << 31, description="Bytes of the tar in a frame.")
+    frame_size: int = Field(gt=0, le=MAX_FRAME_BYTES, description="Bytes of the tar in a frame.")
     frames: int = Field(gt=0, le=2 * MAX_FRAMES)
     seek_table_crc32c: Crc32c
     codec: str = Field(description="What compressed it.")
@@ -235,19 +232,15 @@ class LayerMeta(BaseModel):
         return meta
 
 
-def plan_of(manifest_bytes: bytes, frame_size: int | None = None) -> FramePlan:
-    """The frames of the layer with that manifest, which tells the sizes of head and tar.
-
-    Args:
-        frame_size: None: the usual one.
-    """
+def plan_of(manifest_bytes: bytes, frame_size: int) -> FramePlan:
+    """The frames of the layer with that manifest, which tells the sizes of head and tar."""
     from blobflow.artifact.tarmap import manifest_entry_length, member_length
 
     manifest = Manifest.parse(manifest_bytes)
     own = manifest_entry_length(len(manifest_bytes))
     size = own + manifest.body.size
     head = own + member_length(INDEX_NAME, manifest.index.size)
-    return FramePlan(head, size, frame_size or FramePlan.frame_size_for(size))
+    return FramePlan(head, size, frame_size)
 
 
 def meta_of(manifest_bytes: bytes, codec: str, plan: FramePlan, sizes: Sequence[int]) -> LayerMeta:

@@ -131,11 +131,11 @@ class _LayerStage(Stage):
     @override
     def move(self) -> None:
         members = self.tree / DATA_NAME
-        self.forget_all()
         status = members.stat()
         self._on_swap(
             Restored(path=str(self.dest), device=status.st_dev, inode=status.st_ino, digest=self._layer_digest)
         )
+        self.forget_all()  # what lies here after the exchange is another tree
         try:
             check_destination(self.dest)
         except DestinationNotEmpty:

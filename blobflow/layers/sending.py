@@ -220,7 +220,7 @@ class Held:
 class _Finishing:
     """How every upload of a layer ends, whoever began it: proven, completed, published."""
 
-    def __init__(self, store: Store, manifest_bytes: bytes, frame_size: int | None) -> None:
+    def __init__(self, store: Store, manifest_bytes: bytes, frame_size: int) -> None:
         self.store = store
         self.manifest_bytes = manifest_bytes
         self.plan: FramePlan = plan_of(manifest_bytes, frame_size)
@@ -300,7 +300,8 @@ class _Finishing:
 
 class _Sending(_Finishing):
     def __init__(self, errand: Errand) -> None:
-        super().__init__(errand.store, errand.artifact.manifest_bytes, errand.frame_size)
+        frame_size = FramePlan.frame_size_for(errand.artifact.layout.size, errand.frame_size)
+        super().__init__(errand.store, errand.artifact.manifest_bytes, frame_size)
         self.errand = errand
         self.artifact = errand.artifact
         self.codec = errand.codec

@@ -21,11 +21,13 @@ from blobflow.errors import (
     BlobflowError,
     DestinationNotEmpty,
     NotFoundError,
+    UnsupportedSource,
     UploadInterrupted,
     UsageError,
 )
 from blobflow.layers.format import (
     DEFAULT_LEVEL,
+    MAX_FRAME_BYTES,
     Codec,
     LayerMeta,
     as_layer,
@@ -105,7 +107,9 @@ class LayerSync:
         home: Directory for that file and the stat cache; by default `$BLOBFLOW_LAYERS_HOME`, or `blobflow/layers` in
             the user's state directory.
         exclude, symlinks: As those of `DirectoryExporter`.
-        frame_size: Bytes of the tar in a frame; by default 2 MiB, and more for layers over 64 GiB.
+        frame_size: Bytes of the tar in a frame, 2 MiB by default; more where that would be too many frames.
+        on_progress, on_checkpoint: As those of `upload` and `download`; they count the bytes of the tar.
+        on_scan: Called with bytes done and bytes in total while files are read for the digest.
         clock: Seconds since the epoch.
     """
 
@@ -125,6 +129,8 @@ class LayerSync:
         on_scan: OnScan | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        if frame_size is not None and not 0 < frame_size <= MAX_FRAME_BYTES:
+            raise UsageError(f"frames of {frame_size} bytes", hint=f"give 1 to {MAX_FRAME_BYTES}")
         self.store = store
         self.codec = Codec(level)
         self.profile = profile or ChunkProfile()
@@ -275,15 +281,12 @@ class LayerSync:
         layer = RemoteLayer.open(self.store, ref.key)
         state = self._table.load(container) or SyncState(container=container)
         earlier = _earlier(state, dest)
-        if earlier is not None and not overwrite:
-            with self._scanned(dest) as (artifact, _):
-                now = layer_digest(artifact.manifest)
-            if now != earlier.digest:
-                raise DestinationNotEmpty(
-                    f"{dest} was changed since {container!r} was restored there",
-                    hint="sync it, or restore over it with overwrite",
-                    path=str(dest),
-                )
+        if earlier is not None and not overwrite and self._digest_of(dest) != earlier.digest:
+            raise DestinationNotEmpty(
+                f"{dest} was changed since {container!r} was restored there",
+                hint="sync it, or restore over it with overwrite",
+                path=str(dest),
+            )
         result: dict[str, Any] = {"container": container, "digest": layer.meta.digest, "key": ref.key, "path": dest}
         if earlier is not None and not overwrite and earlier.digest == layer.meta.digest:
             sweep(dest, layer)
@@ -322,6 +325,14 @@ class LayerSync:
             checkpoints_saved=landed.checkpoints_saved,
             **result,
         )
+
+    def _digest_of(self, directory: Path) -> str | None:
+        """What a restored directory holds now; None if somebody put something there that no layer can hold."""
+        try:
+            with self._scanned(directory) as (artifact, _):
+                return layer_digest(artifact.manifest)
+        except UnsupportedSource:
+            return None
 
     # The parts of a sync
 

@@ -55,7 +55,7 @@ from blobflow.testing import (
     scripted_faults,
     write_tree,
 )
-from tests.kit import SERIAL, SMALL, TREE, Killed, dies_at, keys, local_store, noise, watched
+from tests.kit import SERIAL, SMALL, TREE, Killed, dies_at, keys, local_store, noise, sized, watched
 from tests.servers import S3Endpoint
 
 NAME = "web-1"
@@ -323,10 +323,11 @@ def later() -> float:
 
 def test_an_unchanged_check_reads_no_file(store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The stats decide; one changed file is the only one that is read."""
-    tree: Tree = {f"d{i}": {f"f{j}": f"{i} {j}" for j in range(20)} for i in range(50)}
+    directories = sized(1000, 10)
+    tree: Tree = {f"d{i}": {f"f{j}": f"{i} {j}" for j in range(100)} for i in range(directories)}
     source = write_tree(tmp_path / "source", tree)
     host = Host(tmp_path, store, clock=later)
-    assert host.sync(source).files_read == 1000
+    assert host.sync(source).files_read == 100 * directories
     reads: list[Path] = []
     readv = os.readv
     monkeypatch.setattr(
@@ -819,6 +820,10 @@ def test_what_was_changed_since_is_not_replaced_unasked(host: Host, another: Hos
     host.sync(source)
     back, foreign = source.parent / "back", write_tree(source.parent / "foreign", {"a": "b"})
     another.layers.restore(NAME, back)
+    (back / "mine").symlink_to("nothing")
+    with pytest.raises(DestinationNotEmpty, match="was changed since"):
+        another.layers.restore(NAME, back)
+    (back / "mine").unlink()
     (back / "mine").write_text("mine")
     with pytest.raises(DestinationNotEmpty, match="was changed since"):
         another.layers.restore(NAME, back)
