@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -30,29 +30,13 @@ from tests.crash.machines import LocalPlace, Machine, kill_when
 from tests.crash.storm import fingerprint
 from tests.faults.clients import Stores
 from tests.kit import Killed, noise, sized
-from tests.servers import S3Endpoint, missing_ceph_programs, rgw_server
+from tests.servers import S3Endpoint
 from tests.strict_s3 import Rules, StrictS3
 
 PARTS = 2500
 PART_SIZE = 2048
 FRAME_SIZE = 5000
 CONTAINERS = ("web-1", "web-2")
-
-
-@pytest.fixture
-def stores() -> Iterator[Stores]:
-    """Makes stores of buckets; they are closed at the end."""
-    with closing(Stores()) as stores:
-        yield stores
-
-
-@pytest.fixture(scope="module")
-def fine_grained_rgw() -> Iterator[S3Endpoint]:
-    """A Ceph that takes small parts."""
-    if missing := missing_ceph_programs():
-        pytest.skip(f"needs Ceph (Debian: radosgw ceph-mon ceph-osd); missing: {', '.join(missing)}")
-    with rgw_server(min_part_size=1) as endpoint:
-        yield endpoint
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -26,7 +26,7 @@ from blobflow.stores.base import Body, Store, UploadMeta
 from blobflow.stores.local import LocalStore
 from blobflow.stores.probe import probe
 from blobflow.testing import FailBefore, FaultyStore, Hook, Request, read_tree, write_tree
-from tests.kit import SERIAL, TREE, Killed, artifact_of, dies_at, keys, local_store, noise
+from tests.kit import SERIAL, TREE, Killed, artifact_of, dies_at, dies_before, keys, local_store, noise
 from tests.servers import S3Endpoint
 from tests.strict_s3 import Rules, StrictS3
 
@@ -61,19 +61,6 @@ def store(tmp_path: Path, clock: Clock) -> LocalStore:
 @pytest.fixture
 def artifact(tmp_path: Path) -> Artifact:
     return artifact_of(tmp_path)
-
-
-def dies_before(operation: str, number: int = 1) -> Callable[[Request], None]:
-    """The process dies at this request, and sends nothing after it."""
-    dead = False
-
-    def faults(request: Request) -> None:
-        nonlocal dead
-        dead = dead or (request.operation, request.number) == (operation, number)
-        if dead:
-            raise Killed
-
-    return faults
 
 
 def killed_upload(artifact: Artifact, store: Store, key: str, operation: str, number: int = 1) -> None:

@@ -55,7 +55,7 @@ from blobflow.testing import (
     scripted_faults,
     write_tree,
 )
-from tests.kit import SERIAL, SMALL, TREE, Killed, dies_at, keys, local_store, noise, sized, watched
+from tests.kit import SERIAL, SMALL, TREE, Killed, dies_at, dies_before, keys, local_store, noise, sized, watched
 from tests.servers import S3Endpoint
 
 NAME = "web-1"
@@ -109,19 +109,6 @@ def dying(host: Host, source: Path, faults: Callable[[Request], Any]) -> FaultyS
     with pytest.raises(Killed):
         LayerSync(dead, home=host.home, **host.options).sync(NAME, source)
     return dead
-
-
-def at(operation: str, number: int) -> Callable[[Request], None]:
-    """The process dies when it sends that request, and sends nothing after it."""
-    dead = False
-
-    def faults(request: Request) -> None:
-        nonlocal dead
-        dead = dead or (request.operation, request.number) == (operation, number)
-        if dead:
-            raise Killed
-
-    return faults
 
 
 def leftovers(store: Store) -> list[str]:
@@ -418,7 +405,7 @@ def test_a_killed_sync_is_continued(elsewhere: bool, host: Host, another: Host, 
         host.store, another.store = watched(store), watched(store)
         shutil.rmtree(host.home, ignore_errors=True)
         shutil.rmtree(another.home, ignore_errors=True)
-        dying(host, source, at("put_part", part))
+        dying(host, source, dies_before("put_part", part))
         second = another if elsewhere else host
         result = second.sync(source)
         assert second.sent() == unbroken.parts - part + 1
@@ -457,7 +444,7 @@ def test_a_resume_compresses_from_the_first_missing_part(
 def test_a_checkpoint_behind_costs_compression_and_no_sending(host: Host, another: Host, source: Path):
     """The intent knows fewer frames than the store has parts: these are made again, found equal, and not sent."""
     host.options["profile"] = ChunkProfile.custom(4096, 1000, workers=1)
-    dying(host, source, at("put_part", 5))
+    dying(host, source, dies_before("put_part", 5))
     result = another.sync(source)
     assert another.sent() == result.parts - 4
     assert (result.parts_resumed, result.bytes_resumed) == (4, 4 * 4096)
@@ -473,7 +460,7 @@ def test_a_part_that_the_store_damaged_is_sent_again(host: Host, another: Host, 
             first_time = self.count("list_parts") == 1
             return [part._replace(crc32c=1) if first_time and part.part_number == 2 else part for part in parts]
 
-    dying(host, source, at("complete_multipart", 1))
+    dying(host, source, dies_before("complete_multipart", 1))
     another.store = Damaged(store)
     another.sync(source)
     assert another.sent() == 1
@@ -493,7 +480,7 @@ def test_parts_without_checksums_are_known_by_their_md5(host: Host, another: Hos
 
     host.options["profile"] = ChunkProfile.custom(4096, 1000, workers=1)
     host.store = Silent(store)
-    dead = Silent(store, at("put_part", 5))
+    dead = Silent(store, dies_before("put_part", 5))
     with pytest.raises(Killed):
         LayerSync(dead, home=host.home, **host.options).sync(NAME, source)
     another.store = Silent(store)
@@ -511,7 +498,7 @@ def test_the_stores_list_is_the_truth(host: Host, another: Host, store: LocalSto
             parts = super().list_parts(key, upload_id)
             return [] if self.count("list_parts") == 1 else parts
 
-    dying(host, source, at("put_part", 6))
+    dying(host, source, dies_before("put_part", 6))
     another.store = Forgetful(store)
     result = another.sync(source)
     assert (another.sent(), result.parts_resumed) == (result.parts, 0)
@@ -521,7 +508,7 @@ def test_the_stores_list_is_the_truth(host: Host, another: Host, store: LocalSto
 @pytest.mark.parametrize("source_is", ["the same", "changed", "gone"])
 def test_nothing_missing_is_just_completed(source_is: str, host: Host, source: Path):
     """Killed before Complete: no part is sent again, and the old layer needs no source to be finished."""
-    dead = dying(host, source, at("complete_multipart", 1))
+    dead = dying(host, source, dies_before("complete_multipart", 1))
     pending = host.layers.state(NAME).pending
     assert pending is not None
     if source_is == "changed":
@@ -546,7 +533,7 @@ def test_nothing_missing_is_just_completed(source_is: str, host: Host, source: P
 @pytest.mark.seed("3.11")
 def test_the_pending_upload_is_saved_before_its_first_part(host: Host, source: Path):
     """In the bucket for all hosts, in the database for this one: id, key, digest, part size, path, start."""
-    dying(host, source, at("put_part", 1))
+    dying(host, source, dies_before("put_part", 1))
     (upload,) = host.store.list_uploads()
     pending = host.layers.state(NAME).pending
     assert pending is not None
@@ -560,7 +547,7 @@ def test_the_pending_upload_is_saved_before_its_first_part(host: Host, source: P
 @pytest.mark.seed("3.17")
 def test_a_source_that_is_gone_ends_its_upload(host: Host, source: Path):
     """The upload is aborted, the note is gone, and the error says what to do; then it begins anew."""
-    dying(host, source, at("put_part", 4))
+    dying(host, source, dies_before("put_part", 4))
     tree = read_tree(source)
     shutil.rmtree(source)
     with pytest.raises(UploadInterrupted) as interrupted:
@@ -576,7 +563,7 @@ def test_a_source_that_is_gone_ends_its_upload(host: Host, source: Path):
 @pytest.mark.seed("W3.8")
 def test_a_changed_directory_is_synced_as_it_is_now(host: Host, source: Path):
     """The upload of what it was is aborted, not mixed in."""
-    dying(host, source, at("put_part", 4))
+    dying(host, source, dies_before("put_part", 4))
     (source / "big.bin").write_bytes(noise(21_000, 8))
     result = host.sync(source)
     assert (result.status, result.parts_resumed) == ("uploaded", 0)
@@ -588,7 +575,7 @@ def test_a_changed_directory_is_synced_as_it_is_now(host: Host, source: Path):
 @pytest.mark.seed("W3.8")
 def test_after_a_finished_upload_the_current_directory_follows(host: Host, source: Path):
     """The old one was complete but for its last request; the ref names the new one in the end."""
-    dying(host, source, at("complete_multipart", 1))
+    dying(host, source, dies_before("complete_multipart", 1))
     old = host.layers.state(NAME).pending
     (source / "more").write_text("more")
     new = host.sync(source)
@@ -612,7 +599,7 @@ def test_a_vanished_upload_is_settled_by_the_object(fate: str, host: Host, store
         with pytest.raises(Killed):
             LayerSync(Deaf(store), home=host.home, **host.options).sync(NAME, source)
     else:
-        dying(host, source, at("put_part", 4) if fate == "aborted" else at("complete_multipart", 1))
+        dying(host, source, dies_before("put_part", 4) if fate == "aborted" else dies_before("complete_multipart", 1))
         (upload,) = store.list_uploads()
         if fate == "aborted":
             store.abort_multipart(upload.key, upload.upload_id)
@@ -627,7 +614,7 @@ def test_a_vanished_upload_is_settled_by_the_object(fate: str, host: Host, store
 @pytest.mark.seed("3.11")
 def test_an_upload_that_nobody_noted_is_found(host: Host, store: LocalStore, source: Path):
     """Killed between Create and the intent: the next sync finds the id and ends it."""
-    dying(host, source, at("put", 1))
+    dying(host, source, dies_before("put", 1))
     assert len(store.list_uploads()) == 1
     assert host.sync(source).status == "uploaded"
     assert leftovers(store) == []
@@ -653,7 +640,7 @@ def test_a_gap_is_refused_before_completion(host: Host, store: LocalStore, sourc
 @pytest.mark.parametrize("change", [{"level": 4}, {"frame_size": 2999}, {"codec": "zstd 0.9.9 level 3"}])
 def test_another_codec_begins_anew(change: dict[str, Any], host: Host, another: Host, source: Path):
     """Its bytes would not fit to those that are there; the old upload is aborted."""
-    dying(host, source, at("put_part", 4))
+    dying(host, source, dies_before("put_part", 4))
     layers = another.layers
     if "codec" in change:
         layers.codec.name = change["codec"]
@@ -842,7 +829,7 @@ def test_a_killed_restore_goes_on(host: Host, another: Host, source: Path):
     """What has landed is not fetched again; until it ends, nothing is at the destination."""
     synced = host.sync(source)
     back = source.parent / "back"
-    dead = FaultyStore(another.store.store, at("get_range", 8))
+    dead = FaultyStore(another.store.store, dies_before("get_range", 8))
     with pytest.raises(Killed):
         LayerSync(dead, home=another.home, **another.options).restore(NAME, back)
     assert not back.exists()
@@ -1028,7 +1015,7 @@ def test_each_transfer_tells_one_event(host: Host, source: Path, caplog: pytest.
     assert f"parts={result.parts}" in upload
     caplog.clear()
     (source / "more").write_text("more")
-    host.store.faults = at("put_part", host.sent() + 2)
+    host.store.faults = dies_before("put_part", host.sent() + 2)
     with pytest.raises(Killed):
         host.sync(source)
     assert "layer.upload outcome=stopped" in caplog.text
