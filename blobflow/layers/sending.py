@@ -29,6 +29,7 @@ from blobflow.errors import (
     TransferBusy,
     UploadIncomplete,
 )
+from blobflow.forks import forget_threads_in_children
 from blobflow.intent import FrameLog, Intent, IntentKeeper
 from blobflow.layers.cutting import Cut, PartCutter, known_size
 from blobflow.layers.format import (
@@ -79,7 +80,6 @@ class Sent:
     bytes_sent: int = 0
     bytes_resumed: int = 0
     """Of the layer, what the store held already."""
-    frames_compressed: int = 0
     checkpoints_saved: int = 0
 
 
@@ -99,27 +99,42 @@ def send_layer(errand: Errand) -> Sent:
         Unsupported: the layer might have more parts than the store takes; nothing was sent.
     """
     sending = _Sending(errand)
-    with _at_work(errand.store, sending.key):
+    with _busy.sending(errand.store, sending.key):
         return sending.run()
 
 
-_busy: set[tuple[str, str]] = set()
-"""Store and key of what this process is sending at the moment."""
-_busy_lock = threading.Lock()
+class _Busy:
+    """What this process is sending at the moment: store and key."""
+
+    def __init__(self) -> None:
+        self.forget_threads()
+        forget_threads_in_children(self)
+
+    def forget_threads(self) -> None:
+        """See `Forkable`."""
+        self._lock = threading.Lock()
+        self._layers: set[tuple[str, str]] = set()
+
+    def __contains__(self, layer: tuple[str, str]) -> bool:
+        with self._lock:
+            return layer in self._layers
+
+    @contextmanager
+    def sending(self, store: Store, key: str) -> Generator[None]:
+        """One thread of a process sends a layer at a time."""
+        layer = store.url, key
+        with self._lock:
+            if layer in self._layers:
+                raise TransferBusy(f"this process is sending the layer {key!r} already", key=key)
+            self._layers.add(layer)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._layers.discard(layer)
 
 
-@contextmanager
-def _at_work(store: Store, key: str) -> Generator[None]:
-    """One thread of a process sends a layer at a time."""
-    with _busy_lock:
-        if (store.url, key) in _busy:
-            raise TransferBusy(f"this process is sending the layer {key!r} already", key=key)
-        _busy.add((store.url, key))
-    try:
-        yield
-    finally:
-        with _busy_lock:
-            _busy.discard((store.url, key))
+_busy = _Busy()
 
 
 def _is_idle(store: Store, key: str, keeper: IntentKeeper, *, mine: bool = False) -> bool:
@@ -392,7 +407,7 @@ class _Sending(_Finishing):
             made = self.store.put(self.key, body, content_type=CONTENT_TYPE)
         self.publish(meta, made)
         books.done()
-        return Sent(meta, bytes_sent=meta.object_size, frames_compressed=len(self.plan))
+        return Sent(meta, bytes_sent=meta.object_size)
 
     def _frames(self) -> Iterator[tuple[int, bytes, int]]:
         """All frames in order: number, bytes, and the CRC32C of their contents."""
@@ -419,7 +434,10 @@ class _Sending(_Finishing):
                 if intent.manifest_bytes != self.manifest_bytes:
                     self.artifact = self.artifact.adopt(intent.manifest_bytes)
                     self.manifest_bytes = intent.manifest_bytes
-                self.keeper.save({})  # from here on in this process's name
+                try:
+                    self.keeper.save({})  # from here on in this process's name
+                except NoSuchUpload:
+                    continue  # another process has just finished it, or given it up
                 self.errand.on_begin(intent.upload_id, intent.part_size)
                 return intent.upload_id, intent.part_size, frames
             upload_id = self.store.create_multipart(self.key, part_size=part_size, content_type=CONTENT_TYPE)
@@ -538,7 +556,6 @@ class _Sending(_Finishing):
                     sent.parts_resumed += 1
                     sent.bytes_resumed += part.length
             if item.number != table_number:
-                sent.frames_compressed += 1
                 books.moved(item.length)
 
         def tick() -> None:

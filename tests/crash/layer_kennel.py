@@ -1,12 +1,15 @@
-"""Syncs and restores layers in children that somebody kills: a line of JSON each, answered by pid, then exit code.
+"""Syncs and restores layers in children that are killed: an order, a line of JSON, is answered by an exit code.
 
-The parent has everything imported and no threads, so that a child costs a fork.
+The parent has everything imported and no threads, so that a child costs a fork; it kills what it has not waited for, so
+that no other process can have the pid.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import sys
 import traceback
 from typing import Any
@@ -52,7 +55,10 @@ def main() -> None:
             finally:
                 sys.stderr.flush()
                 os._exit(code)
-        print(child, flush=True)
+        descriptor = os.pidfd_open(child)
+        if not select.select([descriptor], [], [], order["kill_after_s"])[0]:
+            os.kill(child, signal.SIGKILL)
+        os.close(descriptor)
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -147,19 +145,12 @@ class Kennel:
         )
 
     def run(self, order: dict[str, Any], kill_after_s: float | None = None) -> int:
-        """The exit code of a child, which is killed after so many seconds if it still runs then."""
+        """The exit code of a child, which is killed if it still runs after so many seconds."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.write(json.dumps({**order, "kill_after_s": kill_after_s}) + "\n")
         self._process.stdin.flush()
-        child = int(self._process.stdout.readline())
-        timer = threading.Timer(kill_after_s or 0, os.kill, (child, signal.SIGKILL))
-        if kill_after_s is not None:
-            timer.start()
-        try:
-            return int(self._process.stdout.readline())
-        finally:
-            timer.cancel()
+        return int(self._process.stdout.readline())
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -64,7 +64,7 @@ def test_one_asset_per_container_and_skips_are_seen(yard: Yard):
     assert (seen[0]["dagster/size_bytes"], seen[0]["blobflow/parts"]) == (seen[1]["dagster/size_bytes"], 7)
     made = materialization(again, WEB)
     assert made is not None
-    assert made.tags["dagster/data_version"] == seen[0]["blobflow/layer_digest"]
+    assert (made.tags or {})["dagster/data_version"] == seen[0]["blobflow/layer_digest"]
     (yard.sources[0] / "more").write_text("more")
     assert facts(yard.run(WEB), WEB)["blobflow/status"] == "uploaded"
 

@@ -246,18 +246,12 @@ def test_two_at_once_are_one_upload(host: Host, another: Host, source: Path):
     """While one host sends, the other is told to wait; after that it finds the layer."""
     other: list[BlobflowError] = []
 
-    def meanwhile(request: Request) -> Hook | None:
-        if (request.operation, request.number) != ("put_part", 3):
-            return None
+    def meanwhile(_: Request) -> None:
+        with pytest.raises(TransferBusy) as busy:
+            another.sync(source, "web-2")
+        other.append(busy.value)
 
-        def call(_: Request) -> None:
-            with pytest.raises(TransferBusy) as busy:
-                another.sync(source, "web-2")
-            other.append(busy.value)
-
-        return Hook(call)
-
-    host.store.faults = meanwhile
+    host.store.faults = scripted_faults({("put_part", 3): Hook(meanwhile)})
     result = host.sync(source)
     assert other[0].retryable
     assert another.sync(source, "web-2").status == "shared"
@@ -281,7 +275,7 @@ def test_on_s3_with_endpoint_region_and_addressing(
     """The same layer, with its content type, in a bucket that is reached by path."""
     endpoint: S3Endpoint = request.getfixturevalue(f"{server}_s3")
     bucket = endpoint.new_bucket()
-    where = {
+    where: dict[str, Any] = {
         "endpoint_url": endpoint.endpoint_url,
         "region": endpoint.region,
         "access_key_id": endpoint.access_key_id,
@@ -377,12 +371,10 @@ def test_a_damaged_cache_costs_a_reading_and_nothing_else(damage: str, host: Hos
 def test_a_file_that_changes_while_it_is_sent_is_caught(host: Host, source: Path):
     """Nothing is published, and the next sync sends it as it is then."""
 
-    def change(request: Request) -> Hook | None:
-        if (request.operation, request.number) == ("put_part", 1):
-            return Hook(lambda _: (source / "big.bin").write_bytes(noise(20_000, 7)))
-        return None
+    def write(_: Request) -> None:
+        (source / "big.bin").write_bytes(noise(20_000, 7))
 
-    host.store.faults = change
+    host.store.faults = scripted_faults({("put_part", 1): Hook(write)})
     with pytest.raises(SourceChanged, match=r"big\.bin"):
         host.sync(source)
     assert not any(key.endswith((".tar.zst", ".layer.json", ".ref.json")) for key in keys(host.store))
