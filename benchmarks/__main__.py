@@ -10,17 +10,18 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import contestants as known
 from benchmarks import report
-from benchmarks.contestants import RESUMES, SCENARIOS, Contestant, Job, Layout, Tool, Way
+from benchmarks.contestants import LAYERS, RESUMES, SCENARIOS, Contestant, Job, Layout, Tool, Way
 from benchmarks.endpoints import BUCKET, CheapServer, Endpoint, RealServer, cheap_server, new_prefix
 from benchmarks.measure import CommandFailed, Cost, run, run_until_killed
 from benchmarks.native import HERE, peers_environment
@@ -30,6 +31,7 @@ from benchmarks.workload import (
     available_memory_bytes,
     difference,
     files_below,
+    layered_files,
     many_files,
     one_file,
     working_directory,
@@ -149,7 +151,7 @@ def _matches(name: str, prefixes: Sequence[str]) -> bool:
 def measure(options: Options, tools: dict[str, Tool]) -> dict[str, Any]:
     """Everything that was asked for, as the document that `report` understands."""
     largest = max(
-        options.size * any(name.startswith(("one", "resume", "mirror")) for name in options.scenarios),
+        options.size * any(name.startswith(("one", "resume", "mirror", "layers")) for name in options.scenarios),
         options.files * 32 * 1024 * any(name.startswith("many") for name in options.scenarios),
         MIB,
     )
@@ -282,12 +284,14 @@ class Session:
             return self._mirror
         if scenario in RESUMES:
             return self._resume
+        if scenario in LAYERS:
+            return self._layers
         return self._up if scenario.endswith("up") else self._down
 
     # What is moved
 
     def _workload(self, scenario: str) -> Workload:
-        name = {"many": "many", "start": "tiny"}.get(scenario.partition("-")[0], "one")
+        name = {"many": "many", "layers": "layers", "start": "tiny"}.get(scenario.partition("-")[0], "one")
         if name not in self._workloads:
             source = self.directory / "source"
             for other in self._workloads.values():  # one of them at a time fits into the memory that was asked for
@@ -298,6 +302,7 @@ class Session:
             make = {
                 "many": lambda: many_files(source, self.options.files),
                 "one": lambda: one_file(source, self.options.size),
+                "layers": lambda: layered_files(source, self.options.size),
                 "tiny": lambda: one_file(source / "tiny", _TINY_BYTES),
             }
             self._workloads[name] = make[name]()
@@ -384,6 +389,32 @@ class Session:
             found["moved_again_bytes"] = before.bytes_out + after.bytes_out - workload.bytes
             found["left_over"] = self._left_over(contestant, job)
             self._check_download(contestant, job, contents=True)
+        return found
+
+    def _layers(self, contestant: Contestant, scenario: str, prefix: str, place: Path, first: bool) -> dict[str, Any]:
+        """Without a server: what lies in a directory, and what comes of it."""
+        workload = self._workload(scenario)
+        up = replace(self._job("up", scenario, workload.path, prefix), local=place / "local")
+        up.local.mkdir()
+        down = replace(up, way="down", directory=place / "out")
+        if scenario == "layers-codec":
+            subprocess.run(["tar", "cf", up.local / "tar", "-C", workload.path, "."], check=True)
+        elif scenario == "layers-down":
+            contestant.prepare(up)
+            run(contestant.command(up), log=place / "seed.log")
+        contestant.prepare(up)
+        job = down if scenario == "layers-down" else up
+        cost = run(self._announced(contestant, scenario, job), log=place / "log")
+        found: dict[str, Any] = asdict(cost)
+        if scenario == "layers-up":
+            found["bytes_in"] = sum(files_below(up.local).values())
+            if first:
+                reader = next(
+                    one for one in self.everybody if one.layout == contestant.layout and "layers-down" in one.scenarios
+                )
+                run(reader.command(down), log=place / "log")
+        if down.directory.exists() and (differs := difference(workload.path, down.directory, contents=first)):
+            raise CommandFailed(f"{contestant.name}: {differs}")
         return found
 
     def _start(self, contestant: Contestant, scenario: str, prefix: str, place: Path, _first: bool) -> dict[str, Any]:

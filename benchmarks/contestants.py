@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -18,12 +20,14 @@ from benchmarks.native import HERE
 from benchmarks.workload import ONE_NAME, Workload
 
 Way: TypeAlias = Literal["up", "down"]
-Layout: TypeAlias = Literal["objects", "artifact", "restic"]
-"""How a tool keeps a directory in a bucket: an object per file, a blobflow artifact, a restic repository."""
+Layout: TypeAlias = Literal["objects", "artifact", "restic", "layer", "tarball", "loop"]
+"""How a tool keeps a directory in a bucket: an object per file, a blobflow artifact, a restic repository; on disk: a
+layer, a compressed tar, or nothing at all."""
 
 TRANSFERS = ("one-up", "one-down", "many-up", "many-down")
 RESUMES = ("resume-up", "resume-down")
-SCENARIOS = ("one-up", "one-down", *RESUMES, "many-up", "many-down", "start", "mirror")
+LAYERS = ("layers-up", "layers-down", "layers-codec")
+SCENARIOS = ("one-up", "one-down", *RESUMES, "many-up", "many-down", *LAYERS, "mirror", "start")
 
 BLOBFLOW = "blobflow"
 _VERSION_TIMEOUT_S = 60
@@ -41,6 +45,8 @@ class Job:
     prefix: str
     scratch: Path
     """For what a tool wants to keep; HOME and TMPDIR are below it."""
+    local: Path = Path("/nonexistent")
+    """Where layers lie, in a directory instead of a bucket."""
 
     @property
     def url(self) -> str:
@@ -105,6 +111,7 @@ class Contestant:
         line = shlex.join(arguments)
         for text, name in (
             (str(job.directory), "DIR"),
+            (str(job.local), "LOCAL"),
             (str(job.scratch), "SCRATCH"),
             (job.endpoint.url, "ENDPOINT"),
             (job.prefix, "PREFIX"),
@@ -144,6 +151,7 @@ def installed(peers: Path | None) -> dict[str, Tool]:
         ("s3fs", _s3fs),
         ("obstore", _obstore),
         ("restic", _restic),
+        ("tar + zstd", _tar_and_zstd),
     ):
         tool = look(peers)
         if tool is not None:
@@ -255,10 +263,71 @@ def _blobflow(_peers: Path | None) -> Tool:
             lambda job: mirror(job, "--file", str(job.directory / ONE_NAME)),
         ),
     )
-    return Tool((_output(program, "--version") or "blobflow").removeprefix("blobflow "), contestants)
+    version = (_output(program, "--version") or "blobflow").removeprefix("blobflow ")
+    return Tool(version, (*contestants, *_layers(program)))
+
+
+def _layers(program: str) -> tuple[Contestant, ...]:
+    """`blobflow layer` against a local directory, with two threads, as its peers have."""
+
+    def layer(job: Job, store: Path, *arguments: str) -> list[str]:
+        home = str(job.scratch / "layers")
+        return [program, "--store", str(store), "--workers", "2", "--json", "layer", *arguments, "--home", home]
+
+    def sync_or_restore(job: Job) -> list[str]:
+        if job.way == "up":
+            return layer(job, job.local, "sync", str(job.directory), "bench")
+        return layer(job, job.local, "restore", "bench", str(job.directory))
+
+    def unknown(job: Job) -> None:
+        shutil.rmtree(job.scratch / "layers", ignore_errors=True)
+
+    def hashed_before(job: Job) -> None:
+        # Files that are younger than two seconds are read again, so at most the third sync reads none.
+        arguments = tuple(layer(job, job.scratch / "aside", "sync", str(job.directory), "aside"))
+        for _ in range(3):
+            run(Command(arguments, job.environment(), shlex.join(arguments)), log=job.scratch / "prepare.log")
+            if json.loads((job.scratch / "prepare.log").read_bytes())["files_read"] == 0:
+                break
+            time.sleep(2.1)
+        shutil.rmtree(job.scratch / "aside")
+
+    def loop(job: Job) -> list[str]:
+        return [sys.executable, str(HERE / "drivers" / "layer_codec.py"), str(job.local / "tar"), "2"]
+
+    return (
+        Contestant(BLOBFLOW, "layer", ("layers-up", "layers-down"), sync_or_restore, "layer", unknown),
+        Contestant(BLOBFLOW, "layer, hashed before", ("layers-up",), sync_or_restore, "layer", hashed_before),
+        Contestant(BLOBFLOW, "layer, codec alone", ("layers-codec",), loop, "loop"),
+    )
 
 
 # Programs
+
+
+def _tar_and_zstd(_peers: Path | None) -> Tool | None:
+    program, tar = _program("zstd"), _program("tar")
+    version = program and _output(program, "--version")
+    if not program or not tar or not version:
+        return None
+
+    def through(job: Job) -> list[str]:
+        directory, tarball = shlex.quote(str(job.directory)), shlex.quote(str(job.local / "tarball.tar.zst"))
+        if job.way == "up":
+            return ["/bin/sh", "-c", f"{tar} cf - -C {directory} . | {program} -q -T2 > {tarball}"]
+        return ["/bin/sh", "-c", f"mkdir -p {directory} && {program} -q -dc {tarball} | {tar} xf - -C {directory}"]
+
+    def alone(job: Job) -> list[str]:
+        return [program, "-q", "-f", "-T2", str(job.local / "tar"), "-o", "/dev/null"]
+
+    found = re.search(r"v[\d.]+", version)
+    return Tool(
+        found[0] if found else version,
+        (
+            Contestant("tar + zstd", "-T2", ("layers-up", "layers-down"), through, "tarball"),
+            Contestant("zstd", "-T2, codec alone", ("layers-codec",), alone, "loop"),
+        ),
+    )
 
 
 def _s5cmd(peers: Path | None) -> Tool | None:

@@ -33,6 +33,9 @@ _TITLES = {
     "many-down": "Down: {files:,} files of 32 KiB",
     "resume-up": "Up again after SIGKILL at half of {size}",
     "resume-down": "Down again after SIGKILL at half of {size}",
+    "layers-up": "Layer: {size} in files of 4 KiB to 8 MiB, compressed into a directory",
+    "layers-down": "Layer: the same, restored",
+    "layers-codec": "Layer: the codec alone, on a tar of the same",
     "start": "Start-up",
     "mirror": "To a mirror: {size} over loopback, sender and receiver together",
 }
@@ -103,6 +106,11 @@ TARGETS = (
     Target("sent again, bytes (workers x part size)", "resume-up", BLOBFLOW, "moved_again_bytes", 4 * 8 * MIB),
     Target("orphaned uploads", "resume-up", BLOBFLOW, "left_over", 0),
     Target("received again, bytes (workers x part size)", "resume-down", BLOBFLOW, "moved_again_bytes", 4 * 8 * MIB),
+    Target(
+        "wall below tar, zstd -T2", "layers-up", f"{BLOBFLOW}, layer, hashed before", "wall_s", 1.0, ("tar + zstd",)
+    ),
+    Target("wall to zstd -dc, tar", "layers-down", f"{BLOBFLOW}, layer", "wall_s", 1 / 1.5, ("tar + zstd",)),
+    Target("wall below zstd -T2", "layers-codec", f"{BLOBFLOW}, layer, codec alone", "wall_s", 1.0, ("zstd",)),
     Target("seconds", "start", f"{BLOBFLOW}, --version", "wall_s", 0.25),
     Target("seconds", "start", f"{BLOBFLOW}, push, nothing changed", "wall_s", 0.8),
     Target("CPU s per GB: 400 MB/s per core", "mirror", f"{BLOBFLOW}, mirror push", "cpu_s_per_gb", 1000 / 400),

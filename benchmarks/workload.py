@@ -81,6 +81,26 @@ def many_files(directory: Path, count: int) -> Workload:
     return Workload("many", path, count, count * SMALL_FILE_BYTES)
 
 
+def layered_files(directory: Path, size: int) -> Workload:
+    """Files of 4 KiB to 8 MiB that compress about as well as a container's: words, and a quarter of noise."""
+    path = directory / "layers"
+    dice = random.Random(_SEED + 2)
+    words = [dice.randbytes(dice.randint(2, 9)).hex() for _ in range(8192)]
+    blocks = [" ".join(dice.choices(words, k=6000)).encode()[: 64 * 1024] for _ in range(192)]
+    blocks += [dice.randbytes(64 * 1024) for _ in range(64)]
+    done = number = 0
+    while done < size:
+        folder = path / f"d{number // FILES_PER_DIRECTORY:04d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        length = min(size - done, 4096 << dice.randint(0, 11))
+        with (folder / f"f{number:06d}").open("wb") as file:
+            for start in range(0, length, 64 * 1024):
+                file.write(dice.choice(blocks)[: length - start])
+        done += length
+        number += 1
+    return Workload("layers", path, number, size)
+
+
 def files_below(path: Path) -> dict[str, int]:
     """Relative path -> size of every file below `path`."""
     return {

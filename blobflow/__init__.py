@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from blobflow.engine.transfer import TransferResult, transfer
     from blobflow.errors import BlobflowError
     from blobflow.follow import MirrorStatus, mirror_history, mirror_status
+    from blobflow.layers import LayerRestoreResult, LayerSync, LayerSyncResult
     from blobflow.lease import Lease, Leases, RefState, StoreLeases, move_ref, read_ref
     from blobflow.lease_sql import SqlLeases
     from blobflow.mirror import MirrorReceiver, Snapshot, SnapshotEnvelope, SnapshotId
@@ -93,6 +94,7 @@ _HOMES = {
     "blobflow.engine.transfer": ("TransferResult", "transfer"),
     "blobflow.errors": ("BlobflowError",),
     "blobflow.follow": ("MirrorStatus", "mirror_history", "mirror_status"),
+    "blobflow.layers": ("LayerRestoreResult", "LayerSync", "LayerSyncResult"),
     "blobflow.lease": ("Lease", "Leases", "RefState", "StoreLeases", "move_ref", "read_ref"),
     "blobflow.lease_sql": ("SqlLeases",),
     "blobflow.mirror": ("MirrorReceiver", "Snapshot", "SnapshotEnvelope", "SnapshotId"),
@@ -143,6 +145,9 @@ __all__ = [
     "ImportResult",
     "Importer",
     "LaneResult",
+    "LayerRestoreResult",
+    "LayerSync",
+    "LayerSyncResult",
     "Lease",
     "Leases",
     "Manifest",

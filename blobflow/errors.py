@@ -170,6 +170,12 @@ class ArtifactNotFound(NotFoundError):
     default_hint = "list what there is with `blobflow ls`"
 
 
+class UploadInterrupted(NotFoundError):
+    """An upload cannot be taken up again, because its source is gone; it was aborted. Fields: key, path, upload_id."""
+
+    default_hint = "bring the directory back and sync again; it begins anew"
+
+
 class NoSuchUpload(NotFoundError):
     """The multipart upload is unknown: completed, aborted or expired. Fields: key, upload_id."""
 

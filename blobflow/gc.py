@@ -30,6 +30,7 @@ from blobflow.errors import (
 )
 from blobflow.intent import SUFFIX as INTENT_SUFFIX
 from blobflow.intent import Intent, IntentKeeper
+from blobflow.layers.names import LAYER_SUFFIX, META_SUFFIX, meta_key
 from blobflow.lease import LEASE_SUFFIX, REF_SUFFIX
 from blobflow.stores.base import ObjectMeta, Store, UploadMeta
 from blobflow.stores.probe import TRIAL_PREFIX
@@ -43,6 +44,7 @@ DEFAULT_AGE_S: Final = 24 * 3600.0
 _FIRST_BLOBFLOW: Final = datetime(2026, 1, 1, tzinfo=timezone.utc)
 """An earlier date is another tool's, or made up by the server (moto says 2010)."""
 _TRIAL: Final = re.compile(re.escape(TRIAL_PREFIX) + r"[0-9a-f]{32}/[a-z0-9-]+")
+_LAYER: Final = re.compile(r"(?:.*/)?[0-9a-f]{64}" + re.escape(LAYER_SUFFIX))
 _BLOCK: Final = 512
 """Payloads are tars, so their sizes are multiples of it; nearly everything else is told apart without a request."""
 
@@ -59,7 +61,7 @@ class GcReport:
     trials: list[str] = field(default_factory=list[str])
     """Objects of killed probes that were removed."""
     payloads: list[str] = field(default_factory=list[str])
-    """Keys of payloads without manifest and intent; removed only where that was asked for."""
+    """Keys of payloads and layers without manifest (metadata) and intent; removed only where that was asked for."""
     uploads_kept: int = 0
     """Multipart uploads that are young, or that somebody may take up again."""
     unreadable: list[str] = field(default_factory=list[str])
@@ -84,8 +86,9 @@ def collect(
     * Intents that expired at least `older_than_s` ago, and their uploads with them. One whose owner was a process of
       this machine that is gone has expired, too. Whoever uploads the same content later sends all of it.
     * Objects that a killed probe left.
-    * With `payloads`: payloads without manifest and intent, as old. They are found in any case. Nobody can see
-      them, and only their uploader's content can bring them back.
+    * With `payloads`: payloads without manifest and intent, and layers without metadata and intent, as old. They are
+      found in any case. Nobody can see them, and only their uploader's content can bring them back. A layer that has
+      its metadata stays, whether a container's ref names it or not: the next sync of that content shares it.
 
     Args:
         prefix: A plain string prefix; below it belongs to blobflow, except for objects that it does not know.
@@ -115,13 +118,17 @@ class _Collection:
         for meta in self._store.list(prefix):
             if meta.key.endswith(MANIFEST_SUFFIX):
                 manifests.add(meta.key.removesuffix(MANIFEST_SUFFIX))
+            elif meta.key.endswith(META_SUFFIX):
+                manifests.add(meta.key.removesuffix(META_SUFFIX) + LAYER_SUFFIX)
             elif meta.key.endswith(INTENT_SUFFIX):
                 intents.append(meta.key.removesuffix(INTENT_SUFFIX))
             elif meta.key.endswith((LEASE_SUFFIX, REF_SUFFIX)):
                 continue
             elif _TRIAL.fullmatch(meta.key):
                 trials += [meta.key] if self._is_old(meta.last_modified) else []
-            elif meta.size and meta.size % _BLOCK == 0 and self._is_old(meta.last_modified):
+            elif (_LAYER.fullmatch(meta.key) or (meta.size and meta.size % _BLOCK == 0)) and self._is_old(
+                meta.last_modified
+            ):
                 suspects.append(meta)
         for upload in uploads.values():
             with self._going_on_after_failure(upload.key):
@@ -176,14 +183,16 @@ class _Collection:
             _log.info("gc.intent_removed key=%s upload_id=%s owner=%s", key, intent.upload_id, intent.owner)
 
     def _collect_payload(self, meta: ObjectMeta) -> None:
-        """Note, and if so asked remove, a payload of ours that neither a manifest nor an intent speaks of."""
+        """Note, and if so asked remove, a payload or layer of ours that neither a manifest nor an intent speaks of."""
         key = meta.key
-        if not self._is_payload(meta):
+        is_layer = _LAYER.fullmatch(key) is not None
+        if not is_layer and not self._is_payload(meta):
             return
+        sibling = meta_key(key) if is_layer else key + MANIFEST_SUFFIX
         # In this order, the reverse of an upload's: what is published meanwhile is seen in one of the three.
         if key not in self._report.intents and self._store.exists(key + INTENT_SUFFIX):
             return
-        if self._store.exists(key + MANIFEST_SUFFIX) or self._store.head(key).e_tag != meta.e_tag:
+        if self._store.exists(sibling) or self._store.head(key).e_tag != meta.e_tag:
             return
         if self._payloads:
             self._change(lambda: self._store.delete(key))

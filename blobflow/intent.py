@@ -15,7 +15,7 @@ import time
 import uuid
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Final
 
@@ -45,6 +45,40 @@ _SAVE_PAUSE_S: Final = 0.25
 
 
 @dataclass(frozen=True)
+class FrameLog:
+    """What a layer's upload has compressed so far: it says where each part begins (docs/layers.md)."""
+
+    codec: str
+    """Other bytes come of another one."""
+    frame_size: int
+    """Bytes before compression; equal for all frames but the last of the head and the last of all."""
+    sizes: array[int] = field(default_factory=lambda: array("I"))
+    """Of the frames from the first, compressed."""
+    crcs: array[int] = field(default_factory=lambda: array("I"))
+    """CRC32C of what went into each of them."""
+
+    def longer(self, other: FrameLog | None) -> FrameLog:
+        """The one of the two that knows more frames; they are logs of the same bytes."""
+        return other if other is not None and len(other.sizes) > len(self.sizes) else self
+
+    def encode(self) -> dict[str, Any]:
+        return {
+            "codec": self.codec,
+            "frame_size": self.frame_size,
+            "sizes": _pack(self.sizes),
+            "crc32c": _pack(self.crcs),
+        }
+
+    @classmethod
+    def parse(cls, document: dict[str, Any]) -> FrameLog:
+        """The inverse of `encode`."""
+        sizes, crcs = _unpack(document["sizes"]), _unpack(document["crc32c"])
+        if len(sizes) != len(crcs) or int(document["frame_size"]) <= 0:
+            raise ValueError("frames")
+        return cls(str(document["codec"]), int(document["frame_size"]), sizes, crcs)
+
+
+@dataclass(frozen=True)
 class Intent:
     """One upload under way."""
 
@@ -61,6 +95,8 @@ class Intent:
     """CRC32C of the parts that the store has acknowledged, by part number."""
     replaces: str | None = None
     """Digest of the artifact that this upload will replace, if it was told to."""
+    frames: FrameLog | None = None
+    """Of a layer."""
 
     @property
     def manifest(self) -> Manifest:
@@ -74,7 +110,7 @@ class Intent:
         """The JSON document; the checksums of 10,000 parts take 54 kB."""
         numbers = sorted(self.crcs)
         packed = array("I", (self.crcs[number] for number in numbers))
-        document = {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "artifact_digest": artifact_digest(self.manifest_bytes),
             "upload_id": self.upload_id,
@@ -85,9 +121,11 @@ class Intent:
             "write_id": self.write_id,
             "replaces": self.replaces,
             "parts": _encode_ranges(numbers),
-            "crc32c": base64.b64encode(_little_endian(packed).tobytes()).decode(),
+            "crc32c": _pack(packed),
             "manifest": self.manifest_bytes.decode(),
         }
+        if self.frames is not None:
+            document["frames"] = self.frames.encode()
         return json.dumps(document, ensure_ascii=False).encode()
 
     @classmethod
@@ -101,7 +139,7 @@ class Intent:
             document: dict[str, Any] = json.loads(data)
             if document["format"] != FORMAT:
                 raise ArtifactInvalid(f"the intent has format {document['format']!r}, this blobflow reads {FORMAT!r}")
-            packed = array("I", base64.b64decode(document["crc32c"], validate=True))
+            packed = _unpack(document["crc32c"])
             intent = cls(
                 manifest_bytes=document["manifest"].encode(),
                 upload_id=str(document["upload_id"]),
@@ -110,8 +148,9 @@ class Intent:
                 generation=int(document["generation"]),
                 expires_at=float(document["expires_at"]),
                 write_id=str(document["write_id"]),
-                crcs=dict(zip(_decode_ranges(document["parts"]), _little_endian(packed), strict=True)),
+                crcs=dict(zip(_decode_ranges(document["parts"]), packed, strict=True)),
                 replaces=document["replaces"],
+                frames=FrameLog.parse(document["frames"]) if "frames" in document else None,
             )
             digest = document["artifact_digest"]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -164,7 +203,15 @@ class IntentKeeper:
         """Whether somebody may be at work on the loaded intent."""
         return self.intent is not None and self.intent.is_alive(self._clock())
 
-    def begin(self, manifest_bytes: bytes, upload_id: str, part_size: int, *, replaces: str | None) -> bool:
+    def begin(
+        self,
+        manifest_bytes: bytes,
+        upload_id: str,
+        part_size: int,
+        *,
+        replaces: str | None = None,
+        frames: FrameLog | None = None,
+    ) -> bool:
         """Write a new intent in the place of what `load` saw. False: somebody else was first."""
         intent = Intent(
             manifest_bytes=manifest_bytes,
@@ -176,10 +223,11 @@ class IntentKeeper:
             write_id=uuid.uuid4().hex,
             crcs={},
             replaces=replaces,
+            frames=frames,
         )
         return self._write(intent)
 
-    def save(self, crcs: dict[int, int]) -> None:
+    def save(self, crcs: dict[int, int], frames: FrameLog | None = None) -> None:
         """Add acknowledged parts and renew the intent; merges with what a joined uploader wrote.
 
         Raises:
@@ -206,6 +254,7 @@ class IntentKeeper:
                 expires_at=self._clock() + TTL_S,
                 write_id=uuid.uuid4().hex,
                 crcs={**current.crcs, **crcs},
+                frames=frames.longer(current.frames) if frames else current.frames,
             )
             if self._write(renewed):
                 return
@@ -243,6 +292,15 @@ class IntentKeeper:
             return False
         self.intent, self._e_tag, self._renewed_at = intent, meta.e_tag, self._clock()
         return True
+
+
+def _pack(values: array[int]) -> str:
+    """As base64, 4 bytes each."""
+    return base64.b64encode(_little_endian(values).tobytes()).decode()
+
+
+def _unpack(text: str) -> array[int]:
+    return _little_endian(array("I", base64.b64decode(text, validate=True)))
 
 
 def _little_endian(values: array[int]) -> array[int]:

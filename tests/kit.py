@@ -84,6 +84,19 @@ def dies_at(request_number: int) -> Callable[[Request], None]:
     return faults
 
 
+def dies_before(operation: str, number: int = 1) -> Callable[[Request], None]:
+    """Faults for a `FaultyStore`: the process dies at this request of an operation, and sends nothing after it."""
+    dead = False
+
+    def faults(request: Request) -> None:
+        nonlocal dead
+        dead = dead or (request.operation, request.number) == (operation, number)
+        if dead:
+            raise Killed
+
+    return faults
+
+
 def keys(store: Store) -> list[str]:
     """The keys of all objects."""
     return [meta.key for meta in store.list()]

@@ -185,7 +185,7 @@ class Stage:
         """Whether the locked stage is still there, and still needed: the process before may have published it."""
         with writing(self.dest):
             try:
-                check_destination(self.dest)
+                self.check_destination()
                 self.tree.mkdir(exist_ok=True)
                 return os.path.samestat(os.fstat(lock), os.lstat(self.path / _LOCK_NAME))
             except (FileNotFoundError, DestinationNotEmpty):
@@ -218,6 +218,12 @@ class Stage:
         """Start the journal of a fresh stage."""
         self.part_size = part_size
         self._append([{"artifact": self.artifact_digest, "part_size": part_size}, {"boot": boot_id()}], durable=True)
+
+    def forget_all(self) -> None:
+        """Forget every part, for good: what follows makes the tree another one."""
+        with writing(self.dest):
+            self._journal.unlink(missing_ok=True)
+            fsync_directory(self.path)
 
     def divide(self, lanes: int) -> None:
         """Let that many lanes, on any machines that see this directory, land what is missing."""
@@ -264,9 +270,9 @@ class Stage:
         """
         with writing(self.dest):
             sync_tree(self.path)
-            check_destination(self.dest)
+            self.check_destination()
             try:
-                os.rename(self.tree, self.dest)
+                self.move()
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise DestinationNotEmpty(
@@ -278,6 +284,14 @@ class Stage:
             remove_stage(self.path)
         except OSError as error:  # what had to be done is done; `sweep` removes the rest
             _log.warning("stage.stays path=%s error=%s", self.path, error)
+
+    def check_destination(self) -> None:
+        """Refuse a destination that must not be replaced; see `check_destination`."""
+        check_destination(self.dest)
+
+    def move(self) -> None:
+        """Make the tree the destination, in one step."""
+        os.rename(self.tree, self.dest)
 
     def sweep(self) -> None:
         """Remove what a process left that published the stage and could not, or did not live to, remove it."""

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
@@ -26,8 +26,8 @@ from blobflow.errors import NotFoundError, RefusedError, SourceChanged, writing
 BACKEND: Final = "directory"
 
 
-class _Found:
-    """The outcome of a scan: files and empty directories by path, and what was left out."""
+class Scan:
+    """What a directory holds: files and empty directories by path, and what was left out."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[str, os.stat_result]] = []
@@ -66,8 +66,19 @@ class DirectoryExporter(BaseModel):
     def backend(self) -> str:
         return BACKEND
 
-    def export(self, dest: Path, *, on_progress: OnProgress | None = None) -> ExportResult:
+    def export(
+        self,
+        dest: Path,
+        *,
+        on_progress: OnProgress | None = None,
+        found: Scan | None = None,
+        known: Callable[[str, os.stat_result], FileHash | None] = lambda _path, _status: None,
+    ) -> ExportResult:
         """Write an artifact of the tree into `dest`; see `Exporter.export`.
+
+        Args:
+            found: What `scan` has just found.
+            known: The hash of a member that need not be read for it.
 
         Raises:
             NotFoundError: the source is no directory.
@@ -89,7 +100,7 @@ class DirectoryExporter(BaseModel):
             raise RefusedError(
                 f"the artifact {dest} would lie inside its own source {root}", hint="name a directory elsewhere"
             )
-        found = self._scan(root)
+        found = found or self.scan()
         with all_or_nothing(dest):
             with writing(dest):
                 dest.mkdir(parents=True, exist_ok=True)
@@ -101,7 +112,10 @@ class DirectoryExporter(BaseModel):
             hashes = hash_files(
                 len(paths),
                 lambda i: statuses[i].st_size,
-                lambda i, buffer: _hash_stable(data, paths[i], statuses[i], buffer, copied=self.mode == "copy"),
+                lambda i, buffer: (
+                    known(paths[i], statuses[i])
+                    or _hash_stable(data, paths[i], statuses[i], buffer, copied=self.mode == "copy")
+                ),
                 on_batch=(lambda _, done: on_progress(done, total)) if on_progress else None,
             )
             for path, status, hashed in zip(paths, statuses, hashes, strict=True):
@@ -137,8 +151,14 @@ class DirectoryExporter(BaseModel):
             raise NotFoundError(f"source {self.path} is not a directory", path=str(self.path))
         return root
 
-    def _scan(self, root: Path) -> _Found:
-        found = _Found()
+    def scan(self) -> Scan:
+        """Look at every entry of the tree; no file is opened.
+
+        Raises:
+            NotFoundError, UnsupportedSource, SourceChanged: as `export`.
+        """
+        root = self._root()
+        found = Scan()
         # Directories still to read, each with its path in the artifact and the real directories above it.
         pending: list[tuple[str, str, tuple[str, ...]]] = [(str(root), "", (str(root),))]
         while pending:

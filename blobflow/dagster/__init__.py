@@ -20,6 +20,7 @@ from blobflow.dagster.handles import MirrorHandle, RemoteHandle, SnapshotHandle
 from blobflow.dagster.handoff import HandoffIOManager
 from blobflow.dagster.io_manager import ArtifactIOManager, ArtifactRef
 from blobflow.dagster.jobs import gc_job, probe_check, probe_job
+from blobflow.dagster.layers import layer_assets, layer_restore_job
 from blobflow.dagster.mirror import ArtifactMirror, artifact_mirror
 from blobflow.dagster.pipeline import ArtifactPipeline, artifact_pipeline
 from blobflow.dagster.receiving import ReceiverResource, received_mirror
@@ -50,6 +51,8 @@ __all__ = [
     "artifact_pipeline",
     "export_schedule",
     "gc_job",
+    "layer_assets",
+    "layer_restore_job",
     "manifest_sensor",
     "mirror_condition",
     "probe_check",

@@ -36,6 +36,13 @@ MIRROR_STATUS: Final = "blobflow/mirror_status"
 SNAPSHOT: Final = "blobflow/snapshot"
 """Source, database, position and digest of what is arriving at a receiver."""
 
+LAYER_DIGEST: Final = "blobflow/layer_digest"
+TAR_SIZE: Final = "blobflow/tar_bytes"
+CODEC: Final = "blobflow/codec"
+FILES_READ: Final = "blobflow/files_read"
+"""To know whether a directory changed; the others were known by their stats."""
+SYNC_SECONDS: Final = "blobflow/sync_seconds"
+
 BYTES_SENT: Final = "blobflow/bytes_sent"
 BYTES_RECEIVED: Final = "blobflow/bytes_received"
 BYTES_DONE: Final = "blobflow/bytes_done"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, Protocol, TypeVar
@@ -538,7 +538,7 @@ class MultipartUpload(_Upload):
             # Nothing of this upload can be used again: its parts came from files that are no longer the same.
             self.give_up(upload_id)
             raise self.differs(actual)
-        parts = self._proven_parts(upload_id, plan)
+        parts = proven_parts(self.store, self.key, upload_id, plan, self.crcs)
         self.take_the_way(upload_id)
         self.store.complete_multipart(self.key, upload_id, parts)
         return self.store.head(self.key)
@@ -618,24 +618,25 @@ class MultipartUpload(_Upload):
         if self.keeper.renewal_due():
             self.keeper.save(self.crcs)
 
-    def _proven_parts(self, upload_id: str, plan: TransferPlan) -> list[PartMeta]:
-        """What the store holds, after comparing it with the plan: dense numbers, sizes, checksums where told.
 
-        Raises:
-            UploadIncomplete: naming the first part that is missing or wrong; running again sends it.
-        """
-        held = {part.part_number: part for part in self.store.list_parts(self.key, upload_id)}
-        for part in plan:
-            found = held.get(part.number)
-            if found is None or found.size != part.length or found.crc32c not in (None, self.crcs[part.number]):
-                raise UploadIncomplete(
-                    f"part {part.number} of {self.key!r} is {'missing' if found is None else 'damaged'} in the store",
-                    hint="run the same command again; it sends what is missing",
-                    key=self.key,
-                    expected=len(plan),
-                    actual=len(held),
-                )
-        return [held[part.number]._replace(crc32c=self.crcs[part.number]) for part in plan]
+def proven_parts(store: Store, key: str, upload_id: str, plan: TransferPlan, crcs: Mapping[int, int]) -> list[PartMeta]:
+    """What the store holds, after comparing it with the plan: dense numbers, sizes, checksums where told.
+
+    Raises:
+        UploadIncomplete: naming the first part that is missing or wrong; running again sends it.
+    """
+    held = {part.part_number: part for part in store.list_parts(key, upload_id)}
+    for part in plan:
+        found = held.get(part.number)
+        if found is None or found.size != part.length or found.crc32c not in (None, crcs[part.number]):
+            raise UploadIncomplete(
+                f"part {part.number} of {key!r} is {'missing' if found is None else 'damaged'} in the store",
+                hint="run the same command again; it sends what is missing",
+                key=key,
+                expected=len(plan),
+                actual=len(held),
+            )
+    return [held[part.number]._replace(crc32c=crcs[part.number]) for part in plan]
 
 
 def _known_crc(body: Body) -> int:

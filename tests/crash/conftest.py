@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 
 from blobflow.testing import write_tree
 from tests.crash.machines import KIB, MIB, LocalPlace, Machine, Place, S3Place
+from tests.faults.clients import Stores
 from tests.kit import noise
+from tests.servers import S3Endpoint, missing_ceph_programs, rgw_server
 
 
 @dataclass(frozen=True)
@@ -77,3 +80,19 @@ def machine(tmp_path: Path, place: Place) -> Callable[..., Machine]:
         return Machine(tmp_path / f"machine-{count}", place, *options)
 
     return make
+
+
+@pytest.fixture
+def stores() -> Iterator[Stores]:
+    """Makes stores of buckets; they are closed at the end."""
+    with closing(Stores()) as stores:
+        yield stores
+
+
+@pytest.fixture(scope="session")
+def fine_grained_rgw() -> Iterator[S3Endpoint]:
+    """A Ceph that takes small parts, so that thousands of them fit into memory."""
+    if missing := missing_ceph_programs():
+        pytest.skip(f"needs Ceph (Debian: radosgw ceph-mon ceph-osd); missing: {', '.join(missing)}")
+    with rgw_server(min_part_size=1) as endpoint:
+        yield endpoint

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from blobflow.testing import FaultyStore, Request, write_tree
 from tests.crash.machines import LocalPlace, Machine, kill_when
 from tests.faults.clients import Stores
 from tests.kit import Killed, noise
-from tests.servers import S3Endpoint, missing_ceph_programs, rgw_server
+from tests.servers import S3Endpoint
 from tests.strict_s3 import Rules, StrictS3
 
 KEY = "orders/today"
@@ -28,22 +27,6 @@ MANY = [
 ]
 ROUND = [pytest.param(2500, marks=pytest.mark.slow), pytest.param(10_000, marks=pytest.mark.slow)]
 """Numbers of parts; the smallest ones for S3 have a test among the faults."""
-
-
-@pytest.fixture
-def stores() -> Iterator[Stores]:
-    """Makes stores of buckets; they are closed at the end."""
-    with closing(Stores()) as stores:
-        yield stores
-
-
-@pytest.fixture(scope="module")
-def fine_grained_rgw() -> Iterator[S3Endpoint]:
-    """A Ceph that takes small parts, so that thousands of them fit into memory."""
-    if missing := missing_ceph_programs():
-        pytest.skip(f"needs Ceph (Debian: radosgw ceph-mon ceph-osd); missing: {', '.join(missing)}")
-    with rgw_server(min_part_size=1) as endpoint:
-        yield endpoint
 
 
 def source_of(path: Path, parts: int, part_size: int) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
-from blobflow import Artifact, download, open_store, upload, verify
+from blobflow import Artifact, LayerSync, download, open_store, upload, verify
 from blobflow.artifact.landing import STAGE_PREFIX
 from blobflow.cli import run
 from blobflow.errors import NoSuchUpload
@@ -25,8 +25,8 @@ from blobflow.owner import process_owner
 from blobflow.stores.base import Body, Store, UploadMeta
 from blobflow.stores.local import LocalStore
 from blobflow.stores.probe import probe
-from blobflow.testing import FailBefore, FaultyStore, Hook, Request, read_tree
-from tests.kit import SERIAL, TREE, Killed, artifact_of, dies_at, keys, local_store, noise
+from blobflow.testing import FailBefore, FaultyStore, Hook, Request, read_tree, write_tree
+from tests.kit import SERIAL, TREE, Killed, artifact_of, dies_at, dies_before, keys, local_store, noise
 from tests.servers import S3Endpoint
 from tests.strict_s3 import Rules, StrictS3
 
@@ -61,19 +61,6 @@ def store(tmp_path: Path, clock: Clock) -> LocalStore:
 @pytest.fixture
 def artifact(tmp_path: Path) -> Artifact:
     return artifact_of(tmp_path)
-
-
-def dies_before(operation: str, number: int = 1) -> Callable[[Request], None]:
-    """The process dies at this request, and sends nothing after it."""
-    dead = False
-
-    def faults(request: Request) -> None:
-        nonlocal dead
-        dead = dead or (request.operation, request.number) == (operation, number)
-        if dead:
-            raise Killed
-
-    return faults
 
 
 def killed_upload(artifact: Artifact, store: Store, key: str, operation: str, number: int = 1) -> None:
@@ -493,3 +480,52 @@ def test_an_age_without_meaning_is_refused(tmp_path: Path, age: str, capsys: pyt
     """A limit that was mistyped must not collect anything."""
     assert run(["--store", str(tmp_path), "gc", "--older-than", age]) == 2
     assert "24h" in capsys.readouterr().err
+
+
+# Layers
+
+
+def killed_sync(path: Path, store: LocalStore, operation: str, number: int = 1) -> None:
+    """A sync whose process dies before this request; its intent belongs to a process that is gone."""
+    source = path / "layer source"
+    if not source.exists():
+        write_tree(source, TREE)
+    with pytest.raises(Killed):
+        LayerSync(FaultyStore(store, dies_before(operation, number)), home=path / "home", profile=SERIAL).sync(
+            "web", source
+        )
+    for meta in list(store.list()):
+        if meta.key.endswith(".upload.json"):
+            document = json.loads(store.get(meta.key, max_bytes=1 << 20).data)
+            store.put(meta.key, json.dumps(document | {"owner": GONE}).encode())
+
+
+def test_a_killed_layer_upload_is_collected_when_it_is_old(store: LocalStore, clock: Clock, tmp_path: Path):
+    """Not before: until then its host, or another one, continues it."""
+    killed_sync(tmp_path, store, "put_part", 3)
+    young = collect(store, clock=clock)
+    assert (young.uploads, young.intents, young.uploads_kept) == ([], [], 1)
+    clock.now += 2 * DAY_S
+    old = collect(store, clock=clock)
+    assert ([upload.key for upload in old.uploads], old.uploads_kept) == (old.intents, 0)
+    assert len(old.intents) == 1
+    assert (list(store.list()), store.list_uploads()) == ([], [])
+
+
+def test_a_layer_without_metadata_is_found_and_one_with_it_stays(store: LocalStore, clock: Clock, tmp_path: Path):
+    """Nobody sees the first, and only `payloads` removes it; the second stays even if no container names it."""
+    killed_sync(tmp_path, store, "complete_multipart")
+    (upload,) = store.list_uploads()
+    store.complete_multipart(upload.key, upload.upload_id, store.list_parts(upload.key, upload.upload_id))
+    store.delete(upload.key + ".upload.json")
+    write_tree(tmp_path / "other", {"a": "b"})
+    whole = LayerSync(store, home=tmp_path / "home").sync("other", tmp_path / "other")
+    store.delete("containers/other.ref.json")
+    assert collect(store, payloads=True, clock=clock).payloads == []
+    clock.now += 2 * DAY_S
+    assert collect(store, clock=clock).payloads == [upload.key]
+    assert store.exists(upload.key)
+    assert collect(store, payloads=True, clock=clock).payloads == [upload.key]
+    left = [meta.key for meta in store.list()]
+    assert left == [whole.key.replace(".tar.zst", ".layer.json"), whole.key]
+    assert collect(store, payloads=True, older_than_s=0).payloads == []

@@ -1,0 +1,281 @@
+"""A layer as bytes (docs/layers.md): frames, the seek table behind them, and the metadata object. No I/O happens here.
+
+Frames are those of zstd (RFC 8878); the seek table is that of zstd's seekable format (contrib/seekable_format in its
+repository), which stands in a skippable frame, so that `zstd -dc` reads the whole as one stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import threading
+from array import array
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from itertools import accumulate
+from typing import Any, Final
+
+import zstandard
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.manifest import (
+    INDEX_NAME,
+    MAX_MANIFEST_BYTES,
+    ByteCount,
+    Crc32c,
+    Manifest,
+    Sha256Digest,
+    artifact_digest,
+)
+from blobflow.checksum import Buffer, crc32c
+from blobflow.config import MIB
+from blobflow.engine.plan import Part, TransferPlan
+from blobflow.errors import ArtifactInvalid, UsageError
+from blobflow.layers.names import layer_key
+
+FORMAT: Final = "blobflow.layer/1"
+CONTENT_TYPE: Final = "application/zstd"
+
+DEFAULT_LEVEL: Final = 3
+"""zstd's own."""
+MIN_FRAME_BYTES: Final = 2 * MIB
+"""Within half a percent of the ratio of one stream (design note 015)."""
+MAX_FRAME_BYTES: Final = 1 << 31
+MAX_FRAMES: Final = 65_536
+"""Bounds what the intent remembers to half a megabyte."""
+MAX_META_BYTES: Final = 4 * MAX_MANIFEST_BYTES
+
+_PRODUCER: Final = "blobflow.layer/1"
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_SKIPPABLE: Final = 0x184D2A5E
+_SEEKABLE: Final = 0x8F92EAB1
+_HEADER: Final = struct.Struct("<II")
+_FOOTER: Final = struct.Struct("<IBI")
+
+
+class Codec:
+    """Compresses and decompresses whole frames; thread-safe, and the interpreter lock is not held meanwhile."""
+
+    def __init__(self, level: int = DEFAULT_LEVEL) -> None:
+        if not 1 <= level <= zstandard.MAX_COMPRESSION_LEVEL:
+            raise UsageError(
+                f"zstd has no level {level}",
+                hint=f"give 1 to {zstandard.MAX_COMPRESSION_LEVEL}; {DEFAULT_LEVEL} is usual",
+            )
+        self.level = level
+        self.name = f"zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))} level {level}"
+        """Equal names give equal bytes."""
+        self._contexts = threading.local()
+
+    def __repr__(self) -> str:
+        return f"<Codec {self.name}>"
+
+    def compress(self, data: Buffer) -> bytes:
+        """One frame, with the size and the checksum of its content in it."""
+        context = getattr(self._contexts, "compressor", None)
+        if context is None:
+            context = zstandard.ZstdCompressor(level=self.level, write_checksum=True, write_content_size=True)
+            self._contexts.compressor = context
+        return context.compress(data)
+
+    @classmethod
+    def bound(cls, size: int) -> int:
+        """The most bytes that `size` bytes can become in one frame (ZSTD_COMPRESSBOUND, and the checksum)."""
+        return size + (size >> 8) + 128
+
+
+def decompress(frame: Buffer, into: memoryview) -> None:
+    """Fill `into` with the content of a frame.
+
+    Raises:
+        ArtifactInvalid: not a frame, damaged, or of another size.
+    """
+    try:
+        # The frame says its own size, and memory is taken before it is read: a lie must not take more than is due.
+        told = zstandard.frame_content_size(frame)
+        if told == len(into):
+            into[:] = zstandard.ZstdDecompressor().decompress(frame)
+            return
+    except zstandard.ZstdError as error:
+        raise ArtifactInvalid(f"a frame of the layer is damaged: {error}") from error
+    raise ArtifactInvalid("a frame of the layer has another size than the layout", expected=len(into), actual=told)
+
+
+class FramePlan:
+    """How the tar is cut into frames: those of the head first, then those of the members and the end blocks.
+
+    Args:
+        head: Bytes of the tar before the first member.
+        size: Bytes of the tar.
+        frame_size: Of all frames but the last of the head and the last of all.
+    """
+
+    def __init__(self, head: int, size: int, frame_size: int) -> None:
+        self.head = head
+        self.size = size
+        self.frame_size = frame_size
+        self._head = TransferPlan(head, frame_size)
+        self._body = TransferPlan(size - head, frame_size, start=head)
+
+    @staticmethod
+    def frame_size_for(size: int, wanted: int | None = None) -> int:
+        """The frame size of a tar of that size: the wanted or the usual one, or what keeps frames few enough."""
+        needed = -(-size // (MAX_FRAMES // 2))
+        return max(wanted or MIN_FRAME_BYTES, needed if wanted else -(-needed // MIB) * MIB)
+
+    def __len__(self) -> int:
+        return len(self._head) + len(self._body)
+
+    def frame(self, number: int) -> Part:
+        """Frame `number`, from 1: its range of the tar."""
+        if number <= len(self._head):
+            return self._head.part(number)
+        return self._body.part(number - len(self._head))._replace(number=number)
+
+    def frames_of(self, offset: int, length: int) -> range:
+        """The numbers of the frames that overlap a range of the tar."""
+        if offset + length <= self._body.start:
+            return self._head.parts_of(offset, length)
+        last = self._body.parts_of(max(offset, self._body.start), offset + length - max(offset, self._body.start))
+        first = self._head.parts_of(offset, 1).start if offset < self._body.start else last.start + len(self._head)
+        return range(first, last.stop + len(self._head))
+
+
+def encode_seek_table(sizes: Sequence[int], plan: FramePlan) -> bytes:
+    """The skippable frame behind the frames.
+
+    Args:
+        sizes: Of the frames, compressed.
+    """
+    entries = array("I")
+    for number, size in enumerate(sizes, 1):
+        entries.extend((size, plan.frame(number).length))
+    body = struct.pack(f"<{len(entries)}I", *entries)
+    return _HEADER.pack(_SKIPPABLE, len(body) + _FOOTER.size) + body + _FOOTER.pack(len(sizes), 0, _SEEKABLE)
+
+
+def seek_table_size(frames: int) -> int:
+    """Bytes of the skippable frame."""
+    return _HEADER.size + 8 * frames + _FOOTER.size
+
+
+def parse_seek_table(data: bytes, plan: FramePlan) -> array[int]:
+    """The compressed sizes of the frames; the inverse of `encode_seek_table`.
+
+    Raises:
+        ArtifactInvalid: not a seek table, or not that of `plan`.
+    """
+    if len(data) != seek_table_size(len(plan)):
+        raise ArtifactInvalid("the seek table of the layer has another size", actual=len(data))
+    sizes = array("I", struct.unpack_from(f"<{2 * len(plan)}I", data, _HEADER.size)[::2])
+    if data != encode_seek_table(sizes, plan):
+        raise ArtifactInvalid("the seek table of the layer is damaged, or of another layout")
+    return sizes
+
+
+class LayerMeta(BaseModel):
+    """The metadata object, `<digest>.layer.json`: it exists if and only if the layer is complete."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: str = FORMAT
+    digest: Sha256Digest = Field(description="The name of the layer; follows from the manifest.")
+    object_size: ByteCount = Field(description="Bytes of the layer.")
+    tar_size: ByteCount = Field(description="Bytes of the tar in it.")
+    head_size: ByteCount = Field(description="Of these, what comes before the first member.")
+    frame_size: int = Field(gt=0, le=MAX_FRAME_BYTES, description="Bytes of the tar in a frame.")
+    frames: int = Field(gt=0, le=2 * MAX_FRAMES)
+    seek_table_crc32c: Crc32c
+    codec: str = Field(description="What compressed it.")
+    manifest: str = Field(description="The exact manifest in the tar.")
+
+    @property
+    def manifest_bytes(self) -> bytes:
+        return self.manifest.encode()
+
+    @property
+    def plan(self) -> FramePlan:
+        return FramePlan(self.head_size, self.tar_size, self.frame_size)
+
+    @property
+    def key(self) -> str:
+        """Of the layer."""
+        return layer_key(self.digest)
+
+    def encode(self) -> bytes:
+        """The JSON document."""
+        return json.dumps(self.model_dump(mode="json"), ensure_ascii=False, indent=1).encode() + b"\n"
+
+    @classmethod
+    def parse(cls, data: bytes) -> LayerMeta:
+        """The inverse of `encode`.
+
+        Raises:
+            ArtifactInvalid: not of this format, or it contradicts itself.
+        """
+        try:
+            document: Any = json.loads(data)
+            if not isinstance(document, dict) or document.get("format") != FORMAT:  # pyright: ignore[reportUnknownMemberType]
+                raise ArtifactInvalid(f"not the metadata of a layer of format {FORMAT!r}")
+            meta = cls.model_validate(document)
+        except (ValueError, RecursionError) as error:
+            said = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
+            raise ArtifactInvalid(f"the metadata of a layer is damaged: {said}") from error
+        manifest = Manifest.parse(meta.manifest_bytes)
+        plan = plan_of(meta.manifest_bytes, meta.frame_size)
+        if (layer_digest(manifest), plan.head, plan.size, len(plan)) != (
+            *(meta.digest, meta.head_size, meta.tar_size, meta.frames),
+        ):
+            raise ArtifactInvalid(f"the metadata of the layer {meta.digest} contradicts itself")
+        return meta
+
+
+def plan_of(manifest_bytes: bytes, frame_size: int) -> FramePlan:
+    """The frames of the layer with that manifest, which tells the sizes of head and tar."""
+    from blobflow.artifact.tarmap import manifest_entry_length, member_length
+
+    manifest = Manifest.parse(manifest_bytes)
+    own = manifest_entry_length(len(manifest_bytes))
+    size = own + manifest.body.size
+    head = own + member_length(INDEX_NAME, manifest.index.size)
+    return FramePlan(head, size, frame_size)
+
+
+def meta_of(manifest_bytes: bytes, codec: str, plan: FramePlan, sizes: Sequence[int]) -> LayerMeta:
+    """The metadata of a layer whose frames have these sizes."""
+    table = encode_seek_table(sizes, plan)
+    return LayerMeta(
+        digest=layer_digest(Manifest.parse(manifest_bytes)),
+        object_size=sum(sizes) + len(table),
+        tar_size=plan.size,
+        head_size=plan.head,
+        frame_size=plan.frame_size,
+        frames=len(plan),
+        seek_table_crc32c=crc32c(table),
+        codec=codec,
+        manifest=manifest_bytes.decode(),
+    )
+
+
+def layer_digest(manifest: Manifest) -> str:
+    """The name of a layer: what its files hold, and which of them are executable. Times do not count."""
+    both = f"{manifest.content_digest}\n{manifest.executables_digest}\n"
+    return "sha256:" + hashlib.sha256(both.encode()).hexdigest()
+
+
+def as_layer(artifact: Artifact) -> Artifact:
+    """The same members behind a manifest that says nothing of time and host."""
+    anywhere = artifact.manifest.model_copy(update={"created_at": _EPOCH, "producer": _PRODUCER})
+    return artifact.adopt(anywhere.encode())
+
+
+def manifest_digest(meta: LayerMeta) -> str:
+    """What a ref calls the digest of the artifact."""
+    return artifact_digest(meta.manifest_bytes)
+
+
+def frame_starts(sizes: Sequence[int]) -> list[int]:
+    """Where each frame begins in the object, and where the last one ends."""
+    return list(accumulate(sizes, initial=0))

@@ -1,0 +1,159 @@
+"""The content of a directory without reading what has not changed: a reference artifact is kept, and its files' stats.
+
+```
+<home>/<hash of the directory's path>/artifact     the last scan: manifest, index, inodes and mtimes; `data` is a link
+<home>/<hash of the directory's path>/CTIMES       nanoseconds, 8 bytes each, in the order of the index; 0: not believed
+<home>/<hash of the directory's path>/lock         held while it is looked at or replaced
+```
+
+A cache, and of this machine alone: who removes it pays one reading of every file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import stat
+from array import array
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from blobflow.artifact.artifact import REFERENCE_NAME, Artifact
+from blobflow.artifact.hashing import FileHash
+from blobflow.artifact.landing import try_flock
+from blobflow.backends.base import OnProgress
+from blobflow.backends.directory import DirectoryExporter, Scan
+from blobflow.errors import BlobflowError, TransferBusy, writing
+
+log = logging.getLogger(__name__)
+
+RACY_NS: Final = 2_000_000_000
+"""A file changed this shortly before a scan may change again without another time: coarse clocks tick in seconds."""
+_CTIMES: Final = "CTIMES"
+
+
+class StatCache:
+    """What is known of one directory; use it in a `with` block, within which the artifact stays where it is.
+
+    Args:
+        home: Directory of all caches of this machine.
+        exporter: Of the directory, by reference.
+        clock: Nanoseconds since the epoch.
+    """
+
+    def __init__(self, home: Path, exporter: DirectoryExporter, *, clock: Callable[[], int]) -> None:
+        name = hashlib.sha256(os.fsencode(os.path.realpath(exporter.path))).hexdigest()[:32]
+        self._exporter = exporter
+        self._clock = clock
+        self.path = home / name
+        self.files_read = 0
+        """By the last scan."""
+
+    @contextmanager
+    def held(self) -> Generator[StatCache]:
+        """Hold the cache.
+
+        Raises:
+            TransferBusy: another process scans or sends this directory.
+        """
+        with writing(self.path):
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if not try_flock(lock, fcntl.LOCK_EX):
+                raise TransferBusy(
+                    f"another process is looking at {self._exporter.path}", path=str(self._exporter.path)
+                )
+            yield self
+        finally:
+            os.close(lock)
+
+    def scan(self, on_progress: OnProgress | None = None) -> Artifact:
+        """The directory as a reference artifact: files are read if their stats say that they changed.
+
+        Raises:
+            NotFoundError, UnsupportedSource, SourceChanged: see `DirectoryExporter.export`.
+        """
+        before_ns = self._clock()
+        found = self._exporter.scan()
+        known = _Known.read(self.path)
+        self.files_read = 0
+        if known is not None and known.covers(found):
+            return known.artifact
+        ours = known.hashes if known is not None else {}
+
+        def hash_of(path: str, status: os.stat_result) -> FileHash | None:
+            entry = ours.get(path)
+            if entry is not None and entry[0] == _identity(status):
+                return entry[1]
+            if not path.endswith("/"):
+                self.files_read += 1
+            return None
+
+        fresh = self.path / "artifact.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        artifact = self._exporter.export(fresh, on_progress=on_progress, found=found, known=hash_of).artifact
+        ctimes = array("q", (self._believed(status, before_ns) for _, status in found.entries))
+        with writing(self.path):
+            shutil.rmtree(self.path / "artifact", ignore_errors=True)  # without it the new CTIMES name nothing
+            (self.path / _CTIMES).write_bytes(ctimes.tobytes())
+            os.rename(fresh, self.path / "artifact")
+        moved = Artifact(self.path / "artifact", artifact.manifest_bytes)
+        moved.__dict__.update(index_bytes=artifact.index_bytes, index=artifact.index)
+        log.info("layer.scanned path=%s members=%d read=%d", self._exporter.path, len(found.entries), self.files_read)
+        return moved
+
+    @staticmethod
+    def _believed(status: os.stat_result, before_ns: int) -> int:
+        return status.st_ctime_ns if max(status.st_ctime_ns, status.st_mtime_ns) < before_ns - RACY_NS else 0
+
+
+class _Known:
+    """The last scan."""
+
+    def __init__(self, artifact: Artifact, ctimes: array[int], origins: tuple[array[int], array[int]]) -> None:
+        self.artifact = artifact
+        index = artifact.index
+        inodes, mtimes_ns = origins
+        self.hashes: dict[str, tuple[tuple[int, ...], FileHash]] = {
+            path: (
+                (index.sizes[i], mtimes_ns[i], inodes[i], ctimes[i], index.modes[i]),
+                FileHash(index.sizes[i], index.sha256_of(i), index.crcs[i]),
+            )
+            for i, path in enumerate(index.paths)
+            if not path.endswith("/")
+        }
+        self._paths = index.paths
+
+    @classmethod
+    def read(cls, path: Path) -> _Known | None:
+        """None if there is none, or none that can be used."""
+        from blobflow.artifact.index import decode_origins
+
+        try:
+            artifact = Artifact.open(path / "artifact")
+            ctimes = array("q", (path / _CTIMES).read_bytes())
+            origins = decode_origins((path / "artifact" / REFERENCE_NAME).read_bytes())
+            if {len(ctimes), len(origins[0]), len(origins[1])} == {len(artifact.index)}:
+                return cls(artifact, ctimes, origins)
+        except (BlobflowError, OSError, ValueError) as error:
+            log.debug("layer.cache_unusable path=%s error=%s", path, error)
+        return None
+
+    def covers(self, found: Scan) -> bool:
+        """Whether a scan finds nothing else."""
+        if [path for path, _ in found.entries] != self._paths:
+            return False
+        return all(path.endswith("/") or self.hashes[path][0] == _identity(status) for path, status in found.entries)
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    from blobflow.artifact.index import EXECUTABLE_MODE, FILE_MODE
+
+    mode = EXECUTABLE_MODE if status.st_mode & stat.S_IXUSR else FILE_MODE
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns, mode

@@ -1,0 +1,606 @@
+"""Sending a layer: compressed as it goes, taken up again by any process, visible by its metadata, which comes last.
+
+Intents, the parts that the store holds, and the books are those of `blobflow.transport`; what differs is that nobody
+knows the size of the object before the last frame is compressed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.checksum import combine_all, crc32c
+from blobflow.config import ChunkProfile
+from blobflow.engine.checkpoint import TransferRecord
+from blobflow.engine.plan import Part, TransferPlan
+from blobflow.engine.pool import move_parts
+from blobflow.errors import (
+    ArtifactInvalid,
+    ChecksumMismatch,
+    NoSuchUpload,
+    PreconditionFailed,
+    TransferBusy,
+    UploadIncomplete,
+)
+from blobflow.forks import forget_threads_in_children
+from blobflow.intent import FrameLog, Intent, IntentKeeper
+from blobflow.layers.cutting import Cut, PartCutter, known_size
+from blobflow.layers.format import (
+    CONTENT_TYPE,
+    Codec,
+    FramePlan,
+    LayerMeta,
+    encode_seek_table,
+    layer_digest,
+    meta_of,
+    plan_of,
+    seek_table_size,
+)
+from blobflow.layers.names import layer_key, meta_key
+from blobflow.layers.remote import find_bytes, read_meta
+from blobflow.owner import process_owner
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store
+from blobflow.transport.books import Books, OnProgress, OnRecord, transfer_id
+from blobflow.transport.uploading import proven_parts
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS: Final = 5
+
+
+@dataclass(frozen=True)
+class Errand:
+    """Which layer is to be brought where, and who is told."""
+
+    store: Store
+    artifact: Artifact
+    codec: Codec
+    profile: ChunkProfile
+    frame_size: int | None = None
+    on_progress: OnProgress | None = None
+    on_checkpoint: OnRecord | None = None
+    on_begin: Callable[[str, int], None] = lambda _upload_id, _part_size: None
+    """Called with upload id and part size before the first part is sent."""
+
+
+@dataclass
+class Sent:
+    """What sending a layer took."""
+
+    meta: LayerMeta
+    parts: int = 1
+    parts_resumed: int = 0
+    bytes_sent: int = 0
+    bytes_resumed: int = 0
+    """Of the layer, what the store held already."""
+    checkpoints_saved: int = 0
+
+
+class _PartDone(NamedTuple):
+    number: int
+    length: int
+    crc: int
+    was_sent: bool
+
+
+def send_layer(errand: Errand) -> Sent:
+    """Bring the layer into the store; may be called again after a crash, from any machine that has the same content.
+
+    Raises:
+        TransferBusy: another process is sending this very layer.
+        SourceChanged, ChecksumMismatch: the files are not those that were scanned; nothing was published.
+        Unsupported: the layer might have more parts than the store takes; nothing was sent.
+    """
+    sending = _Sending(errand)
+    with _busy.sending(errand.store, sending.key):
+        return sending.run()
+
+
+class _Busy:
+    """What this process is sending at the moment: store and key."""
+
+    def __init__(self) -> None:
+        self.forget_threads()
+        forget_threads_in_children(self)
+
+    def forget_threads(self) -> None:
+        """See `Forkable`."""
+        self._lock = threading.Lock()
+        self._layers: set[tuple[str, str]] = set()
+
+    def __contains__(self, layer: tuple[str, str]) -> bool:
+        with self._lock:
+            return layer in self._layers
+
+    @contextmanager
+    def sending(self, store: Store, key: str) -> Generator[None]:
+        """One thread of a process sends a layer at a time."""
+        layer = store.url, key
+        with self._lock:
+            if layer in self._layers:
+                raise TransferBusy(f"this process is sending the layer {key!r} already", key=key)
+            self._layers.add(layer)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._layers.discard(layer)
+
+
+_busy = _Busy()
+
+
+def _is_idle(store: Store, key: str, keeper: IntentKeeper, *, mine: bool = False) -> bool:
+    """Whether nobody works on the upload of the loaded intent.
+
+    Args:
+        mine: Whether the caller is the one of this process who may.
+    """
+    if keeper.intent is not None and keeper.intent.owner == process_owner():
+        # Left by an attempt of this process that could not even say that it failed.
+        return mine or (store.url, key) not in _busy
+    return not keeper.is_alive()
+
+
+def finish_layer(store: Store, key: str) -> Sent | None:
+    """Make a layer of an upload of which the store holds every part: its source is not needed for that.
+
+    None: there is no such upload, parts are missing, or somebody is at work on it.
+    """
+    keeper = IntentKeeper(store, key)
+    intent = keeper.load()
+    if intent is None or intent.frames is None or not _is_idle(store, key, keeper):
+        return None
+    finishing = _Finishing(store, intent.manifest_bytes, intent.frames.frame_size)
+    finishing.keeper = keeper
+    size = known_size(intent.frames.sizes, finishing.plan)
+    if size is None or finishing.key != key:
+        return None
+    plan = TransferPlan(size, intent.part_size)
+    try:
+        held = Held.of(store, key, intent)
+        if plan.missing(held.proven(plan)):
+            return None
+        finishing.crcs = {number: held.crcs[number] for number in range(1, len(plan) + 1)}
+        meta, made = finishing.complete(intent.upload_id, plan, intent.frames)
+    except (NoSuchUpload, UploadIncomplete, ChecksumMismatch):
+        return None
+    finishing.publish(meta, made)
+    keeper.remove(intent.upload_id)
+    log.info("layer.finished key=%s bytes=%d parts=%d", key, meta.object_size, len(plan))
+    return Sent(meta, parts=len(plan), parts_resumed=len(plan), bytes_resumed=meta.object_size)
+
+
+def abandon_layer(store: Store, key: str, upload_id: str) -> None:
+    """Abort an upload that nobody can or will continue, with its intent; one that somebody works on is left alone."""
+    keeper = IntentKeeper(store, key)
+    intent = keeper.load()
+    if intent is not None and intent.upload_id == upload_id and not _is_idle(store, key, keeper):
+        return
+    store.abort_multipart(key, upload_id)
+    if intent is not None and intent.upload_id == upload_id:
+        keeper.remove(upload_id)
+    log.info("layer.abandoned key=%s upload_id=%s", key, upload_id)
+
+
+class Held:
+    """The parts of an upload that the store holds; its list is the truth, the intent adds checksums.
+
+    Attributes:
+        crcs: CRC32C of the parts of which it is known.
+    """
+
+    def __init__(self, parts: list[PartMeta], remembered: dict[int, int]) -> None:
+        self.parts = {part.part_number: part for part in parts}
+        self.crcs: dict[int, int] = {}
+        for part in parts:
+            told, known = part.crc32c, remembered.get(part.part_number)
+            if None not in (told, known) and told != known:
+                del self.parts[part.part_number]  # somebody put another part in its place
+            elif (crc := told if told is not None else known) is not None:
+                self.crcs[part.part_number] = crc
+
+    @classmethod
+    def of(cls, store: Store, key: str, intent: Intent) -> Held:
+        """What `store` holds of the intent's upload."""
+        return cls(store.list_parts(key, intent.upload_id), intent.crcs)
+
+    def proven(self, plan: TransferPlan) -> set[int]:
+        """The parts of `plan` that are there with a known checksum and the right size."""
+        return {
+            part.number for part in plan if part.number in self.crcs and self.parts[part.number].size == part.length
+        }
+
+    def holds(self, cut: Cut, crc: int) -> bool:
+        """Whether the store has exactly these bytes as that part.
+
+        Without a checksum its e_tag decides: on S3 and Ceph it is the MD5 of a part unless KMS encrypts it, and any
+        other proves nothing.
+        """
+        part = self.parts.get(cut.number)
+        if part is None or part.size != len(cut.data):
+            return False
+        if cut.number in self.crcs:
+            return self.crcs[cut.number] == crc
+        return hashlib.md5(cut.data, usedforsecurity=False).hexdigest() == part.e_tag.strip('"').lower()
+
+
+class _Finishing:
+    """How every upload of a layer ends, whoever began it: proven, completed, published."""
+
+    def __init__(self, store: Store, manifest_bytes: bytes, frame_size: int) -> None:
+        self.store = store
+        self.manifest_bytes = manifest_bytes
+        self.plan: FramePlan = plan_of(manifest_bytes, frame_size)
+        self.digest = layer_digest(Manifest.parse(manifest_bytes))
+        self.key = layer_key(self.digest)
+        self.keeper = IntentKeeper(store, self.key)
+        self.crcs: dict[int, int] = {}
+        """CRC32C of the parts that the store has acknowledged."""
+
+    def complete(self, upload_id: str, plan: TransferPlan, frames: FrameLog) -> tuple[LayerMeta, ObjectMeta]:
+        """Prove that the parts are the layer, and make it of them."""
+        try:
+            self.check_contents(frames)
+        except ChecksumMismatch:
+            self.give_up(upload_id)
+            raise
+        parts = proven_parts(self.store, self.key, upload_id, plan, self.crcs)
+        self.store.complete_multipart(self.key, upload_id, parts)
+        return meta_of(self.manifest_bytes, frames.codec, self.plan, frames.sizes), self.store.head(self.key)
+
+    def check_contents(self, frames: FrameLog) -> None:
+        """Hold what was compressed against what the manifest promises.
+
+        Raises:
+            ChecksumMismatch: they differ.
+        """
+        from blobflow.artifact.tarmap import payload_crc32c
+
+        manifest = Manifest.parse(self.manifest_bytes)
+        expected = payload_crc32c(self.manifest_bytes, manifest.body.size, manifest.body.crc32c)
+        lengths = (self.plan.frame(number).length for number in range(1, len(self.plan) + 1))
+        actual = combine_all(zip(frames.crcs, lengths, strict=True))
+        if actual != expected:
+            raise ChecksumMismatch(
+                f"the layer {self.key!r} has contents with CRC32C {actual:08x}, its manifest says {expected:08x}",
+                hint="a source file changed, or was damaged, while it was sent: sync again",
+                what=self.key,
+                expected=expected,
+                actual=actual,
+            )
+
+    def publish(self, meta: LayerMeta, made: ObjectMeta) -> None:
+        """Put the metadata, which makes the layer visible.
+
+        Raises:
+            UploadIncomplete: the layer has another size in the store.
+            TransferBusy: somebody put another layer of the same content in its place meanwhile.
+        """
+        if made.size != meta.object_size:
+            raise UploadIncomplete(
+                f"the layer {self.key!r} has {made.size} bytes in the store, not {meta.object_size}",
+                key=self.key,
+                expected=meta.object_size,
+                actual=made.size,
+            )
+        mode = PutMode.CREATE if self.store.abilities.conditional else PutMode.OVERWRITE
+        try:
+            self._put(meta, mode)
+        except PreconditionFailed:
+            try:
+                equal = read_meta(self.store, self.key) == meta
+            except ArtifactInvalid:
+                equal = False
+            if not equal:  # damaged, or of a layer that another codec made and this one has taken the place of
+                self._put(meta, PutMode.OVERWRITE)
+        if self.store.head(self.key).e_tag != made.e_tag:
+            raise TransferBusy(f"another process sent the layer {self.key!r} at the same time", key=self.key)
+
+    def _put(self, meta: LayerMeta, mode: PutMode) -> None:
+        self.store.put(meta_key(self.key), meta.encode(), mode=mode, content_type="application/json")
+
+    def give_up(self, upload_id: str) -> None:
+        """Remove the upload and its intent."""
+        self.store.abort_multipart(self.key, upload_id)
+        self.keeper.remove(upload_id)
+
+
+class _Sending(_Finishing):
+    def __init__(self, errand: Errand) -> None:
+        frame_size = FramePlan.frame_size_for(errand.artifact.layout.size, errand.frame_size)
+        super().__init__(errand.store, errand.artifact.manifest_bytes, frame_size)
+        self.errand = errand
+        self.artifact = errand.artifact
+        self.codec = errand.codec
+
+    def run(self) -> Sent:
+        if (there := self._settled()) is not None:
+            return there
+        abilities = self.store.abilities
+        # The size is not known yet, so the parts are made large enough for content that does not shrink at all.
+        bound = Codec.bound(self.plan.size) + 128 * len(self.plan) + seek_table_size(len(self.plan))
+        part_size = TransferPlan.for_upload(
+            bound,
+            self.errand.profile.chunk_size,
+            min_part_size=abilities.min_part_size,
+            max_part_size=abilities.max_part_size,
+            max_parts=abilities.max_parts,
+        ).part_size
+        if not abilities.multipart or bound <= part_size:
+            return self._send_whole()
+        for _ in range(_ATTEMPTS):
+            sent = self._bring(*self._claim(part_size))
+            if sent is not None:
+                return sent
+        raise TransferBusy(f"the upload of {self.key!r} was taken away {_ATTEMPTS} times", key=self.key)
+
+    def _settled(self) -> Sent | None:
+        """The layer, if its bytes are there and only its metadata is not: published now."""
+        intent = self._idle_intent()
+        codec = intent.frames.codec if intent is not None and intent.frames else self.codec.name
+        like = meta_of(self.manifest_bytes, codec, self.plan, [0] * len(self.plan))
+        meta = find_bytes(self.store, self.key, like)
+        if meta is None:
+            return None
+        log.info("layer.settled key=%s bytes=%d", self.key, meta.object_size)
+        self.publish(meta, self.store.head(self.key))
+        if intent is not None:
+            self.give_up(intent.upload_id)
+        return Sent(meta, bytes_resumed=meta.object_size)
+
+    def _idle_intent(self) -> Intent | None:
+        """The intent that a process of before left.
+
+        Raises:
+            TransferBusy: that process is at work.
+        """
+        intent = self.keeper.load()
+        if intent is not None and not _is_idle(self.store, self.key, self.keeper, mine=True):
+            raise TransferBusy(
+                f"another process is sending the layer {self.key!r}: {intent.owner}",
+                hint="run it again when that one is done; then nothing is left to send",
+                key=self.key,
+                owner=intent.owner,
+            )
+        return intent
+
+    # In one request
+
+    def _send_whole(self) -> Sent:
+        """A layer that fits into one part; or, compressed twice, one for a store without multipart uploads."""
+        frames, kept = FrameLog(self.codec.name, self.plan.frame_size), bytearray()
+        in_memory = self.store.abilities.multipart
+        crc = 0
+        books = self._books(None, lambda: None)
+        books.begin()
+        for number, frame, content_crc in self._frames():
+            frames.sizes.append(len(frame))
+            frames.crcs.append(content_crc)
+            crc = crc32c(frame, crc)
+            if in_memory:
+                kept += frame
+            books.moved(self.plan.frame(number).length)
+            books.tick()
+        self.check_contents(frames)
+        table = encode_seek_table(frames.sizes, self.plan)
+        meta = meta_of(self.manifest_bytes, frames.codec, self.plan, frames.sizes)
+        body = Body(
+            meta.object_size,
+            lambda: (kept, table) if in_memory else self._again(table),
+            crc32c(table, crc),
+        )
+        mode = PutMode.CREATE if self.store.abilities.conditional else PutMode.OVERWRITE
+        try:
+            made = self.store.put(self.key, body, mode=mode, content_type=CONTENT_TYPE)
+        except PreconditionFailed:
+            # Another process was quicker; or something lies there that is no layer of this content.
+            if (there := self._settled()) is not None:
+                return there
+            made = self.store.put(self.key, body, content_type=CONTENT_TYPE)
+        self.publish(meta, made)
+        books.done()
+        return Sent(meta, bytes_sent=meta.object_size)
+
+    def _frames(self) -> Iterator[tuple[int, bytes, int]]:
+        """All frames in order: number, bytes, and the CRC32C of their contents."""
+        source = self.artifact.source()
+        buffer = memoryview(bytearray(self.plan.frame_size))
+        for number in range(1, len(self.plan) + 1):
+            frame = self.plan.frame(number)
+            view = buffer[: frame.length]
+            source.read_into(frame.offset, view)
+            yield number, self.codec.compress(view), crc32c(view)
+
+    def _again(self, table: bytes) -> Iterator[bytes]:
+        for _, frame, _ in self._frames():
+            yield frame
+        yield table
+
+    # In parts
+
+    def _claim(self, part_size: int) -> tuple[str, int, FrameLog]:
+        """An upload: one that a process of before left, or a new one."""
+        for _ in range(_ATTEMPTS):
+            intent = self._idle_intent()
+            if intent is not None and (frames := self._continued(intent)) is not None:
+                if intent.manifest_bytes != self.manifest_bytes:
+                    self.artifact = self.artifact.adopt(intent.manifest_bytes)
+                    self.manifest_bytes = intent.manifest_bytes
+                try:
+                    self.keeper.save({})  # from here on in this process's name
+                except NoSuchUpload:
+                    continue  # another process has just finished it, or given it up
+                self.errand.on_begin(intent.upload_id, intent.part_size)
+                return intent.upload_id, intent.part_size, frames
+            upload_id = self.store.create_multipart(self.key, part_size=part_size, content_type=CONTENT_TYPE)
+            frames = FrameLog(self.codec.name, self.plan.frame_size)
+            if self.keeper.begin(self.manifest_bytes, upload_id, part_size, frames=frames):
+                self._abort_others(upload_id)
+                self.errand.on_begin(upload_id, part_size)
+                return upload_id, part_size, frames
+            self.store.abort_multipart(self.key, upload_id)
+        raise TransferBusy(f"too many processes begin to send the layer {self.key!r}", key=self.key)
+
+    def _abort_others(self, upload_id: str) -> None:
+        """Abort what others left: who has not got the intent by now does not get it, and gives up by itself."""
+        if not self.store.abilities.conditional:
+            return
+        for upload in self.store.list_uploads(self.key):
+            if upload.key == self.key and upload.upload_id != upload_id:
+                log.info("layer.superseded key=%s upload_id=%s", self.key, upload.upload_id)
+                self.store.abort_multipart(self.key, upload.upload_id)
+
+    def _continued(self, intent: Intent) -> FrameLog | None:
+        """What the intent knows of the frames, if this process would make the same ones."""
+        frames = intent.frames
+        same = (
+            frames is not None
+            and (frames.codec, frames.frame_size) == (self.codec.name, self.plan.frame_size)
+            and len(frames.sizes) <= len(self.plan)
+            and intent.manifest.same_body(self.artifact.manifest)
+            # It is in the first frame: another length would move everything behind it.
+            and len(intent.manifest_bytes) == len(self.manifest_bytes)
+        )
+        return frames if same else None
+
+    def _bring(self, upload_id: str, part_size: int, frames: FrameLog) -> Sent | None:
+        """Send what is missing and publish. None: the upload is gone, and nobody completed it."""
+        try:
+            try:
+                sent, made = self._send(upload_id, part_size, frames)
+            except NoSuchUpload as error:
+                # Somebody completed, aborted or expired it: the object itself says which.
+                log.info("layer.vanished key=%s upload_id=%s error=%s", self.key, upload_id, error)
+                self.give_up(upload_id)
+                return self._settled()
+            self.publish(sent.meta, made)
+        except BaseException:
+            # This process may live on and sync again: its own intent must not keep it away then.
+            self.keeper.release(upload_id)
+            raise
+        self.keeper.remove(upload_id)
+        return sent
+
+    def _send(self, upload_id: str, part_size: int, frames: FrameLog) -> tuple[Sent, ObjectMeta]:
+        intent = self.keeper.intent
+        if intent is None:
+            raise AssertionError("an upload has an intent")
+        held = Held.of(self.store, self.key, intent)
+        size = known_size(frames.sizes, self.plan)
+        # Of a layer whose size is not known, no part may be told to be the last one.
+        plan = TransferPlan(size or part_size * (sum(frames.sizes) // part_size), part_size)
+        proven = held.proven(plan) if size or sum(frames.sizes) >= part_size else set[int]()
+        first_part = next(number for number in range(1, len(proven) + 2) if number not in proven)
+        window = 2 * self.errand.profile.workers
+        cutter = PartCutter(self.plan, frames, first_part=first_part, part_size=part_size, window=window)
+        self.crcs = {number: held.crcs[number] for number in proven}
+        books = self._books(upload_id, lambda: self.keeper.save(self.crcs, cutter.log()))
+        for number in range(1, cutter.first_frame):
+            books.resumed(self.plan.frame(number).length)
+        sent = Sent(meta_of(self.manifest_bytes, frames.codec, self.plan, [0] * len(self.plan)))
+        for number in range(1, first_part):
+            sent.parts_resumed += 1
+            sent.bytes_resumed += plan.part(number).length
+        books.begin()
+        if size is None or first_part <= len(plan):
+            try:
+                self._compress(upload_id, cutter, held, books, sent)
+            except NoSuchUpload:
+                raise
+            except BaseException:
+                books.failed()
+                raise
+            frames = cutter.log()
+            books.save()
+        plan = TransferPlan(sum(frames.sizes) + seek_table_size(len(self.plan)), part_size)
+        sent.meta, made = self.complete(upload_id, plan, frames)
+        sent.parts, sent.checkpoints_saved = len(plan), books.saved
+        books.done()
+        return sent, made
+
+    def _compress(self, upload_id: str, cutter: PartCutter, held: Held, books: Books, sent: Sent) -> None:
+        """Compress the frames from where the first missing part begins, and send the parts that the store lacks."""
+        table_number = len(self.plan) + 1
+        items = [self.plan.frame(number) for number in range(cutter.first_frame, table_number)]
+        items.append(Part(table_number, self.plan.size, 0))
+        source = self.artifact.source()
+
+        def move(item: Part, buffer: memoryview) -> list[_PartDone]:
+            try:
+                cutter.admit(item.number)
+                if item.number == table_number:
+                    data, crc = cutter.seek_table(), 0
+                else:
+                    view = buffer[: item.length]
+                    source.read_into(item.offset, view)
+                    data, crc = self.codec.compress(view), crc32c(view)
+                return [self._send_part(upload_id, cut, held) for cut in cutter.add(item.number, data, crc)]
+            except BaseException as error:
+                cutter.break_down(error)
+                raise
+
+        def moved(item: Part, parts: list[_PartDone]) -> None:
+            for part in parts:
+                self.crcs[part.number] = part.crc
+                if part.was_sent:
+                    sent.bytes_sent += part.length
+                else:
+                    sent.parts_resumed += 1
+                    sent.bytes_resumed += part.length
+            if item.number != table_number:
+                books.moved(item.length)
+
+        def tick() -> None:
+            books.tick()
+            if self.keeper.renewal_due():
+                self.keeper.save(self.crcs, cutter.log())
+
+        move_parts(
+            items,
+            move,
+            workers=self.errand.profile.workers,
+            # Behind its frame, room for the part that a worker completes: taken from the budget, never touched.
+            buffer_size=self.plan.frame_size + cutter.part_size,
+            on_moved=moved,
+            on_tick=tick,
+        )
+
+    def _send_part(self, upload_id: str, cut: Cut, held: Held) -> _PartDone:
+        body = Body.of(cut.data)
+        crc = body.crc32c or 0
+        if held.holds(cut, crc):
+            return _PartDone(cut.number, len(cut.data), crc, was_sent=False)
+        self.store.put_part(self.key, upload_id, cut.number, body)
+        return _PartDone(cut.number, len(cut.data), crc, was_sent=True)
+
+    def _books(self, upload_id: str | None, save: Callable[[], None]) -> Books:
+        """The books count frames, because the parts are not known beforehand, and the bytes of the tar."""
+        digest = artifact_digest(self.manifest_bytes)
+        record = TransferRecord(
+            transfer_id=transfer_id(self.store, self.key, digest, "upload"),
+            kind="upload",
+            key=self.key,
+            artifact_digest=digest,
+            upload_id=upload_id,
+            part_size=self.plan.frame_size,
+            parts_total=len(self.plan),
+            parts_done=0,
+            bytes_done=0,
+            bytes_total=self.plan.size,
+            state="running",
+        )
+        return Books(
+            record,
+            interval=self.errand.profile.checkpoint_interval,
+            save=save,
+            on_progress=self.errand.on_progress,
+            on_checkpoint=self.errand.on_checkpoint,
+        )

@@ -1,0 +1,467 @@
+"""`LayerSync`: the directories of containers as layers in a bucket, sent when they changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.backends.base import OnProgress as OnScan
+from blobflow.backends.directory import DirectoryExporter
+from blobflow.config import ChunkProfile
+from blobflow.errors import (
+    ArtifactInvalid,
+    BlobflowError,
+    DestinationNotEmpty,
+    NotFoundError,
+    UnsupportedSource,
+    UploadInterrupted,
+    UsageError,
+)
+from blobflow.layers.format import (
+    DEFAULT_LEVEL,
+    MAX_FRAME_BYTES,
+    Codec,
+    LayerMeta,
+    as_layer,
+    layer_digest,
+    manifest_digest,
+)
+from blobflow.layers.names import CONTAINERS, container_name, container_ref, layer_key
+from blobflow.layers.remote import RemoteLayer
+from blobflow.layers.restoring import land_layer, sweep
+from blobflow.layers.scanning import StatCache
+from blobflow.layers.sending import Errand, Sent, abandon_layer, finish_layer, send_layer
+from blobflow.layers.state import PendingUpload, Restored, StateTable, SyncState
+from blobflow.lease import REF_SUFFIX, RefState, move_ref, read_ref
+from blobflow.stores.base import Store
+from blobflow.transport.books import OnProgress, OnRecord
+
+log = logging.getLogger(__name__)
+
+HOME_ENV: Final = "BLOBFLOW_LAYERS_HOME"
+
+
+@dataclass(frozen=True)
+class LayerSyncResult:
+    """What a sync did."""
+
+    status: Literal["uploaded", "shared", "unchanged"]
+    """`shared`: the content was there, sent for another container or at another time."""
+    container: str
+    digest: str
+    key: str
+    layer: LayerMeta
+    """The same whether the upload was broken off or not."""
+    files_read: int
+    """For the digest; the others were known by their stats."""
+    seconds: float
+    parts: int = 0
+    parts_resumed: int = 0
+    bytes_sent: int = 0
+    """Of the layer, compressed."""
+    bytes_resumed: int = 0
+    """Of the layer, what the store held from an earlier attempt."""
+    checkpoints_saved: int = 0
+
+
+@dataclass(frozen=True)
+class LayerRestoreResult:
+    """What a restore did."""
+
+    status: Literal["restored", "unchanged"]
+    container: str
+    digest: str
+    key: str
+    path: Path
+    layer: LayerMeta
+    seconds: float
+    parts: int = 0
+    bytes_received: int = 0
+    """Of the tar."""
+    bytes_resumed: int = 0
+    checkpoints_saved: int = 0
+
+
+class LayerSync:
+    """Keeps the directories of containers in a store, as content-addressed, compressed layers (docs/layers.md).
+
+    ```python
+    layers = LayerSync(open_store("s3://backups/layers"))
+    layers.sync("web-1", "/var/lib/containers/web-1/diff")
+    layers.restore("web-1", "/srv/restored/web-1")
+    ```
+
+    The bucket is the truth: another host, or this one after the loss of its database, needs nothing else.
+
+    Args:
+        level: Of zstd. Another level makes other bytes, but no other layer: the name is that of the content.
+        state: SQLAlchemy URL of a database that hosts may share; by default a SQLite file in `home`.
+        home: Directory for that file and the stat cache; by default `$BLOBFLOW_LAYERS_HOME`, or `blobflow/layers` in
+            the user's state directory.
+        exclude, symlinks: As those of `DirectoryExporter`.
+        frame_size: Bytes of the tar in a frame, 2 MiB by default; more where that would be too many frames.
+        on_progress, on_checkpoint: As those of `upload` and `download`; they count the bytes of the tar.
+        on_scan: Called with bytes done and bytes in total while files are read for the digest.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        level: int = DEFAULT_LEVEL,
+        profile: ChunkProfile | None = None,
+        state: str | None = None,
+        home: str | Path | None = None,
+        exclude: tuple[str, ...] = (),
+        symlinks: Literal["refuse", "skip", "follow"] = "refuse",
+        frame_size: int | None = None,
+        on_progress: OnProgress | None = None,
+        on_checkpoint: OnRecord | None = None,
+        on_scan: OnScan | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if frame_size is not None and not 0 < frame_size <= MAX_FRAME_BYTES:
+            raise UsageError(f"frames of {frame_size} bytes", hint=f"give 1 to {MAX_FRAME_BYTES}")
+        self.store = store
+        self.codec = Codec(level)
+        self.profile = profile or ChunkProfile()
+        self.home = Path(home) if home is not None else default_home()
+        self._table = StateTable(state or self.home / "state.db", store.url, clock=clock)
+        self._scan_options: dict[str, Any] = {"exclude": exclude, "symlinks": symlinks}
+        self._frame_size = frame_size
+        self._told: dict[str, Any] = {"on_progress": on_progress, "on_checkpoint": on_checkpoint}
+        self._on_scan = on_scan
+        self._clock = clock
+
+    def __repr__(self) -> str:
+        return f"<LayerSync {self.store.url} level {self.codec.level}, state in {self._table.url}>"
+
+    def register(self, container: str) -> SyncState:
+        """Know a container from now on; one that is known stays as it is."""
+        _check_name(container)
+        known = self._table.load(container)
+        if known is None:
+            known = self._recovered(container) or SyncState(container=container)
+            self._table.save(known)
+            log.info("layer.registered container=%s", container)
+        return known
+
+    def state(self, container: str) -> SyncState:
+        """What is known of a container.
+
+        Raises:
+            NotFoundError: neither the database nor the bucket knows it.
+        """
+        _check_name(container)
+        known = self._table.load(container)
+        if known is None:
+            known = self._recovered(container)
+            if known is None:
+                raise NotFoundError(
+                    f"no container {container!r} in {self.store.url}",
+                    hint="list what there is with `blobflow layer ls`",
+                    name=container,
+                )
+            self._table.save(known)
+        return known
+
+    def list(self) -> list[SyncState]:
+        """All containers: those of the bucket, and those that were only registered. A lost database is rebuilt."""
+        known = self._table.load_all()
+        for meta in self.store.list(CONTAINERS):
+            if not meta.key.endswith(REF_SUFFIX):
+                continue
+            name = container_name(meta.key.removesuffix(REF_SUFFIX))
+            if name is None:
+                continue
+            found = self._recovered(name)
+            if found is not None and name not in known:
+                self._table.save(found)
+                known[name] = found
+            elif found is not None and known[name].remote_digest != found.remote_digest:
+                known[name] = known[name].model_copy(update={"remote_digest": found.remote_digest})
+        return [known[name] for name in sorted(known)]
+
+    def check_for_changes(self, container: str, path: str | Path) -> bool:
+        """Whether the directory differs from what was synced or restored last. Times do not count.
+
+        Raises:
+            NotFoundError: the container is unknown, or there is no such directory.
+        """
+        known = self.state(container)
+        with self._scanned(Path(path)) as (artifact, _):
+            return layer_digest(artifact.manifest) != known.local_digest
+
+    def sync(self, container: str, path: str | Path) -> LayerSyncResult:
+        """Bring the directory into the store, unless it is there; may be called again after a crash, from any host.
+
+        What an earlier attempt left is taken up first: an upload of which every part was sent is completed, one of
+        the same content continued, any other aborted. The directory as it is now is synced in any case.
+
+        Raises:
+            UploadInterrupted: the directory is gone, and with it what an upload needs to be continued.
+            NotFoundError: there is no such directory.
+            TransferBusy: another process sends the same layer, or looks at the same directory.
+            SourceChanged, ChecksumMismatch: the directory was written to meanwhile; nothing was published.
+        """
+        started = time.monotonic()
+        path = Path(path).absolute()
+        state, finished = self._take_up(self.register(container), path)
+        with self._scanned(path) as (artifact, files_read):
+            artifact = as_layer(artifact)
+            digest = layer_digest(artifact.manifest)
+            state = self._drop_superseded(state, digest)
+            key = layer_key(digest)
+            if finished is not None and finished.meta.digest == digest:
+                status, sent = "uploaded", finished
+            else:
+                status, sent = self._bring(state, digest, artifact, path)
+            if status != "unchanged":
+                move_ref(self.store, container_ref(container), key, manifest_digest(sent.meta))
+        synced = self._table.load(container) or state
+        self._table.save(
+            synced.model_copy(
+                update={
+                    "path": str(path),
+                    "local_digest": digest,
+                    "remote_digest": digest,
+                    "last_sync": datetime.fromtimestamp(self._clock(), timezone.utc),
+                    "pending": None,
+                }
+            )
+        )
+        return LayerSyncResult(
+            status=status,
+            container=container,
+            digest=digest,
+            key=key,
+            layer=sent.meta,
+            files_read=files_read,
+            seconds=time.monotonic() - started,
+            parts=sent.parts,
+            parts_resumed=sent.parts_resumed,
+            bytes_sent=sent.bytes_sent,
+            bytes_resumed=sent.bytes_resumed,
+            checkpoints_saved=sent.checkpoints_saved,
+        )
+
+    def restore(self, container: str, dest: str | Path, *, overwrite: bool = False) -> LayerRestoreResult:
+        """Bring the container's layer to life as the directory `dest`; needs the bucket and nothing else.
+
+        Nothing is at `dest` before all of it is proven; then it appears in one step. An earlier restore of the same
+        container is replaced, in one step as well, if nobody wrote into it; one that is what the bucket has already
+        stays (`unchanged`). May be called again after a crash: what has landed is not fetched again.
+
+        Args:
+            overwrite: Replace any directory at `dest`, whatever is in it.
+
+        Raises:
+            NotFoundError: the bucket has no such container.
+            DestinationNotEmpty: `dest` is something else, or was changed since it was restored.
+            IntegrityError, HostileArtifact: the layer is damaged or dangerous; `dest` is as it was.
+        """
+        started = time.monotonic()
+        dest = Path(dest).absolute()
+        ref = self._ref(container)
+        if ref is None:
+            raise NotFoundError(
+                f"no container {container!r} in {self.store.url}",
+                hint="list what there is with `blobflow layer ls`",
+                name=container,
+            )
+        layer = RemoteLayer.open(self.store, ref.key)
+        state = self._table.load(container) or SyncState(container=container)
+        earlier = _earlier(state, dest)
+        if earlier is not None and not overwrite and self._digest_of(dest) != earlier.digest:
+            raise DestinationNotEmpty(
+                f"{dest} was changed since {container!r} was restored there",
+                hint="sync it, or restore over it with overwrite",
+                path=str(dest),
+            )
+        result: dict[str, Any] = {"container": container, "digest": layer.meta.digest, "key": ref.key, "path": dest}
+        if earlier is not None and not overwrite and earlier.digest == layer.meta.digest:
+            sweep(dest, layer)
+            return LayerRestoreResult("unchanged", layer=layer.meta, seconds=time.monotonic() - started, **result)
+
+        def replaceable(found: os.stat_result) -> bool:
+            return overwrite or (
+                earlier is not None and (found.st_dev, found.st_ino) == (earlier.device, earlier.inode)
+            )
+
+        def remember(new: Restored, *, others: bool) -> None:
+            # Both, until the new one is in its place: whoever comes after a crash finds one of them there.
+            known = self._table.load(container) or state
+            self._table.save(known.with_restored(new, others=others))
+
+        swapped: list[Restored] = []
+
+        def swap(new: Restored) -> None:
+            remember(new, others=True)
+            swapped.append(new)
+
+        with _logged("restore", key=ref.key, container=container) as facts:
+            landed = land_layer(layer, dest, profile=self.profile, replaceable=replaceable, on_swap=swap, **self._told)
+            facts |= {"bytes": layer.object.size, "parts": landed.parts, "resumed": landed.bytes_resumed}
+        remember(swapped[-1], others=False)
+        known = self._table.load(container) or state
+        digests = {"local_digest": layer.meta.digest, "remote_digest": layer.meta.digest}
+        self._table.save(known.model_copy(update=digests))
+        return LayerRestoreResult(
+            "restored",
+            layer=layer.meta,
+            seconds=time.monotonic() - started,
+            parts=landed.parts,
+            bytes_received=landed.bytes_received,
+            bytes_resumed=landed.bytes_resumed,
+            checkpoints_saved=landed.checkpoints_saved,
+            **result,
+        )
+
+    def _digest_of(self, directory: Path) -> str | None:
+        """What a restored directory holds now; None if somebody put something there that no layer can hold."""
+        try:
+            with self._scanned(directory) as (artifact, _):
+                return layer_digest(artifact.manifest)
+        except UnsupportedSource:
+            return None
+
+    # The parts of a sync
+
+    def _take_up(self, state: SyncState, path: Path) -> tuple[SyncState, Sent | None]:
+        """Complete the upload that was left, if nothing but that is missing; end it if its source is gone."""
+        pending = state.pending
+        if pending is None:
+            return state, None
+        finished = finish_layer(self.store, pending.key)
+        if finished is not None:
+            state = state.model_copy(update={"pending": None})
+            self._table.save(state)
+        elif not path.is_dir() and not Path(pending.path).is_dir():
+            abandon_layer(self.store, pending.key, pending.upload_id)
+            self._table.save(state.model_copy(update={"pending": None}))
+            raise UploadInterrupted(
+                f"the upload of {pending.path} cannot be continued: the directory is gone",
+                key=pending.key,
+                path=pending.path,
+                upload_id=pending.upload_id,
+            )
+        return state, finished
+
+    def _drop_superseded(self, state: SyncState, digest: str) -> SyncState:
+        """End an upload whose content nobody has any more: the directory has changed since."""
+        pending = state.pending
+        if pending is None or pending.digest == digest:
+            return state
+        abandon_layer(self.store, pending.key, pending.upload_id)
+        state = state.model_copy(update={"pending": None})
+        self._table.save(state)
+        return state
+
+    def _bring(
+        self, state: SyncState, digest: str, artifact: Artifact, path: Path
+    ) -> tuple[Literal["uploaded", "shared", "unchanged"], Sent]:
+        key = layer_key(digest)
+        ref = self._ref(state.container)
+        try:
+            there = RemoteLayer.find(self.store, key)
+        except ArtifactInvalid as error:
+            log.warning("layer.metadata_damaged key=%s error=%s", key, error)
+            there = None
+        if there is not None:
+            if state.pending is not None:  # its process died after it had published
+                abandon_layer(self.store, key, state.pending.upload_id)
+            sent = Sent(there.meta, parts=0)
+            unchanged = ref is not None and (ref.key, ref.manifest_sha256) == (key, manifest_digest(there.meta))
+            return ("unchanged" if unchanged else "shared"), sent
+
+        def begun(upload_id: str, part_size: int) -> None:
+            pending = PendingUpload(
+                upload_id=upload_id,
+                key=key,
+                digest=digest,
+                part_size=part_size,
+                path=str(path),
+                started_at=datetime.fromtimestamp(self._clock(), timezone.utc),
+            )
+            self._table.save(state.model_copy(update={"pending": pending}))
+
+        errand = Errand(self.store, artifact, self.codec, self.profile, self._frame_size, on_begin=begun, **self._told)
+        with _logged("upload", key=key, container=state.container) as facts:
+            sent = send_layer(errand)
+            facts |= {"bytes": sent.meta.object_size, "parts": sent.parts, "resumed": sent.bytes_resumed}
+        return "uploaded", sent
+
+    @contextmanager
+    def _scanned(self, path: Path) -> Generator[tuple[Artifact, int]]:
+        """The directory as an artifact by reference, and how many files were read for it."""
+        exporter = DirectoryExporter(path=path, mode="reference", mtimes="drop", **self._scan_options)
+        cache = StatCache(self.home / "stats", exporter, clock=lambda: int(self._clock() * 1e9))
+        with cache.held():
+            yield cache.scan(self._on_scan), cache.files_read
+
+    def _ref(self, container: str) -> RefState | None:
+        _check_name(container)
+        return read_ref(self.store, container_ref(container))
+
+    def _recovered(self, container: str) -> SyncState | None:
+        """What the bucket knows of a container."""
+        try:
+            ref = self._ref(container)
+            layer = RemoteLayer.find(self.store, ref.key) if ref is not None else None
+        except ArtifactInvalid as error:
+            log.warning("layer.container_unreadable container=%s error=%s", container, error)
+            return None
+        if ref is None or layer is None:
+            return None
+        return SyncState(container=container, remote_digest=layer.meta.digest, last_sync=ref.updated_at)
+
+
+def default_home() -> Path:
+    """Where state and stat caches lie unless somebody says otherwise."""
+    if told := os.environ.get(HOME_ENV):
+        return Path(told)
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "blobflow" / "layers"
+
+
+def _check_name(container: str) -> None:
+    if not container or not container.isprintable():
+        raise UsageError(f"{container!r} is no name of a container", hint="use printable characters, at least one")
+
+
+def _earlier(state: SyncState, dest: Path) -> Restored | None:
+    """The restore that lies at `dest` now."""
+    try:
+        status = dest.stat(follow_symlinks=False)
+    except OSError:
+        return None
+    here = (str(dest), status.st_dev, status.st_ino)
+    return next((one for one in reversed(state.restored) if (one.path, one.device, one.inode) == here), None)
+
+
+@contextmanager
+def _logged(what: str, **names: str) -> Generator[dict[str, Any]]:
+    """One event for a transfer, however it ends."""
+    started = time.monotonic()
+    facts: dict[str, Any] = dict(names)
+    outcome = "done"
+    try:
+        yield facts
+    except BlobflowError as error:
+        outcome = type(error).__name__
+        raise
+    except BaseException:
+        outcome = "stopped"
+        raise
+    finally:
+        shown = " ".join(f"{name}={value}" for name, value in facts.items())
+        log.info("layer.%s outcome=%s seconds=%.3f %s", what, outcome, time.monotonic() - started, shown)

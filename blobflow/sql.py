@@ -1,0 +1,139 @@
+"""A table in a SQL database: made by its first use, reached by a connection for each request.
+
+SQLAlchemy comes with Dagster; the driver of the database is the caller's business. A connection of its own for every
+request means that neither forks nor a failover of the server leave a dead one behind; a row is written a few times a
+minute. Every statement is a transaction of its own: a process that is stopped between two of them holds no lock of the
+server's that others wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from sqlalchemy import Connection, Table, create_engine
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    IntegrityError,
+    InterfaceError,
+    InternalError,
+    NoSuchModuleError,
+    OperationalError,
+)
+from sqlalchemy.pool import NullPool
+from sqlalchemy.schema import CreateTable
+
+from blobflow.errors import StoreConfigurationError, StoreUnavailable
+
+NAME_LENGTH: Final = 255
+"""MySQL indexes no longer column of four-byte characters by default."""
+_BUSY_S: Final = 30
+"""How long SQLite waits for another writer, whose transaction is one statement."""
+_LIBPQ: Final = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+"""A server that vanished is noticed within half a minute. libpq's own answer is to wait for it, for hours."""
+
+
+class SqlTable:
+    """One table, and the way to its database.
+
+    Args:
+        url: Of SQLAlchemy, e.g. `sqlite:////var/lib/leases.db` or `postgresql+psycopg2://user@host/db`.
+        operation: What a row is, for errors.
+        wal: Whether a SQLite file gets a write-ahead log, so that readers and a writer do not wait for each other. It
+            needs a local file system.
+
+    Raises:
+        StoreConfigurationError: not such a URL, or its driver is not installed.
+    """
+
+    def __init__(self, url: str, table: Table, *, operation: str, wal: bool = False) -> None:
+        try:
+            parsed = make_url(url)
+            self.url = parsed.render_as_string(hide_password=True)
+            """For people; without the password."""
+            self._engine = create_engine(
+                parsed,
+                poolclass=NullPool,
+                isolation_level="AUTOCOMMIT",
+                connect_args=_connect_options(parsed),
+                hide_parameters=True,
+            )
+        except (ArgumentError, NoSuchModuleError) as error:
+            raise StoreConfigurationError(
+                "not the URL of a SQL database that SQLAlchemy knows",
+                hint="e.g. sqlite:////var/lib/leases.db or postgresql+psycopg2://user@host/db",
+            ) from error
+        except ModuleNotFoundError as error:
+            raise StoreConfigurationError(
+                f"the driver {error.name} of {self.url} is not installed", hint=f"pip install {error.name}"
+            ) from error
+        self.dialect = self._engine.dialect.name
+        self._table = table
+        self._operation = operation
+        self._wal = wal and self.dialect == "sqlite"
+        self._is_made = False
+
+    @contextmanager
+    def connection(self, name: str) -> Generator[Connection]:
+        """A connection for the block.
+
+        Args:
+            name: Of the row, for errors.
+
+        Raises:
+            StoreUnavailable: the database failed; whether a statement whose answer was lost has happened, nobody
+                knows.
+            StoreConfigurationError: it refuses.
+            sqlalchemy.exc.IntegrityError: a row with that key is there already.
+        """
+        what = f"{self._operation} {name!r}: {self.url}"
+        try:
+            self._make()
+            with self._engine.connect() as connection:
+                yield connection
+        except (OperationalError, InterfaceError, InternalError) as error:
+            raise StoreUnavailable(
+                f"{what} failed with {type(error.orig).__name__}", operation=self._operation, key=name
+            ) from error
+        except IntegrityError:
+            raise  # a row that is there already: the caller's business
+        except DBAPIError as error:
+            raise StoreConfigurationError(
+                f"{what} refused with {type(error.orig).__name__}",
+                hint=f"look at the table {self._table.name} and at the rights of this user",
+                operation=self._operation,
+                key=name,
+            ) from error
+
+    def _make(self) -> None:
+        if self._is_made:
+            return
+        if self._wal:
+            with self._engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        try:
+            with self._engine.connect() as connection:
+                connection.execute(CreateTable(self._table, if_not_exists=True))
+        except IntegrityError:
+            # Postgres: another one made it at this moment, between our look and our attempt.
+            with self._engine.connect() as connection:
+                connection.execute(CreateTable(self._table, if_not_exists=True))
+        self._is_made = True
+
+
+def _connect_options(url: URL) -> dict[str, Any]:
+    """What the driver is told beside the URL, which has the last word."""
+    if url.get_backend_name() == "sqlite":
+        return {"timeout": _BUSY_S}
+    if url.drivername in ("postgresql", "postgresql+psycopg2", "postgresql+psycopg"):
+        return {name: value for name, value in _LIBPQ.items() if name not in url.query}
+    return {}
