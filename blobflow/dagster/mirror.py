@@ -62,6 +62,7 @@ def artifact_mirror(
     *,
     ref: str | None = "latest",
     lanes: int = 1,
+    freshness_policy: dg.FreshnessPolicy | None = None,
     translator: BlobflowTranslator | None = None,
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
     pool: str | None = None,
@@ -79,6 +80,8 @@ def artifact_mirror(
         name: Of the publishing pipeline: what its keys begin with.
         importer: Of the target; without a ref it may be a function of the partition key, which is the artifact's key.
         lanes: Among how many steps each download is divided; see `artifact_pipeline`.
+        freshness_policy: Of the mirror. With a ref it is materialized when the ref moves, so the window is the longest
+            time for which the source may stay the same.
         pool: Concurrency pool of which downloads take a slot.
         minimum_interval_seconds: Between two looks into the store.
         running: The sensors run from the start; otherwise they are switched on in the UI.
@@ -94,6 +97,7 @@ def artifact_mirror(
         partitions_def=partitions,
         ref=ref,
         lanes=lanes,
+        freshness_policy=freshness_policy,
         translator=looks,
         retry_policy=retry_policy,
         pool=pool,

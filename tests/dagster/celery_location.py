@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import dagster as dg
-from dagster_celery import celery_executor  # pyright: ignore[reportMissingImports]
+from dagster_celery import celery_executor
 
 from blobflow.dagster import (
     BlobflowResource,
