@@ -82,12 +82,12 @@ def job(directory: str, shape: str, where: str) -> dg.JobDefinition:
     home = Path(directory)
     attempts = int(os.environ.get("RETRY_POLICY", "0"))
     policy = dg.RetryPolicy(max_retries=attempts) if attempts else None
-    body: dict[str, Any] = {"required_resource_keys": {"blobflow"}, "retry_policy": policy}
+    keys = {"blobflow"}
 
     if shape == "asset":
 
-        @dg.asset(**body)
-        def moved(context: dg.AssetExecutionContext) -> str:
+        @dg.asset(required_resource_keys=keys, retry_policy=policy)
+        def moved(context) -> str:
             return _move(context, home)
 
         @dg.asset(io_manager_key="artifacts", retry_policy=policy)
@@ -101,9 +101,11 @@ def job(directory: str, shape: str, where: str) -> dg.JobDefinition:
         assets: list[dg.AssetsDefinition] = [moved] if where == "body" else [model, scores]
     else:
 
-        @dg.op(**body)
-        def move(context: dg.OpExecutionContext) -> str:
+        @dg.op(required_resource_keys=keys, retry_policy=policy)
+        def move(context) -> str:
             return _move(context, home)
+
+        begin: Any = move
 
         @dg.op(out=dg.Out(Path, io_manager_key="artifacts"), retry_policy=policy)
         def train() -> Path:
@@ -115,7 +117,7 @@ def job(directory: str, shape: str, where: str) -> dg.JobDefinition:
             return "read"
 
         def steps() -> Any:
-            return move() if where == "body" else score(train())
+            return begin() if where == "body" else score(train())
 
         if shape == "ops":
 
@@ -156,7 +158,8 @@ def run(
     instance: dg.DagsterInstance, home: Path, shape: str, where: str, *, retry_of: str | None = None
 ) -> dg.JobExecutionResult:
     """A new run, or the retry of a failed one from its failed step, with this process as its worker."""
-    target = dg.build_reconstructable_job(__name__, job.__name__, (str(home), shape, where))
+    arguments: Any = (str(home), shape, where)  # declared as a tuple of one
+    target = dg.build_reconstructable_job(__name__, job.__name__, arguments)
     retry = dg.ReexecutionOptions.from_failure(retry_of, instance) if retry_of else None
     return dg.execute_job(target, instance, reexecution_options=retry, raise_on_error=False)
 

@@ -236,8 +236,8 @@ def test_a_mirror_is_given_its_freshness(place: Place):
     policy = dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=26))
     pipeline = place.pipeline(freshness_policy=policy)
     followed = artifact_mirror("orders", DirectoryImporter(path=place.home / "mirror"), freshness_policy=policy)
-    for definitions in (pipeline.definitions, followed.definitions):
-        specs = {spec.key: spec.freshness_policy for spec in definitions.resolve_all_asset_specs()}
+    for assets in (pipeline.assets, [followed.mirror]):
+        specs = {spec.key: spec.freshness_policy for asset in assets for spec in asset.specs}
         assert specs == {key: policy if key == MIRROR else None for key in specs}
         assert MIRROR in specs
 
