@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ def artifact_of(path: Path, tree: Tree = TREE, **options: Any) -> Artifact:
     if not source.exists():
         write_tree(source, tree)
     return export_artifact(source, path / "artifact", **options).artifact
+
+
+class Clock:
+    """The time of a store and of who looks after it, moved by hand; intents are written by the real one."""
+
+    def __init__(self) -> None:
+        self.now = datetime.now(timezone.utc).timestamp()
+
+    def __call__(self) -> float:
+        return self.now
+
+    def ns(self) -> int:
+        """For a `LocalStore`."""
+        return int(self.now * 1e9)
 
 
 class Killed(BaseException):

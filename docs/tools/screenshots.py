@@ -272,7 +272,7 @@ def _picture_the_mirror(home: Path) -> None:
         page.get_by_text("Passing").nth(1).wait_for()
         page.wait_for_load_state("networkidle")
         page.screenshot(path=IMAGES / "freshness.png")
-        page.get_by_placeholder("Filter metadata keys").fill("size")
+        page.set_viewport_size({"width": 1600, "height": 1500})
         page.get_by_text("Plots", exact=True).click()
         page.wait_for_load_state("networkidle")
         page.wait_for_timeout(1000)  # the plots grow into their places

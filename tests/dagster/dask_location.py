@@ -8,13 +8,10 @@ from pathlib import Path
 import dagster as dg
 from dagster_dask import dask_executor  # pyright: ignore[reportMissingImports]
 
-from blobflow.dagster import DirectoryExporter, DirectoryImporter, ProfileConfig, artifact_pipeline
 from blobflow.errors import StoreUnavailable
 from blobflow.testing import FailBefore, Fault, Request
+from tests.dagster.celery_location import in_lanes
 from tests.dagster.kit import FaultyResource
-
-LANES = 3
-PART = 64 * 1024
 
 
 def _faults(request: Request) -> Fault | None:
@@ -28,21 +25,6 @@ def _faults(request: Request) -> Fault | None:
 
 
 def orders() -> dg.JobDefinition:
-    """The pipeline's own job, every step of which is a task of Dask."""
-    home = Path(os.environ["LANES_HOME"])
+    """Every step of it is a task of Dask."""
     FaultyResource.script(_faults)
-    pipeline = artifact_pipeline(
-        "orders",
-        exporter=DirectoryExporter(path=home / "source"),
-        importer=DirectoryImporter(path=home / "mirror"),
-        lanes=LANES,
-    )
-    blobflow = FaultyResource(
-        store=str(home / "store"),
-        scratch_dir=str(home / "scratch"),
-        custom_profile=ProfileConfig(chunk_size=PART, checkpoint_interval=4, workers=2),
-    )
-    defs = dg.Definitions.merge(
-        pipeline.definitions, dg.Definitions(resources={"blobflow": blobflow}, executor=dask_executor)
-    )
-    return defs.resolve_job_def("orders_job")
+    return in_lanes(dask_executor, FaultyResource)

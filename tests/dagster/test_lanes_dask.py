@@ -17,7 +17,8 @@ from tests.kit import noise
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
 
 if find_spec("dagster_dask") is not None:  # no dependency: it brings numpy, pandas and a plotting library
-    from tests.dagster.dask_location import LANES, PART, orders
+    from tests.dagster.celery_location import LANES, PART
+    from tests.dagster.dask_location import orders
 
     CLUSTER = {"execution": {"config": {"cluster": {"local": {"n_workers": 2, "dashboard_address": None}}}}}
 

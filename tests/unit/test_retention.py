@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,9 @@ from blobflow.stores.base import Store
 from blobflow.stores.local import LocalStore
 from blobflow.testing import FailBefore, Fault, FaultyStore, Hook, Request
 from blobflow.transport import list_artifacts
-from tests.kit import SERIAL, Killed, artifact_of, dies_at, keys, noise
+from tests.kit import SERIAL, Clock, Killed, artifact_of, dies_at, keys, noise
 
 DAY_S = 24 * 3600.0
-
-
-class Clock:
-    """The store's and the collector's time, moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = datetime.now(timezone.utc).timestamp()
-
-    def __call__(self) -> float:
-        return self.now
-
-    def ns(self) -> int:
-        return int(self.now * 1e9)
 
 
 @pytest.fixture
