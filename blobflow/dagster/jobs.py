@@ -90,7 +90,7 @@ def gc_job(
         older_than_s: Seconds without a sign of life.
         payloads: Also remove payloads whose manifest never came.
         runs_older_than_s: Seconds after which what steps of finished runs handed to each other goes: the values of
-            `HandoffIOManager`, and the refs of `ArtifactIOManager` for outputs of ops.
+            `HandoffIOManager`, and the refs of `ArtifactIOManager` for outputs of ops, whatever `prefix` says.
         handoff: The `prefix` of the `HandoffIOManager`.
         retry_policy: For what could not be removed at the moment.
         resource_key: Under which the `BlobflowResource` is found.
