@@ -7,6 +7,7 @@ is brought to life, by default `.blobflow/mirror`.
 
 import os
 import sysconfig
+from datetime import timedelta
 from pathlib import Path
 
 import dagster as dg
@@ -31,6 +32,7 @@ demo = artifact_pipeline(
     name="demo",
     exporter=source(),
     importer=DirectoryImporter(path=Path(os.environ.get("BLOBFLOW_MIRROR") or HOME / "mirror")),
+    freshness_policy=dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=26), warn_window=timedelta(hours=25)),
 )
 
 blobflow = BlobflowResource(store=os.environ.get("BLOBFLOW_STORE") or str(HOME / "store"))

@@ -1034,3 +1034,51 @@ def gc(
         f"{len(rows)} found, {report.uploads_kept} {'upload' if report.uploads_kept == 1 else 'uploads'} kept",
     )
     return TemporaryError.exit_code if report.failed else None
+
+
+@cli.command()
+@click.argument("prefix", default="")
+@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the last N of each directory.")
+@click.option(
+    "--keep-within",
+    "keep_within_s",
+    type=DurationType(),
+    metavar="AGE",
+    help="Keep what is younger: 90s, 30m, 24h, 7d.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would go, remove nothing.")
+@click.pass_obj
+def prune(
+    settings: Settings, prefix: str, keep_last: int | None, keep_within_s: float | None, dry_run: bool
+) -> int | None:
+    """Remove old artifacts under keys that start with PREFIX.
+
+    Kept is what one of the rules keeps, and whatever a ref names. At least one rule has to be given.
+    """
+    from blobflow.retention import prune as prune_artifacts
+
+    with settings.open_store() as store:
+        report = prune_artifacts(store, prefix, keep_last=keep_last, keep_within_s=keep_within_s, dry_run=dry_run)
+    rows = [
+        *(("would remove" if dry_run else "removed", key) for key in report.removed),
+        *(("kept", f"{key}: a ref names it") for key in report.named),
+        *(("left alone", f"{key}: an upload is under way") for key in report.busy),
+        *(("failed", f"{key}: run it again") for key in report.failed),
+    ]
+    settings.report(
+        {
+            "status": "found" if dry_run else "pruned",
+            "store": store.url,
+            "prefix": prefix,
+            "keep_last": keep_last,
+            "keep_within_s": keep_within_s,
+            "removed": report.removed,
+            "named": report.named,
+            "busy": report.busy,
+            "failed": report.failed,
+            "kept": report.kept,
+        },
+        *(f"{what}  {which}" for what, which in rows),
+        f"{len(report.removed)} {'to remove' if dry_run else 'removed'}, {report.kept + len(report.named)} kept",
+    )
+    return TemporaryError.exit_code if report.failed else None

@@ -19,7 +19,7 @@ from blobflow.dagster.component import ArtifactMirrorComponent, ArtifactPipeline
 from blobflow.dagster.handles import MirrorHandle, RemoteHandle, SnapshotHandle
 from blobflow.dagster.handoff import HandoffIOManager
 from blobflow.dagster.io_manager import ArtifactIOManager, ArtifactRef
-from blobflow.dagster.jobs import gc_job, probe_check, probe_job
+from blobflow.dagster.jobs import gc_job, probe_check, probe_job, retention_job
 from blobflow.dagster.layers import layer_assets, layer_restore_job
 from blobflow.dagster.mirror import ArtifactMirror, artifact_mirror
 from blobflow.dagster.pipeline import ArtifactPipeline, artifact_pipeline
@@ -59,4 +59,5 @@ __all__ = [
     "probe_job",
     "received_mirror",
     "ref_sensor",
+    "retention_job",
 ]

@@ -18,6 +18,7 @@ an exporter or importer is filled in when a step runs. A secret is written as `{
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -240,6 +241,26 @@ def _resolve_schedule(context: dg.ResolutionContext, value: Any) -> Any:
     return context.resolve_value(value)
 
 
+class MirrorFreshness(dg.Model):
+    """How old the mirror may be."""
+
+    fail_after_hours: float = Field(description="After which it counts as stale.")
+    warn_after_hours: float | None = Field(default=None, description="After which there is a warning; less than that.")
+
+    def policy(self) -> dg.FreshnessPolicy:
+        """As Dagster takes it."""
+        return dg.FreshnessPolicy.time_window(
+            fail_window=timedelta(hours=self.fail_after_hours),
+            warn_window=None if self.warn_after_hours is None else timedelta(hours=self.warn_after_hours),
+        )
+
+
+def _resolve_freshness(context: dg.ResolutionContext, value: Any) -> dg.FreshnessPolicy | None:
+    if isinstance(value, BaseModel):
+        return MirrorFreshness(**context.resolve_value(value.model_dump(exclude_unset=True))).policy()
+    return context.resolve_value(value)
+
+
 # ---------------------------------------------------------------------------------------------------------- components
 
 
@@ -287,6 +308,14 @@ class _StoreComponent(dg.Component, dg.Model, dg.Resolvable):
             "Among how many steps each upload and download is divided, for executors that spread steps over machines."
         ),
     ] = 1
+    freshness: Annotated[
+        dg.FreshnessPolicy | None,
+        dg.Resolver(
+            _resolve_freshness,
+            model_field_type=MirrorFreshness | _Template | None,
+            description="How old the mirror may be before the UI and alerts say so.",
+        ),
+    ] = None
     translation: Annotated[TranslationFn[BlobflowAssetProps] | None, _TRANSLATION] = None
 
     # Not a constraint of the field: Dagster would hold templates to it as well.
@@ -314,6 +343,7 @@ class _StoreComponent(dg.Component, dg.Model, dg.Resolvable):
             "retry_policy": retries if self.max_retries else None,
             "pool": self.pool,
             "lanes": self.lanes,
+            "freshness_policy": self.freshness,
             "resource_key": self.resource_key if self.store is None else f"{name}_blobflow",
         }
 

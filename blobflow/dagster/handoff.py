@@ -46,7 +46,7 @@ class HandoffIOManager(dg.ConfigurableIOManager):
 
     To be the default IO manager (`io_manager`) of a code location whose steps run on several machines; assets of other
     kinds then name one of their own (`io_manager_key`). What an asset handed on lasts; what other steps of a run did is
-    needed only while that run may be retried, and a lifecycle rule may remove it from `<prefix>/runs/`.
+    needed only while that run may be retried: `gc_job` removes it from `<prefix>/runs/` a month later.
     """
 
     blobflow: dg.ResourceDependency[BlobflowResource]

@@ -42,7 +42,8 @@ from blobflow.dagster.failures import as_dagster_error
 from blobflow.dagster.progress import ProgressLog
 from blobflow.dagster.resource import BlobflowResource
 from blobflow.errors import ArtifactNotFound, BlobflowError, LeaseLost, TransferBusy, UsageError
-from blobflow.lease import Lease, move_ref, read_ref
+from blobflow.lease import Lease, read_ref
+from blobflow.retention import name_artifact
 from blobflow.rounds import content_key, round_number
 from blobflow.scratch import scratch_directory
 from blobflow.stores import Store
@@ -185,7 +186,7 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
         if journal:
             journal.fence.check(now=True)
         try:
-            move_ref(store, home.ref, stored.key, stored.digest, round_number=ticket)
+            name_artifact(store, home.ref, stored.key, stored.digest, round_number=ticket)
         except LeaseLost as lost:
             context.log.warning("output.superseded ref=%s key=%s reason=%r", home.ref, stored.key, lost.message)
             facts[md.STATUS] = "superseded"

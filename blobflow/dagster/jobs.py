@@ -1,15 +1,20 @@
-"""What an operator wants done now and then: garbage collection, and the probe of the store as a job and as checks."""
+"""What an operator wants done now and then: garbage collection, retention, and the probe as a job and as checks."""
 
+import re
+import time
 from collections.abc import Collection, Sequence
+from copy import copy
 from typing import Any, Final
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, create_model
 
 from blobflow.dagster import metadata as md
 from blobflow.dagster.failures import dagster_errors
 from blobflow.errors import StoreUnavailable, UsageError
 from blobflow.gc import DEFAULT_AGE_S, collect
+from blobflow.lease import REF_SUFFIX
+from blobflow.retention import prune
 from blobflow.stores import Store
 from blobflow.stores.probe import ProbedStore, ProbeReport, probe
 
@@ -19,7 +24,16 @@ are slower or begin anew after a crash, and verifications read more."""
 
 DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(max_retries=3, delay=30, backoff=dg.Backoff.EXPONENTIAL)
 
+RUNS_AGE_S: Final = 30 * 24 * 3600.0
+"""After which nobody starts a failed run again from where it stopped."""
+
 _ROWS: Final = 100
+_UNFINISHED: Final = [
+    status
+    for status in dg.DagsterRunStatus
+    if status not in (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED)
+]
+_RUN_ID: Final = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
 class GcConfig(dg.Config):
@@ -30,6 +44,21 @@ class GcConfig(dg.Config):
         default=DEFAULT_AGE_S, ge=0, description="Seconds without a sign of life. 0: all that nobody works on now."
     )
     payloads: bool = Field(default=False, description="Also remove payloads whose manifest never came.")
+    runs_older_than_s: float = Field(
+        default=RUNS_AGE_S,
+        ge=0,
+        description="Seconds after which what the steps of a finished run handed to each other goes; until then the run"
+        " can be started again from where it failed.",
+    )
+    dry_run: bool = Field(default=False, description="Show what would go, change nothing.")
+
+
+class RetentionConfig(dg.Config):
+    """What to keep; see `blobflow prune`."""
+
+    prefix: str = Field(default="", description="Of the keys, a plain string.")
+    keep_last: int | None = Field(default=None, ge=1, description="Artifacts of each directory.")
+    keep_within_s: float | None = Field(default=None, gt=0, description="Seconds; what is younger is kept.")
     dry_run: bool = Field(default=False, description="Show what would go, change nothing.")
 
 
@@ -45,10 +74,12 @@ def gc_job(
     prefix: str = "",
     older_than_s: float = DEFAULT_AGE_S,
     payloads: bool = False,
+    runs_older_than_s: float = RUNS_AGE_S,
+    handoff: str = "handoff",
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
     resource_key: str = "blobflow",
 ) -> dg.JobDefinition:
-    """A job that removes what killed uploads and probes left in the store; safe at any time, next to transfers.
+    """A job that removes what killed uploads, probes and finished runs left in the store; safe at any time.
 
     Run it once a day: `dg.ScheduleDefinition(job=gc_job(), cron_schedule="0 3 * * *")`. The arguments are defaults that
     the Launchpad can change; there is also `dry_run`.
@@ -58,13 +89,23 @@ def gc_job(
         prefix: Of the keys, a plain string.
         older_than_s: Seconds without a sign of life.
         payloads: Also remove payloads whose manifest never came.
+        runs_older_than_s: Seconds after which what steps of finished runs handed to each other goes: the values of
+            `HandoffIOManager`, and the refs of `ArtifactIOManager` for outputs of ops, whatever `prefix` says.
+        handoff: The `prefix` of the `HandoffIOManager`.
         retry_policy: For what could not be removed at the moment.
         resource_key: Under which the `BlobflowResource` is found.
     """
     node = f"{name}__collect"
+    defaults = GcConfig(
+        prefix=prefix, older_than_s=older_than_s, payloads=payloads, runs_older_than_s=runs_older_than_s
+    )
+    settings_of_run = _defaulting_to(defaults)
 
     @dg.op(name=node, required_resource_keys={resource_key}, retry_policy=retry_policy)
-    def collect_garbage(context: dg.OpExecutionContext, config: GcConfig) -> None:
+    def collect_garbage(
+        context: dg.OpExecutionContext,
+        config: settings_of_run,  # pyright: ignore[reportInvalidTypeForm]
+    ) -> None:
         with dagster_errors(context, retry_policy):
             store = getattr(context.resources, resource_key).get_store()
             report = collect(
@@ -74,11 +115,16 @@ def gc_job(
                 payloads=config.payloads,
                 dry_run=config.dry_run,
             )
+            runs = _runs_handed_on(context.instance, store, handoff, config.runs_older_than_s)
+            if not config.dry_run:
+                for key in (key for keys in runs.values() for key in keys):
+                    store.delete(key)
             found = [
                 *(("upload", upload.key) for upload in report.uploads),
                 *(("intent", key) for key in report.intents),
                 *(("trial of a probe", key) for key in report.trials),
                 *(("payload", key) for key in report.payloads),
+                *(("handed on in a run", key) for keys in runs.values() for key in keys),
                 *(("unreadable intent, left alone", key) for key in report.unreadable),
                 *(("failed, left for the next time", key) for key in report.failed),
             ]
@@ -90,33 +136,152 @@ def gc_job(
                     md.GC_INTENTS: len(report.intents),
                     md.GC_TRIALS: len(report.trials),
                     md.GC_PAYLOADS: len(report.payloads),
+                    md.GC_RUNS: len(runs),
                     md.GC_FOUND: _table(("what", "key"), found[:_ROWS]),
                 }
             )
             context.log.info(
                 "gc.done dry_run=%s uploads=%d uploads_kept=%d intents=%d "
-                "trials=%d payloads=%d unreadable=%d failed=%d",
+                "trials=%d payloads=%d runs=%d unreadable=%d failed=%d",
                 *(report.dry_run, len(report.uploads), report.uploads_kept, len(report.intents)),
-                *(len(report.trials), len(report.payloads), len(report.unreadable), len(report.failed)),
+                *(len(report.trials), len(report.payloads), len(runs), len(report.unreadable), len(report.failed)),
             )
-            if report.failed:
-                raise StoreUnavailable(
-                    f"{len(report.failed)} of the keys could not be collected, for example {report.failed[0]!r}",
-                    hint="run the job again; what was removed is removed",
-                    key=report.failed[0],
-                )
-
-    defaults = GcConfig(prefix=prefix, older_than_s=older_than_s, payloads=payloads)
+            _raise_if_any(report.failed)
 
     @dg.job(
         name=name,
-        description="Removes what killed uploads and probes left in the store.",
+        description="Removes what killed uploads, probes and finished runs left in the store.",
         config=dg.RunConfig(ops={node: defaults}),
     )
     def gc() -> None:
         collect_garbage()
 
     return gc
+
+
+def retention_job(
+    name: str = "blobflow_retention",
+    *,
+    prefix: str = "",
+    keep_last: int | None = None,
+    keep_within_s: float | None = None,
+    retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
+    resource_key: str = "blobflow",
+) -> dg.JobDefinition:
+    """A job that removes old artifacts: those that no rule keeps and no ref names. Safe next to transfers.
+
+    ```python
+    keep = retention_job(prefix="orders/", keep_last=14, keep_within_s=30 * 24 * 3600)
+    schedule = dg.ScheduleDefinition(job=keep, cron_schedule="30 3 * * *")
+    ```
+
+    The arguments are defaults that the Launchpad can change; there is also `dry_run`.
+
+    Args:
+        name: Of the job.
+        prefix: Of the keys, a plain string.
+        keep_last: Artifacts that are kept of each directory, which of a pipeline means: of each partition.
+        keep_within_s: Seconds; what is younger is kept.
+        retry_policy: For what could not be removed at the moment.
+        resource_key: Under which the `BlobflowResource` is found.
+
+    Raises:
+        UsageError: neither rule is given.
+    """
+    if keep_last is None and keep_within_s is None:
+        raise UsageError("nothing says what to keep", hint="give keep_last, keep_within_s or both")
+    node = f"{name}__prune"
+    defaults = RetentionConfig(prefix=prefix, keep_last=keep_last, keep_within_s=keep_within_s)
+    settings_of_run = _defaulting_to(defaults)
+
+    @dg.op(name=node, required_resource_keys={resource_key}, retry_policy=retry_policy)
+    def prune_artifacts(
+        context: dg.OpExecutionContext,
+        config: settings_of_run,  # pyright: ignore[reportInvalidTypeForm]
+    ) -> None:
+        with dagster_errors(context, retry_policy):
+            report = prune(
+                getattr(context.resources, resource_key).get_store(),
+                config.prefix,
+                keep_last=config.keep_last,
+                keep_within_s=config.keep_within_s,
+                dry_run=config.dry_run,
+            )
+            found = [
+                *(("removed", key) for key in report.removed),
+                *(("kept, a ref names it", key) for key in report.named),
+                *(("left alone, an upload is under way", key) for key in report.busy),
+                *(("failed, left for the next time", key) for key in report.failed),
+            ]
+            context.add_output_metadata(
+                {
+                    md.PRUNE_DRY_RUN: report.dry_run,
+                    md.PRUNE_REMOVED: len(report.removed),
+                    md.PRUNE_KEPT: report.kept,
+                    md.PRUNE_NAMED: len(report.named),
+                    md.PRUNE_FOUND: _table(("what", "key"), found[:_ROWS]),
+                }
+            )
+            context.log.info(
+                "prune.done dry_run=%s removed=%d kept=%d named=%d busy=%d failed=%d",
+                *(report.dry_run, len(report.removed), report.kept, len(report.named)),
+                *(len(report.busy), len(report.failed)),
+            )
+            _raise_if_any(report.failed)
+
+    @dg.job(
+        name=name,
+        description="Removes old artifacts, but none that a ref names.",
+        config=dg.RunConfig(ops={node: defaults}),
+    )
+    def retention() -> None:
+        prune_artifacts()
+
+    return retention
+
+
+def _defaulting_to(config: dg.Config) -> Any:
+    """The class of `config` with its values as defaults.
+
+    The job's own configuration is what the Launchpad shows; a run that is given some of it would lose the rest.
+    """
+    fields: dict[str, Any] = {}
+    for name, field in type(config).model_fields.items():
+        own = copy(field)
+        own.default = getattr(config, name)
+        fields[name] = (field.annotation, own)
+    return create_model(type(config).__name__, __base__=type(config), **fields)
+
+
+def _runs_handed_on(
+    instance: dg.DagsterInstance, store: Store, handoff: str, older_than_s: float
+) -> dict[str, list[str]]:
+    """What the steps of runs handed to each other that nobody will start again; by run."""
+    under_way = {run.root_run_id or run.run_id for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))}
+    before = time.time() - older_than_s
+    found: dict[str, list[str]] = {}
+    values, refs = r"[^/]+\.json", "[^/]+/[^/]+" + re.escape(REF_SUFFIX)
+    for prefix, what in ((f"{handoff}/runs/", values), ("runs/", refs)):
+        # Not whatever lies there: a pipeline may be called `runs`.
+        pattern = re.compile(f"{re.escape(prefix)}({_RUN_ID})/(?:[^/]+/)+{what}")
+        for meta in store.list(prefix):
+            named = pattern.fullmatch(meta.key)
+            if named and meta.last_modified is not None and meta.last_modified.timestamp() <= before:
+                found.setdefault(named[1], []).append(meta.key)
+    for run_id in list(found):
+        run = instance.get_run_by_id(run_id)  # None: deleted, or of another Dagster; then its age has to do
+        if ((run.root_run_id if run else None) or run_id) in under_way:
+            del found[run_id]  # a retry may still read it
+    return found
+
+
+def _raise_if_any(failed: Sequence[str]) -> None:
+    if failed:
+        raise StoreUnavailable(
+            f"{len(failed)} of the keys could not be removed, for example {failed[0]!r}",
+            hint="run the job again; what was removed is removed",
+            key=failed[0],
+        )
 
 
 def probe_job(

@@ -8,6 +8,9 @@
 Any executor may spread the lanes over machines. They are steps like any other: each is retried by itself, and a retry
 from failure runs the lanes again that did not end. (Steps that are mapped over a dynamic output are not: those that had
 not started when the run died are skipped in the retry, and the run succeeds without them.)
+
+What the lanes hand to the last step is for people to read: an executor may lose it (Dask's does, all of it). What the
+last step goes by is the ticket, the store and the disk.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -140,12 +143,17 @@ def upload_in_lanes(
             if status == "unchanged":
                 journal.done(transfer_id(store, snapshot.key, digest, "upload"))
             metadata |= {md.STATUS: status, md.UPLOAD_SECONDS: round(_slowest(sent) + seconds, 3)}
-            metadata |= journal.metadata() | _lane_facts(context, sent, md.BYTES_SENT)
-            metadata[md.BYTES_SENT] += sent_again
+            metadata |= journal.metadata()
+            if len(sent) == lanes:
+                metadata |= _lane_facts(context, sent, md.BYTES_SENT)
+                metadata[md.BYTES_SENT] += sent_again
+            else:
+                metadata.pop(md.BYTES_RESUMED, None)
             metadata.pop(md.PARTS, None)  # how the last step saw them: all done
             context.log.info(
-                "upload.done status=%s key=%s lanes=%d bytes_sent=%d bytes_resumed=%d",
-                *(status, snapshot.key, lanes, metadata[md.BYTES_SENT], metadata[md.BYTES_RESUMED]),
+                "upload.done status=%s key=%s lanes=%d told=%d bytes_sent=%s bytes_resumed=%s",
+                *(status, snapshot.key, lanes, len(sent)),
+                *(metadata.get(label, "unknown") for label in (md.BYTES_SENT, md.BYTES_RESUMED)),
             )
             context.add_output_metadata(metadata)
             return UploadHandle(snapshot.key, digest, snapshot.scratch, status, metadata, snapshot.round_number)
@@ -227,8 +235,9 @@ def download_in_lanes(
             else:
                 metadata = fetch(context, blobflow, journal, importer, remote.key, remote.digest)
                 itself = metadata[md.BYTES_RECEIVED]
-                metadata |= _lane_facts(context, landed, md.BYTES_RECEIVED)
-                metadata[md.BYTES_RECEIVED] += itself
+                if len(landed) == lanes:
+                    metadata |= _lane_facts(context, landed, md.BYTES_RECEIVED)
+                    metadata[md.BYTES_RECEIVED] += itself
                 metadata.pop(md.PARTS, None)
                 metadata[md.DOWNLOAD_SECONDS] = round(_slowest(landed) + metadata[md.DOWNLOAD_SECONDS], 3)
             context.add_output_metadata(metadata)

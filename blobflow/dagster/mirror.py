@@ -65,6 +65,7 @@ def artifact_mirror(
     ref: str | None = "latest",
     digest: str | None = None,
     lanes: int = 1,
+    freshness_policy: dg.FreshnessPolicy | None = None,
     translator: BlobflowTranslator | None = None,
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
     pool: str | None = None,
@@ -84,6 +85,8 @@ def artifact_mirror(
         digest: Refuse every artifact but this one (`sha256:...`), whoever writes to the store. A single run is held to
             one by the config `digest` of its first step.
         lanes: Among how many steps each download is divided; see `artifact_pipeline`.
+        freshness_policy: Of the mirror. With a ref it is materialized when the ref moves, so the window is the longest
+            time for which the source may stay the same.
         pool: Concurrency pool of which downloads take a slot.
         minimum_interval_seconds: Between two looks into the store.
         running: The sensors run from the start; otherwise they are switched on in the UI.
@@ -99,6 +102,7 @@ def artifact_mirror(
         partitions_def=partitions,
         ref=ref,
         lanes=lanes,
+        freshness_policy=freshness_policy,
         translator=looks,
         retry_policy=retry_policy,
         pool=pool,

@@ -51,7 +51,8 @@ from blobflow.errors import (
     TransferBusy,
     UsageError,
 )
-from blobflow.lease import Lease, check_round, move_ref, read_ref
+from blobflow.lease import Lease, check_round, read_ref
+from blobflow.retention import name_artifact
 from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S, content_key, kept_alive, round_number
 from blobflow.stores import Store
 from blobflow.stores.base import key_segment
@@ -109,6 +110,7 @@ def artifact_pipeline(
     ref: str | None = "latest",
     verify_mode: VerifyMode = "auto",
     deps: Sequence[dg.AssetKey | Sequence[str] | str] = (),
+    freshness_policy: dg.FreshnessPolicy | None = None,
     group_name: str | None = None,
     translator: BlobflowTranslator | None = None,
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
@@ -136,6 +138,8 @@ def artifact_pipeline(
         verify_mode: `shallow` compares sizes, manifests and the store's own checksum, `deep` reads every byte, `auto`
             is deep except where the store attests a checksum.
         deps: Assets that the export waits for.
+        freshness_policy: Of the mirror: how old it may be before the UI and alerts say so. It is materialized in every
+            run, also where the content has not changed.
         group_name: Of the three assets; by default `name`.
         translator: Decides keys, groups, descriptions, tags and so on.
         retry_policy: For every step. Errors that pass (a store that is down, a busy round) are retried, others fail
@@ -178,7 +182,10 @@ def artifact_pipeline(
     remote_spec = spec("remote", None)
     snapshot = _snapshot_asset(plan, snapshot_spec)
     remote = _remote_asset(plan, remote_spec, snapshot_spec.key)
-    mirror = _mirror_asset(plan, spec("mirror", importer), remote_spec.key)
+    mirror_spec = spec("mirror", importer)
+    if freshness_policy is not None:
+        mirror_spec = mirror_spec.replace_attributes(freshness_policy=freshness_policy)
+    mirror = _mirror_asset(plan, mirror_spec, remote_spec.key)
     job = dg.define_asset_job(
         f"{name}_job",
         selection=dg.AssetSelection.assets(snapshot, remote, mirror),
@@ -393,7 +400,7 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
             }
             if (ref := plan.ref_name(context)) is not None:
                 journal.fence.check(now=True)
-                move_ref(store, ref, uploaded.key, result.artifact_digest, round_number=uploaded.round_number)
+                name_artifact(store, ref, uploaded.key, result.artifact_digest, round_number=uploaded.round_number)
                 metadata[md.REF] = ref
             _discard(Path(uploaded.scratch), context)
             context.log.info(

@@ -54,6 +54,7 @@ class BlobflowResource(dg.ConfigurableResource):
     )
 
     _instance_storage: Path | None = PrivateAttr(default=None)
+    _opened: list[Store] = PrivateAttr(default_factory=list)
 
     def __repr__(self) -> str:
         return f"BlobflowResource(store={self.store!r}, profile={'custom' if self.custom_profile else self.profile!r})"
@@ -65,8 +66,13 @@ class BlobflowResource(dg.ConfigurableResource):
         if context.instance is not None:
             self._instance_storage = Path(context.instance.storage_directory())
 
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002  # Dagster's signature
+        """Close the connections of the stores that were opened."""
+        while self._opened:
+            self._opened.pop().close()
+
     def get_store(self, *, patience_s: float = DEFAULT_PATIENCE_S) -> Store:
-        """The store; nothing is sent yet.
+        """The store; nothing is sent yet. It is closed with the resource: at the end of the step or run.
 
         Args:
             patience_s: Seconds for which a call that fails for a passing reason is repeated.
@@ -74,7 +80,9 @@ class BlobflowResource(dg.ConfigurableResource):
         Raises:
             UsageError: naming the setting that is wrong.
         """
-        return open_store(self.store or self._instance_path(STORE_DIR), patience_s=patience_s, **self._s3_options())
+        url = self.store or self._instance_path(STORE_DIR)
+        self._opened.append(open_store(url, patience_s=patience_s, **self._s3_options()))
+        return self._opened[-1]
 
     def get_profile(self) -> ChunkProfile:
         """The transfer profile."""

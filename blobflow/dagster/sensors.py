@@ -12,9 +12,12 @@ is not recorded twice, and a run that it did not come to request is requested by
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotInTime
 from dataclasses import dataclass
 from datetime import timezone
+from itertools import pairwise
+from statistics import quantiles
 from time import monotonic
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -30,6 +33,7 @@ from blobflow.errors import (
     InvalidKey,
     ObjectNotFound,
     ReplacementInProgress,
+    StoreUnavailable,
     TemporaryError,
     UsageError,
 )
@@ -41,14 +45,22 @@ from blobflow.transport.remote import payload_size
 Target: TypeAlias = Any
 """What `dg.sensor` takes as its `target`: a job, assets, or a selection of assets."""
 
-PAGE_SIZE: Final = 900
-"""Artifacts that one tick looks at. Dagster needs 10 ms to record one, three times as long on a busy machine: so a tick
-stays below 30 s, and 10,000 new artifacts are 12 ticks."""
+PAGE_SIZE: Final = 950
+"""Artifacts that one tick looks at. Dagster needs 10 ms to record one, so 10,000 new artifacts are 12 ticks."""
 LARGEST_PAGE: Final = 1000
 BUDGET_S: Final = 20.0
-"""Dagster gives an evaluation 60 s, and records what it found after that."""
+"""Of one tick: what the sensor does, and what Dagster will need to record what it tells. A tick stays below 30 s even
+where recording becomes half as slow again meanwhile."""
 MAX_RUNS: Final = 50
 """Dagster starts about six a second."""
+
+_RECORD_S: Final = 0.1
+"""For an event, where nothing was measured lately: so a first tick tells of 150 artifacts, be Dagster quick or slow."""
+_RUN_S: Final = 0.2
+_PARTITION_SHARE: Final = 0.3
+"""What a partition costs, measured in asset events: it is looked up, and added together with the others."""
+_MEASURED: Final = 100
+_FEWEST_MEASURED: Final = 8
 
 _PATIENCE_S: Final = 5.0
 """A store that is down for longer is asked again by the next tick."""
@@ -105,7 +117,8 @@ def manifest_sensor(
         partitions_def: By default `artifact_partitions(name)`. No other sensor and nobody else should change them.
         target: A job or assets with the same partitions, to be run for each artifact. None: no runs.
         max_runs: Runs requested per tick, at most 50. The artifacts after them wait for the next tick.
-        page_size: Artifacts looked at per tick, at most 1,000; fewer if that takes longer than 20 s.
+        page_size: Artifacts looked at per tick, at most 1,000; fewer if to look at them and to record what is new
+            would take longer than 20 s, as quickly as Dagster recorded the last ones.
         minimum_interval_seconds: Between ticks.
         resource_key: Under which the `BlobflowResource` is found.
 
@@ -342,6 +355,8 @@ class _Tick:
         self._plan = plan
         self._cursor = _Cursor.parse(context.cursor)
         self._position = self._cursor.position
+        self._began = monotonic()
+        self._record_s, self._run_s = _RECORD_S, _RUN_S
         self._partitions = {
             key for key in context.instance.get_dynamic_partitions(plan.partitions_name) if key.startswith(plan.prefix)
         }
@@ -356,10 +371,16 @@ class _Tick:
     def run(self) -> dg.SensorResult:
         """What Dagster is to record, and the cursor behind it."""
         recorded = self._last_recorded()
+        self._record_s = self._measured_record_s()
         if self._plan.max_runs:
+            self._run_s = self._measured_run_s()
             self._request_forgotten_runs()
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="blobflow-sensor") as readers:
+        readers = ThreadPoolExecutor(_READERS, thread_name_prefix="blobflow-sensor")
+        try:
             self._walk(readers)
+        finally:
+            # Not waited for: of a store that hangs, a request may take longer than Dagster waits for the tick.
+            readers.shutdown(wait=False, cancel_futures=True)
         if self._gone and not self._anything_listed():
             self._gone.clear()
         partitions = self._plan.partitions_def
@@ -390,11 +411,33 @@ class _Tick:
             parts.append(f"stopped there: {_told(self._trouble)}")
         return "; ".join(parts)
 
+    # The time
+
+    def _to_record_s(self) -> float:
+        """What Dagster will need to record what was found so far."""
+        events = len(self._events) + len(self._gone) + _PARTITION_SHARE * len(self._added)
+        return events * self._record_s + len(self._runs) * self._run_s
+
+    def _left_s(self) -> float:
+        """Of the budget."""
+        return BUDGET_S - (monotonic() - self._began) - self._to_record_s()
+
+    def _measured_record_s(self) -> float:
+        """What it took to record an event of the last tick."""
+        of_last_tick = dg.AssetRecordsFilter(self._plan.asset_key, after_storage_id=self._cursor.recorded or None)
+        records = self._context.instance.fetch_materializations(of_last_tick, limit=_MEASURED).records
+        return _pace([record.timestamp for record in records], _RECORD_S)
+
+    def _measured_run_s(self) -> float:
+        """What it took to create a run of one of the last ticks."""
+        ours = dg.RunsFilter(tags={_SENSOR_NAME: self._plan.sensor_name})
+        records = self._context.instance.get_run_records(ours, limit=_MEASURED)
+        return _pace([record.create_timestamp.timestamp() for record in records], _RUN_S)
+
     # The walk
 
     def _walk(self, readers: ThreadPoolExecutor) -> None:
         """Go on from the cursor until the page is full, the time is over, or the end is reached."""
-        deadline = monotonic() + BUDGET_S
         batch: list[_Step] = []
         listing = self._store.list(self._plan.prefix, start_after=self._position or None)
         try:
@@ -402,7 +445,7 @@ class _Tick:
                 if step.key is not None:
                     batch.append(step)
                     self._looked += 1
-                over = self._looked == self._plan.page_size or monotonic() >= deadline
+                over = self._looked == self._plan.page_size or self._left_s() <= 0
                 if over or len(batch) == _BATCH:
                     if not self._settle(batch, readers):
                         return
@@ -425,11 +468,14 @@ class _Tick:
 
     def _settle(self, batch: Sequence[_Step], readers: ThreadPoolExecutor) -> bool:
         """Take up what is new in a batch, in order. False: the walk stops behind the position."""
+        left_s, before_s = self._left_s(), self._to_record_s()
         known = self._known([step.key for step in batch if step.key is not None])
         read = {step.at: readers.submit(self._read, step) for step in batch if self._is_news(step, known)}
+        # The last batch of a tick may have no time left, and gets some: every tick gets on.
+        deadline = monotonic() + max(_PATIENCE_S, left_s)
         for step in batch:
             if step.at in read:
-                outcome = read[step.at].result()
+                outcome = _outcome(read[step.at], step.at, deadline)
                 if isinstance(outcome, TemporaryError) and not isinstance(outcome, ReplacementInProgress):
                     self._trouble = outcome
                     for pending in read.values():
@@ -438,6 +484,8 @@ class _Tick:
                 if not self._take_up(str(step.key), outcome, known.get(str(step.key))):
                     return False
             self._position = step.at
+            if step.at in read and self._to_record_s() - before_s >= left_s:
+                return False
         return True
 
     def _is_news(self, step: _Step, known: dict[str, _Known]) -> bool:
@@ -556,6 +604,22 @@ class _Tick:
     def _has_run(self, run_key: str) -> bool:
         tags = {_RUN_KEY: run_key, _SENSOR_NAME: self._plan.sensor_name}
         return bool(self._context.instance.get_run_records(dg.RunsFilter(tags=tags), limit=1))
+
+
+def _outcome(read: "Future[StoredObject | BlobflowError]", at: str, deadline: float) -> StoredObject | BlobflowError:
+    try:
+        return read.result(timeout=max(0.0, deadline - monotonic()))
+    except NotInTime:
+        return StoreUnavailable(f"{at!r} was not read in time", hint="see why the store is slow", key=at)
+
+
+def _pace(timestamps: Iterable[float], assumed_s: float) -> float:
+    """Seconds from one record to the next, as the slower ones of them took; `assumed_s` where there are too few.
+
+    Not the mean: between two ticks, or while the daemon was down, there is a gap that says nothing.
+    """
+    gaps = [later - earlier for earlier, later in pairwise(sorted(timestamps))]
+    return quantiles(gaps, n=4)[-1] if len(gaps) >= _FEWEST_MEASURED else assumed_s
 
 
 def _side_by_side(listing: Iterable[ObjectMeta], known: Sequence[str]) -> Iterator[_Step]:

@@ -36,6 +36,7 @@ _FLAGS: Final = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 DEMO_GRAPH: Final = "/locations/blobflow/asset-groups/demo/lineage"
+DEMO_MIRROR: Final = "/assets/demo/mirror"
 REGIONS_GRAPH: Final = "/locations/regions/asset-groups/orders/lineage"
 _START_S: Final = 120.0
 
@@ -245,6 +246,7 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="blobflow-docs-") as home:
         _picture_the_demo(demo(Path(home) / "demo"))
+        _picture_the_mirror(Path(home) / "mirror")
         _picture_the_regions(Path(home) / "regions")
 
 
@@ -255,6 +257,26 @@ def _picture_the_demo(project: Project) -> None:
         page.get_by_text("1 / 1 Passed").wait_for()
         page.wait_for_load_state("networkidle")
         page.screenshot(path=IMAGES / "asset-graph.png")
+
+
+def _picture_the_mirror(home: Path) -> None:
+    """After four runs, each with more to move: its state, and what Dagster plots of it."""
+    source = home / "source"
+    source.mkdir(parents=True)
+    project = demo(home / "demo", source)
+    for number in range(1, 5):
+        (source / f"{number}.bin").write_bytes(os.urandom(number * 3_000_000))
+        project.launch("--assets", '+key:"demo/mirror"')
+    with project.served() as server, browsing(server.url, height=740) as page:
+        page.goto(DEMO_MIRROR)
+        page.get_by_text("Passing").nth(1).wait_for()
+        page.wait_for_load_state("networkidle")
+        page.screenshot(path=IMAGES / "freshness.png")
+        page.set_viewport_size({"width": 1600, "height": 1500})
+        page.get_by_text("Plots", exact=True).click()
+        page.wait_for_load_state("networkidle")
+        page.wait_for_timeout(1000)  # the plots grow into their places
+        page.screenshot(path=IMAGES / "plots.png")
 
 
 def _picture_the_regions(home: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import dagster as dg
-from dagster_celery import celery_executor  # pyright: ignore[reportMissingImports]
+from dagster_celery import celery_executor
 
 from blobflow.dagster import (
     BlobflowResource,
@@ -22,8 +22,8 @@ LANES = 3
 PART = 64 * 1024
 
 
-def orders() -> dg.JobDefinition:
-    """The pipeline's own job, every step of which is a Celery task."""
+def in_lanes(executor: dg.ExecutorDefinition, resource: type[BlobflowResource] = BlobflowResource) -> dg.JobDefinition:
+    """The own job of a pipeline below `LANES_HOME`."""
     home = Path(os.environ["LANES_HOME"])
     pipeline = artifact_pipeline(
         "orders",
@@ -31,7 +31,7 @@ def orders() -> dg.JobDefinition:
         importer=DirectoryImporter(path=home / "mirror"),
         lanes=LANES,
     )
-    blobflow = BlobflowResource(
+    blobflow = resource(
         store=str(home / "store"),
         scratch_dir=str(home / "scratch"),
         custom_profile=ProfileConfig(chunk_size=PART, checkpoint_interval=4, workers=2),
@@ -39,11 +39,15 @@ def orders() -> dg.JobDefinition:
     defs = dg.Definitions.merge(
         pipeline.definitions,
         dg.Definitions(
-            resources={"blobflow": blobflow, "io_manager": HandoffIOManager(blobflow=blobflow)},
-            executor=celery_executor.configured({"broker": os.environ["BROKER"], "backend": os.environ["BROKER"]}),
+            resources={"blobflow": blobflow, "io_manager": HandoffIOManager(blobflow=blobflow)}, executor=executor
         ),
     )
     return defs.resolve_job_def("orders_job")
+
+
+def orders() -> dg.JobDefinition:
+    """Every step of it is a Celery task."""
+    return in_lanes(celery_executor.configured({"broker": os.environ["BROKER"], "backend": os.environ["BROKER"]}))
 
 
 def main() -> None:

@@ -24,9 +24,12 @@ from blobflow.dagster import (
     artifact_pipeline,
 )
 from blobflow.stores import Store
+from tests.kit import sized
 from tests.strict_s3 import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY
 
-PART = 64 * 1024
+PART = sized(8 << 20, 64 << 10)
+PARTS = sized((1 << 30) // PART, 24)
+"""Of the pipeline's source: the promised size is 1 GiB, in the parts of the default profile."""
 WORKERS = 2
 TUNED = {
     # Parts as small as the server of these tests takes them, so that a transfer of many parts is small.

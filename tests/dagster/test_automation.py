@@ -26,6 +26,8 @@ from blobflow.dagster import (
     BlobflowAssetProps,
     BlobflowResource,
     BlobflowTranslator,
+    DirectoryImporter,
+    artifact_mirror,
     artifact_partitions,
     export_schedule,
     mirror_condition,
@@ -221,11 +223,23 @@ def test_a_pipelines_mirror_takes_condition_and_freshness_policy(place: Place):
         lambda spec: spec.replace_attributes(freshness_policy=policy, automation_condition=mirror_condition())
     )
     afterwards = replace(plain, mirror=mirror)
-    for pipeline in (by_translator, afterwards):
+    both = place.pipeline(freshness_policy=policy, translator=Watched())
+    for pipeline in (by_translator, afterwards, both):
         specs = {spec.key: spec for asset in pipeline.assets for spec in asset.specs}
         assert specs[MIRROR].freshness_policy == policy
         assert specs[MIRROR].automation_condition == mirror_condition()
         assert specs[SNAPSHOT].freshness_policy is None
+
+
+def test_a_mirror_is_given_its_freshness(place: Place):
+    """As an argument, of pipelines and of mirrors of other deployments; the other assets have none."""
+    policy = dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=26))
+    pipeline = place.pipeline(freshness_policy=policy)
+    followed = artifact_mirror("orders", DirectoryImporter(path=place.home / "mirror"), freshness_policy=policy)
+    for assets in (pipeline.assets, [followed.mirror]):
+        specs = {spec.key: spec.freshness_policy for asset in assets for spec in asset.specs}
+        assert specs == {key: policy if key == MIRROR else None for key in specs}
+        assert MIRROR in specs
 
 
 # Backfills

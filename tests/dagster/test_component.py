@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -449,3 +450,13 @@ def test_backends_of_a_component_are_checked_for_paths_of_their_own(tmp_path: Pa
         }
     )
     assert component.exporter == DirectoryExporter(path=Path("~/orders"))
+
+
+@pytest.mark.parametrize("kind", ["pipeline", "mirror"])
+def test_the_mirrors_freshness_is_written_in_hours(written: Yaml, kind: str):
+    """Both components give it to the mirror and to nothing else."""
+    document = getattr(written, kind)(freshness={"fail_after_hours": 26, "warn_after_hours": 25.5})
+    specs = {spec.key: spec.freshness_policy for spec in written.load(document).resolve_all_asset_specs()}
+    policy = dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=26), warn_window=timedelta(hours=25.5))
+    assert specs.pop(MIRROR) == policy
+    assert set(specs.values()) == {None}

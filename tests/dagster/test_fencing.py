@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +21,10 @@ from blobflow.testing import Fault, Hook, Request, read_tree, write_tree
 from blobflow.transport import verify
 from tests.dagster import location_s3
 from tests.dagster.kit import MIRROR, REMOTE, FaultyResource, Place, failure, materialization
-from tests.dagster.yard import PARTS, Yard, is_gone, wait_for, yard
+from tests.dagster.location_s3 import PARTS, WORKERS
+from tests.dagster.yard import Yard, is_gone, wait_for, yard
 from tests.kit import sized
-from tests.strict_s3 import Call
+from tests.strict_s3 import Call, Exchange
 from tests.strict_s3 import Fault as Strike
 
 
@@ -238,15 +241,59 @@ def test_an_orphan_and_its_successor_end_with_one_artifact(orders: Yard, monkeyp
         worker.wait()
         assert not is_gone(orphan)
         # The orphan wakes up when its successor sends, or just before it publishes.
-        moment = chance.choice([("UploadPart", 1), ("CompleteMultipartUpload", 1)])
-        orders.server.script(Strike(Call(lambda _: hold.release()), operation=moment[0], nth=moment[1]))
+        moment = chance.choice(["UploadPart", "CompleteMultipartUpload"])
+        orders.server.script(Strike(Call(lambda _: hold.release()), operation=moment))
         if fenced:
             wait_for(lambda: is_gone(orphan))
             hold.release()
         successor = orders.in_process("remote")
         hold.release()
         wait_for(lambda: is_gone(orphan))
+    check_one_artifact(orders, successor)
 
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("trial", range(sized(20, 2)))
+def test_an_orphan_and_its_successor_run_side_by_side(orders: Yard, monkeypatch, trial: int):
+    """Both send the same parts for half a minute, one as slowly as the other, and one right artifact comes of it.
+
+    In every other trial the orphan notices in the middle of it that nobody waits for it.
+    """
+    together_s = sized(30, 2)
+    assert orders.in_process("snapshot").success
+    monkeypatch.setenv("ORDERS_FENCE_S", str(together_s * 1.5 + 10) if trial % 2 == 0 else "1e9")
+    first = random.Random(trial).randrange(2, PARTS // 2)
+    each_s = 2 * together_s * WORKERS / (PARTS // 2)
+    over = threading.Event()
+    began: list[float] = []
+    with orders.held("upload", at=first) as hold, orders.worker("remote") as worker:
+        hold.wait()
+        orphan = orders.step_pid()
+        worker.kill()
+        worker.wait()
+
+        def slowly(_: Exchange) -> None:
+            began.append(time.monotonic())
+            hold.release()
+            over.wait(each_s)
+
+        orders.server.script(Strike(Call(slowly), operation="UploadPart", times=None))
+        ended: list[float] = []
+        watcher = threading.Thread(target=lambda: (wait_for(lambda: is_gone(orphan)), ended.append(time.monotonic())))
+        watcher.start()
+        successor = orders.in_process("remote")
+        ended.append(time.monotonic())
+        over.set()
+        watcher.join()
+    together = min(ended) - min(began)
+    print(f"trial {trial}: together for {together:.1f} s, parts sent {len(orders.moved('upload'))}")
+    assert together >= together_s
+    check_one_artifact(orders, successor)
+
+
+def check_one_artifact(orders: Yard, successor: dg.ExecuteInProcessResult) -> None:
+    """The successor succeeded, and what it published is whole."""
     assert successor.success
     orders.check_whole()
     store = location_s3.Marking.opened[-1]

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import time
+import uuid
 from typing import Any
 
 import dagster as dg
 import pytest
 
-from blobflow.dagster import BlobflowResource, gc_job, probe_check, probe_job
+from blobflow.dagster import BlobflowResource, HandoffIOManager, gc_job, probe_check, probe_job, retention_job
 from blobflow.dagster import metadata as md
 from blobflow.errors import StoreUnavailable, UsageError
+from blobflow.lease import move_ref, read_ref
 from blobflow.stores.base import Body
 from blobflow.stores.probe import REPORT_KEY, Finding, ProbedStore
-from blobflow.testing import FailBefore, Fault, Request
+from blobflow.testing import FailBefore, Fault, Hook, Request
+from blobflow.transport import list_artifacts, upload
 from tests.dagster.kit import REMOTE, SNAPSHOT, FaultyResource, Place, failure
+from tests.kit import artifact_of
 from tests.servers import S3Endpoint
 
 DAY_S = 24 * 3600.0
+GC_NODE, PRUNE_NODE = "blobflow_gc__collect", "blobflow_retention__prune"
+
+
+@dg.op
+def nothing() -> None: ...
+
+
+@dg.job
+def idle() -> None:
+    nothing()
 
 
 def run(place: Place, job: dg.JobDefinition, config: Any = None, **options: Any) -> dg.ExecuteInProcessResult:
@@ -89,6 +104,160 @@ def test_gc_that_could_not_remove_all_tries_again(place: Place):
     result = run(place, gc_job(retry_policy=dg.RetryPolicy(max_retries=1)))
     assert result.success
     assert uploads(place) == []
+
+
+# gc of what runs left
+
+
+def handed_on(place: Place) -> list[str]:
+    return [meta.key for meta in place.store.list() if meta.key.startswith(("handoff/runs/", "runs/"))]
+
+
+def aged(place: Place, days: float) -> None:
+    """As if all objects had been written so long ago."""
+    for path in (place.home / "store").rglob("*.json"):
+        then = path.stat().st_mtime - days * DAY_S
+        os.utime(path, (then, then))
+
+
+NESTED = pytest.mark.filterwarnings("ignore:InitResourceContext.dagster_run is:DeprecationWarning")  # Dagster's own
+
+
+def lanes_handed_on(place: Place) -> str:
+    """A run of a pipeline in lanes, whose steps handed on through the store; its id."""
+    blobflow = place.resource()
+    pipeline = place.pipeline(lanes=2)
+    place.write()
+    defs = dg.Definitions.merge(
+        pipeline.definitions,
+        dg.Definitions(resources={"blobflow": blobflow, "io_manager": HandoffIOManager(blobflow=blobflow)}),
+    )
+    result = defs.resolve_job_def("orders_job").execute_in_process(instance=place.instance)
+    assert result.success
+    return result.run_id
+
+
+@NESTED
+def test_gc_removes_what_finished_runs_handed_on(place: Place):
+    """A month later, when nobody starts them again; what assets handed on stays for the runs to come."""
+    run_id = lanes_handed_on(place)
+    before = handed_on(place)
+    assert len(before) >= 6
+    assert all(key.startswith(f"handoff/runs/{run_id}/") for key in before)
+    aged(place, 29)
+    assert output(run(place, gc_job()))[md.GC_RUNS] == 0
+    aged(place, 2)
+    assert output(run(place, gc_job(), {"ops": {GC_NODE: {"config": {"dry_run": True}}}}))[md.GC_RUNS] == 1
+    assert handed_on(place) == before
+    assert output(run(place, gc_job()))[md.GC_RUNS] == 1
+    assert handed_on(place) == []
+    assert [meta.key for meta in place.store.list("handoff/assets/")] != []
+    assert place.run(place.pipeline(lanes=2)).success
+
+
+@NESTED
+def test_gc_leaves_what_a_retry_may_read(place: Place):
+    """While a run of the same family is under way, its ancestors' values stay, however old."""
+    run_id = lanes_handed_on(place)
+    aged(place, 60)
+    child = place.instance.create_run_for_job(idle, root_run_id=run_id, parent_run_id=run_id)
+    assert output(run(place, gc_job()))[md.GC_RUNS] == 0
+    place.instance.report_run_canceled(child)
+    assert output(run(place, gc_job()))[md.GC_RUNS] == 1
+
+
+def test_gc_knows_what_is_a_runs_own(place: Place):
+    """A pipeline called `runs` keeps its refs; the refs of outputs of ops go with their runs, also of deleted ones."""
+    run_id = str(uuid.uuid4())
+    own = [f"runs/{run_id}/train/result/latest.ref.json", f"runs/{run_id}/many/result/key/latest.ref.json"]
+    others = ["runs/latest.ref.json", f"runs/{run_id}/latest.ref.json", "runs/eu/a/b/latest.ref.json"]
+    for key in own + others:
+        place.store.put(key, b"{}")
+    aged(place, 31)
+    assert output(run(place, gc_job()))[md.GC_RUNS] == 1
+    assert sorted(handed_on(place)) == sorted(others)
+
+
+# retention
+
+
+def test_retention_keeps_the_last_and_the_named(place: Place):
+    """Of three snapshots the newest stays, and the one that a ref names; the run's metadata say so."""
+    keys: list[str] = []
+    for number in range(3):
+        place.write({"file": f"number {number}"})
+        assert place.run().success
+        named = read_ref(place.store, "orders/latest")
+        assert named is not None
+        keys.append(named.key)
+    named = read_ref(place.store, "orders/latest")
+    assert named is not None
+    move_ref(place.store, "orders/audited", keys[0], named.manifest_sha256)
+    job = retention_job(prefix="orders/", keep_last=1)
+    told = output(run(place, job, {"ops": {PRUNE_NODE: {"config": {"dry_run": True}}}}))
+    assert (told[md.PRUNE_REMOVED], told[md.PRUNE_NAMED], told[md.PRUNE_DRY_RUN]) == (1, 1, True)
+    assert sorted(entry.key for entry in list_artifacts(place.store)) == sorted(keys)
+    told = output(run(place, job))
+    assert [record.data for record in told[md.PRUNE_FOUND].records] == [
+        {"what": "removed", "key": keys[1]},
+        {"what": "kept, a ref names it", "key": keys[0]},
+    ]
+    assert sorted(entry.key for entry in list_artifacts(place.store)) == sorted([keys[0], keys[2]])
+    assert place.run().success
+
+
+@pytest.mark.parametrize("rules", [{"keep_last": 3}, {"keep_within_s": 60.0}])
+def test_part_of_a_configuration_keeps_the_rest(place: Place, rules: dict[str, Any]):
+    """A run that is only told to be a dry run has the job's prefix and rules, and a wrong value is still refused."""
+    artifact = artifact_of(place.home / "made")
+    for key in ("orders/1.tar", "other/1.tar"):
+        upload(place.store, key, artifact)
+    aged(place, 1)
+    job = retention_job(prefix="orders/", **rules)
+    told = output(run(place, job, {"ops": {PRUNE_NODE: {"config": {"dry_run": True}}}}))
+    assert (told[md.PRUNE_REMOVED], told[md.PRUNE_KEPT]) == ((0, 1) if "keep_last" in rules else (1, 0))
+    assert not run(place, job, {"ops": {PRUNE_NODE: {"config": {"keep_last": -1}}}}).success
+
+
+def test_retention_without_a_rule_is_refused():
+    """When the code location is loaded, not in the night."""
+    with pytest.raises(UsageError, match="nothing says what to keep"):
+        retention_job()
+
+
+def test_content_that_comes_back_while_it_is_pruned_is_tried_again(place: Place):
+    """The ref is moved to an artifact that is being removed: the step is retried, and the ref names what is whole."""
+    place.write({"file": "first"})
+    assert place.run().success
+    first = read_ref(place.store, "orders/latest")
+    assert first is not None
+    place.write({"file": "second"})
+    assert place.run().success
+    place.write({"file": "first"})
+    manifest = place.store.get(first.key + ".manifest.json", max_bytes=1 << 20).data
+    left = ["remove", "put back"]
+
+    def faults(request: Request) -> Fault | None:
+        # The pruner removes the manifest when the step moves the ref, and sees the ref a moment later.
+        if request.operation == "put" and request.key == "orders/latest.ref.json" and len(left) == 2:
+            left.pop(0)
+            return Hook(lambda _: place.store.delete(first.key + ".manifest.json"))
+        if request.operation == "put" and request.key == "orders/latest.ref.json" and len(left) == 1:
+            left.pop(0)
+            return Hook(put_back)
+        return None
+
+    def put_back(_: Request) -> None:
+        place.store.put(first.key + ".manifest.json", manifest)
+
+    FaultyResource.script(faults)
+    result = place.run(place.pipeline(retry_policy=dg.RetryPolicy(max_retries=2, delay=0.01)))
+    assert result.success
+    assert left == []
+    assert [e.step_key for e in result.all_events if e.is_step_up_for_retry] == ["orders__remote.verify"]
+    named = read_ref(place.store, "orders/latest")
+    assert named is not None
+    assert named.key == first.key
 
 
 # probe

@@ -17,15 +17,10 @@ import dagster as dg
 import pytest
 
 from blobflow.testing import read_tree, write_tree
+from tests.dagster.celery_location import LANES, PART
 from tests.dagster.yard import ROOT, wait_for
 from tests.kit import noise
 from tests.servers import free_port
-
-# Not a dependency: whoever runs Celery has it. In CI, too, the module is left out where it is not installed.
-pytest.importorskip("dagster_celery", reason="needs dagster-celery")
-pytest.importorskip("dagster_postgres", reason="needs dagster-postgres")
-
-from tests.dagster.celery_location import LANES, PART
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
 

@@ -16,8 +16,8 @@ from blobflow.dagster import metadata as md
 from blobflow.transport import list_artifacts
 from blobflow.transport.remote import RemoteArtifact
 from tests.dagster import location_s3
-from tests.dagster.location_s3 import PART, WORKERS
-from tests.dagster.yard import PARTS, Yard, is_gone, wait_for, yard
+from tests.dagster.location_s3 import PART, PARTS, WORKERS
+from tests.dagster.yard import Yard, is_gone, wait_for, yard
 from tests.strict_s3 import Call, Exchange, Fault
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from blobflow.config import ChunkProfile
 from blobflow.dagster import BlobflowResource, DirectoryImporter, ProfileConfig, artifact_pipeline
 from blobflow.errors import UsageError
+from blobflow.stores import Store
 from blobflow.testing import read_tree
 from tests.dagster.kit import Place, facts
 from tests.kit import TREE
@@ -60,6 +62,37 @@ def test_a_profile_has_a_name_or_fields(place):
     assert configured(place, custom).get_profile() == ChunkProfile.custom(5, 7)
     with pytest.raises(ValueError, match="chunk_size"):
         ProfileConfig(chunk_size=0)
+
+
+def test_the_stores_of_a_run_are_closed_with_it(place: Place, moto_s3: S3Endpoint):
+    """A code server that runs job after job keeps no connections of theirs, whatever their steps opened."""
+    opened: list[Store] = []
+    closed: list[Store] = []
+
+    class Watching(BlobflowResource):
+        def get_store(self, **options: Any) -> Store:
+            store = super().get_store(**options)
+            release = store.close
+
+            def close() -> None:
+                closed.append(store)
+                release()
+
+            store.close = close
+            opened.append(store)
+            return store
+
+    resource = Watching(
+        store=f"s3://{moto_s3.new_bucket()}",
+        endpoint_url=moto_s3.endpoint_url,
+        region=moto_s3.region,
+        access_key_id=moto_s3.access_key_id,
+        secret_access_key=moto_s3.secret_access_key,
+        scratch_dir=str(place.scratch),
+    )
+    assert place.run(resource=resource).success
+    assert len(opened) >= 5
+    assert {id(store) for store in closed} == {id(store) for store in opened}
 
 
 def test_secrets_reach_the_store_and_nothing_else(place, moto_s3: S3Endpoint, monkeypatch):

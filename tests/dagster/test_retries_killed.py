@@ -11,8 +11,8 @@ import pytest
 
 from blobflow.dagster import metadata as md
 from tests.dagster import location_s3
-from tests.dagster.location_s3 import PART, WORKERS
-from tests.dagster.yard import PARTS, Yard, kill, yard
+from tests.dagster.location_s3 import PART, PARTS, WORKERS
+from tests.dagster.yard import Yard, kill, yard
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -88,6 +89,8 @@ class Daemon:
     reserved: tuple[list[dg.RunRequest], str | None] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the resource; by default the local store is it."""
+    takes: Callable[[str], None] = lambda _: None
+    """What the time does while an `event`, a `partition` or a `run` is recorded."""
     _writes_left: int | None = None
 
     @property
@@ -118,10 +121,12 @@ class Daemon:
         result = self.evaluate()
         for event in result.asset_events:
             self._write()
+            self.takes("event")
             self.instance.report_runless_asset_event(event)
         for request in result.dynamic_partitions_requests:
             for key in request.partition_keys:
                 self._write()
+                self.takes("partition")
                 if isinstance(request, dg.AddDynamicPartitionsRequest):
                     self.instance.add_dynamic_partitions(request.partitions_def_name, [key])
                 else:
@@ -136,8 +141,10 @@ class Daemon:
         requests, cursor = self.reserved
         for request in requests:
             self._write()
+            self.takes("run")
             if not self.instance.get_run_records(dg.RunsFilter(tags={"dagster/run_key": str(request.run_key)})):
-                tags = {**request.tags, "dagster/run_key": str(request.run_key)}
+                own = {"dagster/run_key": str(request.run_key), "dagster/sensor_name": self.sensor.name}
+                tags = {**request.tags, **own}
                 self.instance.add_run(dg.DagsterRun(job_name="mirror", run_id=str(uuid.uuid4()), tags=tags))
         self._write()
         self.cursor, self.reserved = cursor, None
@@ -464,6 +471,115 @@ def test_other_objects_are_no_obstacle(daemon: Daemon, monkeypatch):
     assert daemon.partitions() == keys
 
 
+class SlowDagster:
+    """A clock that stands still except while Dagster records, which takes `seconds`, and `times` as long."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+        self.now = time.time()
+        self.seconds = seconds
+        self.times = 1.0
+        monkeypatch.setattr("time.time", lambda: self.now)  # of the events that are recorded
+        monkeypatch.setattr("blobflow.dagster.sensors.monotonic", lambda: self.now)
+
+    def __call__(self, what: str) -> None:
+        self.now += self.seconds[what] * self.times
+
+
+@pytest.mark.parametrize(("event_s", "all_told_after"), [(0.01, 3), (0.03, 4), (0.1, 10)])
+@pytest.mark.parametrize("worse", [1.0, 1.4])
+def test_a_tick_leaves_time_for_dagster_to_record_it(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, event_s: float, all_told_after: int, worse: float
+):
+    """Evaluated and recorded, a tick stays below 30 s, also where Dagster becomes slower from tick to tick."""
+    slow = daemon.takes = SlowDagster(monkeypatch, event=event_s, partition=0.2 * event_s)
+    number = 1500
+    publish(daemon.store, range(number))
+    told: list[int] = []
+    while sum(told) < number:
+        began = slow.now
+        told.append(len(daemon.tick().asset_events))
+        assert slow.now - began < 30.0, told
+        if len(told) % 2:
+            slow.times = min(slow.times * worse, 3.0)
+    assert told[0] <= 154
+    assert min(told[:-1]) > 0
+    assert worse > 1 or len(told) == all_told_after, told
+
+
+def test_what_is_gone_takes_its_time_as_well(daemon: Daemon, monkeypatch: pytest.MonkeyPatch):
+    """Partitions are removed one by one: a store from which much was removed is as many ticks as one that filled."""
+    keys = publish(daemon.store, range(400))
+    daemon.tick()
+    daemon.tick()
+    daemon.tick()
+    assert len(daemon.partitions()) == 400
+    slow = daemon.takes = SlowDagster(monkeypatch, event=0.1, partition=0.1)
+    for key in keys[1:]:
+        daemon.store.delete(key + ".manifest.json")
+    while daemon.partitions() != keys[:1]:
+        began = slow.now
+        daemon.tick()
+        assert slow.now - began < 30.0
+
+
+def test_runs_take_their_time_as_well(running_daemon: Daemon, monkeypatch: pytest.MonkeyPatch):
+    """Where Dagster needs a second to create a run, a tick requests fewer of them than it may."""
+    daemon = running_daemon
+    daemon.sensor = manifest_sensor("orders", target=mirror)
+    slow = daemon.takes = SlowDagster(monkeypatch, event=0.01, partition=0.01, run=0.5)
+    found = daemon.instance.get_run_records
+    created: dict[str, datetime] = {}
+
+    def records(*arguments: Any, **options: Any) -> Sequence[dg.RunRecord]:
+        """With the time at which they were created."""
+        now = datetime.fromtimestamp(slow.now, timezone.utc)
+        return [
+            record._replace(create_timestamp=created.setdefault(record.dagster_run.run_id, now))
+            for record in found(*arguments, **options)
+        ]
+
+    add_run = daemon.instance.add_run
+
+    def add(run: dg.DagsterRun) -> dg.DagsterRun:
+        created[run.run_id] = datetime.fromtimestamp(slow.now, timezone.utc)
+        return add_run(run)
+
+    monkeypatch.setattr(daemon.instance, "get_run_records", records)
+    monkeypatch.setattr(daemon.instance, "add_run", add)
+    publish(daemon.store, range(120))
+    requested: list[int] = []
+    while sum(requested) < 120:
+        began = slow.now
+        requested.append(len(daemon.tick().run_requests))
+        assert slow.now - began < 30.0, requested
+    assert requested[0] == 50
+    assert 30 < requested[1] < 45
+
+
+def test_a_store_that_hangs_ends_the_tick(daemon: Daemon, monkeypatch: pytest.MonkeyPatch):
+    """A manifest that does not come is not waited for beyond the budget; what came before it is told."""
+    release = threading.Event()
+
+    def faults(request: Request) -> Fault | None:
+        hangs = request.operation == "get" and request.key.startswith(key_of(5))
+        return Hook(hang) if hangs else None
+
+    def hang(_: Request) -> None:
+        release.wait(60)
+
+    monkeypatch.setattr("blobflow.dagster.sensors.BUDGET_S", 2.0)
+    monkeypatch.setattr("blobflow.dagster.sensors._PATIENCE_S", 0.5)
+    publish(daemon.store, range(10))
+    FaultyResource.script(faults)
+    result = daemon.tick()
+    release.set()
+    assert [event.partition for event in result.asset_events] == [key_of(n) for n in range(5)]
+    assert "was not read in time" in result.skip_message
+    FaultyResource.script(lambda _: None)
+    while len(daemon.partitions()) < 10:
+        daemon.tick()
+
+
 # The cursor
 
 
@@ -751,3 +867,4 @@ def test_the_real_daemon_killed_three_times_misses_nothing(tmp_path: Path, recor
         else:
             events = [tick for tick in ticks if tick.tick_data.dynamic_partitions_request_results]
             assert len(events) <= 12
+            assert max(seconds) < 30.0

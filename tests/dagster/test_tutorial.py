@@ -96,6 +96,26 @@ def test_the_example_project_runs_as_it_is(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_scaffolded_mirror_is_valid_as_it_is(tmp_path):
+    """In a fresh project, too, `dg` has nothing to say about it."""
+    files, _ = steps((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
+    (tmp_path / "orders" / "defs").mkdir(parents=True)
+    for name in ("orders/__init__.py", "orders/defs/__init__.py"):
+        (tmp_path / name).touch()
+    for name in ("pyproject.toml", "orders/definitions.py"):
+        (tmp_path / name).write_text(files[name], encoding="utf-8")
+
+    done = shell(
+        "dg scaffold defs blobflow.dagster.ArtifactMirrorComponent followed && dg check yaml && dg list defs", tmp_path
+    )
+
+    assert "validated successfully" in done.stdout
+    assert "followed/mirror" in done.stdout
+    assert "warning" not in (done.stdout + done.stderr).lower()
+
+
+@pytest.mark.slow
 def test_dg_knows_the_components():
     """The package's entry point makes both components known to every project, with a summary."""
     listed = shell("dg list components --json", ROOT)

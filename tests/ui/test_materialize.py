@@ -9,7 +9,9 @@ import pytest
 from blobflow.testing import Symlink, read_tree, write_tree
 from docs.tools.screenshots import (
     DEMO_GRAPH,
+    DEMO_MIRROR,
     REGIONS_GRAPH,
+    Project,
     backfill,
     browsing,
     demo,
@@ -30,6 +32,12 @@ pytestmark = [
 ]
 
 
+def warnings(project: Project) -> list[str]:
+    """What web server, daemon, code server and run workers warned of."""
+    log = (project.home / "webserver.log").read_text(encoding="utf-8", errors="replace")
+    return [line for line in log.splitlines() if "warn" in line.lower()]
+
+
 def test_materialize_all_brings_the_source_to_the_mirror(tmp_path):
     """One click starts the run; its five steps succeed, the graph shows the passed check, and the mirror is alive."""
     write_tree(tmp_path / "source", {**TREE, "link": Symlink("readme")})
@@ -41,6 +49,9 @@ def test_materialize_all_brings_the_source_to_the_mirror(tmp_path):
         page.get_by_text("1 / 1 Passed").wait_for(timeout=300_000)
         page.get_by_text("Materialized", exact=True).nth(2).wait_for(timeout=300_000)
 
+        page.goto(DEMO_MIRROR)
+        page.get_by_text("Fails if more than 26 hours since last materialization").wait_for()
+
         (run,) = server.runs()
         page.goto(f"/runs/{run['runId']}")
         page.get_by_text("RUN_SUCCESS").first.wait_for(timeout=300_000)
@@ -48,6 +59,7 @@ def test_materialize_all_brings_the_source_to_the_mirror(tmp_path):
         line = page.get_by_text(re.compile(r"export\.done")).first.text_content() or ""
         page.get_by_text("Succeeded (5)").wait_for()
 
+    assert warnings(project) == []
     assert line.startswith("export.done status=exported members=2 bytes=100006 excluded=0 symlinks_skipped=1 ")
     assert read_tree(tmp_path / "demo" / "mirror" / "current") == TREE
 
@@ -86,6 +98,7 @@ def test_a_killed_run_is_continued_and_a_backfill_brings_the_rest(tmp_path):
         page.goto(REGIONS_GRAPH)
         page.get_by_text("100% filled").nth(2).wait_for(timeout=600_000)
 
+    assert warnings(project) == []
     regions = ["asia", "eu", "us"]
     assert sorted(path.name for path in mirrors.iterdir()) == regions
     assert all(read_tree(mirrors / name / "current") == read_tree(data / name) for name in regions)

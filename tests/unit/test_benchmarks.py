@@ -6,6 +6,7 @@ import http.client
 import json
 import shutil
 import ssl
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -173,3 +174,15 @@ def test_a_lost_file_and_a_wrong_byte_are_noticed(tmp_path: Path):
     assert difference(tmp_path / "source", tmp_path / "copy", contents=True) == "file differs"
     (tmp_path / "copy" / "file").unlink()
     assert "0 files" in difference(tmp_path / "source", tmp_path / "copy", contents=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_dagster_adds_is_measured():
+    """One command, both ways, and the difference between them."""
+    command = [sys.executable, "-m", "benchmarks.overhead", "--files", "3", "--size", "1", "--runs", "1"]
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = {line[:13].strip(): float(line[13:].split()[0]) for line in done.stdout.splitlines()}
+    assert list(figures) == ["command line", "dg launch", "Dagster adds"]
+    assert figures["Dagster adds"] == pytest.approx(figures["dg launch"] - figures["command line"], abs=0.02)

@@ -26,26 +26,13 @@ from blobflow.stores.base import Body, Store, UploadMeta
 from blobflow.stores.local import LocalStore
 from blobflow.stores.probe import probe
 from blobflow.testing import FailBefore, FaultyStore, Hook, Request, read_tree, write_tree
-from tests.kit import SERIAL, TREE, Killed, artifact_of, dies_at, dies_before, keys, local_store, noise
+from tests.kit import SERIAL, TREE, Clock, Killed, artifact_of, dies_at, dies_before, keys, local_store, noise
 from tests.servers import S3Endpoint
 from tests.strict_s3 import Rules, StrictS3
 
 DAY_S = 24 * 3600.0
 GONE = f"{process_owner().rpartition('/')[0]}/{10**9}"
 """A process of this machine that cannot exist."""
-
-
-class Clock:
-    """The store's and the collector's time, moved by hand; intents are written by the real one."""
-
-    def __init__(self) -> None:
-        self.now = datetime.now(timezone.utc).timestamp()
-
-    def __call__(self) -> float:
-        return self.now
-
-    def ns(self) -> int:
-        return int(self.now * 1e9)
 
 
 @pytest.fixture
