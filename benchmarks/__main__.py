@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import contestants as known
 from benchmarks import report
-from benchmarks.contestants import RESUMES, SCENARIOS, Contestant, Job, Layout, Tool, Way
+from benchmarks.contestants import BATCH, RESUMES, SCENARIOS, Contestant, Job, Layout, Tool, Way
 from benchmarks.endpoints import BUCKET, CheapServer, Endpoint, RealServer, cheap_server, new_prefix
 from benchmarks.measure import CommandFailed, Cost, run, run_until_killed
 from benchmarks.native import HERE, peers_environment
@@ -28,6 +28,7 @@ from benchmarks.workload import (
     MIB,
     Workload,
     available_memory_bytes,
+    batch_files,
     difference,
     files_below,
     many_files,
@@ -89,7 +90,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--runs", type=int, default=5, help="measured runs of everything (5)")
     parser.add_argument("--size", type=_size, default="1GiB", help="of the large file (1GiB)")
-    parser.add_argument("--files", type=int, default=10_000, help="of 32 KiB each (10000)")
+    parser.add_argument("--files", type=int, default=10_000, help="of 32 KiB each, and objects of a batch (10000)")
     parser.add_argument("--quick", action="store_true", help="64 MiB, 500 files, one run: does it work at all?")
     parser.add_argument("--peers", help="comma-separated, by the beginning of their names; 'none' for blobflow alone")
     parser.add_argument(
@@ -278,6 +279,8 @@ class Session:
     def _play(self, scenario: str) -> Callable[[Contestant, str, str, Path, bool], dict[str, Any]]:
         if scenario == "start":
             return self._start
+        if scenario == BATCH:
+            return self._batch
         if scenario in RESUMES:
             return self._resume
         return self._up if scenario.endswith("up") else self._down
@@ -285,7 +288,7 @@ class Session:
     # What is moved
 
     def _workload(self, scenario: str) -> Workload:
-        name = {"many": "many", "start": "tiny"}.get(scenario.partition("-")[0], "one")
+        name = {"many": "many", "start": "tiny", BATCH: "batch"}.get(scenario.partition("-")[0], "one")
         if name not in self._workloads:
             source = self.directory / "source"
             for other in self._workloads.values():  # one of them at a time fits into the memory that was asked for
@@ -296,6 +299,7 @@ class Session:
             make = {
                 "many": lambda: many_files(source, self.options.files),
                 "one": lambda: one_file(source, self.options.size),
+                "batch": lambda: batch_files(source, self.options.files),
                 "tiny": lambda: one_file(source / "tiny", _TINY_BYTES),
             }
             self._workloads[name] = make[name]()
@@ -390,6 +394,19 @@ class Session:
         contestant.prepare(job)
         self.endpoint.reset()
         return self._figures(run(self._announced(contestant, scenario, job), log=place / "log"))
+
+    def _batch(self, contestant: Contestant, scenario: str, prefix: str, place: Path, _first: bool) -> dict[str, Any]:
+        """Inserts, gets and deletes; the drivers compare what they get."""
+        workload = self._workload(scenario)
+        job = self._job("up", scenario, workload.path, prefix)
+        contestant.prepare(job)
+        self.endpoint.reset()
+        found = self._figures(run(self._announced(contestant, scenario, job), log=place / "log"))
+        moved = (found.get("bytes_in", workload.bytes), found.get("bytes_out", workload.bytes))
+        held = self.endpoint.holds(prefix + "/").objects
+        if held or moved != (workload.bytes, workload.bytes):
+            raise CommandFailed(f"{contestant.name}: {held} objects left, {moved} bytes moved")
+        return found | {"operations_per_s": 3 * workload.files / found["wall_s"]}
 
     # Their ends
 

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.bars import Bar, bars
-from benchmarks.contestants import BLOBFLOW, TRANSFERS
+from benchmarks.contestants import BATCH, BLOBFLOW, TRANSFERS
 
 MIB = 1024 * 1024
-_METRICS = ("wall_s", "cpu_s", "peak_rss_bytes", "requests", "bytes_in", "bytes_out", "moved_again_bytes", "left_over")
+_METRICS = (
+    *("wall_s", "cpu_s", "peak_rss_bytes", "requests", "bytes_in", "bytes_out"),
+    *("moved_again_bytes", "left_over", "operations_per_s"),
+)
 _TITLES = {
     "one-up": "Up: one file of {size}",
     "one-down": "Down: one file of {size}",
@@ -23,6 +26,7 @@ _TITLES = {
     "many-down": "Down: {files:,} files of 32 KiB",
     "resume-up": "Up again after SIGKILL at half of {size}",
     "resume-down": "Down again after SIGKILL at half of {size}",
+    BATCH: "Batch: {files:,} inserts, gets and deletes of 4 KiB",
     "start": "Start-up",
 }
 _MARKS = ("<!-- results:begin -->", "<!-- results:end -->")
@@ -73,6 +77,7 @@ class Target:
 
 _READY = f"{BLOBFLOW}, exported before"
 _UNVERIFIED = f"{BLOBFLOW}, without SHA-256"
+_BATCH = f"{BLOBFLOW}, BatchExecutor"
 _SUMMED = "s5cmd + sha256sum"
 TARGETS = (
     Target("wall, export included, below s5cmd", "one-up", BLOBFLOW, "wall_s", 1.0, ("s5cmd",)),
@@ -92,6 +97,10 @@ TARGETS = (
     Target("sent again, bytes (workers x part size)", "resume-up", BLOBFLOW, "moved_again_bytes", 4 * 8 * MIB),
     Target("orphaned uploads", "resume-up", BLOBFLOW, "left_over", 0),
     Target("received again, bytes (workers x part size)", "resume-down", BLOBFLOW, "moved_again_bytes", 4 * 8 * MIB),
+    Target("wall to s5cmd (4 times its operations per second)", BATCH, _BATCH, "wall_s", 0.25, ("s5cmd",)),
+    Target("wall to obstore (1.2 times its operations per second)", BATCH, _BATCH, "wall_s", 1 / 1.2, ("obstore",)),
+    Target("client CPU below s5cmd", BATCH, _BATCH, "cpu_s", 1.0, ("s5cmd",)),
+    Target("client CPU below obstore", BATCH, _BATCH, "cpu_s", 1.0, ("obstore",)),
     Target("seconds", "start", f"{BLOBFLOW}, --version", "wall_s", 0.25),
     Target("seconds", "start", f"{BLOBFLOW}, push, nothing changed", "wall_s", 0.8),
 )
@@ -186,8 +195,10 @@ def _table(scenario: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows = sorted(cells.items(), key=lambda cell: cell[1]["wall_s"])
     ours = [name for name, figures in rows if figures["tool"] == BLOBFLOW]
     resumed = any("moved_again_bytes" in figures for _, figures in rows)
-    versus = scenario in TRANSFERS and len(ours) < len(rows)
+    versus = scenario in (*TRANSFERS, BATCH) and len(ours) < len(rows)
     header = ["", "wall s (fastest to slowest)", "CPU s", "RSS MiB", "requests", "in MiB", "out MiB"]
+    batch = scenario == BATCH
+    header += ["operations/s"] * batch
     header += ["moved again MiB", "left over"] * resumed + ([f"{name} ÷" for name in ours] if versus else []) + ["n"]
     lines = [_row(header), _row(["---", *["---:"] * (len(header) - 1)])]
     for name, figures in rows:
@@ -200,6 +211,8 @@ def _table(scenario: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
             _mib(figures.get("bytes_in")),
             _mib(figures.get("bytes_out")),
         ]
+        if batch:
+            cell.append(f"{figures['operations_per_s']:,.0f}")
         if resumed:
             cell += [_mib(figures["moved_again_bytes"]), f"{figures['left_over']:.0f}"]
         for variant in ours if versus else ():
@@ -265,7 +278,7 @@ def publish(document: Mapping[str, Any], docs: Path) -> None:
         drawn = [Bar(name, cell["wall_s"], cell["cpu_s"], ours=cell["tool"] == BLOBFLOW) for name, cell in rows]
         (docs / "images").mkdir(exist_ok=True)
         (docs / "images" / name).write_text(bars(title, drawn), encoding="utf-8")
-        if scenario in TRANSFERS:
+        if scenario in (*TRANSFERS, BATCH):
             pictures.append(f"![{title}: wall and CPU seconds](images/{name})")
     body = "\n\n".join([_MARKS[0], *pictures, markdown(document).rstrip(), _MARKS[1]])
     changed, count = re.subn(f"{begin}.*{end}", lambda _: body, text, flags=re.DOTALL)

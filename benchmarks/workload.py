@@ -15,6 +15,7 @@ from pathlib import Path
 MIB = 1024 * 1024
 SMALL_FILE_BYTES = 32 * 1024
 FILES_PER_DIRECTORY = 100
+BATCH_PAYLOAD_BYTES = 4 * 1024
 ONE_NAME = "blob.bin"
 _SEED = 20_261_120
 
@@ -79,6 +80,16 @@ def many_files(directory: Path, count: int) -> Workload:
             folder.mkdir(parents=True)
         (folder / f"f{number:06d}").write_bytes(noise.randbytes(SMALL_FILE_BYTES))
     return Workload("many", path, count, count * SMALL_FILE_BYTES)
+
+
+def batch_files(directory: Path, count: int) -> Workload:
+    """`count` files of 4 KiB in one directory: what those insert who take nothing but files."""
+    path = directory / "batch"
+    path.mkdir(parents=True)
+    noise = random.Random(_SEED + 2)
+    for number in range(count):
+        (path / f"f{number:06d}").write_bytes(noise.randbytes(BATCH_PAYLOAD_BYTES))
+    return Workload("batch", path, count, count * BATCH_PAYLOAD_BYTES)
 
 
 def files_below(path: Path) -> dict[str, int]:

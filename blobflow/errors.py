@@ -116,7 +116,7 @@ class DeadlineExceeded(TemporaryError):
 
 
 class WorkerDied(TemporaryError):
-    """The process that an operation of a batch ran in ended. Fields: operation, key, exit_code (of that process)."""
+    """The process that an operation of a batch ran in ended. Fields: operation, key, status (its exit code)."""
 
     default_hint = "do it again; if it dies again, the operation itself kills its process"
 
@@ -242,6 +242,12 @@ class KeyConflict(RefusedError):
     default_hint = "use another key, or overwrite it explicitly"
 
 
+class ResultsConflict(RefusedError):
+    """The results of a batch belong to other operations. Field: path."""
+
+    default_hint = "name another file for the results, or start afresh"
+
+
 class PreconditionFailed(RefusedError):
     """A conditional write found another object. Fields: key, expected, actual (entity tags).
 
@@ -267,6 +273,10 @@ class UsageError(BlobflowError):
 
 class InvalidStoreUrl(UsageError):
     """Not a store URL. Field: url (never with credentials)."""
+
+
+class InvalidOperation(UsageError):
+    """An entry of a file of operations is none. Fields: path, index (from 0)."""
 
 
 class InvalidKey(UsageError):

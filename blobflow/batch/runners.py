@@ -319,7 +319,7 @@ class ProcessWorker(Worker):
                 f"{kind} {key!r}: its process ended with exit code {process.exitcode}",
                 operation=kind,
                 key=key,
-                exit_code=process.exitcode,
+                status=process.exitcode,
             ) from error
         if isinstance(answer, BlobflowError):
             raise answer

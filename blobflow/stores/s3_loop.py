@@ -6,6 +6,7 @@ What is asked and what the answers mean is `blobflow.stores.s3`'s; only the way 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 from typing_extensions import override
@@ -61,10 +62,8 @@ class S3Coroutines(Coroutines):
     @override
     async def delete(self, key: str) -> None:
         check_key(key)
-        try:
+        with suppress(ObjectNotFound):  # absent is not an error
             await self._exchange(Call("delete", key), "DELETE", {})
-        except ObjectNotFound:
-            pass  # absent is not an error
 
     @override
     async def close(self) -> None:

@@ -306,7 +306,7 @@ def _unchunked(received: bytearray) -> tuple[bytes, bool]:
         size, at = int(digits[1], 16), end + 2
         if size == 0:
             # Trailers, if any, end with an empty line.
-            return bytes(body), received[at:] == b"\r\n" or received.endswith(b"\r\n\r\n")
+            return bytes(body), bytes(received[at:]) == b"\r\n" or received.endswith(b"\r\n\r\n")
         body += received[at : at + size]
         at += size + 2
     return bytes(body), False

@@ -1,8 +1,8 @@
 """Signature version 4, as botocore computes it for S3, for a tenth of the time.
 
 Where thousands of small requests go out in a second, signing is most of what they cost. The rules are on
-https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html; `tests/unit/test_s3_access.py` holds every
-signature against botocore's.
+https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html; a test holds its signatures against those
+of botocore.
 """
 
 from __future__ import annotations

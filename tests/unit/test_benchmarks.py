@@ -77,6 +77,7 @@ def test_the_smallest_run_fills_the_whole_table(tmp_path: Path, capsys: pytest.C
         ("many-up", "blobflow, exported before"),
         ("many-down", "blobflow"),
         ("many-down", "blobflow, without SHA-256"),
+        ("batch", "blobflow, BatchExecutor"),
         ("start", "blobflow, --version"),
         ("start", "blobflow, push, first use of a store"),
         ("start", "blobflow, push, nothing changed"),
