@@ -326,6 +326,8 @@ class _Journal:
         try:
             self._begin()
         except BaseException:
+            if not os.fstat(self._file.fileno()).st_size:
+                self._path.unlink(missing_ok=True)
             self._file.close()
             raise
         return self
@@ -350,12 +352,13 @@ class _Journal:
             self._file.truncate()  # half a line, if there is one
             return
         self._file.truncate(0)
-        self._write([json.dumps({"format": FORMAT, "operations_sha256": self._digest})])
-        if self._table.exists():
-            for row in self._of_table():
-                if self._learn(row):
-                    self._rows.append(json.dumps(row))
-            self._flush()
+        head = json.dumps({"format": FORMAT, "operations_sha256": self._digest})
+        before = self._of_table() if self._table.exists() else ()
+        rows = (json.dumps(row) for row in before if self._learn(row))
+        first = next(rows, None)  # looks at the table before anything is written
+        self._write([head, *filter(None, [first])])
+        for row in rows:
+            self._write([row])
 
     def _busy(self) -> TransferBusy:
         return TransferBusy(f"another process works on {self._table}", hint="wait for it to end", path=str(self._table))

@@ -233,7 +233,9 @@ def _failures(report: BatchReport) -> dict[str, Any]:
     if not report.failures:
         return {}
     records = [
-        dg.TableRecord({"index": f.index, "kind": f.kind or "", "key": f.key or "", "error": f.error, "what": f.message})
+        dg.TableRecord(
+            {"index": f.index, "kind": f.kind or "", "key": f.key or "", "error": f.error, "what": f.message}
+        )
         for f in report.failures
     ]
     columns = [dg.TableColumn("index", "int"), *map(dg.TableColumn, ("kind", "key", "error", "what"))]

@@ -44,8 +44,7 @@ def told(result: dg.ExecuteInProcessResult) -> dict[str, Any]:
 
 
 def test_a_batch_is_an_asset_with_a_check(place: Place, tmp_path: Path):
-    """Counts are metadata, the table has a row for each operation, failures fail the check, and a second run executes
-    those alone."""
+    """Counts are metadata, the table has all operations, failures fail the check, a second run executes those alone."""
     asset = batch_asset("fixtures", operations(tmp_path / "o.jsonl", *FIVE, {"op": "get", "key": "absent"}))
     FaultyResource.script(denied("k2", "k3"))
     first = materialize(place, asset)

@@ -266,7 +266,9 @@ class Deadly(LocalStore):
 @pytest.mark.seed("4.7", "W4.4")
 def test_a_dying_process_costs_its_item_alone(tmp_path: Path) -> None:
     """In worker processes `os._exit` and a hang in one operation are typed errors of that item; the rest succeeds."""
-    executor = BatchExecutor(functools.partial(Deadly, tmp_path), processes=2, window=2, deadline_s=SOON_S / 2)
+    executor = BatchExecutor(
+        functools.partial(Deadly, tmp_path), processes=2, window=2, ordered=True, deadline_s=SOON_S
+    )
     operations = [Insert("a", b"1"), Insert("deadly", b"2"), Insert("b", memoryview(b"3")), Get("a"), Get("absent")]
     results = run(executor, [*operations, Insert("c", b"4"), Delete("b"), Insert("x" * 2000, b"")])
     died = results[1].error
