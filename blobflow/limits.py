@@ -147,7 +147,7 @@ class AdaptiveLimit:
         finally:
             self.end()
 
-    def begin(self, on_free: Callable[[], None]) -> int | None:
+    def begin(self, on_free: Callable[[], None] | None = None) -> int | None:
         """Take a place without waiting for it; `end` gives it back.
 
         Returns:
@@ -156,7 +156,8 @@ class AdaptiveLimit:
         """
         with self._condition:
             if self._in_flight >= self.window:
-                self._waiting.append(on_free)
+                if on_free is not None:
+                    self._waiting.append(on_free)
                 return None
             self._in_flight += 1
             return self._epoch

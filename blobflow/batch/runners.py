@@ -325,8 +325,6 @@ class ProcessWorker(Worker):
             raise answer
         if isinstance(answer, ObjectMeta):
             return Got(task.key, self._open_payload(answer))
-        if isinstance(answer, tuple):
-            return Got(task.key, Payload(*answer))
         return answer
 
     def _start(self) -> Connection[Any, Any]:
@@ -371,11 +369,10 @@ def _serve(connection: Connection[Any, Any], open_store: StoreFactory) -> None:
 
 
 def _plain(response: Response) -> Any:
-    """A response as it can be sent: what was read, or only what is known of an object that is too large."""
-    if not isinstance(response, Got) or response.payload is None:
-        return response
-    payload = response.payload
-    return payload.meta if payload.size > PIECE_BYTES else (payload.meta, payload.read())
+    """A response as it can be sent; of an object that is too large only what is known of it."""
+    if isinstance(response, Got) and response.payload is not None and response.payload.size > PIECE_BYTES:
+        return response.payload.meta
+    return response
 
 
 # Coroutines

@@ -175,8 +175,9 @@ class Window:
         try:
             key, size = self._checked(item)
         except BlobflowError as error:
-            kind, key = (item.kind, item.key) if isinstance(item, Insert | Get | Delete) else ("", None)
-            self._ready.append((BatchResult(index, error=error, kind=kind, key=key), 0))
+            self._ready.append(
+                (BatchResult(index, error=error, kind=getattr(item, "kind", ""), key=getattr(item, "key", None)), 0)
+            )
             return
         task = Task(index, item, key, size)
         if size and not self._share.hold(size):
@@ -184,7 +185,7 @@ class Window:
         else:
             self._queue(task)
 
-    def _checked(self, item: Operation) -> tuple[str, int]:
+    def _checked(self, item: object) -> tuple[str, int]:
         """The key of an operation, and the bytes of the budget that it needs."""
         if not isinstance(item, Insert | Get | Delete):
             raise UsageError(

@@ -192,8 +192,7 @@ def _executed(
     with dagster_errors(context, retry_policy):
         resource = getattr(context.resources, resource_key)
         if results is None:
-            results = resource.scratch_path("batches", *filter(None, [name, partition]))
-            results = results.with_name(f"{results.name}.parquet")
+            results = Path(f"{resource.scratch_path('batches', *filter(None, [name, partition]))}.parquet")
         executor = BatchExecutor(resource.get_store(), permits=window, window=window, **options)
         report = run_batch_file(
             executor,

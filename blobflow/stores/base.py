@@ -351,7 +351,10 @@ class Store(ABC):
         """Drop the upload and its parts; unknown is not an error."""
 
     def coroutines(self) -> Coroutines | None:
-        """The same store for one event loop; None where there is no such way, and threads have to do."""
+        """The same store for one event loop; None where there is no such way, and threads have to do.
+
+        A wrapper that does not say otherwise has none, so that nothing passes it by.
+        """
         return None
 
     def close(self) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import TypeVar
 
 from typing_extensions import override
@@ -88,7 +87,9 @@ class LimitedCoroutines(Coroutines):
             await asyncio.sleep(wait_s)
 
     async def _in_a_place(self, request: Callable[[], Awaitable[_T]]) -> _T:
-        epoch = await self._begin()
+        epoch = self._requests.begin()
+        if epoch is None:
+            epoch = await self._wait()
         try:
             answer = await request()
         except SlowDown:
@@ -100,25 +101,30 @@ class LimitedCoroutines(Coroutines):
         finally:
             self._requests.end()
 
-    async def _begin(self) -> int:
+    async def _wait(self) -> int:
         loop = asyncio.get_running_loop()
         while True:
             free: asyncio.Future[None] = loop.create_future()
-            epoch = self._requests.begin(lambda free=free: _from_any_thread(loop, free))
+            epoch = self._requests.begin(lambda free=free: self._told(loop, free))
             if epoch is not None:
                 return epoch
             try:
                 await free
             except asyncio.CancelledError:
-                if free.done():  # told, and gone: the next one is told instead
+                if not free.cancelled():  # told, and gone: the next one is told instead
                     self._requests.wake()
                 raise
 
+    def _told(self, loop: asyncio.AbstractEventLoop, free: asyncio.Future[None]) -> None:
+        """A place is free; called by any thread."""
 
-def _from_any_thread(loop: asyncio.AbstractEventLoop, free: asyncio.Future[None]) -> None:
-    def tell() -> None:
-        if not free.done():
-            free.set_result(None)
+        def tell() -> None:
+            if free.cancelled():
+                self._requests.wake()
+            else:
+                free.set_result(None)
 
-    with suppress(RuntimeError):  # the loop is closed: nobody waits there any more
-        loop.call_soon_threadsafe(tell)
+        try:
+            loop.call_soon_threadsafe(tell)
+        except RuntimeError:  # the loop is closed: nobody waits there any more
+            self._requests.wake()

@@ -79,7 +79,7 @@ def test_large_objects_are_streamed(strict_s3: StrictS3, stores: Stores) -> None
     store.put("large", large)
     executor = BatchExecutor(store)
     (result,) = executor.stream([Get("large")])
-    payload = result.unwrap().payload  # type: ignore[union-attr]
+    payload: Any = result.unwrap().payload  # type: ignore[union-attr]
     assert executor.permits.free == 450
     assert [len(piece) for piece in payload] == [1024**2, 1]
     assert (payload.meta.size, executor.permits.free) == (len(large), 500)
@@ -420,7 +420,7 @@ def test_requests_in_flight_are_limited_for_coroutines_too(strict_s3: StrictS3, 
     async def main() -> None:
         held = Held()
         inner = stores(strict_s3).store
-        inner.coroutines = lambda: held  # type: ignore[method-assign]
+        inner.coroutines = lambda: held
         limit = AdaptiveLimit(2)
         limited = LimitedStore(inner, requests=limit, bandwidth=Bandwidth(1e9)).coroutines()
         assert limited is not None

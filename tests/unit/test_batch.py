@@ -192,7 +192,14 @@ def test_the_window_is_configurable(store: Store) -> None:
         assert results.window == 30
     with BatchExecutor(store, permits=20, window=30).stream([]) as results:
         assert results.window == 20
-    for wrong in ({"fraction": 0.0}, {"window": 0}, {"deadline_s": 0.0}, {"allow": {"fly"}}, {"processes": 2}):
+    nonsense: list[dict[str, Any]] = [
+        {"fraction": 0.0},
+        {"window": 0},
+        {"deadline_s": 0.0},
+        {"allow": {"fly"}},
+        {"processes": 2},
+    ]
+    for wrong in nonsense:
         with pytest.raises(UsageError):
             BatchExecutor(store, **wrong)
 
@@ -255,7 +262,7 @@ def test_an_exception_is_its_items_own(store: Store) -> None:
 class Deadly(LocalStore):
     """A store whose client takes the process down, or never answers."""
 
-    def put(self, key: str, body: Any, **options: Any) -> ObjectMeta:  # type: ignore[override]
+    def put(self, key: str, body: Any, **options: Any) -> ObjectMeta:
         if key == "deadly":
             os._exit(7)
         if key == "hanging":
@@ -502,7 +509,7 @@ def test_permits_are_held_while_a_payload_is_open(store: Store) -> None:
         del payload, response, result
         assert executor.permits.free == 100
     (result,) = executor.stream([Get("large")])
-    payload = result.unwrap().payload  # type: ignore[union-attr]
+    payload: Any = result.unwrap().payload  # type: ignore[union-attr]
     pieces = iter(payload)
     assert next(pieces) == large[:MAX_PAYLOAD_BYTES]
     store.put("large", bytes(len(large)))
