@@ -167,7 +167,9 @@ class AdaptiveLimit:
         with self._condition:
             self._in_flight -= 1
             self._condition.notify_all()
-        self.wake()
+            is_awaited = bool(self._waiting)
+        if is_awaited:
+            self.wake()
 
     def wake(self) -> None:
         """Tell as many of those who wait after `begin` as there are free places; also for who was told and left."""

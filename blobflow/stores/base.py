@@ -8,6 +8,7 @@ promises when it is called again after a crash or a lost answer stands in its do
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,6 +164,10 @@ def key_segment(name: str) -> str:
     return segment.replace(".", "%2E") if segment in (".", "..") else segment
 
 
+_PLAIN_KEY = re.compile("[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}(?:/[A-Za-z0-9_-][A-Za-z0-9._-]{0,254})*")
+"""Most keys: nothing in them can be wrong but their length."""
+
+
 def check_key(key: str) -> str:
     """`key` itself, if it is one: relative, `/`-separated, no empty, `.`, `..` or reserved segments.
 
@@ -178,6 +183,8 @@ def check_key(key: str) -> str:
             reason=reason,
         )
 
+    if len(key) <= MAX_KEY_BYTES and _PLAIN_KEY.fullmatch(key):
+        return key
     try:
         encoded = key.encode("utf-8")
     except UnicodeEncodeError:

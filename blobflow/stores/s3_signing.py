@@ -55,11 +55,8 @@ class Signer:
         signed = {**headers, "X-Amz-Date": moment, "X-Amz-Content-SHA256": payload}
         if keys.token:
             signed["X-Amz-Security-Token"] = keys.token
-        canonical = sorted(
-            (name, " ".join(value.split()))
-            for name, value in zip(map(str.lower, signed), signed.values(), strict=True)
-            if name not in _UNSIGNED
-        )
+        lowered = [(name.lower(), " ".join(value.split())) for name, value in signed.items()]
+        canonical = sorted([field for field in lowered if field[0] not in _UNSIGNED])
         names = ";".join([name for name, _ in canonical])
         fields = "\n".join([f"{name}:{value}" for name, value in canonical])
         path, _, query = target.partition("?")
