@@ -214,7 +214,11 @@ class ThreadRunner(Runner):
         me = threading.current_thread()
         try:
             while (task := self._queue.get()) is not None:
-                self._by_task[task] = me
+                with self._changed:
+                    if task.ended:  # its deadline passed before anybody took it
+                        self._idle += 1
+                        continue
+                    self._by_task[task] = me
                 response = error = None
                 try:
                     response = worker.perform(task)

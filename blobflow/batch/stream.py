@@ -11,6 +11,7 @@ import math
 import threading
 import time
 import uuid
+import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import suppress
@@ -199,8 +200,13 @@ class Window:
                 key=item.key,
                 permission=item.permission,
             )
+        if not isinstance(item.key, str) and not (isinstance(item, Insert) and item.key is None):
+            raise UsageError(f"{item.kind}: a key is text, not {type(item.key).__name__}")
         if isinstance(item, Insert):
-            size = len(item.payload)
+            payload: object = item.payload
+            if not isinstance(payload, bytes | bytearray | memoryview):
+                raise UsageError(f"insert {item.key!r}: a payload is bytes, not {type(payload).__name__}")
+            size = memoryview(item.payload).nbytes
             if size > self._max_payload_bytes:
                 raise PayloadTooLarge(
                     f"insert {item.key!r}: {size} bytes are more than {self._max_payload_bytes}",
@@ -386,7 +392,9 @@ class AsyncBatchStream(AsyncIterator[BatchResult]):
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._closed = True
-        self._state, self._runner, self._share = make(self._deliver)
+        # Not through the stream itself: nobody would ever forget one that its own runner holds.
+        weakly = weakref.WeakMethod(self._deliver)
+        self._state, self._runner, self._share = make(lambda outcomes: _call(weakly(), outcomes))
         self._closed = False
         self.window = self._state.limit.maximum
         self._operations = operations
@@ -485,6 +493,11 @@ class AsyncBatchStream(AsyncIterator[BatchResult]):
 
     def __repr__(self) -> str:
         return f"<AsyncBatchStream {'closed' if self._closed else 'open'}: {self._state!r}>"
+
+
+def _call(deliver: Deliver | None, outcomes: list[Outcome]) -> None:
+    if deliver is not None:
+        deliver(outcomes)
 
 
 class _Ended(Exception):

@@ -345,7 +345,7 @@ class _Journal:
         self._file.seek(0)
         header = self._file.readline()
         if header.endswith(b"\n"):
-            self._check(json.loads(header).get("operations_sha256"))
+            self._check(self._parsed(header).get("operations_sha256"))
             for _, row in self._read():
                 self._learn(row)
             self._file.seek(self._end)
@@ -386,8 +386,17 @@ class _Journal:
         self._file.seek(0)
         self._end = len(self._file.readline())
         while (line := self._file.readline()).endswith(b"\n"):
-            yield self._end, json.loads(line)
+            yield self._end, self._parsed(line)
             self._end += len(line)
+
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        try:
+            parsed = json.loads(line)
+        except ValueError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise ResultsConflict(f"{self._path} is no journal of results", path=str(self._path))
+        return cast("dict[str, Any]", parsed)
 
     def _learn(self, row: dict[str, Any]) -> bool:
         """Note what a row says; whether it need not be executed again."""
@@ -443,7 +452,7 @@ class _Journal:
 
     def _row_at(self, offset: int) -> dict[str, Any]:
         self._file.seek(offset)
-        row = json.loads(self._file.readline())
+        row = self._parsed(self._file.readline())
         if "payload" in row:
             row["payload"] = base64.b64decode(row["payload"])
         return row

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import dagster as dg
 from pydantic import Field
+from typing_extensions import TypedDict, Unpack
 
 from blobflow.batch import BatchExecutor, Permission
 from blobflow.batch.operations import ALL_PERMISSIONS
@@ -30,16 +31,26 @@ class BatchConfig(dg.Config):
     fresh: bool = Field(default=False, description="Forget earlier results and execute everything.")
 
 
+class BatchOptions(TypedDict, total=False):
+    """How a batch is executed; see `BatchExecutor` and `run_batch_file`."""
+
+    window: int
+    """Operations at once; 32."""
+    deadline_s: float | None
+    """Seconds for one operation; 300."""
+    ordered: bool
+    """Operations on one key run one after the other, in the order of the file."""
+    allow: Collection[Permission]
+    """What operations may do; everything."""
+    payloads: bool
+    """Keep what gets read in the table."""
+
+
 def batch_asset(
     name: str,
     operations: str | Path,
     *,
     results: str | Path | None = None,
-    window: int = DEFAULT_WINDOW,
-    deadline_s: float | None = DEFAULT_DEADLINE_S,
-    ordered: bool = False,
-    allow: Collection[Permission] = ALL_PERMISSIONS,
-    payloads: bool = False,
     key_prefix: Sequence[str] | None = None,
     group_name: str | None = None,
     description: str | None = None,
@@ -48,6 +59,7 @@ def batch_asset(
     severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
     resource_key: str = "blobflow",
+    **options: Unpack[BatchOptions],
 ) -> dg.AssetsDefinition:
     """An asset whose materialization executes the operations of a file and keeps their results as a Parquet table.
 
@@ -59,15 +71,11 @@ def batch_asset(
         name: Of the asset.
         operations: JSON lines or, with the ending `.parquet`, a table; `{partition}` stands for the partition key.
         results: The table, likewise; by default in the resource's scratch directory.
-        window: Operations at once.
-        deadline_s: Seconds for one operation.
-        ordered: Operations on one key run one after the other, in the order of the file.
-        allow: What operations may do.
-        payloads: Keep what gets read in the table.
         key_prefix, group_name, description, deps, partitions_def: Of the asset.
         severity: Of the check where something failed.
         retry_policy: For what fails for a passing reason.
         resource_key: Under which the `BlobflowResource` is found.
+        options: See `BatchOptions`.
     """
 
     @dg.asset(
@@ -99,11 +107,7 @@ def batch_asset(
             results=None if results is None else _placed(results, partition),
             partition=partition,
             retry_policy=retry_policy,
-            window=window,
-            deadline_s=deadline_s,
-            ordered=ordered,
-            allow=allow,
-            payloads=payloads,
+            options=options,
         )
         return dg.MaterializeResult(
             value=str(report.results),
@@ -126,13 +130,9 @@ def batch_op(
     operations: str | Path,
     *,
     results: str | Path | None = None,
-    window: int = DEFAULT_WINDOW,
-    deadline_s: float | None = DEFAULT_DEADLINE_S,
-    ordered: bool = False,
-    allow: Collection[Permission] = ALL_PERMISSIONS,
-    payloads: bool = False,
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
     resource_key: str = "blobflow",
+    **options: Unpack[BatchOptions],
 ) -> dg.OpDefinition:
     """An op that executes the operations of a file; its output is the path of the table of results.
 
@@ -151,11 +151,7 @@ def batch_op(
             results=None if results is None else Path(results),
             partition=None,
             retry_policy=retry_policy,
-            window=window,
-            deadline_s=deadline_s,
-            ordered=ordered,
-            allow=allow,
-            payloads=payloads,
+            options=options,
         )
         if report.failed:
             raise dg.Failure(
@@ -184,21 +180,27 @@ def _executed(
     results: Path | None,
     partition: str | None,
     retry_policy: dg.RetryPolicy | None,
-    payloads: bool,
-    window: int,
-    **options: Any,
+    options: BatchOptions,
 ) -> BatchReport:
     """The report of a batch; what failed for a passing reason only is retried by Dagster first."""
     with dagster_errors(context, retry_policy):
         resource = getattr(context.resources, resource_key)
         if results is None:
             results = Path(f"{resource.scratch_path('batches', *filter(None, [name, partition]))}.parquet")
-        executor = BatchExecutor(resource.get_store(), permits=window, window=window, **options)
+        window = options.get("window", DEFAULT_WINDOW)
+        executor = BatchExecutor(
+            resource.get_store(),
+            permits=window,
+            window=window,
+            deadline_s=options.get("deadline_s", DEFAULT_DEADLINE_S),
+            ordered=options.get("ordered", False),
+            allow=options.get("allow", ALL_PERMISSIONS),
+        )
         report = run_batch_file(
             executor,
             Path(config.operations) if config.operations else operations,
             results,
-            payloads=payloads,
+            payloads=options.get("payloads", False),
             # A retry continues what its first attempt began afresh.
             fresh=config.fresh and not context.retry_number,
             on_progress=count_log(context.log.info, "batch"),

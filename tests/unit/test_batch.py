@@ -314,8 +314,10 @@ def test_errors_of_the_input_pass_through(store: Store) -> None:
 
 def test_what_is_no_operation_is_its_items_error(store: Store) -> None:
     """Foreign things and impossible keys in the input are typed errors of their items."""
-    results = run(BatchExecutor(store), ["nonsense", Get("../up"), Insert("/x", b"")])
-    assert [type(result.error) for result in results] == [UsageError, InvalidKey, InvalidKey]
+    wrong: list[Any] = ["nonsense", Get("../up"), Insert("/x", b""), Get(5), Get(None), Insert("k", "text")]  # type: ignore[arg-type]
+    results = run(BatchExecutor(store), [*wrong, Insert("k", memoryview(b"fine"))])
+    kinds = [UsageError, InvalidKey, InvalidKey, UsageError, UsageError, UsageError, type(None)]
+    assert [type(result.error) for result in results] == kinds
 
 
 def test_an_input_that_fails_is_told_last(store: Store) -> None:
@@ -710,6 +712,26 @@ def test_an_asynchronous_batch_may_end_early(store: Store) -> None:
     assert raised["closed"] == 1
     assert executor.permits.free == 100
     assert keys(store) == ["a", "b"]
+
+
+def test_an_asynchronous_batch_that_is_forgotten_gives_its_permits_back(store: Store) -> None:
+    """Dropped in the middle without a close, it lets what is under way land, and gives its permits back then."""
+    gate = Gate("put")
+    executor = BatchExecutor(faulty(store, gate), permits=10, window=2)
+
+    async def main() -> None:
+        results = executor.astream([ValueError("first"), Insert("a", b"x"), Insert("b", b"x")])
+        assert (await anext(results)).index == 0
+        gate.wait_for(1)
+
+    asyncio.run(main())
+    gc.collect()
+    assert executor.permits.free == 8
+    gate.open()
+    ends = time.monotonic() + SOON_S
+    while executor.permits.free < 10:
+        assert time.monotonic() < ends
+    assert keys(store) == ["a"]
 
 
 def test_bodies_keep_their_metadata() -> None:
