@@ -132,6 +132,7 @@ class S3Store(Store):
         # One lock per process: the parent's may be held, by a thread that does not exist here, when it forks.
         self._locks: dict[int, threading.Lock] = {}
         self.checksum_headers = True
+        """Whether the server takes CRC32C headers, as far as is known."""
         self._checksummed_uploads = True
         self._bare_if_match = False
         self._software = ""
@@ -689,7 +690,9 @@ class S3Store(Store):
             ) as answer:
                 return answer.headers
         except ChecksumMismatch as error:
-            raise damaged(call, body, headers, error) from error
+            if not is_intact(body, headers):
+                raise
+            raise damaged(call) from error
 
     def checksums_of(self, body: Body, call: Call) -> tuple[int, bytes | None]:
         """CRC32C and MD5 that go along; the latter only where it was asked for."""
@@ -770,12 +773,15 @@ def put_headers(body: Body, content_type: str = "application/octet-stream") -> d
     return headers
 
 
-def damaged(call: Call, body: Body, headers: Mapping[str, str], error: ChecksumMismatch) -> BlobflowError:
-    """What it means that the server refused the checksum of a body: whether it was damaged here or on the way."""
+def is_intact(body: Body, headers: Mapping[str, str]) -> bool:
+    """Whether a body, read once more, has the checksums that its headers tell: else it was not damaged on the way."""
     crc, md5 = _digests(body, with_md5="Content-MD5" in headers)
     actual = {"x-amz-checksum-crc32c": write_crc32c(crc), "Content-MD5": _base64(md5)}
-    if any(headers.get(name, value) != value for name, value in actual.items()):
-        return error
+    return all(headers.get(name, value) == value for name, value in actual.items())
+
+
+def damaged(call: Call) -> StoreUnavailable:
+    """A body that the server refuses and that is intact here was damaged on the way."""
     return StoreUnavailable(f"{call}: damaged on the way", operation=call.operation, key=call.key)
 
 

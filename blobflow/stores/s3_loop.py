@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from blobflow.errors import BlobflowError, ChecksumMismatch, ObjectNotFound
 from blobflow.stores.base import Body, Coroutines, ObjectMeta, StoredObject, check_key
-from blobflow.stores.s3 import S3Store, damaged, put_headers, put_result, stored, with_checksums
+from blobflow.stores.s3 import S3Store, damaged, is_intact, put_headers, put_result, stored, with_checksums
 from blobflow.stores.s3_access import Access
 from blobflow.stores.s3_errors import BOTOCORE_ERRORS, Call, Refusal
 from blobflow.stores.s3_loop_wire import LoopWire, WholeAnswer
@@ -50,7 +50,9 @@ class S3Coroutines(Coroutines):
         try:
             return (await self._exchange(call, "PUT", headers, data)).headers
         except ChecksumMismatch as error:
-            raise damaged(call, body, headers, error) from error
+            if not is_intact(body, headers):
+                raise
+            raise damaged(call) from error
 
     @override
     async def get(self, key: str, *, max_bytes: int) -> StoredObject:
