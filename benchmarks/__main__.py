@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import contestants as known
 from benchmarks import report
-from benchmarks.contestants import LAYERS, RESUMES, SCENARIOS, Contestant, Job, Layout, Tool, Way
+from benchmarks.contestants import BATCH, LAYERS, RESUMES, SCENARIOS, Contestant, Job, Layout, Tool, Way
 from benchmarks.endpoints import BUCKET, CheapServer, Endpoint, RealServer, cheap_server, new_prefix
 from benchmarks.measure import CommandFailed, Cost, run, run_until_killed
 from benchmarks.native import HERE, peers_environment
@@ -29,6 +29,7 @@ from benchmarks.workload import (
     MIB,
     Workload,
     available_memory_bytes,
+    batch_files,
     difference,
     files_below,
     layered_files,
@@ -91,7 +92,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--runs", type=int, default=5, help="measured runs of everything (5)")
     parser.add_argument("--size", type=_size, default="1GiB", help="of the large file (1GiB)")
-    parser.add_argument("--files", type=int, default=10_000, help="of 32 KiB each (10000)")
+    parser.add_argument("--files", type=int, default=10_000, help="of 32 KiB each, and objects of a batch (10000)")
     parser.add_argument("--quick", action="store_true", help="64 MiB, 500 files, one run: does it work at all?")
     parser.add_argument("--peers", help="comma-separated, by the beginning of their names; 'none' for blobflow alone")
     parser.add_argument(
@@ -282,6 +283,8 @@ class Session:
             return self._start
         if scenario == "mirror":
             return self._mirror
+        if scenario == BATCH:
+            return self._batch
         if scenario in RESUMES:
             return self._resume
         if scenario in LAYERS:
@@ -291,7 +294,9 @@ class Session:
     # What is moved
 
     def _workload(self, scenario: str) -> Workload:
-        name = {"many": "many", "layers": "layers", "start": "tiny"}.get(scenario.partition("-")[0], "one")
+        name = {"many": "many", "layers": "layers", "start": "tiny", BATCH: "batch"}.get(
+            scenario.partition("-")[0], "one"
+        )
         if name not in self._workloads:
             source = self.directory / "source"
             for other in self._workloads.values():  # one of them at a time fits into the memory that was asked for
@@ -303,6 +308,7 @@ class Session:
                 "many": lambda: many_files(source, self.options.files),
                 "one": lambda: one_file(source, self.options.size),
                 "layers": lambda: layered_files(source, self.options.size),
+                "batch": lambda: batch_files(source, self.options.files),
                 "tiny": lambda: one_file(source / "tiny", _TINY_BYTES),
             }
             self._workloads[name] = make[name]()
@@ -437,6 +443,20 @@ class Session:
         finally:
             shutil.rmtree(job.received, ignore_errors=True)
         return asdict(cost) | {"cpu_s_per_gb": cost.cpu_s / workload.bytes * 1e9}
+
+    def _batch(self, contestant: Contestant, scenario: str, prefix: str, place: Path, _first: bool) -> dict[str, Any]:
+        """Inserts, gets and deletes; the drivers compare what they get."""
+        workload = self._workload(scenario)
+        job = self._job("up", scenario, workload.path, prefix)
+        contestant.prepare(job)
+        self.endpoint.reset()
+        found = self._figures(run(self._announced(contestant, scenario, job), log=place / "log"))
+        # Some delete by a document.
+        moved = min(found.get(way, workload.bytes) for way in ("bytes_in", "bytes_out"))
+        held = self.endpoint.holds(prefix + "/").objects
+        if held or moved < workload.bytes:
+            raise CommandFailed(f"{contestant.name}: {held} objects left, {moved} of {workload.bytes} bytes moved")
+        return found | {"operations_per_s": 3 * workload.files / found["wall_s"]}
 
     # Their ends
 

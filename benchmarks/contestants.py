@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 from benchmarks.endpoints import Endpoint
 from benchmarks.measure import Command, run
 from benchmarks.native import HERE
-from benchmarks.workload import ONE_NAME, Workload
+from benchmarks.workload import ONE_NAME, Workload, files_below
 
 Way: TypeAlias = Literal["up", "down"]
 Layout: TypeAlias = Literal["objects", "artifact", "restic", "layer", "tarball", "loop"]
@@ -27,7 +27,8 @@ layer, a compressed tar, or nothing at all."""
 TRANSFERS = ("one-up", "one-down", "many-up", "many-down")
 RESUMES = ("resume-up", "resume-down")
 LAYERS = ("layers-up", "layers-down", "layers-codec")
-SCENARIOS = ("one-up", "one-down", *RESUMES, "many-up", "many-down", *LAYERS, "mirror", "start")
+BATCH = "batch"
+SCENARIOS = ("one-up", "one-down", *RESUMES, "many-up", "many-down", BATCH, *LAYERS, "mirror", "start")
 
 BLOBFLOW = "blobflow"
 _VERSION_TIMEOUT_S = 60
@@ -255,6 +256,7 @@ def _blobflow(_peers: Path | None) -> Tool:
             "artifact",
             lambda job: unmeasured(job, *push_or_pull(job)),
         ),
+        Contestant(BLOBFLOW, "BatchExecutor", (BATCH,), _batch_driver(Path(sys.executable), "blobflow_batch.py")),
         Contestant(BLOBFLOW, "mirror push", ("mirror",), lambda job: mirror(job, "artifact"), prepare=at_home),
         Contestant(
             BLOBFLOW,
@@ -348,10 +350,28 @@ def _s5cmd(peers: Path | None) -> Tool | None:
     def copy_and_sum(job: Job) -> list[str]:
         return ["/bin/sh", "-c", f"{shlex.join(copy(job))} && sha256sum {shlex.quote(str(job.directory / ONE_NAME))}"]
 
+    def batches(job: Job) -> list[str]:
+        # Its commands run in any order, so each kind is a file of its own.
+        runs = [
+            f"{shlex.join([program, '--endpoint-url', job.endpoint.url, 'run', str(job.scratch / kind)])} > /dev/null"
+            for kind in ("insert", "get", "delete")
+        ]
+        return ["/bin/sh", "-c", " && ".join(runs)]
+
+    def write_batches(job: Job) -> None:
+        names = sorted(files_below(job.directory))
+        for kind, line in (
+            ("insert", f"cp {job.directory}/{{0}} {job.url}/{{0}}"),
+            ("get", f"cat {job.url}/{{0}}"),
+            ("delete", f"rm {job.url}/{{0}}"),
+        ):
+            (job.scratch / kind).write_text("\n".join(line.format(name) for name in names) + "\n", encoding="utf-8")
+
     return Tool(
         version,
         (
             Contestant("s5cmd", "", (*TRANSFERS, *RESUMES), copy),
+            Contestant("s5cmd", "run", (BATCH,), batches, prepare=write_batches),
             Contestant(
                 "s5cmd",
                 "tuned",
@@ -477,6 +497,11 @@ def _driver(python: Path, script: str, variant: str = "default") -> Callable[[Jo
     return arguments
 
 
+def _batch_driver(python: Path, script: str) -> Callable[[Job], list[str]]:
+    path = str(HERE / "drivers" / script)
+    return lambda job: [str(python), path, str(job.workload.files), job.endpoint.bucket, job.prefix]
+
+
 def _boto3(peers: Path | None) -> Tool | None:
     python = peers / "bin" / "python" if peers else Path(sys.executable)
     version = _library(python, "boto3")
@@ -512,5 +537,6 @@ def _obstore(peers: Path | None) -> Tool | None:
         (
             Contestant("obstore", "", (*TRANSFERS, *RESUMES), _driver(python, script)),
             Contestant("obstore", "tuned", ("one-down",), _driver(python, script, "tuned")),
+            Contestant("obstore", "async", (BATCH,), _batch_driver(python, "obstore_batch.py")),
         ),
     )

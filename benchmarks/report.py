@@ -12,19 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.bars import Bar, bars
-from benchmarks.contestants import BLOBFLOW, TRANSFERS
+from benchmarks.contestants import BATCH, BLOBFLOW, TRANSFERS
 
 MIB = 1024 * 1024
 _METRICS = (
-    "wall_s",
-    "cpu_s",
-    "peak_rss_bytes",
-    "requests",
-    "bytes_in",
-    "bytes_out",
-    "moved_again_bytes",
-    "left_over",
-    "cpu_s_per_gb",
+    *("wall_s", "cpu_s", "peak_rss_bytes", "requests", "bytes_in", "bytes_out"),
+    *("moved_again_bytes", "left_over", "operations_per_s", "cpu_s_per_gb"),
 )
 _TITLES = {
     "one-up": "Up: one file of {size}",
@@ -36,6 +29,7 @@ _TITLES = {
     "layers-up": "Layer: {size} in files of 4 KiB to 8 MiB, compressed into a directory",
     "layers-down": "Layer: the same, restored",
     "layers-codec": "Layer: the codec alone, on a tar of the same",
+    BATCH: "Batch: {files:,} inserts, gets and deletes of 4 KiB",
     "start": "Start-up",
     "mirror": "To a mirror: {size} over loopback, sender and receiver together",
 }
@@ -87,6 +81,7 @@ class Target:
 
 _READY = f"{BLOBFLOW}, exported before"
 _UNVERIFIED = f"{BLOBFLOW}, without SHA-256"
+_BATCH = f"{BLOBFLOW}, BatchExecutor"
 _SUMMED = "s5cmd + sha256sum"
 TARGETS = (
     Target("wall, export included, below s5cmd", "one-up", BLOBFLOW, "wall_s", 1.0, ("s5cmd",)),
@@ -111,6 +106,10 @@ TARGETS = (
     ),
     Target("wall to zstd -dc, tar", "layers-down", f"{BLOBFLOW}, layer", "wall_s", 1 / 1.5, ("tar + zstd",)),
     Target("wall below zstd -T2", "layers-codec", f"{BLOBFLOW}, layer, codec alone", "wall_s", 1.0, ("zstd",)),
+    Target("wall to s5cmd (4 times its operations per second)", BATCH, _BATCH, "wall_s", 0.25, ("s5cmd",)),
+    Target("wall to obstore (1.2 times its operations per second)", BATCH, _BATCH, "wall_s", 1 / 1.2, ("obstore",)),
+    Target("client CPU below s5cmd", BATCH, _BATCH, "cpu_s", 1.0, ("s5cmd",)),
+    Target("client CPU below obstore", BATCH, _BATCH, "cpu_s", 1.0, ("obstore",)),
     Target("seconds", "start", f"{BLOBFLOW}, --version", "wall_s", 0.25),
     Target("seconds", "start", f"{BLOBFLOW}, push, nothing changed", "wall_s", 0.8),
     Target("CPU s per GB: 400 MB/s per core", "mirror", f"{BLOBFLOW}, mirror push", "cpu_s_per_gb", 1000 / 400),
@@ -206,11 +205,13 @@ def _table(scenario: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows = sorted(cells.items(), key=lambda cell: cell[1]["wall_s"])
     ours = [name for name, figures in rows if figures["tool"] == BLOBFLOW]
     resumed = any("moved_again_bytes" in figures for _, figures in rows)
-    versus = scenario in TRANSFERS and len(ours) < len(rows)
+    versus = scenario in (*TRANSFERS, BATCH) and len(ours) < len(rows)
     header = ["", "wall s (fastest to slowest)", "CPU s", "RSS MiB", "requests", "in MiB", "out MiB"]
+    batch = scenario == BATCH
     pushed = any("cpu_s_per_gb" in figures for _, figures in rows)
     header += (
-        ["moved again MiB", "left over"] * resumed
+        ["operations/s"] * batch
+        + ["moved again MiB", "left over"] * resumed
         + ["MB per core s"] * pushed
         + ([f"{name} ÷" for name in ours] if versus else [])
         + ["n"]
@@ -226,6 +227,8 @@ def _table(scenario: str, cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
             _mib(figures.get("bytes_in")),
             _mib(figures.get("bytes_out")),
         ]
+        if batch:
+            cell.append(f"{figures['operations_per_s']:,.0f}")
         if resumed:
             cell += [_mib(figures["moved_again_bytes"]), f"{figures['left_over']:.0f}"]
         if pushed:
@@ -293,7 +296,7 @@ def publish(document: Mapping[str, Any], docs: Path) -> None:
         drawn = [Bar(name, cell["wall_s"], cell["cpu_s"], ours=cell["tool"] == BLOBFLOW) for name, cell in rows]
         (docs / "images").mkdir(exist_ok=True)
         (docs / "images" / name).write_text(bars(title, drawn), encoding="utf-8")
-        if scenario in TRANSFERS:
+        if scenario in (*TRANSFERS, BATCH):
             pictures.append(f"![{title}: wall and CPU seconds](images/{name})")
     body = "\n\n".join([_MARKS[0], *pictures, markdown(document).rstrip(), _MARKS[1]])
     changed, count = re.subn(f"{begin}.*{end}", lambda _: body, text, flags=re.DOTALL)

@@ -15,6 +15,7 @@ from pathlib import Path
 MIB = 1024 * 1024
 SMALL_FILE_BYTES = 32 * 1024
 FILES_PER_DIRECTORY = 100
+BATCH_PAYLOAD_BYTES = 4 * 1024
 ONE_NAME = "blob.bin"
 _SEED = 20_261_120
 
@@ -99,6 +100,16 @@ def layered_files(directory: Path, size: int) -> Workload:
         done += length
         number += 1
     return Workload("layers", path, number, size)
+
+
+def batch_files(directory: Path, count: int) -> Workload:
+    """`count` files of 4 KiB in one directory: what those insert who take nothing but files."""
+    path = directory / "batch"
+    path.mkdir(parents=True)
+    noise = random.Random(_SEED + 3)
+    for number in range(count):
+        (path / f"f{number:06d}").write_bytes(noise.randbytes(BATCH_PAYLOAD_BYTES))
+    return Workload("batch", path, count, count * BATCH_PAYLOAD_BYTES)
 
 
 def files_below(path: Path) -> dict[str, int]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         import_artifact,
     )
     from blobflow.backends.append_log import AppendLog
+    from blobflow.batch import BatchExecutor, BatchResult, Delete, Deleted, Get, Got, Insert, Inserted
     from blobflow.config import ChunkProfile
     from blobflow.engine.checkpoint import TransferCheckpoint, TransferRecord
     from blobflow.engine.ends import FileTarget, ObjectSource, ObjectTarget
@@ -87,6 +88,7 @@ _HOMES = {
         "import_artifact",
     ),
     "blobflow.backends.append_log": ("AppendLog",),
+    "blobflow.batch": ("BatchExecutor", "BatchResult", "Delete", "Deleted", "Get", "Got", "Insert", "Inserted"),
     "blobflow.config": ("ChunkProfile",),
     "blobflow.engine.checkpoint": ("TransferCheckpoint", "TransferRecord"),
     "blobflow.engine.ends": ("FileTarget", "ObjectSource", "ObjectTarget"),
@@ -131,9 +133,13 @@ __all__ = [
     "AppendLogImporter",
     "Artifact",
     "ArtifactEntry",
+    "BatchExecutor",
+    "BatchResult",
     "BlobflowError",
     "ChunkProfile",
     "CopyResult",
+    "Delete",
+    "Deleted",
     "DirectoryExporter",
     "DirectoryImporter",
     "DownloadResult",
@@ -141,9 +147,13 @@ __all__ = [
     "ExportResult",
     "Exporter",
     "FileTarget",
+    "Get",
+    "Got",
     "HttpSource",
     "ImportResult",
     "Importer",
+    "Insert",
+    "Inserted",
     "LaneResult",
     "LayerRestoreResult",
     "LayerSync",

@@ -100,6 +100,27 @@ class TransferBusy(TemporaryError):
     default_hint = "wait for the other process to end, or for its lease to expire"
 
 
+class AtCapacity(TemporaryError):
+    """All permits for batch operations are taken; nothing was read of the input. Field: limit."""
+
+    default_hint = "wait for another batch to end, or allow more operations at once"
+
+
+class DeadlineExceeded(TemporaryError):
+    """An operation of a batch took too long, and was given up; whether it happened is not known.
+
+    Fields: operation, key, deadline_s.
+    """
+
+    default_hint = "do it again: inserts, gets and deletes of a key may be repeated"
+
+
+class WorkerDied(TemporaryError):
+    """The process that an operation of a batch ran in ended. Fields: operation, key, status (its exit code)."""
+
+    default_hint = "do it again; if it dies again, the operation itself kills its process"
+
+
 class SessionPoisoned(TemporaryError):
     """A mirror failed in the middle of an earlier chunk, and took up what its journal vouches for. Field: expected."""
 
@@ -154,6 +175,15 @@ class UploadIncomplete(IntegrityError):
     """The parts in the store are not the parts of the plan. Fields: key, expected, actual."""
 
 
+class OperationCrashed(BlobflowError):
+    """An operation of a batch raised what no store should; the reason is the `__cause__`.
+
+    Fields: operation, key, error (its type).
+    """
+
+    default_hint = "this is a defect of the store or of the operation; the other operations are not affected"
+
+
 class NotFoundError(BlobflowError):
     """The named thing does not exist."""
 
@@ -186,6 +216,18 @@ class RefusedError(BlobflowError):
     exit_code = 5
 
 
+class PermissionMissing(RefusedError):
+    """The batch may not do this. Fields: operation, key, permission."""
+
+    default_hint = "allow it where the executor is made"
+
+
+class PayloadTooLarge(RefusedError):
+    """An insert of a batch carries more than it may. Fields: key, actual, limit (bytes)."""
+
+    default_hint = "upload large objects as artifacts, or with `transfer`"
+
+
 class HostileArtifact(RefusedError):
     """The artifact names something that must never be written. Fields: path, reason."""
 
@@ -204,6 +246,12 @@ class KeyConflict(RefusedError):
     """The key holds, or is receiving, another artifact. Fields: key, expected, actual (digests)."""
 
     default_hint = "use another key, or overwrite it explicitly"
+
+
+class ResultsConflict(RefusedError):
+    """The results of a batch belong to other operations. Field: path."""
+
+    default_hint = "name another file for the results, or start afresh"
 
 
 class PreconditionFailed(RefusedError):
@@ -231,6 +279,10 @@ class UsageError(BlobflowError):
 
 class InvalidStoreUrl(UsageError):
     """Not a store URL. Field: url (never with credentials)."""
+
+
+class InvalidOperation(UsageError):
+    """An entry of a file of operations is none. Fields: path, index (from 0)."""
 
 
 class InvalidKey(UsageError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
@@ -41,12 +42,13 @@ class ByteBudget:
     def acquire(self, size: int, *, timeout_s: float) -> bool:
         """Take `size` bytes; False if they did not become free within `timeout_s`."""
         with self._condition:
-            free = self._condition.wait_for(
-                lambda: not self.held_bytes or self.held_bytes + size <= self.limit_bytes, timeout_s
-            )
+            free = self._has_room(size) or self._condition.wait_for(lambda: self._has_room(size), timeout_s)
             if free:
                 self.held_bytes += size
             return free
+
+    def _has_room(self, size: int) -> bool:
+        return not self.held_bytes or self.held_bytes + size <= self.limit_bytes
 
     def release(self, size: int) -> None:
         """Give `size` bytes back."""
@@ -89,13 +91,17 @@ class Bandwidth:
 
     def take(self, size: int) -> None:
         """Wait until `size` bytes may pass."""
+        wait_s = self.reserve(size)
+        if wait_s > 0:
+            self._sleep(wait_s)
+
+    def reserve(self, size: int) -> float:
+        """Seconds after which `size` bytes may pass, for callers that wait by other means; negative for a credit."""
         with self._lock:
             now = self._clock()
             begin = max(self._free_at, now - 1.0)
             self._free_at = begin + size / self.bytes_per_s
-            wait_s = begin - now
-        if wait_s > 0:
-            self._sleep(wait_s)
+            return begin - now
 
 
 class AdaptiveLimit:
@@ -118,6 +124,7 @@ class AdaptiveLimit:
     def forget_threads(self) -> None:
         """See `Forkable`."""
         self._in_flight = 0
+        self._waiting: deque[Callable[[], None]] = deque()
         self._condition = threading.Condition()
 
     def __repr__(self) -> str:
@@ -136,19 +143,92 @@ class AdaptiveLimit:
             self._in_flight += 1
             epoch = self._epoch
         try:
-            yield lambda slow_down: self._answered(epoch, slow_down)
+            yield lambda slow_down: self.answered(epoch, slow_down)
         finally:
-            with self._condition:
-                self._in_flight -= 1
-                self._condition.notify_all()
+            self.end()
 
-    def _answered(self, epoch: int, slow_down: bool) -> None:
+    def begin(self, on_free: Callable[[], None] | None = None) -> int | None:
+        """Take a place without waiting for it; `end` gives it back.
+
+        Returns:
+            What `answered` is to be told; None where no place is free. Then `on_free` is called once, by whichever
+            thread frees one, and may begin again.
+        """
+        with self._condition:
+            if self._in_flight >= self.window:
+                if on_free is not None:
+                    self._waiting.append(on_free)
+                return None
+            self._in_flight += 1
+            return self._epoch
+
+    def end(self) -> None:
+        """Give a place back."""
+        with self._condition:
+            self._in_flight -= 1
+            self._condition.notify_all()
+            is_awaited = bool(self._waiting)
+        if is_awaited:
+            self.wake()
+
+    def wake(self) -> None:
+        """Tell as many of those who wait after `begin` as there are free places; also for who was told and left."""
+        with self._condition:
+            count = min(len(self._waiting), self.window - self._in_flight)
+            waiting = [self._waiting.popleft() for _ in range(count)]
+        for on_free in waiting:
+            on_free()
+
+    @property
+    def epoch(self) -> int:
+        """What `answered` is to be told of a request that begins now."""
+        return self._epoch
+
+    def answered(self, epoch: int, slow_down: bool) -> None:
+        """Widen the window a little, or halve it for a SlowDown that is no echo of one before."""
         with self._condition:
             if not slow_down:
                 self._window = min(float(self.maximum), self._window + 1.0 / self._window)
             elif epoch == self._epoch:
                 self._window = max(1.0, self._window / 2)
                 self._epoch += 1
+
+
+class Permits:
+    """Places for operations of batches; streams take theirs in bulk, and may share one `Permits` with others."""
+
+    def __init__(self, limit: int) -> None:
+        if limit < 0:
+            raise ValueError(f"there cannot be {limit} permits")
+        self.limit = limit
+        self.forget_threads()
+        forget_threads_in_children(self)
+
+    def forget_threads(self) -> None:
+        """See `Forkable`."""
+        self._taken = 0
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<Permits {self.free} of {self.limit} free>"
+
+    @property
+    def free(self) -> int:
+        """Permits that nobody holds."""
+        return self.limit - self._taken
+
+    def take(self, share: Callable[[int], int]) -> int:
+        """Take `share(free)` permits at once, at least one and at most what is free; 0 where none is free."""
+        with self._lock:
+            free = self.free
+            taken = max(1, min(share(free), free)) if free > 0 else 0
+            self._taken += taken
+            return taken
+
+    def give_back(self, count: int) -> None:
+        """Give permits back."""
+        with self._lock:
+            self._taken -= count
 
 
 @cache

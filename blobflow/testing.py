@@ -284,7 +284,9 @@ class FaultyStore(WrappingStore):
         request, fault = self._next(operation, key)
         if isinstance(fault, Truncate):
             error = fault.error or _injected(request, f"broke after {fault.keep} bytes")
-            body = Body(body.size, lambda whole=body: _first(whole, fault.keep, error), body.crc32c)
+            body = Body(
+                body.size, lambda whole=body: _first(whole, fault.keep, error), body.crc32c, metadata=body.metadata
+            )
         answer = call(body)
         if isinstance(fault, FailAfter):
             raise fault.error or _injected(request, "got no answer")

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 
-from blobflow.cli.progress import Progress, processed, show_progress, transferred
+from blobflow.cli.progress import Progress, counted, processed, show_progress, transferred
 from blobflow.cli.settings import CommandGroup, DigestType, DurationType, SampleType, Settings, shared_options
-from blobflow.cli.words import human_size, human_time, table
-from blobflow.errors import NotFoundError, RefusedError, TemporaryError
+from blobflow.cli.words import human_size, human_time, printable, table
+from blobflow.errors import BlobflowError, NotFoundError, RefusedError, TemporaryError
 from blobflow.scratch import scratch_directory
 from blobflow.version import __version__
 
@@ -288,6 +288,70 @@ def _pull_into(
         artifact = result.path
     show = processed(progress, "import")
     return import_artifact(artifact, importer, consume=True, on_progress=show, key=key), result
+
+
+@cli.command()
+@click.argument("operations", metavar="FILE", type=_PATH)
+@click.option("--results", type=_PATH, metavar="FILE", help="The table of results.  [default: FILE.results.parquet]")
+@click.option("--window", type=click.IntRange(1, 1000), default=32, show_default=True, help="Operations at once.")
+@click.option("--deadline", type=DurationType(), default="300s", show_default=True, help="For one operation.")
+@click.option("--ordered", is_flag=True, help="Operations on one key one after the other, in the order of the file.")
+@click.option(
+    "--allow",
+    type=click.Choice(["read", "write", "delete"]),
+    multiple=True,
+    help="What operations may do; may be repeated.  [default: everything]",
+)
+@click.option("--payloads", is_flag=True, help="Keep what gets read in the table.")
+@click.option("--fresh", is_flag=True, help="Forget earlier results and execute everything.")
+@click.pass_obj
+def batch(
+    settings: Settings, operations: Path, results: Path | None, payloads: bool, fresh: bool, **options: Any
+) -> int | None:
+    """Execute the operations (insert, get, delete) in FILE, which has JSON lines or is a Parquet table.
+
+    Their results become a Parquet table. Run it again after a crash, or after failures: it executes what is not done.
+    """
+    from blobflow.batch import BatchExecutor
+    from blobflow.batch.tables import run_batch_file
+
+    settings.resumes = True
+    with settings.open_store() as store:
+        window, deadline_s = options["window"], options["deadline"]
+        executor = BatchExecutor(
+            store,
+            permits=window,
+            window=window,
+            deadline_s=deadline_s,
+            ordered=options["ordered"],
+            allow=options["allow"] or ("read", "write", "delete"),
+        )
+        report = run_batch_file(
+            executor, operations, results, payloads=payloads, fresh=fresh, on_progress=counted("batch", "operations")
+        )
+    for failure in report.failures if not settings.json else ():
+        click.echo(f"{failure.index}: {printable(f'{failure.error}: {failure.message}')}", err=True)
+    settings.report(
+        {
+            "status": "executed" if report.executed else "unchanged",
+            "store": store.url,
+            "results": str(report.results),
+            "operations": report.operations,
+            "executed": report.executed,
+            "resumed": report.resumed,
+            "done": report.done,
+            "absent": report.absent,
+            "failed": report.failed,
+            "kinds": report.kinds,
+            "failures": [vars(failure) for failure in report.failures],
+            "seconds": report.seconds,
+        },
+        f"{report.operations} operations: {report.done} done, {report.absent} absent, {report.failed} failed",
+        f"executed {report.executed} in {report.seconds:.1f} s; results in {report.results}",
+    )
+    if report.failed:
+        return TemporaryError.exit_code if report.retryable else BlobflowError.exit_code
+    return None
 
 
 @cli.command()

@@ -41,6 +41,19 @@ def processed(progress: Progress, phase: str) -> Callable[[int, int], None]:
     return lambda done, total: progress.show(phase, done, total)
 
 
+def counted(phase: str, what: str, clock: Callable[[], float] = time.monotonic) -> Callable[[int, int], None]:
+    """A line every ten seconds for what is counted in things instead of bytes."""
+    shown_at = clock()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown_at
+        if clock() - shown_at >= LINE_EVERY_S:
+            shown_at = clock()
+            click.echo(f"{phase} {done:,} of {total:,} {what} ({done / max(total, 1):.0%})", err=True)
+
+    return show
+
+
 class Lines:
     """A line every ten seconds, with the rate of those ten seconds."""
 

@@ -15,6 +15,7 @@ defs = dg.Definitions.merge(
 
 from blobflow.backends import DirectoryExporter, DirectoryImporter
 from blobflow.dagster.automation import export_schedule, mirror_condition
+from blobflow.dagster.batch import batch_asset, batch_op
 from blobflow.dagster.component import ArtifactMirrorComponent, ArtifactPipelineComponent
 from blobflow.dagster.handles import MirrorHandle, RemoteHandle, SnapshotHandle
 from blobflow.dagster.handoff import HandoffIOManager
@@ -49,6 +50,8 @@ __all__ = [
     "artifact_mirror",
     "artifact_partitions",
     "artifact_pipeline",
+    "batch_asset",
+    "batch_op",
     "export_schedule",
     "gc_job",
     "layer_assets",

@@ -11,6 +11,7 @@ from blobflow.engine.checkpoint import TransferRecord
 
 SIZE: Final = "dagster/size_bytes"
 URI: Final = "dagster/uri"
+ROW_COUNT: Final = "dagster/row_count"
 
 STATUS: Final = "blobflow/status"
 """What the step did: `exported`, `uploaded`, `imported`, or `unchanged`."""
@@ -84,6 +85,19 @@ PRUNE_KEPT: Final = "blobflow/prune_kept"
 PRUNE_NAMED: Final = "blobflow/prune_named"
 """Artifacts that were kept only because a ref names them."""
 PRUNE_FOUND: Final = "blobflow/prune_found"
+
+BATCH_RESULTS: Final = "blobflow/batch_results"
+"""Path of the table of results."""
+BATCH_EXECUTED: Final = "blobflow/batch_executed"
+"""Operations that this run executed; those that earlier ones had done are resumed."""
+BATCH_RESUMED: Final = "blobflow/batch_resumed"
+BATCH_DONE: Final = "blobflow/batch_done"
+BATCH_ABSENT: Final = "blobflow/batch_absent"
+BATCH_FAILED: Final = "blobflow/batch_failed"
+BATCH_FAILURES: Final = "blobflow/batch_failures"
+BATCH_KIND: Final = "blobflow/batch_operations/"
+"""Before the kind of an operation."""
+BATCH_SECONDS: Final = "blobflow/batch_seconds"
 
 FINDINGS: Final = "blobflow/probe_findings"
 SOFTWARE: Final = "blobflow/server_software"

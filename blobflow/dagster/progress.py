@@ -43,3 +43,18 @@ class ProgressLog:
         speed = (done - resumed) / 1e6 / (now - self._started)
         percent = 100 * done / total if total else 100.0
         self._write(f"{self._phase}.progress percent={percent:.0f} bytes={done} of={total} mb_per_s={speed:.1f}")
+
+
+def count_log(
+    write: Callable[[str], None], phase: str, *, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, int], None]:
+    """An `on_progress` that counts things instead of bytes: a line every 10 s."""
+    shown = clock()
+
+    def count(done: int, total: int) -> None:
+        nonlocal shown
+        if clock() - shown >= _LINE_S:
+            shown = clock()
+            write(f"{phase}.progress percent={100 * done / max(total, 1):.0f} done={done} of={total}")
+
+    return count

@@ -8,15 +8,16 @@ promises when it is called again after a crash or a lost answer stands in its do
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from typing import NamedTuple
 
 from blobflow.checksum import Buffer, crc32c
-from blobflow.errors import InvalidKey, ObjectNotFound
+from blobflow.errors import InvalidKey, ObjectNotFound, Unsupported
 
 MAX_KEY_BYTES = 900
 """S3 allows 1,024 bytes; what is left is for the store's prefix and our own suffixes."""
@@ -45,6 +46,8 @@ class ObjectMeta(NamedTuple):
     last_modified: datetime | None = None
     crc32c: int | None = None
     """Of the whole object, as the store tells it; whether that may be believed, `Abilities.attests_crc32c` says."""
+    metadata: Mapping[str, str] | None = None
+    """What was put along with the bytes, where the store keeps such; names in lower case."""
 
 
 class StoredObject(NamedTuple):
@@ -106,9 +109,10 @@ class Body:
         chunks: Gives the bytes from the start at every call, in buffers that are valid until the next one.
         crc32c: Checksum of all of them, if it is known beforehand.
         md5: Likewise; sent along by stores that can.
+        metadata: Names and values to keep with the object. A store that cannot refuses it with `Unsupported`.
     """
 
-    __slots__ = ("_chunks", "crc32c", "md5", "size")
+    __slots__ = ("_chunks", "crc32c", "md5", "metadata", "size")
 
     def __init__(
         self,
@@ -117,16 +121,18 @@ class Body:
         crc32c: int | None = None,
         *,
         md5: bytes | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.size = size
         self.crc32c = crc32c
         self.md5 = md5
+        self.metadata = metadata
         self._chunks = chunks
 
     @classmethod
-    def of(cls, data: Buffer) -> Body:
+    def of(cls, data: Buffer, *, metadata: Mapping[str, str] | None = None) -> Body:
         """A body that lies in memory."""
-        return cls(len(data), lambda: (data,), crc32c(data))
+        return cls(len(data), lambda: (data,), crc32c(data), metadata=metadata)
 
     def __iter__(self) -> Iterator[Buffer]:
         return iter(self._chunks())
@@ -135,10 +141,31 @@ class Body:
         return f"<Body {self.size} bytes>"
 
 
+def plain(body: Buffer | Body, store: Store) -> Body:
+    """`body` for a store that keeps nothing but bytes.
+
+    Raises:
+        Unsupported: it has metadata.
+    """
+    content = body if isinstance(body, Body) else Body.of(body)
+    if content.metadata:
+        raise Unsupported(
+            f"{store.url} keeps no metadata with an object",
+            hint="leave it out, or put it into the object; S3 keeps it",
+            store=store.url,
+            ability="metadata",
+        )
+    return content
+
+
 def key_segment(name: str) -> str:
     """Any name as one segment of a key or a path; different names stay different."""
     segment = name.replace("%", "%25").replace("/", "%2F")
     return segment.replace(".", "%2E") if segment in (".", "..") else segment
+
+
+_PLAIN_KEY = re.compile("[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}(?:/[A-Za-z0-9_-][A-Za-z0-9._-]{0,254})*")
+"""Most keys: nothing in them can be wrong but their length."""
 
 
 def check_key(key: str) -> str:
@@ -156,6 +183,8 @@ def check_key(key: str) -> str:
             reason=reason,
         )
 
+    if len(key) <= MAX_KEY_BYTES and _PLAIN_KEY.fullmatch(key):
+        return key
     try:
         encoded = key.encode("utf-8")
     except UnicodeEncodeError:
@@ -174,6 +203,30 @@ def check_key(key: str) -> str:
         if len(segment.encode()) > 255:
             raise refuse("a segment is longer than 255 bytes")
     return key
+
+
+class Coroutines(ABC):
+    """Small objects of a store, whole, for the coroutines of one event loop: many requests at a time in one thread.
+
+    Each method promises what the method of that name of `Store` does. A call that is cancelled leaves open whether
+    it happened.
+    """
+
+    @abstractmethod
+    async def put(self, key: str, body: Body) -> ObjectMeta:
+        """See `Store.put`, with `PutMode.OVERWRITE`."""
+
+    @abstractmethod
+    async def get(self, key: str, *, max_bytes: int) -> StoredObject:
+        """See `Store.get`."""
+
+    @abstractmethod
+    async def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release connections, in the event loop they belong to. The store itself remains open."""
 
 
 class Store(ABC):
@@ -303,6 +356,13 @@ class Store(ABC):
     @abstractmethod
     def abort_multipart(self, key: str, upload_id: str) -> None:
         """Drop the upload and its parts; unknown is not an error."""
+
+    def coroutines(self) -> Coroutines | None:
+        """The same store for one event loop; None where there is no such way, and threads have to do.
+
+        A wrapper that does not say otherwise has none, so that nothing passes it by.
+        """
+        return None
 
     def close(self) -> None:
         """Release connections. The store may not be used afterwards."""

@@ -50,6 +50,7 @@ from blobflow.stores.base import (
     StoredObject,
     UploadMeta,
     check_key,
+    plain,
 )
 
 _log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class FsspecStore(Store):
             raise UsageError("an e_tag belongs to PutMode.UPDATE, and to it alone", key=key)
         if mode is not PutMode.OVERWRITE and not self.abilities.conditional:
             raise self._unsupported("conditional writes")
-        content = body if isinstance(body, Body) else Body.of(body)
+        content = plain(body, self)
         if self._memory:
             return self._put_in_memory(key, content, mode, e_tag)
         with self._target("put", key) as path:

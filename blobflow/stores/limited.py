@@ -11,7 +11,7 @@ from blobflow.activity import doing
 from blobflow.checksum import Buffer
 from blobflow.errors import SlowDown
 from blobflow.limits import AdaptiveLimit, Bandwidth
-from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store
+from blobflow.stores.base import Body, Coroutines, ObjectMeta, PartMeta, PutMode, Store, StoredObject
 from blobflow.stores.wrapping import WrappingStore
 
 
@@ -52,9 +52,26 @@ class LimitedStore(WrappingStore):
             return self.store.put_part(key, upload_id, part_number, body)
 
     @override
+    def get(self, key: str, *, max_bytes: int) -> StoredObject:
+        with self._place(0):
+            found = self.store.get(key, max_bytes=max_bytes)
+        if self.bandwidth is not None:
+            self.bandwidth.take(len(found.data))  # its size is known only now: those after it wait
+        return found
+
+    @override
     def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
         with self._place(len(buffer)):
             self.store.get_range_into(key, offset, buffer, e_tag=e_tag)
+
+    @override
+    def coroutines(self) -> Coroutines | None:
+        inner = self.store.coroutines()
+        if inner is None:
+            return None
+        from blobflow.stores.coroutines import LimitedCoroutines
+
+        return LimitedCoroutines(inner, self.requests, self.bandwidth)
 
     @contextmanager
     def _place(self, size: int) -> Generator[None]:

@@ -72,6 +72,7 @@ from blobflow.stores.base import (
     StoredObject,
     UploadMeta,
     check_key,
+    plain,
 )
 
 _log = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ class LocalStore(Store):
         check_key(key)
         if (mode is PutMode.UPDATE) != (e_tag is not None):
             raise UsageError("an e_tag belongs to PutMode.UPDATE, and to it alone", key=key)
-        content = body if isinstance(body, Body) else Body.of(body)
+        content = plain(body, self)
         with self._temporary("put", key) as (name, fd):
             self._write("put", key, fd, 0, content)
             return self._finish("put", key, fd, name, mode, e_tag)

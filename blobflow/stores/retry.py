@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 from typing_extensions import override
 
 from blobflow.activity import doing
 from blobflow.checksum import Buffer
-from blobflow.errors import ObjectNotFound, ObjectTooLarge, PreconditionFailed, StoreUnavailable, TimedOut
+from blobflow.errors import (
+    BlobflowError,
+    ObjectNotFound,
+    ObjectTooLarge,
+    PreconditionFailed,
+    SlowDown,
+    StoreUnavailable,
+    TimedOut,
+)
 from blobflow.forks import forget_threads_in_children
-from blobflow.stores.base import Body, ObjectMeta, PutMode, Store
+from blobflow.stores.base import Body, Coroutines, ObjectMeta, PutMode, Store
 from blobflow.stores.wrapping import WrappingStore
 
 _log = logging.getLogger(__name__)
@@ -55,6 +63,8 @@ class RetryingStore(WrappingStore):
 
     Attributes:
         retries: Attempts repeated so far, over all calls.
+        slow_downs: Those among them that the store answered with SlowDown.
+        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -67,9 +77,10 @@ class RetryingStore(WrappingStore):
     ) -> None:
         super().__init__(store)
         self.retries = 0
+        self.slow_downs = 0
         self._patience_s = patience_s
         self._sleep = sleep
-        self._clock = clock
+        self.clock = clock
         self.forget_threads()
         forget_threads_in_children(self)
 
@@ -137,50 +148,68 @@ class RetryingStore(WrappingStore):
 
     @override
     def _call(self, operation: str, key: str, attempt: Callable[[], _T]) -> _T:
-        deadline: float | None = None
-        left = self._patience_s
-
-        def wait(state: RetryCallState) -> float:
-            nonlocal deadline, left
-            now = self._clock()
-            deadline = now + self._patience_s if deadline is None else deadline
-            left = deadline - now
-            asked: float = getattr(_error_of(state), "retry_after_s", 0.0)
-            return max(asked, min(_backoff(state), left))
-
-        def is_over(state: RetryCallState) -> bool:
-            return left <= 0 or state.upcoming_sleep > left
-
-        def before_sleep(state: RetryCallState) -> None:
-            with self._lock:
-                self.retries += 1
-            _log.warning(
-                "store.retry operation=%s key=%s attempt=%d wait_s=%.2f error=%s",
-                operation,
-                key,
-                state.attempt_number,
-                state.upcoming_sleep,
-                type(_error_of(state)).__name__,
-            )
-
-        attempts = Retrying(
-            retry=retry_if_exception_type((StoreUnavailable, TimedOut)),
-            wait=wait,
-            stop=is_over,
-            before_sleep=before_sleep,
-            sleep=self._sleep,
-            reraise=True,
-        )
+        patience: Patience | None = None
         with doing(f"{operation} of {key!r}"):
-            return attempts(attempt)
+            while True:
+                try:
+                    return attempt()
+                except (StoreUnavailable, TimedOut) as error:
+                    patience = patience or self.patience(operation, key)
+                    wait_s = patience.wait_s(error)
+                    if wait_s is None:
+                        raise
+                self._sleep(wait_s)
+
+    @override
+    def coroutines(self) -> Coroutines | None:
+        inner = self.store.coroutines()
+        if inner is None:
+            return None
+        from blobflow.stores.coroutines import RetryingCoroutines
+
+        return RetryingCoroutines(inner, self)
+
+    def patience(self, operation: str, key: str) -> Patience:
+        """What a call has whose first attempt has just failed."""
+        return Patience(self, operation, key, self.clock() + self._patience_s)
+
+    def note_retry(self, operation: str, key: str, attempt: int, wait_s: float, error: BlobflowError) -> None:
+        """Count and log that an attempt failed and will be repeated."""
+        with self._lock:
+            self.retries += 1
+            self.slow_downs += isinstance(error, SlowDown)
+        _log.warning(
+            "store.retry operation=%s key=%s attempt=%d wait_s=%.2f error=%s",
+            operation,
+            key,
+            attempt,
+            wait_s,
+            type(error).__name__,
+        )
 
     @override
     def __repr__(self) -> str:
         return f"<RetryingStore {self.store!r}, {self.retries} retries>"
 
 
-_backoff = wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S)
+class Patience:
+    """How often a call is repeated, and when; it does no waiting itself, so threads and coroutines share it."""
 
+    def __init__(self, store: RetryingStore, operation: str, key: str, ends_at: float) -> None:
+        self._store = store
+        self._operation = operation
+        self._key = key
+        self._ends_at = ends_at
+        self._attempts = 0
 
-def _error_of(state: RetryCallState) -> BaseException | None:
-    return state.outcome.exception() if state.outcome else None
+    def wait_s(self, error: BlobflowError) -> float | None:
+        """Seconds until the next attempt; None where `error` was the last word."""
+        left = self._ends_at - self._store.clock()
+        backoff = random.uniform(0.0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(self._attempts, 16)))
+        asked: float = error.fields.get("retry_after_s", 0.0)
+        wait_s = max(asked, min(backoff, left))
+        if left <= 0 or wait_s > left:
+            return None
+        self._attempts += 1
+        self._store.note_retry(self._operation, self._key, self._attempts, wait_s, error)
+        return wait_s

@@ -48,6 +48,7 @@ from blobflow.errors import (
 from blobflow.stores.base import (
     Abilities,
     Body,
+    Coroutines,
     ObjectMeta,
     PartMeta,
     PutMode,
@@ -130,7 +131,8 @@ class S3Store(Store):
         self._access: Access | None = None
         # One lock per process: the parent's may be held, by a thread that does not exist here, when it forks.
         self._locks: dict[int, threading.Lock] = {}
-        self._checksum_headers = True
+        self.checksum_headers = True
+        """Whether the server takes CRC32C headers, as far as is known."""
         self._checksummed_uploads = True
         self._bare_if_match = False
         self._software = ""
@@ -139,7 +141,7 @@ class S3Store(Store):
     @property
     @override
     def server(self) -> Server:
-        return Server(self._connected().endpoint, self._software)
+        return Server(self.connected().endpoint, self._software)
 
     @override
     def server_time_s(self) -> float | None:
@@ -165,12 +167,12 @@ class S3Store(Store):
         check_key(key)
         if (mode is PutMode.UPDATE) != (e_tag is not None):
             raise UsageError("an e_tag belongs to PutMode.UPDATE, and to it alone", key=key)
-        headers = {"Content-Type": content_type}
+        content = body if isinstance(body, Body) else Body.of(body)
+        headers = put_headers(content, content_type)
         if mode is PutMode.CREATE:
             headers["If-None-Match"] = "*"
         elif e_tag is not None:
             headers["If-Match"] = e_tag.strip('"') if self._bare_if_match else e_tag
-        content = body if isinstance(body, Body) else Body.of(body)
         call = Call("put", key, conditional=mode is not PutMode.OVERWRITE, e_tag=e_tag)
         # A conditional write must not be repeated unseen: it would meet its own success and call it a lost race.
         try:
@@ -189,26 +191,17 @@ class S3Store(Store):
             headers["If-Match"] = actual.strip('"')
             answered, _ = self._upload(call, content, headers, idempotent=False)
             self._bare_if_match = True
-        if not answered.get("etag"):
-            raise StoreUnavailable(f"no ETag returned for {key!r}", operation="put", key=key)
-        return ObjectMeta(key, content.size, quoted(answered["etag"]), crc32c=_crc_in(answered))
+        return put_result(call, content, answered)
 
     @override
     def get(self, key: str, *, max_bytes: int) -> StoredObject:
         check_key(key)
         call = Call("get", key)
-        with self._exchange(call, "GET", self._full(key), headers={"x-amz-checksum-mode": "ENABLED"}) as answer:
+        with self._exchange(call, "GET", self.full_key(key), headers={"x-amz-checksum-mode": "ENABLED"}) as answer:
             size = answer.length
             # One byte more than allowed tells an object of unknown size that just fits from one that does not.
             data = answer.read(max_bytes + 1) if size is None or size <= max_bytes else b""
-            if len(data) > max_bytes or (size is not None and size > max_bytes):
-                raise ObjectTooLarge(f"{key!r} has more than {max_bytes} bytes", key=key, limit=max_bytes)
-            if size is not None and len(data) < size:
-                raise cut_short(call, len(data), size)
-            headers = answer.headers
-            modified = read_time(headers.get("last-modified"))
-            e_tag = quoted(headers.get("etag", ""))
-            return StoredObject(data, ObjectMeta(key, len(data), e_tag, modified, _crc_in(headers)))
+            return stored(call, answer.headers, data, size, max_bytes)
 
     @override
     def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
@@ -221,7 +214,7 @@ class S3Store(Store):
         headers = {"Range": f"bytes={offset}-{offset + wanted - 1}"}
         if e_tag is not None:
             headers["If-Match"] = e_tag
-        with self._exchange(call, "GET", self._full(key), headers=headers) as answer:
+        with self._exchange(call, "GET", self.full_key(key), headers=headers) as answer:
             if answer.status != 206:
                 raise Unsupported(
                     f"{call}: the server ignores ranges (status {answer.status})", store=self.url, ability="ranged GET"
@@ -255,7 +248,7 @@ class S3Store(Store):
         check_key(key)
         call = Call("head", key)
         try:
-            with self._exchange(call, "HEAD", self._full(key), headers={"x-amz-checksum-mode": "ENABLED"}) as answer:
+            with self._exchange(call, "HEAD", self.full_key(key), headers={"x-amz-checksum-mode": "ENABLED"}) as answer:
                 headers = answer.headers
         except StoreConfigurationError as error:
             if error.fields.get("status") in (400, 403) and not error.fields.get("code"):
@@ -264,8 +257,7 @@ class S3Store(Store):
         size = headers.get("content-length", "")
         if not re.fullmatch(r"[0-9]{1,19}", size):
             raise StoreUnavailable(f"{call}: the answer tells no size", operation=call.operation, key=key)
-        modified = read_time(headers.get("last-modified"))
-        return ObjectMeta(key, int(size), quoted(headers.get("etag", "")), modified, _crc_in(headers))
+        return _meta(key, int(size), headers)
 
     def _reason(self, refused: Call) -> BlobflowError:
         """Why a HEAD was refused: its answer has no body that could say so, but that of a GET has.
@@ -273,7 +265,7 @@ class S3Store(Store):
         What passes (a token that has just expired, a clock that is off) looks like a lack of permission otherwise.
         """
         try:
-            with self._exchange(refused, "GET", self._full(refused.key or ""), headers={"Range": "bytes=0-0"}):
+            with self._exchange(refused, "GET", self.full_key(refused.key or ""), headers={"Range": "bytes=0-0"}):
                 pass
         except SizeMismatch:
             pass  # an empty object, and we may read it
@@ -313,7 +305,7 @@ class S3Store(Store):
     def delete(self, key: str) -> None:
         check_key(key)
         try:
-            with self._exchange(Call("delete", key), "DELETE", self._full(key)):
+            with self._exchange(Call("delete", key), "DELETE", self.full_key(key)):
                 pass
         except ObjectNotFound:
             _log.debug("delete_absent key=%s", key)
@@ -324,12 +316,12 @@ class S3Store(Store):
         check_key(target)
         found = self.head(source)
         headers = {
-            "x-amz-copy-source": quote(f"{self.options.bucket}/{self._full(source)}", safe="-_.~/"),
+            "x-amz-copy-source": quote(f"{self.options.bucket}/{self.full_key(source)}", safe="-_.~/"),
             "x-amz-copy-source-if-match": found.e_tag,
         }
         call = Call("copy", source, e_tag=found.e_tag)
         if found.size <= COPY_LIMIT_BYTES:
-            made = self._ask(call, "PUT", self._full(target), headers=headers | _EMPTY, read=read_made, patient=True)
+            made = self._ask(call, "PUT", self.full_key(target), headers=headers | _EMPTY, read=read_made, patient=True)
             return ObjectMeta(target, found.size, self._tag(made.e_tag, call), made.modified, made.crc32c)
         part_size = max(COPY_PART_BYTES, -(-found.size // MAX_PARTS))
         upload_id = self.create_multipart(target, part_size=part_size)
@@ -340,7 +332,7 @@ class S3Store(Store):
                 made = self._ask(
                     call,
                     "PUT",
-                    self._full(target),
+                    self.full_key(target),
                     {"partNumber": str(number), "uploadId": upload_id},
                     headers=headers | _EMPTY | {"x-amz-copy-source-range": f"bytes={offset}-{offset + size - 1}"},
                     read=read_made,
@@ -377,7 +369,7 @@ class S3Store(Store):
         upload_id = self._ask(
             call,
             "POST",
-            self._full(call.key or ""),
+            self.full_key(call.key or ""),
             {"uploads": ""},
             headers=headers,
             read=read_upload_id,
@@ -416,7 +408,7 @@ class S3Store(Store):
             page = self._ask(
                 call,
                 "GET",
-                self._full(key),
+                self.full_key(key),
                 {"uploadId": upload_id, "part-number-marker": str(last), "max-parts": str(page_size)},
                 read=read_parts,
             )
@@ -483,7 +475,7 @@ class S3Store(Store):
             return self._ask(
                 call,
                 "POST",
-                self._full(key),
+                self.full_key(key),
                 {"uploadId": upload_id},
                 headers={**headers, "Content-Type": "application/xml", "Content-Length": str(len(body))},
                 body=body,
@@ -512,7 +504,7 @@ class S3Store(Store):
         call = Call("abort upload of", key, upload_id=upload_id)
         try:
             for _ in range(ABORT_ROUNDS):
-                with self._exchange(call, "DELETE", self._full(key), {"uploadId": upload_id}):
+                with self._exchange(call, "DELETE", self.full_key(key), {"uploadId": upload_id}):
                     pass
                 if not self.list_parts(key, upload_id):
                     return
@@ -525,6 +517,15 @@ class S3Store(Store):
         )
 
     @override
+    def coroutines(self) -> Coroutines | None:
+        """See `Store.coroutines`; None where a proxy is in between."""
+        if not self.connected().is_direct:
+            return None
+        from blobflow.stores.s3_loop import S3Coroutines
+
+        return S3Coroutines(self)
+
+    @override
     def close(self) -> None:
         access, self._access = self._access, None
         if access is not None:
@@ -532,7 +533,8 @@ class S3Store(Store):
 
     # Requests
 
-    def _full(self, key: str) -> str:
+    def full_key(self, key: str) -> str:
+        """The key with the prefix; that is the bucket's own for the empty one."""
         return self._prefix + key
 
     def _relative(self, full: str) -> str | None:
@@ -549,7 +551,8 @@ class S3Store(Store):
             raise StoreUnavailable(f"no ETag returned for {call.key!r}", operation=call.operation, key=call.key)
         return e_tag
 
-    def _connected(self) -> Access:
+    def connected(self) -> Access:
+        """This process's way to the bucket."""
         access = self._access
         if access is None or access.pid != os.getpid():
             with self._locks.setdefault(os.getpid(), threading.Lock()):
@@ -585,7 +588,7 @@ class S3Store(Store):
             idempotent: It may be sent again unseen where a connection turns out to be dead.
             patient: The server may be silent for minutes.
         """
-        access = self._connected()
+        access = self.connected()
         target = access.target(full_key) + _written(query or {})
         given = headers or {}
         try:
@@ -597,8 +600,7 @@ class S3Store(Store):
                 idempotent=idempotent,
                 idle_timeout_s=max(PATIENCE_S, self.options.idle_timeout) if patient else None,
             ) as answer:
-                self._software = answer.headers.get("server", self._software)
-                self._answered = (answer.headers.get("date", ""), time.monotonic())
+                self.heard(answer.headers)
                 refusal = None if answer.status < 300 else Refusal.by_answer(answer)
                 if refusal is None:
                     yield answer
@@ -607,9 +609,9 @@ class S3Store(Store):
         except WireError as error:
             if call.offset is not None or body is not None or error.moved:
                 call = replace(call, offset=(call.offset or 0) + error.moved)
-            raise self._failed(error, call) from error
+            raise self.failed(error, call) from error
         except (Refusal, *BOTOCORE_ERRORS) as error:
-            raise self._failed(error, call) from error
+            raise self.failed(error, call) from error
 
     def _ask(
         self,
@@ -649,7 +651,7 @@ class S3Store(Store):
         except ErrorAnswer as error:
             # What fails after it began may succeed another time, as botocore has it too, unless the code says more.
             refusal = Refusal(500, error.code, error.message, answered)
-            raise self._failed(refusal, call) from refusal
+            raise self.failed(refusal, call) from refusal
 
     def _upload(
         self,
@@ -661,40 +663,38 @@ class S3Store(Store):
         idempotent: bool = True,
     ) -> tuple[dict[str, str], int]:
         """PUT a body with its checksums; returns the answer's headers and the CRC32C."""
-        crc, md5 = self._checksums_of(body, call)
-        headers = {**headers, "Content-Length": str(body.size)}
-        if md5 is not None:
-            headers["Content-MD5"] = _base64(md5)
-        if self._checksum_headers:
-            checked = headers | {"x-amz-checksum-crc32c": write_crc32c(crc)}
+        crc, md5 = self.checksums_of(body, call)
+        if self.checksum_headers:
             try:
-                return self._put(call, body, checked, query, idempotent=idempotent), crc
+                return self._put(call, body, with_checksums(headers, body, crc, md5), query, idempotent=idempotent), crc
             except BlobflowError as error:
-                if not refuses_checksums(error.__cause__):
+                if not self.has_refused_checksums(error, call):
                     raise
-                self._checksum_headers = False
-                _log.info("checksum_refused store=%s operation=%r", self.url, call.operation)
-        return self._put(call, body, headers, query, idempotent=idempotent), crc
+        return self._put(call, body, with_checksums(headers, body, None, md5), query, idempotent=idempotent), crc
+
+    def has_refused_checksums(self, error: BlobflowError, call: Call) -> bool:
+        """Whether the server turned a request down for its checksum header, which it will not get again then."""
+        if not refuses_checksums(error.__cause__):
+            return False
+        self.checksum_headers = False
+        _log.info("checksum_refused store=%s operation=%r", self.url, call.operation)
+        return True
 
     def _put(
         self, call: Call, body: Body, headers: Mapping[str, str], query: Mapping[str, str] | None, *, idempotent: bool
     ) -> dict[str, str]:
-        full_key = self._full(call.key or "")
+        full_key = self.full_key(call.key or "")
         try:
             with self._exchange(
                 call, "PUT", full_key, query, headers=headers, body=body, idempotent=idempotent
             ) as answer:
                 return answer.headers
         except ChecksumMismatch as error:
-            crc, md5 = _digests(body, with_md5="Content-MD5" in headers)
-            actual = {"x-amz-checksum-crc32c": write_crc32c(crc), "Content-MD5": _base64(md5)}
-            if any(headers.get(name, value) != value for name, value in actual.items()):
+            if not is_intact(body, headers):
                 raise
-            raise StoreUnavailable(  # what lies here is right, so it was damaged on the way
-                f"{call}: damaged on the way", operation=call.operation, key=call.key
-            ) from error
+            raise damaged(call) from error
 
-    def _checksums_of(self, body: Body, call: Call) -> tuple[int, bytes | None]:
+    def checksums_of(self, body: Body, call: Call) -> tuple[int, bytes | None]:
         """CRC32C and MD5 that go along; the latter only where it was asked for."""
         hashing = self.options.content_md5 and body.md5 is None
         if body.crc32c is not None and not hashing:
@@ -704,7 +704,13 @@ class S3Store(Store):
             raise ChecksumMismatch(f"{call}: the source has other bytes than before", what=str(call))
         return crc, md5 if hashing else body.md5
 
-    def _failed(self, error: Exception, call: Call) -> BlobflowError:
+    def heard(self, headers: Mapping[str, str]) -> None:
+        """Remember what the server says of itself in every answer."""
+        self._software = headers.get("server", self._software)
+        self._answered = (headers.get("date", ""), time.monotonic())
+
+    def failed(self, error: Exception, call: Call) -> BlobflowError:
+        """Our error for one of the wire, of the server or of botocore; stale credentials are dropped."""
         refusal = Refusal.by(error)
         if refusal is not None and refusal.code in STALE_CREDENTIALS:
             if self.options.explicit:
@@ -717,6 +723,82 @@ def _written(query: Mapping[str, str]) -> str:
     """A query as it stands on the request line, and as it is signed."""
     pairs = (f"{name}={quote(value, safe='-_.~')}" for name, value in query.items())
     return f"?{'&'.join(pairs)}" if query else ""
+
+
+def stored(call: Call, headers: Mapping[str, str], data: bytes, size: int | None, max_bytes: int) -> StoredObject:
+    """The object in the answer to a GET.
+
+    Args:
+        data: Its body, or more than `max_bytes` of it; nothing where `size` says that already.
+        size: What the server announced, if it did.
+
+    Raises:
+        ObjectTooLarge: see `Store.get`.
+        StoreUnavailable: the answer ended early.
+    """
+    key = call.key or ""
+    if len(data) > max_bytes or (size is not None and size > max_bytes):
+        raise ObjectTooLarge(f"{key!r} has more than {max_bytes} bytes", key=key, limit=max_bytes)
+    if size is not None and len(data) < size:
+        raise cut_short(call, len(data), size)
+    return StoredObject(data, _meta(key, len(data), headers))
+
+
+def put_result(call: Call, body: Body, answered: Mapping[str, str]) -> ObjectMeta:
+    """What the answer to a PUT says of the object.
+
+    Raises:
+        StoreUnavailable: it does not say enough.
+    """
+    key = call.key or ""
+    if not answered.get("etag"):
+        raise StoreUnavailable(f"no ETag returned for {key!r}", operation="put", key=key)
+    return ObjectMeta(key, body.size, quoted(answered["etag"]), None, _crc_in(answered), body.metadata)
+
+
+def put_headers(body: Body, content_type: str = "application/octet-stream") -> dict[str, str]:
+    """The headers that describe an object to be put.
+
+    Raises:
+        UsageError: its metadata cannot be headers.
+    """
+    headers = {"Content-Type": content_type}
+    for name, value in (body.metadata or {}).items():
+        if not re.fullmatch("[a-z0-9-]+", name) or not re.fullmatch(r"[!-~](?:[ -~]*[!-~])?", value) or "  " in value:
+            raise UsageError(
+                f"metadata {name!r} cannot be kept by S3",
+                hint="names: lower-case letters, digits and '-'; values: printable ASCII, single spaces between words",
+            )
+        headers[f"x-amz-meta-{name}"] = value
+    return headers
+
+
+def is_intact(body: Body, headers: Mapping[str, str]) -> bool:
+    """Whether a body, read once more, has the checksums that its headers tell: else it was not damaged on the way."""
+    crc, md5 = _digests(body, with_md5="Content-MD5" in headers)
+    actual = {"x-amz-checksum-crc32c": write_crc32c(crc), "Content-MD5": _base64(md5)}
+    return all(headers.get(name, value) == value for name, value in actual.items())
+
+
+def damaged(call: Call) -> StoreUnavailable:
+    """A body that the server refuses and that is intact here was damaged on the way."""
+    return StoreUnavailable(f"{call}: damaged on the way", operation=call.operation, key=call.key)
+
+
+def with_checksums(headers: Mapping[str, str], body: Body, crc: int | None, md5: bytes | None) -> dict[str, str]:
+    """`headers`, and those that tell the length and the checksums of a body."""
+    given = {**headers, "Content-Length": str(body.size)}
+    if md5 is not None:
+        given["Content-MD5"] = _base64(md5)
+    if crc is not None:
+        given["x-amz-checksum-crc32c"] = write_crc32c(crc)
+    return given
+
+
+def _meta(key: str, size: int, headers: Mapping[str, str]) -> ObjectMeta:
+    metadata = {n.removeprefix("x-amz-meta-"): v for n, v in headers.items() if n.startswith("x-amz-meta-")}
+    modified = read_time(headers.get("last-modified"))
+    return ObjectMeta(key, size, quoted(headers.get("etag", "")), modified, _crc_in(headers), metadata or None)
 
 
 def _crc_in(headers: Mapping[str, str]) -> int | None:

@@ -1,6 +1,7 @@
 """How a bucket is reached, and how requests are signed: botocore's decisions, without botocore's client.
 
-Credentials, refreshable ones included, and signatures are botocore's. So is the address of a bucket at AWS (virtual
+Credentials, refreshable ones included, are botocore's, and signatures are those that it would compute
+(`blobflow.stores.s3_signing`). So is the address of a bucket at AWS (virtual
 hosts, dual stack, accelerate, FIPS, regions): a client prepares one request, which is caught before it is sent, and the
 client is dropped. It costs 0.07 s and 15 MiB; a server that an endpoint URL names is addressed without one, in the same
 way. Why: docs/design/009-no-client.md.
@@ -16,20 +17,23 @@ import os
 import re
 import ssl
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import botocore
 import botocore.auth
-import botocore.awsrequest
+import botocore.exceptions
 import botocore.httpsession
 import botocore.utils
 from pydantic import SecretStr
-from typing_extensions import override
 
 from blobflow.stores.s3_options import S3Options
+from blobflow.stores.s3_signing import Signer
 from blobflow.stores.s3_wire import Wire
 from blobflow.version import __version__
+
+if TYPE_CHECKING:
+    from blobflow.stores.s3_loop_wire import LoopWire
 
 UNSIGNED_PAYLOAD = "UNSIGNED-PAYLOAD"
 
@@ -74,20 +78,35 @@ class Access:
             session = session or _session(options)
             address = prepared_address(options, session, region)
         self._credentials = _credentials(options, session)
-        self._signing = (address.service, address.region)
+        self._signer = Signer(address.service, address.region)
         parts = urlsplit(address.url)
         self._host = parts.netloc
         self._base = parts.path.removesuffix(_SAMPLE_KEY)
         self._origin = f"{parts.scheme}://{parts.netloc}"
         self.endpoint = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        self._tls = _tls(options, session) if parts.scheme == "https" else None
+        self._proxy = botocore.utils.get_environ_proxies(self._origin).get(parts.scheme)
+        self._timeouts = (options.connect_timeout, options.idle_timeout)
         self.wire = Wire(
             self._origin,
             connect_timeout_s=options.connect_timeout,
             idle_timeout_s=options.idle_timeout,
             max_idle=options.max_connections,
-            tls=_tls(options, session) if parts.scheme == "https" else None,
-            proxy=botocore.utils.get_environ_proxies(self._origin).get(parts.scheme),
+            tls=self._tls,
+            proxy=self._proxy,
         )
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether no proxy is in between."""
+        return self._proxy is None
+
+    def loop_wire(self) -> LoopWire:
+        """Connections of their own for the running event loop."""
+        from blobflow.stores.s3_loop_wire import LoopWire
+
+        connect_s, idle_s = self._timeouts
+        return LoopWire(self._origin, tls=self._tls, connect_timeout_s=connect_s, idle_timeout_s=idle_s)
 
     def target(self, full_key: str) -> str:
         """Path of an object, as it stands on the request line; that of the bucket for the empty key."""
@@ -105,36 +124,16 @@ class Access:
             BotoCoreError, ClientError: no credentials, or none at the moment (`s3_errors.BOTOCORE_ERRORS`).
         """
         given = {"Host": self._host, "User-Agent": f"blobflow/{__version__}", **headers}
-        request = botocore.awsrequest.AWSRequest(method, self._origin + target, headers=given)
-        if not self._anonymous:
-            # None here means that the chain found nothing: botocore says so.
-            frozen = self._credentials and self._credentials.get_frozen_credentials()
-            _Signer(frozen, *self._signing, payload).add_auth(request)
-        return dict(request.headers.items())
+        if self._anonymous:
+            return given
+        if self._credentials is None:
+            raise botocore.exceptions.NoCredentialsError
+        frozen = self._credentials.get_frozen_credentials()
+        return self._signer.sign(method, target, given, payload, frozen, botocore.auth.get_current_datetime())
 
     def close(self) -> None:
         """Close the idle connections; requests under way end first."""
         self.wire.close()
-
-
-class _Signer(botocore.auth.S3SigV4Auth):
-    """Signs what it is told that the body is, mostly nothing: the CRC32C header, which is signed, answers for it."""
-
-    def __init__(self, credentials: Any, service: str, region: str, payload: str) -> None:
-        super().__init__(credentials, service, region)
-        self._payload = payload
-        self._selected: Any = None
-
-    @override
-    def headers_to_sign(self, request: Any) -> Any:
-        # Asked for twice per request, to be signed and to be named.
-        if self._selected is None:
-            self._selected = super().headers_to_sign(request)
-        return self._selected
-
-    @override
-    def payload(self, request: Any) -> str:
-        return self._payload
 
 
 class _Fixed(NamedTuple):

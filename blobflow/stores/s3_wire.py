@@ -18,7 +18,7 @@ import sys
 import termios
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -37,13 +37,13 @@ look like silence."""
 DRAIN_BYTES = 64 * 1024
 """The rest of an answer that is cheaper to read than a new connection is to open."""
 
-_MAX_FIELDS = 100
-_MAX_LINE_BYTES = 64 * 1024
+MAX_FIELDS = 100
+MAX_LINE_BYTES = 64 * 1024
 """As in `http.client`."""
 
 _NO_MESSAGE = http.client.HTTPMessage()
 
-_BROKEN = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+BROKEN = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 """The other side is gone: what a connection shows that was closed while it lay idle."""
 
 
@@ -187,7 +187,7 @@ class Wire:
         try:
             return self._attempt(connection or self._connection(), method, target, given, body, timeout_s)
         except WireError as error:
-            if not (reused and idempotent and isinstance(error.__cause__, _BROKEN)):
+            if not (reused and idempotent and isinstance(error.__cause__, BROKEN)):
                 raise
             _log.debug("stale_connection origin=%s error=%s", self._origin, error)
         return self._attempt(self._connection(), method, target, headers(), body, timeout_s)
@@ -216,7 +216,7 @@ class Wire:
                 sent = self._send_body(connection, body, timeout_s) if body is not None else 0
             except WireError as error:
                 # A server that refuses early answers and closes: what it says is worth more than our broken pipe.
-                if not isinstance(error.__cause__, _BROKEN):
+                if not isinstance(error.__cause__, BROKEN):
                     raise
                 answer = self._answer(connection, error.moved, timeout_s, reusable=False)
                 if answer.status < 400:
@@ -296,9 +296,9 @@ class Wire:
         poll = select.poll()
         # Over TLS something to read need not be an answer: session tickets come at any time.
         poll.register(opened, 0 if self._secure else select.POLLIN)
-        queued, moved_at, pause_s = _unsent(opened), time.monotonic(), 0.001
+        queued, moved_at, pause_s = unsent_bytes(opened), time.monotonic(), 0.001
         while queued and not poll.poll(pause_s * 1000):
-            left = _unsent(opened)
+            left = unsent_bytes(opened)
             if left < queued:
                 queued, moved_at = left, time.monotonic()
             elif time.monotonic() - moved_at > timeout_s:
@@ -339,6 +339,48 @@ class Wire:
         return connection
 
 
+def read_head(first: bytes, lines: Sequence[bytes]) -> tuple[int, int, dict[str, str]]:
+    """Version (10 or 11), status and fields of an answer; names in lower case, the first of several.
+
+    Raises:
+        http.client.HTTPException: this is no head.
+    """
+    status = _STATUS.fullmatch(first)
+    if status is None:
+        raise http.client.BadStatusLine(repr(first[:80]))
+    if len(lines) > MAX_FIELDS:
+        raise http.client.HTTPException(f"the head has more than {MAX_FIELDS} fields")
+    fields: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.decode("latin-1").partition(":")
+        if not colon or name != name.strip():  # RFC 9112 lets nobody fold lines any more
+            raise http.client.HTTPException("a line of the head is no field")
+        fields.setdefault(name.lower(), value.strip())
+    return 10 + int(status[1]), int(status[2]), fields
+
+
+_STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: .*?)?(?:\r?\n)?", re.DOTALL)
+
+
+def body_length(status: int, method: str | None, fields: Mapping[str, str]) -> int | None:
+    """Bytes of an answer's body; None if they come in chunks, or to the end of the connection."""
+    if status in (204, 304) or method == "HEAD":
+        return 0
+    length = fields.get("content-length", "")
+    return int(length) if re.fullmatch("[0-9]{1,19}", length) and not is_chunked(fields) else None
+
+
+def is_chunked(fields: Mapping[str, str]) -> bool:
+    """Whether the body of an answer comes in chunks."""
+    return fields.get("transfer-encoding", "").lower() == "chunked"
+
+
+def closes(version: int, fields: Mapping[str, str]) -> bool:
+    """Whether the server closes the connection after this answer."""
+    connection = fields.get("connection", "").lower()
+    return "close" in connection or (version == 10 and "keep-alive" not in connection)
+
+
 class _Response(http.client.HTTPResponse):
     fields: dict[str, str]
     _method: str | None
@@ -355,38 +397,27 @@ class _Response(http.client.HTTPResponse):
             version, status, fields = self._head()
         self.fields, self.headers, self.msg = fields, _NO_MESSAGE, _NO_MESSAGE
         self.version, self.status, self.code = version, status, status
-        self.chunked = fields.get("transfer-encoding", "").lower() == "chunked"
+        self.chunked = is_chunked(fields)
         self.chunk_left = None
-        connection = fields.get("connection", "").lower()
-        self.will_close = "close" in connection or (version == 10 and "keep-alive" not in connection)
-        length = fields.get("content-length", "")
-        self.length = int(length) if re.fullmatch("[0-9]{1,19}", length) and not self.chunked else None
-        if status in (204, 304) or self._method == "HEAD":
-            self.length = 0
+        self.will_close = closes(version, fields)
+        self.length = body_length(status, self._method, fields)
         if self.length is None and not self.chunked:
             self.will_close = True  # the end of the connection is that of the body
 
     def _head(self) -> tuple[int, int, dict[str, str]]:
         """The next head on the connection: version, status, fields."""
-        line = self._line()
-        status = re.fullmatch(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: .*)?\r?\n", line, re.DOTALL)
-        if status is None:
-            raise http.client.BadStatusLine(repr(line[:80]))
-        fields: dict[str, str] = {}
-        for _ in range(_MAX_FIELDS):
-            line = self._line()
-            if line in (b"\r\n", b"\n"):
-                return 10 + int(status[1]), int(status[2]), fields
-            name, colon, value = line.decode("latin-1").partition(":")
-            if not colon or name != name.strip():  # RFC 9112 lets nobody fold lines any more
-                raise http.client.HTTPException("a line of the head is no field")
-            fields.setdefault(name.lower(), value.strip())
-        raise http.client.HTTPException(f"the head has more than {_MAX_FIELDS} fields")
+        first = self._line()
+        lines: list[bytes] = []
+        while (line := self._line()) not in (b"\r\n", b"\n"):
+            lines.append(line)
+            if len(lines) > MAX_FIELDS:
+                break
+        return read_head(first, lines)
 
     def _line(self) -> bytes:
-        line = self.fp.readline(_MAX_LINE_BYTES)
+        line = self.fp.readline(MAX_LINE_BYTES)
         if not line.endswith(b"\n"):
-            if len(line) == _MAX_LINE_BYTES:
+            if len(line) == MAX_LINE_BYTES:
                 raise http.client.LineTooLong("head")
             raise http.client.RemoteDisconnected("the connection ended before the end of the head")
         return line
@@ -407,7 +438,7 @@ def _socket(connection: http.client.HTTPConnection) -> socket.socket:
     return opened
 
 
-def _unsent(opened: socket.socket) -> int:
+def unsent_bytes(opened: socket.socket) -> int:
     """Bytes the kernel took and the other side has not acknowledged."""
     return int.from_bytes(fcntl.ioctl(opened, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 

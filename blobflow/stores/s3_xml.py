@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import NamedTuple
 from urllib.parse import unquote_plus
 from xml.etree.ElementTree import Element, TreeBuilder
@@ -186,6 +187,7 @@ def read_crc32c(value: str | None) -> int | None:
     return int.from_bytes(raw, "big") if len(raw) == 4 else None
 
 
+@lru_cache(maxsize=64)  # objects that are written together have the same
 def read_time(value: str | None) -> datetime | None:
     """A time as bodies (ISO 8601) or headers (RFC 9110) have it; None if it is neither."""
     iso = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(?:Z|[+-]00:?00)", (value or "").strip())

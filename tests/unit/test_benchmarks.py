@@ -82,6 +82,7 @@ def test_the_smallest_run_fills_the_whole_table(tmp_path: Path, capsys: pytest.C
         ("layers-up", "blobflow, layer, hashed before"),
         ("layers-down", "blobflow, layer"),
         ("layers-codec", "blobflow, layer, codec alone"),
+        ("batch", "blobflow, BatchExecutor"),
         ("start", "blobflow, --version"),
         ("start", "blobflow, push, first use of a store"),
         ("start", "blobflow, push, nothing changed"),

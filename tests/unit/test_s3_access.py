@@ -6,17 +6,24 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import botocore.auth
+import botocore.awsrequest
 import botocore.loaders
 import botocore.session
 import pytest
+from botocore.credentials import ReadOnlyCredentials
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from blobflow.stores.s3_access import Access, Address, from_variables, plain_address, prepared_address
 from blobflow.stores.s3_options import S3Options
+from blobflow.stores.s3_signing import Signer
 
 KEYS = {"access_key_id": "key", "secret_access_key": "secret"}
 
@@ -258,6 +265,52 @@ def test_a_signature_is_for_this_moment_and_this_document(
     assert [each["X-Amz-Content-SHA256"] for each in (one, document)] == ["UNSIGNED-PAYLOAD", "ab" * 32]
     signatures = {re.search("Signature=(.*)", each["Authorization"])[1] for each in (one, document, later)}  # type: ignore[index]
     assert len(signatures) == 3
+
+
+_NAME = st.text("abcdefghijklmnopqrstuvwxyz-", min_size=1, max_size=20).filter(lambda name: name.strip("-"))
+_VALUE = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    method=st.sampled_from(["GET", "PUT", "POST", "DELETE", "HEAD"]),
+    key=st.text(max_size=20),
+    query=st.dictionaries(
+        st.sampled_from(["uploads", "uploadId", "part-number-marker", "a", "a-b"]), st.text(max_size=8)
+    ),
+    headers=st.dictionaries(_NAME.map(lambda name: f"x-amz-{name}"), _VALUE, max_size=5),
+    payload=st.sampled_from(["UNSIGNED-PAYLOAD", "ab" * 32]),
+    token=st.none() | st.text("abc/+=", min_size=1, max_size=9),
+    service=st.sampled_from(["s3", "s3-object-lambda"]),
+)
+def test_signatures_are_botocore_s(
+    method: str,
+    key: str,
+    query: dict[str, str],
+    headers: dict[str, str],
+    payload: str,
+    token: str | None,
+    service: str,
+) -> None:
+    """Whatever the request, it is signed as botocore would sign it."""
+    keys = ReadOnlyCredentials("key id", "secret/key+", token)
+    target = "/bucket/" + quote(key.encode("utf-8", "replace"), safe="-_.~/")
+    if query:
+        pairs = (f"{n}={quote(v.encode('utf-8', 'replace'), safe='-_.~')}" for n, v in query.items())
+        target += "?" + "&".join(pairs)
+    given_headers = {"Host": "s3.test:9000", "User-Agent": "blobflow/1", "Content-Length": "3", **headers}
+    now = datetime(2026, 11, 21, 12, 3, 4, tzinfo=timezone.utc)
+    ours = Signer(service, "eu-central-1").sign(method, target, given_headers, payload, keys, now)
+
+    class Theirs(botocore.auth.S3SigV4Auth):
+        def payload(self, request: Any) -> str:
+            return payload
+
+    request = botocore.awsrequest.AWSRequest(method, "http://s3.test:9000" + target, headers=given_headers)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("botocore.auth.get_current_datetime", lambda: now)
+        Theirs(keys, service, "eu-central-1").add_auth(request)
+    assert ours == dict(request.headers.items())
 
 
 @pytest.fixture

@@ -461,13 +461,13 @@ def test_without_an_endpoint_explicit_keys_mean_aws(environment: pytest.MonkeyPa
         bucket="my-bucket", region="eu-central-1", access_key_id="k", secret_access_key=SecretStr(SECRET)
     )
     store = S3Store(options)
-    access = store._connected()
+    access = store.connected()
     assert repr(access.wire) == "<Wire https://my-bucket.s3.eu-central-1.amazonaws.com, 0 idle>"
     assert access.target("a b+c/ü") == "/a%20b%2Bc/%C3%BC"
     store.close()
     dotted = S3Store(options.model_copy(update={"bucket": "my.bucket"}))
-    assert repr(dotted._connected().wire) == "<Wire https://s3.eu-central-1.amazonaws.com, 0 idle>"
-    assert dotted._connected().target("k") == "/my.bucket/k"
+    assert repr(dotted.connected().wire) == "<Wire https://s3.eu-central-1.amazonaws.com, 0 idle>"
+    assert dotted.connected().target("k") == "/my.bucket/k"
     dotted.close()
 
 
@@ -541,7 +541,7 @@ def test_credentials_that_cannot_be_had_are_told_as_such(
         store.put("k", b"1")
         with pytest.raises(BlobflowError) as told:
             store.put("k", b"1")
-        assert repr(store._connected().wire) == f"<Wire {url}, 1 idle>"
+        assert repr(store.connected().wire) == f"<Wire {url}, 1 idle>"
     assert type(told.value) is kind
 
 

@@ -382,7 +382,7 @@ def test_connections_are_used_again(rgw_s3: S3Endpoint) -> None:
         store.put(f"k{number}", b"1" * number)
         with pytest.raises(ObjectNotFound):
             store.get("absent", max_bytes=1)
-    assert "1 idle" in repr(store._connected().wire)
+    assert "1 idle" in repr(store.connected().wire)
     store.close()
 
 

@@ -1,0 +1,40 @@
+"""Batches: many small operations on a store, in a bounded window.
+
+`operations` says what can be done, `stream` when, `runners` how: by coroutines where the store has them, by threads
+everywhere, or in processes of their own. `tables` runs the operations of a file and keeps their results. Why it is
+built this way: docs/design/016-batches.md.
+"""
+
+from __future__ import annotations
+
+from blobflow.batch.operations import (
+    BatchResult,
+    Delete,
+    Deleted,
+    Get,
+    Got,
+    Insert,
+    Inserted,
+    Operation,
+    Payload,
+    Permission,
+    Response,
+)
+from blobflow.batch.stream import AsyncBatchStream, BatchExecutor, BatchStream
+
+__all__ = [
+    "AsyncBatchStream",
+    "BatchExecutor",
+    "BatchResult",
+    "BatchStream",
+    "Delete",
+    "Deleted",
+    "Get",
+    "Got",
+    "Insert",
+    "Inserted",
+    "Operation",
+    "Payload",
+    "Permission",
+    "Response",
+]

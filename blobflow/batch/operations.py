@@ -1,0 +1,196 @@
+"""What a batch is made of: operations, and what became of each. No repr of any of them shows payload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal, TypeAlias
+
+from typing_extensions import Self
+
+from blobflow.stores.base import ObjectMeta
+
+Kind: TypeAlias = Literal["insert", "get", "delete"]
+Permission: TypeAlias = Literal["read", "write", "delete"]
+
+ALL_PERMISSIONS: Final[frozenset[Permission]] = frozenset({"read", "write", "delete"})
+
+
+@dataclass(slots=True)
+class Insert:
+    """Store `payload` whole under `key`, replacing what is there.
+
+    Attributes:
+        key: None: a unique one is made; the response tells it.
+        payload: At most 1 MiB.
+        metadata: Kept with the object where the store can (S3); elsewhere such an insert fails with `Unsupported`.
+    """
+
+    key: str | None
+    payload: bytes | bytearray | memoryview
+    metadata: Mapping[str, str] | None = None
+
+    kind: ClassVar[Kind] = "insert"
+    permission: ClassVar[Permission] = "write"
+
+    def __repr__(self) -> str:
+        return f"Insert(key={self.key!r}, payload=<{len(self.payload)} bytes>)"
+
+
+@dataclass(slots=True)
+class Get:
+    """Read the object under `key`, if there is one."""
+
+    key: str
+
+    kind: ClassVar[Kind] = "get"
+    permission: ClassVar[Permission] = "read"
+
+
+@dataclass(slots=True)
+class Delete:
+    """Remove the object under `key`; absent is not an error."""
+
+    key: str
+
+    kind: ClassVar[Kind] = "delete"
+    permission: ClassVar[Permission] = "delete"
+
+
+Operation: TypeAlias = Insert | Get | Delete
+
+
+@dataclass(slots=True)
+class Inserted:
+    """An insert is done: the object is durable and visible."""
+
+    key: str
+    meta: ObjectMeta
+
+    kind: ClassVar[Kind] = "insert"
+
+
+@dataclass(slots=True)
+class Got:
+    """A get is done; `payload` is None if there is no object."""
+
+    key: str
+    payload: Payload | None
+
+    kind: ClassVar[Kind] = "get"
+
+
+@dataclass(slots=True)
+class Deleted:
+    """A delete is done: there is no object, and perhaps there was none."""
+
+    key: str
+
+    kind: ClassVar[Kind] = "delete"
+
+
+Response: TypeAlias = Inserted | Got | Deleted
+
+
+@dataclass(slots=True)
+class BatchResult:
+    """What became of one item of the input.
+
+    Attributes:
+        index: Position in the input, from 0.
+        response: Of an operation that succeeded.
+        error: Of one that did not, or the very error that stood in the input.
+        kind: Of the operation; empty for an error of the input.
+        key: Of the operation; made by now, if the insert had none.
+    """
+
+    index: int
+    response: Response | None = None
+    error: BaseException | None = None
+    kind: Kind | Literal[""] = ""
+    key: str | None = None
+
+    def unwrap(self) -> Response:
+        """The response; raises the error if there is one."""
+        if self.response is None:
+            raise self.error or AssertionError("neither a response nor an error")
+        return self.response
+
+
+class Payload:
+    """The bytes of an object that was read.
+
+    Small ones are here already. Those above 1 MiB are read when they are asked for, pinned to one entity tag; until
+    the last byte is read, or `close` is called, or nobody holds the payload any more, the batch keeps its permits.
+
+    Attributes:
+        meta: What the store says of the object.
+    """
+
+    __slots__ = ("__weakref__", "_close", "_data", "_read", "meta")
+
+    def __init__(
+        self,
+        meta: ObjectMeta,
+        data: bytes | None,
+        read: Callable[[int, int], bytes] | None = None,
+        close: Callable[[], None] | None = None,
+    ) -> None:
+        self.meta = meta
+        self._data = data
+        self._read = read
+        self._close = close
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return self.meta.size
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something to be read from the store, for which permits are held."""
+        return self._close is not None
+
+    def __iter__(self) -> Iterator[bytes]:
+        """The bytes from the start, in pieces of at most 1 MiB."""
+        if self._data is not None:
+            if self._data:
+                yield self._data
+            return
+        read = self._read
+        assert read is not None
+        for offset in range(0, self.size, PIECE_BYTES):
+            if self._close is None:
+                raise ValueError("the payload is closed")
+            yield read(offset, min(PIECE_BYTES, self.size - offset))
+        self.close()
+
+    def read(self) -> bytes:
+        """All bytes at once.
+
+        Raises:
+            ObjectChanged: the object was replaced since.
+            ValueError: the payload was closed before it was read.
+        """
+        return self._data if self._data is not None else b"".join(self)
+
+    def close(self) -> None:
+        """Read no more; may be called again."""
+        close, self._close = self._close, None
+        if close is not None:
+            close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{self.size} bytes>"
+
+
+PIECE_BYTES: Final = 1024 * 1024

@@ -1,0 +1,475 @@
+"""Operations from a file, their results as a Parquet table; a run that was killed or had failures is continued.
+
+While a batch runs, each result is a line of a journal beside the table. At its end the journal becomes the table, in
+one step. Whoever runs the same file again executes what is in neither, and what failed.
+"""
+# pyarrow has no types
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import base64
+import binascii
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Final, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from blobflow.batch.operations import BatchResult, Delete, Get, Got, Insert, Inserted, Operation
+from blobflow.batch.stream import BatchExecutor
+from blobflow.errors import (
+    BlobflowError,
+    InvalidOperation,
+    ObjectTooLarge,
+    ResultsConflict,
+    TransferBusy,
+    UsageError,
+    writing,
+)
+from blobflow.stores.base import ObjectMeta
+
+FORMAT: Final = "blobflow.batch-results/1"
+SCHEMA: Final = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),  # position in the file of operations, from 0
+        pa.field("kind", pa.string()),  # insert, get, delete; null where the entry is no operation
+        pa.field("key", pa.string()),
+        pa.field("status", pa.string(), nullable=False),  # done, absent (a get of nothing), failed
+        pa.field("size", pa.int64()),  # bytes that were put or read
+        pa.field("e_tag", pa.string()),
+        pa.field("error", pa.string()),  # type of the error
+        pa.field("message", pa.string()),
+        pa.field("hint", pa.string()),
+        pa.field("retryable", pa.bool_()),
+        pa.field("payload", pa.binary()),  # of gets, where it was asked for
+    ]
+)
+
+_JOURNAL_SUFFIX: Final = ".journal"
+_FLUSH_ROWS: Final = 100
+_FLUSH_S: Final = 1.0
+"""What a kill may make the next run do again; operations may be repeated."""
+_TABLE_ROWS: Final = 1000
+"""Per row group: with payloads of 1 MiB, a gibibyte at the most."""
+_MAX_LINE_BYTES: Final = 4 * 1024 * 1024
+"""A payload of 1 MiB in base64, or with every character escaped, and room for the rest."""
+_SAMPLE: Final = 20
+
+OnProgress = Callable[[int, int], None]
+"""`on_progress(done, total)` counts operations."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One row of what failed."""
+
+    index: int
+    kind: str | None
+    key: str | None
+    error: str
+    message: str
+    retryable: bool
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What became of the operations of a file, over all its runs."""
+
+    operations: int
+    executed: int
+    """By this run."""
+    resumed: int
+    """Done by earlier ones."""
+    done: int
+    absent: int
+    failed: int
+    kinds: dict[str, int]
+    failures: list[Failure]
+    """The first ones."""
+    retryable: bool
+    """Whether all that failed may succeed when it is run again."""
+    results: Path
+    seconds: float
+
+
+@dataclass
+class _Counts:
+    statuses: Counter[str] = field(default_factory=Counter[str])
+    kinds: Counter[str] = field(default_factory=Counter[str])
+    failures: list[Failure] = field(default_factory=list[Failure])
+    retryable: bool = True
+
+
+def default_results(operations: Path) -> Path:
+    """Where the results of a file go unless they are told to go elsewhere."""
+    return operations.with_name(operations.name + ".results.parquet")
+
+
+def run_batch_file(
+    executor: BatchExecutor,
+    operations: Path,
+    results: Path | None = None,
+    *,
+    payloads: bool = False,
+    fresh: bool = False,
+    on_progress: OnProgress | None = None,
+) -> BatchReport:
+    """Execute the operations of a file and write their results; may be called again after a crash, and for failures.
+
+    Args:
+        operations: JSON lines or, with the ending `.parquet`, a table; see docs/batch.md. An insert without a key gets
+            one that follows from the file's content and the place in it, so that repeating it inserts nothing twice.
+        results: The table; it belongs to this content of the file.
+        payloads: Keep what gets read in the table. Objects above 1 MiB fail then.
+        fresh: Forget earlier results and execute everything.
+
+    Raises:
+        ResultsConflict: the results are those of other operations.
+        TransferBusy: another process works on them at this moment.
+        AtCapacity: see `BatchExecutor.stream`.
+    """
+    started = time.monotonic()
+    results = default_results(operations) if results is None else results
+    source = _Source(operations)
+    with _Journal(results, source.digest, payloads=payloads, fresh=fresh) as journal:
+        before = frozenset(journal.done)
+        positions: dict[int, int] = {}
+        """Index in the stream -> index in the file, of what is under way."""
+
+        def undone() -> Iterator[Operation | BlobflowError]:
+            ours = (pair for pair in enumerate(source) if pair[0] not in before)
+            for number, (index, item) in enumerate(ours):
+                positions[number] = index
+                yield item
+
+        with executor.stream(undone()) as stream:
+            for result in stream:
+                journal.add(_row(positions.pop(result.index), result, payloads=payloads))
+                if on_progress is not None:
+                    on_progress(len(journal.done) + journal.failed, source.count)
+        executed = len(journal.done) - len(before) + journal.failed
+        counts = journal.publish()
+    return BatchReport(
+        operations=source.count,
+        executed=executed,
+        resumed=len(before),
+        done=counts.statuses["done"],
+        absent=counts.statuses["absent"],
+        failed=counts.statuses["failed"],
+        kinds=dict(counts.kinds),
+        failures=counts.failures,
+        retryable=counts.retryable,
+        results=results,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _row(index: int, result: BatchResult, *, payloads: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"index": index, "kind": result.kind or None, "key": result.key, "status": "done"}
+    error, response = result.error, result.response
+    if isinstance(response, Got):
+        if response.payload is None:
+            return row | {"status": "absent"}
+        with response.payload as payload:
+            if payload.is_open and payloads:
+                error = ObjectTooLarge(f"{result.key!r} has {payload.size} bytes, too many for a table")
+            else:
+                row |= _about(payload.meta)
+                if payloads:
+                    row["payload"] = base64.b64encode(payload.read()).decode()
+    elif isinstance(response, Inserted):
+        row |= _about(response.meta)
+    if error is None:
+        return row
+    said = error if isinstance(error, BlobflowError) else None
+    return row | {
+        "status": "failed",
+        "error": type(error).__name__,
+        "message": str(error),
+        "hint": (said.hint if said else "") or None,
+        "retryable": said is not None and said.retryable,
+    }
+
+
+def _about(meta: ObjectMeta) -> dict[str, Any]:
+    return {"size": meta.size, "e_tag": meta.e_tag}
+
+
+# Operations
+
+
+class _Source:
+    """A file of operations, read once for its digest and once more for what it says."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._is_table = path.suffix == ".parquet"
+        digest, lines, last = hashlib.sha256(), 0, b"\n"
+        try:
+            with path.open("rb") as file:
+                while chunk := file.read(1024 * 1024):
+                    digest.update(chunk)
+                    lines += chunk.count(b"\n")
+                    last = chunk[-1:]
+            self.count: int = pq.read_metadata(path).num_rows if self._is_table else lines + (last != b"\n")
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UsageError(f"{path} cannot be read as operations: {error}", path=str(path)) from error
+        self.digest = digest.hexdigest()
+
+    def __iter__(self) -> Iterator[Operation | BlobflowError]:
+        for index, entry in enumerate(self._entries()):
+            yield self._operation(index, entry)
+
+    def _entries(self) -> Iterator[Any]:
+        if not self._is_table:
+            with self._path.open("rb") as file:
+                while line := file.readline(_MAX_LINE_BYTES):
+                    yield line
+                    while not line.endswith(b"\n") and (line := file.readline(_MAX_LINE_BYTES)):
+                        pass  # the rest of a line that is too long to be one
+            return
+        with pq.ParquetFile(self._path) as table:
+            known = [name for name in ("op", "key", "payload", "metadata") if name in table.schema_arrow.names]
+            for batch in table.iter_batches(batch_size=256, columns=known):
+                yield from batch.to_pylist(maps_as_pydicts="strict")
+
+    def _operation(self, index: int, entry: Any) -> Operation | BlobflowError:
+        def refuse(reason: str) -> InvalidOperation:
+            return InvalidOperation(
+                f"{self._path.name}, entry {index}: {reason}",
+                hint='an entry is like {"op": "insert", "key": "a/b", "payload": "text"}; op: insert, get, delete',
+                path=str(self._path),
+                index=index,
+            )
+
+        if isinstance(entry, bytes):
+            try:
+                entry = json.loads(entry)
+            except ValueError:
+                return refuse("it is not JSON")
+        if not isinstance(entry, dict):
+            return refuse("it is not an object")
+        given = {name: value for name, value in cast("dict[str, Any]", entry).items() if value is not None}
+        kind, key = given.pop("op", None), given.pop("key", None)
+        if kind == "insert" and (key is None or isinstance(key, str)):
+            return self._insert(index, key, given, refuse)
+        if not isinstance(key, str):
+            return refuse("it has no key")
+        if kind not in ("get", "delete"):
+            return refuse(f"{kind!r} is no op")
+        if given:
+            return refuse(f"a {kind} has no {min(given)!r}")
+        return Get(key) if kind == "get" else Delete(key)
+
+    def _insert(
+        self, index: int, key: str | None, given: dict[str, Any], refuse: Callable[[str], InvalidOperation]
+    ) -> Operation | BlobflowError:
+        payload, encoded = given.pop("payload", None), given.pop("payload_base64", None)
+        metadata = given.pop("metadata", None)
+        if given:
+            return refuse(f"an insert has no {min(given)!r}")
+        if (payload is None) == (encoded is None):
+            return refuse("an insert has either a payload or a payload_base64")
+        if isinstance(encoded, str):
+            try:
+                payload = base64.b64decode(encoded, validate=True)
+            except binascii.Error:
+                return refuse("its payload_base64 is none")
+        if isinstance(payload, str):
+            payload = payload.encode("utf-8", "surrogatepass")
+        if not isinstance(payload, bytes):
+            return refuse("its payload is not text")
+        texts: list[Any] = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [metadata or ""]
+        if not all(isinstance(text, str) for text in texts) or (metadata and not isinstance(metadata, dict)):
+            return refuse("its metadata are not names and texts")
+        if key is None:
+            key = hashlib.sha256(f"{self.digest}/{index}".encode()).hexdigest()[:32]
+        return Insert(key, payload, metadata or None)
+
+
+# Results
+
+
+class _Journal:
+    """What is known of the results so far: a line for each, the last one of an index counts.
+
+    Attributes:
+        done: Indexes that need not be executed.
+        failed: How many this run has added to the others.
+    """
+
+    def __init__(self, results: Path, digest: str, *, payloads: bool, fresh: bool) -> None:
+        self.done: set[int] = set()
+        self.failed = 0
+        self._table = results
+        self._path = results.with_name(results.name + _JOURNAL_SUFFIX)
+        self._digest = digest
+        self._payloads = payloads
+        self._fresh = fresh
+        self._rows: list[str] = []
+        self._flushed_at = 0.0
+
+    def __enter__(self) -> _Journal:
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file: IO[bytes] = self._path.open("a+b")
+        try:
+            self._begin()
+        except BaseException:
+            if not os.fstat(self._file.fileno()).st_size:
+                self._path.unlink(missing_ok=True)
+            self._file.close()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._busy() from None
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise self._busy()  # it has just ended, and taken the journal along
+        if self._fresh:
+            self._file.truncate(0)
+            self._table.unlink(missing_ok=True)
+        self._file.seek(0)
+        header = self._file.readline()
+        if header.endswith(b"\n"):
+            self._check(self._parsed(header).get("operations_sha256"))
+            for _, row in self._read():
+                self._learn(row)
+            self._file.seek(self._end)
+            self._file.truncate()  # half a line, if there is one
+            return
+        self._file.truncate(0)
+        head = json.dumps({"format": FORMAT, "operations_sha256": self._digest})
+        before = self._of_table() if self._table.exists() else ()
+        rows = (json.dumps(row) for row in before if self._learn(row))
+        first = next(rows, None)  # looks at the table before anything is written
+        self._write([head, *filter(None, [first])])
+        for row in rows:
+            self._write([row])
+
+    def _busy(self) -> TransferBusy:
+        return TransferBusy(f"another process works on {self._table}", hint="wait for it to end", path=str(self._table))
+
+    def _check(self, digest: Any) -> None:
+        if digest != self._digest:
+            raise ResultsConflict(f"{self._table} has the results of other operations", path=str(self._table))
+
+    def _of_table(self) -> Iterator[dict[str, Any]]:
+        try:
+            table = pq.ParquetFile(self._table)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ResultsConflict(f"{self._table} is not a table of results", path=str(self._table)) from error
+        with table:
+            about: dict[bytes, bytes] = table.schema_arrow.metadata or {}
+            self._check(about.get(b"blobflow.operations_sha256", b"").decode())
+            for batch in table.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    if row["payload"] is not None:
+                        row["payload"] = base64.b64encode(row["payload"]).decode()
+                    yield {name: value for name, value in row.items() if name == "kind" or value is not None}
+
+    def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Offset and content of each whole line after the first."""
+        self._file.seek(0)
+        self._end = len(self._file.readline())
+        while (line := self._file.readline()).endswith(b"\n"):
+            yield self._end, self._parsed(line)
+            self._end += len(line)
+
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        try:
+            parsed = json.loads(line)
+        except ValueError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise ResultsConflict(f"{self._path} is no journal of results", path=str(self._path))
+        return cast("dict[str, Any]", parsed)
+
+    def _learn(self, row: dict[str, Any]) -> bool:
+        """Note what a row says; whether it need not be executed again."""
+        wants_payload = self._payloads and row["kind"] == "get" and row["status"] == "done"
+        if row["status"] == "failed" or (wants_payload and "payload" not in row):
+            self.done.discard(row["index"])
+            return False
+        self.done.add(row["index"])
+        return True
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a result."""
+        if row["status"] == "failed":
+            self.failed += 1
+        else:
+            self.done.add(row["index"])
+        self._rows.append(json.dumps({n: value for n, value in row.items() if n == "kind" or value is not None}))
+        if len(self._rows) >= _FLUSH_ROWS or time.monotonic() - self._flushed_at >= _FLUSH_S:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows, self._rows = self._rows, []
+        self._flushed_at = time.monotonic()
+        if rows:
+            self._write(rows)
+
+    def _write(self, lines: list[str]) -> None:
+        with writing(self._path):
+            self._file.write("".join(line + "\n" for line in lines).encode())
+            self._file.flush()
+
+    def publish(self) -> _Counts:
+        """Turn the journal into the table, which appears whole."""
+        self._flush()
+        offsets = {row["index"]: offset for offset, row in self._read()}
+        counts = _Counts()
+        making = self._table.with_name(f".{self._table.name}.{os.getpid()}")
+        schema = SCHEMA.with_metadata({"blobflow.format": FORMAT, "blobflow.operations_sha256": self._digest})
+        try:
+            with writing(self._table):
+                with pq.ParquetWriter(making, schema, compression="zstd") as table:
+                    places = [offsets[index] for index in sorted(offsets)]
+                    for at in range(0, max(1, len(places)), _TABLE_ROWS):
+                        rows = [self._row_at(place) for place in places[at : at + _TABLE_ROWS]]
+                        for row in rows:
+                            _count(counts, row)
+                        table.write_table(pa.Table.from_pylist(rows, schema))
+                making.replace(self._table)
+        finally:
+            making.unlink(missing_ok=True)
+        self._path.unlink()
+        return counts
+
+    def _row_at(self, offset: int) -> dict[str, Any]:
+        self._file.seek(offset)
+        row = self._parsed(self._file.readline())
+        if "payload" in row:
+            row["payload"] = base64.b64decode(row["payload"])
+        return row
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._flush()
+        finally:
+            self._file.close()
+
+
+def _count(counts: _Counts, row: dict[str, Any]) -> None:
+    counts.statuses[row["status"]] += 1
+    counts.kinds[row["kind"] or "invalid"] += 1
+    if row["status"] == "failed":
+        counts.retryable = counts.retryable and row["retryable"]
+        if len(counts.failures) < _SAMPLE:
+            counts.failures.append(
+                Failure(row["index"], row["kind"], row.get("key"), row["error"], row["message"], row["retryable"])
+            )

@@ -1,0 +1,130 @@
+"""The wrappers of stores, for coroutines: retries and limits that wait without holding a thread up.
+
+A module of its own because the import of asyncio takes longer than a small command should.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from typing_extensions import override
+
+from blobflow.errors import SlowDown, StoreUnavailable, TimedOut
+from blobflow.limits import AdaptiveLimit, Bandwidth
+from blobflow.stores.base import Body, Coroutines, ObjectMeta, StoredObject
+from blobflow.stores.retry import Patience, RetryingStore
+
+_T = TypeVar("_T")
+
+
+class RetryingCoroutines(Coroutines):
+    """`RetryingStore` for coroutines; it counts where the store counts."""
+
+    def __init__(self, inner: Coroutines, store: RetryingStore) -> None:
+        self._inner = inner
+        self._store = store
+
+    @override
+    async def put(self, key: str, body: Body) -> ObjectMeta:
+        return await self._call("put", key, lambda: self._inner.put(key, body))
+
+    @override
+    async def get(self, key: str, *, max_bytes: int) -> StoredObject:
+        return await self._call("get", key, lambda: self._inner.get(key, max_bytes=max_bytes))
+
+    @override
+    async def delete(self, key: str) -> None:
+        await self._call("delete", key, lambda: self._inner.delete(key))
+
+    @override
+    async def close(self) -> None:
+        await self._inner.close()
+
+    async def _call(self, operation: str, key: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        patience: Patience | None = None
+        while True:
+            try:
+                return await attempt()
+            except (StoreUnavailable, TimedOut) as error:
+                patience = patience or self._store.patience(operation, key)
+                wait_s = patience.wait_s(error)
+                if wait_s is None:
+                    raise
+            await asyncio.sleep(wait_s)
+
+
+class LimitedCoroutines(Coroutines):
+    """`LimitedStore` for coroutines."""
+
+    def __init__(self, inner: Coroutines, requests: AdaptiveLimit, bandwidth: Bandwidth | None) -> None:
+        self._inner = inner
+        self._requests = requests
+        self._bandwidth = bandwidth
+
+    @override
+    async def put(self, key: str, body: Body) -> ObjectMeta:
+        await self._pay(body.size)
+        return await self._in_a_place(lambda: self._inner.put(key, body))
+
+    @override
+    async def get(self, key: str, *, max_bytes: int) -> StoredObject:
+        found = await self._in_a_place(lambda: self._inner.get(key, max_bytes=max_bytes))
+        await self._pay(len(found.data))
+        return found
+
+    @override
+    async def delete(self, key: str) -> None:
+        await self._in_a_place(lambda: self._inner.delete(key))
+
+    @override
+    async def close(self) -> None:
+        await self._inner.close()
+
+    async def _pay(self, size: int) -> None:
+        if self._bandwidth is not None and (wait_s := self._bandwidth.reserve(size)) > 0:
+            await asyncio.sleep(wait_s)
+
+    async def _in_a_place(self, request: Callable[[], Awaitable[_T]]) -> _T:
+        epoch = self._requests.begin()
+        if epoch is None:
+            epoch = await self._wait()
+        try:
+            answer = await request()
+        except SlowDown:
+            self._requests.answered(epoch, True)
+            raise
+        else:
+            self._requests.answered(epoch, False)
+            return answer
+        finally:
+            self._requests.end()
+
+    async def _wait(self) -> int:
+        loop = asyncio.get_running_loop()
+        while True:
+            free: asyncio.Future[None] = loop.create_future()
+            epoch = self._requests.begin(lambda free=free: self._told(loop, free))
+            if epoch is not None:
+                return epoch
+            try:
+                await free
+            except asyncio.CancelledError:
+                if not free.cancelled():  # told, and gone: the next one is told instead
+                    self._requests.wake()
+                raise
+
+    def _told(self, loop: asyncio.AbstractEventLoop, free: asyncio.Future[None]) -> None:
+        """A place is free; called by any thread."""
+
+        def tell() -> None:
+            if free.cancelled():
+                self._requests.wake()
+            else:
+                free.set_result(None)
+
+        try:
+            loop.call_soon_threadsafe(tell)
+        except RuntimeError:  # the loop is closed: nobody waits there any more
+            self._requests.wake()
