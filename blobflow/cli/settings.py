@@ -12,7 +12,8 @@ import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from click.core import ParameterSource
@@ -23,6 +24,10 @@ from blobflow.errors import BlobflowError, TemporaryError
 if TYPE_CHECKING:
     from blobflow.config import ChunkProfile
     from blobflow.stores.base import Store
+
+PATH: Final = click.Path(path_type=Path)
+BACKENDS: Final = click.Choice(["append-log", "directory", "parquet", "sqlite"])
+"""`blobflow.backends.BACKENDS`, without the import."""
 
 
 @dataclass

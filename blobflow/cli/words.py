@@ -5,8 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from blobflow.artifact.manifest import Manifest
 
 
 def human_size(count: float) -> str:
@@ -28,6 +32,22 @@ def human_duration(seconds: float) -> str:
 def human_time(moment: datetime | None) -> str:
     """The moment in local time."""
     return moment.astimezone().isoformat(sep=" ", timespec="seconds") if moment else ""
+
+
+def members_of(manifest: Manifest) -> str:
+    """How many members an artifact has, and how large they are."""
+    return f"{manifest.members} {'member' if manifest.members == 1 else 'members'}, {human_size(manifest.bytes)}"
+
+
+def left_out(excluded: int, symlinks_skipped: int) -> list[str]:
+    """A line about what an export left out, if it did."""
+    counts = [f"{excluded} excluded"] * bool(excluded) + [f"{symlinks_skipped} symbolic links"] * bool(symlinks_skipped)
+    return [f"left out: {', '.join(counts)}"] if counts else []
+
+
+def from_before(count: int) -> str:
+    """The part of a sentence about what an earlier attempt had moved."""
+    return f", {human_size(count)} were there from before," if count else ""
 
 
 def printable(text: str) -> str:

@@ -28,8 +28,8 @@ from blobflow import AppendLog, AppendLogImporter
 from blobflow.artifact.landing import Stage
 from blobflow.backends import BACKENDS
 from blobflow.cli import run
-from blobflow.cli.commands import _BACKENDS
 from blobflow.cli.progress import LINE_EVERY_S, Lines
+from blobflow.cli.settings import BACKENDS as CHOICES
 from blobflow.cli.settings import Settings
 from blobflow.scratch import scratch_directory
 from blobflow.testing import Executable, Tree, read_tree, write_tree
@@ -286,7 +286,7 @@ def test_what_does_not_fit_a_backend_is_refused_before_a_byte_moves(call: Call, 
 
 def test_the_command_line_knows_every_backend():
     """What Python has, `--from` and `--import` have."""
-    assert list(_BACKENDS.choices) == sorted(BACKENDS)
+    assert list(CHOICES.choices) == sorted(BACKENDS)
 
 
 @pytest.mark.seed("W1.9")

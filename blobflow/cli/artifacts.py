@@ -1,0 +1,445 @@
+"""Artifacts: made, brought into a store and back, verified, copied, listed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from blobflow.cli.progress import Progress, processed, show_progress, transferred
+from blobflow.cli.settings import BACKENDS, PATH, DigestType, SampleType, Settings
+from blobflow.cli.words import from_before, human_size, human_time, left_out, members_of, table
+from blobflow.errors import RefusedError
+from blobflow.scratch import scratch_directory
+
+if TYPE_CHECKING:
+    from blobflow.backends import Exporter, ImportResult
+    from blobflow.stores.base import Store
+    from blobflow.transport import DownloadResult
+
+
+def _export_options(function: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option("--from", "backend", type=BACKENDS, help="What SRC is.  [default: directory]"),
+        click.option(
+            "--cursor-query",
+            metavar="SQL",
+            help="Of sqlite: its first row says where in its history the database stands.",
+        ),
+        click.option(
+            "--mode",
+            type=click.Choice(["reference", "link", "copy"]),
+            help="How the artifact holds the files: it points to them, as hard links, or as copies.",
+        ),
+        click.option(
+            "--symlinks",
+            type=click.Choice(["refuse", "skip", "follow"]),
+            help="What to do with symbolic links; follow stays inside.  [default: refuse]",
+        ),
+        click.option(
+            "--exclude",
+            multiple=True,
+            metavar="PATTERN",
+            help="Leave out names that match or, if the pattern has a '/', paths; may be repeated.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value}
+
+
+def _exporter(source: Path, backend: str, options: dict[str, Any]) -> Exporter:
+    """The exporter of SRC; an option that another backend has is refused."""
+    from blobflow.backends import backend_classes
+
+    kind, _ = backend_classes(backend)
+    for name in options:
+        if name not in kind.model_fields:
+            raise click.UsageError(f"--{name.replace('_', '-')} is no option for --from {backend}")
+    return kind(path=source, **options)
+
+
+@click.command()
+@click.argument("source", metavar="SRC", type=PATH)
+@click.argument("dest", metavar="DEST", type=PATH)
+@_export_options
+@click.pass_obj
+def export(settings: Settings, source: Path, dest: Path, backend: str | None, **options: Any) -> None:
+    """Make an artifact of SRC, a directory unless --from says otherwise, in the new directory DEST.
+
+    The artifact of a directory keeps copies of the files unless --mode says otherwise.
+    """
+    given = _given(options)
+    if backend in (None, "directory"):
+        given = {"mode": "copy", **given}
+    with show_progress() as progress:
+        exporter = _exporter(source, backend or "directory", given)
+        result = exporter.export(dest, on_progress=processed(progress, "export"))
+    artifact = result.artifact
+    settings.report(
+        {
+            "status": "exported",
+            "path": str(artifact.path.absolute()),
+            "artifact_digest": artifact.digest,
+            "content_digest": artifact.manifest.content_digest,
+            "bytes_total": artifact.payload_size,
+            "content_bytes": result.bytes,
+            "members": result.members,
+            "excluded": result.excluded,
+            "symlinks_skipped": result.symlinks_skipped,
+            "seconds": result.seconds,
+        },
+        f"exported {artifact.path}  {artifact.digest}",
+        f"{members_of(artifact.manifest)} in {result.seconds:.1f} s",
+        *left_out(result.excluded, result.symlinks_skipped),
+    )
+
+
+@click.command()
+@click.argument("source", metavar="SRC", type=PATH)
+@click.argument("key")
+@_export_options
+@click.option("--overwrite", is_flag=True, help="Replace another artifact under KEY.")
+@click.pass_obj
+def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: str | None, **options: Any) -> None:
+    """Upload SRC, a directory unless --from says otherwise, or an artifact made by `export`, under KEY.
+
+    The files of a directory are read where they are; nothing is copied unless --mode says so. Of a database or a log a
+    copy lies among the temporary files meanwhile. Run it again after a crash, on any machine that has the source: it
+    sends what is missing.
+    """
+    from blobflow.artifact.artifact import Artifact
+    from blobflow.transport import check_artifact_key, upload
+
+    settings.resumes = True
+    started = time.monotonic()
+    check_artifact_key(key)
+    with settings.open_store() as store, show_progress() as progress:
+        arguments: dict[str, Any] = {
+            "profile": settings.transfer_profile(),
+            "overwrite": overwrite,
+            "on_progress": transferred(progress),
+        }
+        excluded = symlinks_skipped = 0
+        given = _given(options)
+        if Artifact.is_artifact(source):
+            if late := ["from"] * bool(backend) + list(given):
+                raise click.UsageError(f"{source} is an artifact already: --{late[0].replace('_', '-')} comes too late")
+            result = upload(store, key, source, **arguments)
+        else:
+            store.exists(key)  # wrong credentials should not show only after an hour of hashing
+            exporter = _exporter(source, backend or "directory", given)
+            with scratch_directory(source) as scratch:
+                exported = exporter.export(scratch / "artifact", on_progress=processed(progress, "export"))
+                excluded, symlinks_skipped = exported.excluded, exported.symlinks_skipped
+                result = upload(store, key, exported.artifact, **arguments)
+    seconds = time.monotonic() - started
+    settings.report(
+        {
+            "status": result.status,
+            "key": key,
+            "store": store.url,
+            "artifact_digest": result.artifact_digest,
+            "content_digest": result.manifest.content_digest,
+            "bytes_total": result.bytes_total,
+            "bytes_sent": result.bytes_sent,
+            "bytes_resumed": result.bytes_resumed,
+            "content_bytes": result.manifest.bytes,
+            "members": result.manifest.members,
+            "excluded": excluded,
+            "symlinks_skipped": symlinks_skipped,
+            "parts": result.parts,
+            "checkpoints_saved": result.checkpoints_saved,
+            "seconds": seconds,
+        },
+        f"{result.status} {key}  {result.artifact_digest}",
+        f"{members_of(result.manifest)}; sent {human_size(result.bytes_sent)}{from_before(result.bytes_resumed)}"
+        f" in {seconds:.1f} s",
+        *left_out(excluded, symlinks_skipped),
+    )
+
+
+@click.command()
+@click.argument("key")
+@click.argument("dest", required=False, type=PATH)
+@click.option(
+    "--import",
+    "target",
+    nargs=2,
+    type=(BACKENDS, PATH),
+    metavar="BACKEND TARGET",
+    help="Bring the artifact to life at TARGET instead, which keeps TARGET/current up to date; BACKEND is append-log,"
+    " directory, parquet or sqlite.",
+)
+@click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
+@click.pass_obj
+def pull(settings: Settings, key: str, dest: Path | None, target: tuple[str, Path] | None, digest: str | None) -> None:
+    """Download the artifact under KEY to DEST, which must be new or empty.
+
+    Every byte is verified beside DEST, which then appears whole, in one step. Run it again after a crash: it fetches
+    what is missing.
+    """
+    from blobflow.transport import download
+
+    if (dest is None) == (target is None):
+        raise click.UsageError("name either DEST or --import BACKEND TARGET")
+    settings.resumes = True
+    started = time.monotonic()
+    with settings.open_store() as store, show_progress() as progress:
+        options: dict[str, Any] = {
+            "profile": settings.transfer_profile(),
+            "expected_digest": digest,
+            "on_progress": transferred(progress),
+        }
+        if target is not None:
+            imported, result = pull_into(*target, store, key, progress, options)
+            status, path = imported.status, imported.path
+        else:
+            result = download(store, key, dest or "", **options)
+            status, path = result.status, result.path
+    seconds = time.monotonic() - started
+    settings.report(
+        {
+            "status": status,
+            "key": key,
+            "store": store.url,
+            "path": str(path),
+            "artifact_digest": result.artifact_digest,
+            "content_digest": result.manifest.content_digest,
+            "bytes_total": result.bytes_total,
+            "bytes_received": result.bytes_received,
+            "bytes_resumed": result.bytes_resumed,
+            "content_bytes": result.manifest.bytes,
+            "members": result.manifest.members,
+            "parts": result.parts,
+            "checkpoints_saved": result.checkpoints_saved,
+            "seconds": seconds,
+        },
+        f"{status} {path}  {result.artifact_digest}",
+        f"{members_of(result.manifest)}; received {human_size(result.bytes_received)}"
+        f"{from_before(result.bytes_resumed)} in {seconds:.1f} s",
+    )
+
+
+def pull_into(
+    backend: str, target: Path, store: Store, key: str, progress: Progress, options: dict[str, Any]
+) -> tuple[ImportResult, DownloadResult]:
+    """Download into the importer's own staging, so that the import is a rename; what is alive there is left alone."""
+    from blobflow.artifact.manifest import Manifest, artifact_digest
+    from blobflow.backends import backend_classes, import_artifact
+    from blobflow.transport import DownloadResult, download, read_manifest_bytes
+
+    importer = backend_classes(backend)[1](path=target)
+    manifest_bytes = read_manifest_bytes(store, key)
+    offered, manifest = artifact_digest(manifest_bytes), Manifest.parse(manifest_bytes)
+    if manifest.backend != backend:  # the importer would say so as well, after the download
+        raise RefusedError(
+            f"{key!r} was made by backend {manifest.backend!r}, not {backend!r}",
+            hint=f"--import {manifest.backend} TARGET",
+            key=key,
+        )
+    alive = importer.current()
+    if alive is not None and alive.digest == offered == (options["expected_digest"] or offered):
+        result = DownloadResult("unchanged", key, importer.data, offered, alive.manifest, alive.payload_size, 0, 0, 0.0)
+        artifact = alive
+    else:
+        result = download(store, key, importer.staging(offered), **options)
+        artifact = result.path
+    show = processed(progress, "import")
+    return import_artifact(artifact, importer, consume=True, on_progress=show, key=key), result
+
+
+@click.command()
+@click.argument("key")
+@click.option("--deep", "mode", flag_value="deep", help="Read and check every byte.")
+@click.option("--shallow", "mode", flag_value="shallow", help="Check sizes, manifests and what the store attests.")
+@click.option(
+    "--sample",
+    type=SampleType(),
+    metavar="N/T",
+    help="Read only the Nth of T slices of the files: 1/7 on Mondays, 2/7 on Tuesdays, and so on.",
+)
+@click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
+@click.pass_obj
+def verify(
+    settings: Settings,
+    key: str,
+    mode: Literal["deep", "shallow"] | None,
+    sample: tuple[int, int] | None,
+    digest: str | None,
+) -> None:
+    """Prove that the artifact under KEY is whole.
+
+    Without --deep or --shallow every byte is read, except where the store itself attests the checksum of the payload.
+    """
+    from blobflow.transport import verify as verify_artifact
+
+    with settings.open_store() as store, show_progress() as progress:
+        result = verify_artifact(
+            store,
+            key,
+            mode=mode or "auto",
+            sample=sample,
+            expected_digest=digest,
+            profile=settings.transfer_profile(),
+            on_progress=transferred(progress),
+        )
+    settings.report(
+        {
+            "status": result.status,
+            "mode": result.mode_used,
+            "key": key,
+            "store": store.url,
+            "artifact_digest": result.artifact_digest,
+            "content_digest": result.manifest.content_digest,
+            "bytes_total": result.bytes_total,
+            "bytes_received": result.bytes_read,
+            "bytes_resumed": 0,
+            "content_bytes": result.manifest.bytes,
+            "members": result.manifest.members,
+            "seconds": result.seconds,
+        },
+        f"verified {key}  {result.artifact_digest}",
+        f"{members_of(result.manifest)}; {result.mode_used}: read {human_size(result.bytes_read)} of"
+        f" {human_size(result.bytes_total)} in {result.seconds:.1f} s",
+    )
+
+
+@click.command()
+@click.argument("source", metavar="SOURCE_STORE")
+@click.argument("source_key", metavar="KEY")
+@click.argument("target", metavar="TARGET_STORE")
+@click.argument("target_key", metavar="[KEY]", required=False)
+@click.option("--overwrite", is_flag=True, help="Replace another artifact under the target's key.")
+@click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
+@click.option("--source-endpoint-url", metavar="URL", help="S3 server of SOURCE_STORE, if it is another one.")
+@click.option("--source-region", metavar="NAME", help="S3 region of SOURCE_STORE, likewise.")
+@click.pass_obj
+def copy(
+    settings: Settings,
+    source: str,
+    source_key: str,
+    target: str,
+    target_key: str | None,
+    overwrite: bool,
+    digest: str | None,
+    source_endpoint_url: str | None,
+    source_region: str | None,
+) -> None:
+    """Copy the artifact under KEY from one store to another, by default under the same key.
+
+    Nothing is written to local disk. What was copied is proven before it becomes visible. Run it again after a crash,
+    on any machine: parts that the target holds are not sent again. --store is not used.
+    """
+    from blobflow.transport import copy_artifact
+
+    settings.resumes = True
+    from_settings = settings.for_one_of_two(source, source_endpoint_url, source_region)
+    to_settings = settings.for_one_of_two(target)
+    key = target_key or source_key
+    with from_settings.open_store() as source_store, to_settings.open_store() as store, show_progress() as progress:
+        result = copy_artifact(
+            source_store,
+            source_key,
+            store,
+            key,
+            profile=settings.transfer_profile(),
+            overwrite=overwrite,
+            expected_digest=digest,
+            on_progress=transferred(progress),
+        )
+    how = "the server copied, read back" if result.server_side else "received"
+    settings.report(
+        {
+            "status": result.status,
+            "key": key,
+            "store": store.url,
+            "source_key": source_key,
+            "source_store": source_store.url,
+            "artifact_digest": result.artifact_digest,
+            "content_digest": result.manifest.content_digest,
+            "server_side": result.server_side,
+            "bytes_total": result.bytes_total,
+            "bytes_received": result.bytes_received,
+            "bytes_sent": result.bytes_sent,
+            "bytes_resumed": result.bytes_resumed,
+            "content_bytes": result.manifest.bytes,
+            "members": result.manifest.members,
+            "parts": result.parts,
+            "checkpoints_saved": result.checkpoints_saved,
+            "seconds": result.seconds,
+        },
+        f"{result.status} {key}  {result.artifact_digest}",
+        f"{members_of(result.manifest)}; {how} {human_size(result.bytes_received)},"
+        f" sent {human_size(result.bytes_sent)}{from_before(result.bytes_resumed)} in {result.seconds:.1f} s",
+    )
+
+
+@click.command()
+@click.argument("prefix", default="")
+@click.pass_obj
+def ls(settings: Settings, prefix: str) -> None:
+    """List the complete artifacts whose keys start with PREFIX."""
+    from blobflow.transport import list_artifacts
+
+    with settings.open_store() as store:
+        entries = list_artifacts(store, prefix)
+        if settings.json:
+            artifacts = [
+                {"key": entry.key, "last_modified": entry.last_modified and entry.last_modified.isoformat()}
+                for entry in entries
+            ]
+            settings.report({"status": "listed", "store": store.url, "prefix": prefix, "artifacts": artifacts})
+        else:
+            table(("key", "published"), ((entry.key, human_time(entry.last_modified)) for entry in entries))
+
+
+@click.command()
+@click.argument("key")
+@click.pass_obj
+def show(settings: Settings, key: str) -> None:
+    """Show the manifest of the artifact under KEY; nothing of its payload is read."""
+    from blobflow.artifact.manifest import Manifest, artifact_digest
+    from blobflow.transport import read_manifest_bytes
+
+    with settings.open_store() as store:
+        manifest_bytes = read_manifest_bytes(store, key)
+        payload = store.head(key)
+    manifest = Manifest.parse(manifest_bytes)
+    digest = artifact_digest(manifest_bytes)
+    if settings.json:
+        settings.report(
+            {
+                "status": "found",
+                "key": key,
+                "store": store.url,
+                "artifact_digest": digest,
+                "bytes_total": payload.size,
+                "manifest": manifest.model_dump(mode="json"),
+            }
+        )
+        return
+    table(
+        ("", ""),
+        [
+            ("key", key),
+            ("store", store.url),
+            ("artifact", digest),
+            ("content", manifest.content_digest),
+            ("backend", manifest.backend),
+            ("cursor", json.dumps(manifest.cursor)),
+            ("created", human_time(manifest.created_at)),
+            ("producer", manifest.producer),
+            ("members", str(manifest.members)),
+            ("bytes", f"{manifest.bytes} ({human_size(manifest.bytes)})"),
+            ("payload", f"{payload.size} ({human_size(payload.size)})"),
+            ("published", human_time(payload.last_modified)),
+        ],
+    )

@@ -1,0 +1,174 @@
+"""Layers: directories in a store, compressed, named by their content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from blobflow.cli.progress import processed, show_progress, transferred
+from blobflow.cli.settings import PATH, Settings
+from blobflow.cli.words import from_before, human_size, human_time, table
+
+
+def _layer_options(function: Callable[..., None]) -> Callable[..., None]:
+    for option in (
+        click.option(
+            "--state",
+            envvar="BLOBFLOW_LAYERS_STATE",
+            show_envvar=True,
+            metavar="URL",
+            help="SQLAlchemy URL of a database that hosts share.  [default: a file in --home]",
+        ),
+        click.option(
+            "--home",
+            type=PATH,
+            envvar="BLOBFLOW_LAYERS_HOME",
+            show_envvar=True,
+            metavar="DIR",
+            help="For that file and the stat cache.  [default: ~/.local/state/blobflow/layers]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@click.group()
+def layer() -> None:
+    """Keep directories as compressed layers, named by their content: what is unchanged is not sent.
+
+    NAME is that of the container, or whatever else the directory belongs to. The store knows everything that is needed
+    for a restore; state and stat cache of this host only save requests and reads.
+    """
+
+
+@layer.command("sync")
+@click.argument("directory", metavar="DIR", type=PATH)
+@click.argument("name")
+@click.option("--level", type=click.IntRange(1, 22), default=3, show_default=True, help="Of zstd.")
+@click.option(
+    "--symlinks",
+    type=click.Choice(["refuse", "skip", "follow"]),
+    default="refuse",
+    show_default=True,
+    help="What to do with symbolic links; follow stays inside.",
+)
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out names that match; may be repeated.")
+@_layer_options
+@click.pass_obj
+def layer_sync(
+    settings: Settings,
+    directory: Path,
+    name: str,
+    level: int,
+    symlinks: Literal["refuse", "skip", "follow"],
+    exclude: tuple[str, ...],
+    state: str | None,
+    home: Path | None,
+) -> None:
+    """Bring the directory DIR into the store as the layer of NAME, unless it is there.
+
+    Run it again after a crash, on any machine that has the directory: it compresses and sends what is missing.
+    """
+    from blobflow.layers import LayerSync
+
+    settings.resumes = True
+    with settings.open_store() as store, show_progress() as progress:
+        result = LayerSync(
+            store,
+            level=level,
+            profile=settings.transfer_profile(),
+            state=state,
+            home=home,
+            exclude=exclude,
+            symlinks=symlinks,
+            on_progress=transferred(progress),
+            on_scan=processed(progress, "scan"),
+        ).sync(name, directory)
+    settings.report(
+        {
+            "status": result.status,
+            "name": name,
+            "key": result.key,
+            "store": store.url,
+            "layer_digest": result.digest,
+            "layer_bytes": result.layer.object_size,
+            "bytes_total": result.layer.tar_size,
+            "bytes_sent": result.bytes_sent,
+            "bytes_resumed": result.bytes_resumed,
+            "files_read": result.files_read,
+            "parts": result.parts,
+            "parts_resumed": result.parts_resumed,
+            "codec": result.layer.codec,
+            "seconds": result.seconds,
+        },
+        f"{result.status} {name}  {result.digest}",
+        f"{human_size(result.layer.tar_size)}, compressed {human_size(result.layer.object_size)};"
+        f" sent {human_size(result.bytes_sent)}{from_before(result.bytes_resumed)} in {result.seconds:.1f} s",
+    )
+
+
+@layer.command("restore")
+@click.argument("name")
+@click.argument("dest", type=PATH)
+@click.option("--overwrite", is_flag=True, help="Replace any directory at DEST, whatever is in it.")
+@_layer_options
+@click.pass_obj
+def layer_restore(
+    settings: Settings, name: str, dest: Path, overwrite: bool, state: str | None, home: Path | None
+) -> None:
+    """Bring the layer of NAME to life as the directory DEST.
+
+    Every byte is verified beside DEST, which then appears whole, in one step. An earlier restore of NAME is replaced if
+    nobody wrote into it. Run it again after a crash: it fetches what is missing.
+    """
+    from blobflow.layers import LayerSync
+
+    settings.resumes = True
+    with settings.open_store() as store, show_progress() as progress:
+        result = LayerSync(
+            store,
+            profile=settings.transfer_profile(),
+            state=state,
+            home=home,
+            on_progress=transferred(progress),
+            on_scan=processed(progress, "scan"),
+        ).restore(name, dest, overwrite=overwrite)
+    settings.report(
+        {
+            "status": result.status,
+            "name": name,
+            "key": result.key,
+            "store": store.url,
+            "path": str(result.path),
+            "layer_digest": result.digest,
+            "layer_bytes": result.layer.object_size,
+            "bytes_total": result.layer.tar_size,
+            "bytes_received": result.bytes_received,
+            "bytes_resumed": result.bytes_resumed,
+            "parts": result.parts,
+            "seconds": result.seconds,
+        },
+        f"{result.status} {result.path}  {result.digest}",
+        f"{human_size(result.layer.tar_size)} from {human_size(result.layer.object_size)}"
+        f"{from_before(result.bytes_resumed)} in {result.seconds:.1f} s",
+    )
+
+
+@layer.command("ls")
+@_layer_options
+@click.pass_obj
+def layer_ls(settings: Settings, state: str | None, home: Path | None) -> None:
+    """List the containers in the store, and those that this host registered; a lost state is rebuilt."""
+    from blobflow.layers import LayerSync
+
+    with settings.open_store() as store:
+        states = LayerSync(store, state=state, home=home).list()
+    if settings.json:
+        containers = [one.model_dump(mode="json") for one in states]
+        settings.report({"status": "listed", "store": store.url, "containers": containers})
+    else:
+        rows = ((one.container, human_time(one.last_sync), one.remote_digest or "", one.path or "") for one in states)
+        table(("container", "synced", "layer", "directory"), rows)

@@ -1,0 +1,238 @@
+"""Mirrors: a receiver of snapshots, a sender, and what becomes of what was received."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blobflow.cli.artifacts import pull_into
+from blobflow.cli.progress import processed, show_progress, transferred
+from blobflow.cli.settings import BACKENDS, PATH, DigestType, Settings
+from blobflow.cli.words import from_before, human_size, members_of, table
+from blobflow.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from blobflow.mirror import ReceiverStatus, SnapshotId
+
+
+@click.group()
+def mirror() -> None:
+    """Push snapshots to a receiver elsewhere, and be one.
+
+    Both sides take their common secret, at least 16 characters, from the environment: BLOBFLOW_MIRROR_TOKEN.
+    """
+
+
+@mirror.command("serve")
+@click.argument("directory", metavar="DIR", type=PATH)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8337, show_default=True, help="0 takes a free one.")
+@click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="PEM; makes it https.")
+@click.option("--tls-key", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="Its private key.")
+@click.pass_obj
+def mirror_serve(
+    settings: Settings, directory: Path, host: str, port: int, tls_cert: str | None, tls_key: str | None
+) -> None:
+    """Receive snapshots in DIR until a signal ends it.
+
+    What arrived is kept: a receiver that is killed goes on at the last checkpoint when it is started again.
+    """
+    try:
+        from blobflow.mirror.server import MirrorServer
+    except ModuleNotFoundError as error:
+        raise click.UsageError(f"{error.name} is not installed: pip install 'blobflow[mirror]'") from error
+    from blobflow.mirror import MirrorReceiver
+
+    token = _mirror_token()
+    with MirrorReceiver(directory) as receiver:
+        try:
+            server = MirrorServer(
+                receiver, host=host, port=port, certificate=tls_cert, private_key=tls_key, token=token
+            )
+        except OSError as error:
+            raise click.UsageError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        settings.report(
+            {"status": "listening", "url": server.url, "path": str(directory.absolute())},
+            f"receiving in {directory} at {server.url}",
+        )
+        server.run()
+
+
+@mirror.command("push")
+@click.argument("what", metavar="KEY")
+@click.argument("url")
+@click.option("--database", required=True, metavar="NAME", help="What it is a snapshot of.")
+@click.option("--source", required=True, metavar="NAME", help="Where it comes from, for example the cluster.")
+@click.option(
+    "--position",
+    type=click.IntRange(0, (1 << 64) - 1),
+    metavar="N",
+    help="In the history of the source; greater is newer.  [default: when the artifact was made, or the file modified]",
+)
+@click.option("--file", "is_file", is_flag=True, help="KEY is the path of a local file instead.")
+@click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
+@click.pass_obj
+def mirror_push(
+    settings: Settings,
+    what: str,
+    url: str,
+    database: str,
+    source: str,
+    position: int | None,
+    is_file: bool,
+    digest: str | None,
+) -> None:
+    """Send the artifact under KEY to the receiver at URL. Run it again after a crash: it sends what is missing."""
+    from blobflow.mirror import Snapshot
+    from blobflow.mirror.client import MirrorClient
+
+    if is_file and digest:
+        raise click.UsageError("--digest names an artifact, and --file is none")
+    settings.resumes = True
+    names: dict[str, Any] = {"source": source, "database": database, "position": position}
+    with (
+        nullcontext() if is_file else settings.open_store() as store,
+        MirrorClient(url, token=_mirror_token()) as client,
+        show_progress() as progress,
+    ):
+        if store is None:
+            snapshot = Snapshot.of_file(what, **names)
+        else:
+            snapshot = Snapshot.of_artifact(store, what, expected_digest=digest, **names)
+        result = client.push(snapshot, on_progress=processed(progress, "push"))
+    settings.report(
+        {
+            "status": result.status,
+            "key": what,
+            "url": client.url,
+            **result.id._asdict(),
+            "bytes_total": result.bytes_total,
+            "bytes_sent": result.bytes_sent,
+            "bytes_resumed": result.bytes_resumed,
+            "seconds": result.seconds,
+        },
+        f"{result.status} {result.id}  {result.id.digest}",
+        f"sent {human_size(result.bytes_sent)}{from_before(result.bytes_resumed)} in {result.seconds:.1f} s",
+    )
+
+
+@mirror.command("import")
+@click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("database")
+@click.argument("backend", metavar="BACKEND", type=BACKENDS)
+@click.argument("target", metavar="TARGET", type=PATH)
+@click.option("--source", metavar="NAME", help="Only what comes from there.")
+@click.option(
+    "--keep",
+    type=click.IntRange(min=1),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Received artifacts of that source that stay, the imported one included.",
+)
+@click.pass_obj
+def mirror_import(
+    settings: Settings, directory: Path, database: str, backend: str, target: Path, source: str | None, keep: int
+) -> None:
+    """Bring the newest snapshot of DATABASE that was received in DIR to life at TARGET.
+
+    Every byte is proven before TARGET/current shows it; then the snapshot is Following. Older ones are removed. The
+    receiver may be at work meanwhile. Run it again after a crash.
+    """
+    from blobflow.lease import read_ref
+    from blobflow.mirror import ReceivedStore
+
+    settings.resumes = True
+    started = time.monotonic()
+    store = ReceivedStore(directory)
+    state = read_ref(store, "/".join(filter(None, (database, source, "latest"))))
+    if state is None:
+        raise NotFoundError(f"no complete artifact of {database!r} was received in {directory}", path=str(directory))
+    with show_progress() as progress:
+        options: dict[str, Any] = {
+            "profile": settings.transfer_profile(),
+            "expected_digest": state.manifest_sha256,
+            "on_progress": transferred(progress),
+        }
+        imported, result = pull_into(backend, target, store, state.key, progress, options)
+    snapshot, cursor = store.snapshot(state.key), store.follow(state.key, imported.cursor)
+    removed = store.prune(state.key, keep)
+    seconds = time.monotonic() - started
+    settings.report(
+        {
+            "status": imported.status,
+            "key": state.key,
+            "path": str(imported.path),
+            **snapshot._asdict(),
+            "artifact_digest": imported.artifact_digest,
+            "cursor": cursor,
+            "bytes_total": result.bytes_total,
+            "bytes_received": result.bytes_received,
+            "bytes_resumed": result.bytes_resumed,
+            "removed": [each.position for each in removed],
+            "seconds": seconds,
+        },
+        f"{imported.status} {imported.path}  {snapshot}  following {json.dumps(cursor)}",
+        f"{members_of(result.manifest)} in {seconds:.1f} s",
+    )
+
+
+@mirror.command("status")
+@click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--ref", metavar="REF", help="Compare a mirror of imports with this ref, such as orders/latest.")
+@click.pass_obj
+def mirror_status(settings: Settings, directory: Path, ref: str | None) -> None:
+    """Show where the mirror in DIR stands: the snapshots of a receiver, or what was imported last.
+
+    A mirror of imports is compared with the store, if one is named: with REF, or with the key that it was imported
+    from. Nothing is changed or locked; what works on DIR may be at work meanwhile.
+    """
+    from blobflow.follow import mirror_status
+    from blobflow.mirror import read_snapshots
+
+    snapshots = read_snapshots(directory)
+    if snapshots:
+        _show_snapshots(settings, directory, snapshots)
+        return
+    with settings.open_store() if settings.store else nullcontext() as store:
+        status = mirror_status(directory, store, ref)
+    settings.report({"status": status.state, **status.to_dict()}, str(status))
+
+
+def _show_snapshots(settings: Settings, directory: Path, snapshots: Mapping[SnapshotId, ReceiverStatus]) -> None:
+    from blobflow.mirror import Following
+
+    rows: list[tuple[str, str, str, str]] = []
+    documents: list[dict[str, Any]] = []
+    for snapshot, status in snapshots.items():
+        document: dict[str, Any] = snapshot._asdict()
+        if isinstance(status, Following):
+            document |= {"status": "following", "cursor": status.cursor}
+            words = f"following {json.dumps(status.cursor)}"
+        else:
+            document |= {
+                "status": "bootstrapping",
+                "bytes_done": status.bytes_done,
+                "bytes_total": status.bytes_total,
+            }
+            words = f"bootstrapping, {human_size(status.bytes_done)} of {human_size(status.bytes_total)}"
+        documents.append(document)
+        rows.append((snapshot.database, str(snapshot.position), snapshot.source, words))
+    if settings.json:
+        settings.report({"status": "found", "path": str(directory.absolute()), "snapshots": documents})
+    else:
+        table(("database", "position", "source", "status"), rows)
+
+
+def _mirror_token() -> str:
+    token = os.environ.get("BLOBFLOW_MIRROR_TOKEN")
+    if not token:
+        raise click.UsageError("no token: set BLOBFLOW_MIRROR_TOKEN")
+    return token
