@@ -32,6 +32,7 @@ from benchmarks.workload import (
     files_below,
     many_files,
     one_file,
+    touch_memory,
     working_directory,
 )
 
@@ -397,6 +398,7 @@ class Session:
         workload = self._workload(scenario)
         job = self._job("up", scenario, workload.path, prefix)
         contestant.prepare(job)
+        touch_memory(place, workload.bytes)
         command = self._announced(contestant, scenario, job)
         try:
             cost = run(command, log=place / "log")
