@@ -35,6 +35,7 @@ from benchmarks.workload import (
     layered_files,
     many_files,
     one_file,
+    touch_memory,
     working_directory,
 )
 
@@ -434,6 +435,7 @@ class Session:
         workload = self._workload(scenario)
         job = self._job("up", scenario, workload.path, prefix)
         contestant.prepare(job)
+        touch_memory(place, workload.bytes)
         command = self._announced(contestant, scenario, job)
         try:
             cost = run(command, log=place / "log")

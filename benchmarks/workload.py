@@ -51,6 +51,19 @@ def working_directory(needed_bytes: int) -> Generator[Path]:
         yield Path(directory)
 
 
+def touch_memory(directory: Path, size: int) -> None:
+    """Fill so much of a directory in memory, and empty it again.
+
+    On a virtual machine a page that was not used for a while has to be found by the host, for several times as much
+    processor time as it takes to fill it.
+    """
+    path = directory / "touched"
+    block = bytes(MIB)
+    with path.open("wb") as file:
+        file.writelines(block for _ in range(-(-size // MIB)))
+    path.unlink()
+
+
 def available_memory_bytes() -> int:
     """What Linux could give away without swapping."""
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
