@@ -72,7 +72,7 @@ class DirectoryExporter(BaseModel):
         *,
         on_progress: OnProgress | None = None,
         found: Scan | None = None,
-        known: Callable[[str, os.stat_result], FileHash | None] = lambda _path, _status: None,
+        known: Callable[[str], FileHash | None] = lambda _: None,
     ) -> ExportResult:
         """Write an artifact of the tree into `dest`; see `Exporter.export`.
 
@@ -113,8 +113,7 @@ class DirectoryExporter(BaseModel):
                 len(paths),
                 lambda i: statuses[i].st_size,
                 lambda i, buffer: (
-                    known(paths[i], statuses[i])
-                    or _hash_stable(data, paths[i], statuses[i], buffer, copied=self.mode == "copy")
+                    known(paths[i]) or _hash_stable(data, paths[i], statuses[i], buffer, copied=self.mode == "copy")
                 ),
                 on_batch=(lambda _, done: on_progress(done, total)) if on_progress else None,
             )

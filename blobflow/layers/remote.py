@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,6 +144,7 @@ class _TarView(WrappingStore):
         self._layer = layer
         self._plan = layer.meta.plan
         self._starts = frame_starts(layer.frame_sizes)
+        self._scratch = threading.local()
 
     @override
     def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
@@ -150,7 +152,7 @@ class _TarView(WrappingStore):
             return
         frames = self._plan.frames_of(offset, len(buffer))
         start, stop = self._starts[frames.start - 1], self._starts[frames.stop - 1]
-        compressed = memoryview(bytearray(stop - start))
+        compressed = self._compressed(stop - start)
         self.store.get_range_into(key, start, compressed, e_tag=e_tag)
         for number in frames:
             frame = self._plan.frame(number)
@@ -163,6 +165,13 @@ class _TarView(WrappingStore):
                 whole = memoryview(bytearray(frame.length))
                 decompress(data, whole)
                 target[:] = whole[skip:end]
+
+    def _compressed(self, size: int) -> memoryview:
+        """A buffer of this thread's: fresh memory for every range costs more than its decompression saves."""
+        buffer: memoryview | None = getattr(self._scratch, "buffer", None)
+        if buffer is None or len(buffer) < size:
+            buffer = self._scratch.buffer = memoryview(bytearray(size + size // 4))
+        return buffer[:size]
 
     @override
     def get(self, key: str, *, max_bytes: int) -> StoredObject:

@@ -85,19 +85,12 @@ class StatCache:
         self.files_read = 0
         if known is not None and known.covers(found):
             return known.artifact
-        ours = known.hashes if known is not None else {}
-
-        def hash_of(path: str, status: os.stat_result) -> FileHash | None:
-            entry = ours.get(path)
-            if entry is not None and entry[0] == _identity(status):
-                return entry[1]
-            if not path.endswith("/"):
-                self.files_read += 1
-            return None
+        hashes = known.hashes_of(found) if known is not None else {}
+        self.files_read = sum(not path.endswith("/") and path not in hashes for path, _ in found.entries)
 
         fresh = self.path / "artifact.new"
         shutil.rmtree(fresh, ignore_errors=True)
-        artifact = self._exporter.export(fresh, on_progress=on_progress, found=found, known=hash_of).artifact
+        artifact = self._exporter.export(fresh, on_progress=on_progress, found=found, known=hashes.get).artifact
         ctimes = array("q", (self._believed(status, before_ns) for _, status in found.entries))
         with writing(self.path):
             shutil.rmtree(self.path / "artifact", ignore_errors=True)  # without it the new CTIMES name nothing
@@ -120,7 +113,7 @@ class _Known:
         self.artifact = artifact
         index = artifact.index
         inodes, mtimes_ns = origins
-        self.hashes: dict[str, tuple[tuple[int, ...], FileHash]] = {
+        self._hashes: dict[str, tuple[tuple[int, ...], FileHash]] = {
             path: (
                 (index.sizes[i], mtimes_ns[i], inodes[i], ctimes[i], index.modes[i]),
                 FileHash(index.sizes[i], index.sha256_of(i), index.crcs[i]),
@@ -149,7 +142,12 @@ class _Known:
         """Whether a scan finds nothing else."""
         if [path for path, _ in found.entries] != self._paths:
             return False
-        return all(path.endswith("/") or self.hashes[path][0] == _identity(status) for path, status in found.entries)
+        return len(self.hashes_of(found)) == len(self._hashes)
+
+    def hashes_of(self, found: Scan) -> dict[str, FileHash]:
+        """The hashes of the files that are as they were."""
+        pairs = ((path, self._hashes.get(path), status) for path, status in found.entries)
+        return {path: entry[1] for path, entry, status in pairs if entry and entry[0] == _identity(status)}
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
