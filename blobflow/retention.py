@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
@@ -32,7 +32,6 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.intent import SUFFIX as INTENT_SUFFIX
-from blobflow.intent import IntentKeeper
 from blobflow.lease import REF_SUFFIX, RefState, move_ref, read_ref
 from blobflow.stores.base import PutMode, Store
 from blobflow.transport import MANIFEST_SUFFIX, ArtifactEntry, read_manifest_bytes
@@ -52,7 +51,7 @@ class PruneReport:
     named: list[str] = field(default_factory=list[str])
     """Keys of artifacts that stay only because a ref names them."""
     busy: list[str] = field(default_factory=list[str])
-    """Keys under which an upload is under way; left alone."""
+    """Keys under which an upload is under way, or was and waits for `gc`; left alone."""
     failed: list[str] = field(default_factory=list[str])
     """Keys at which the store failed for a passing reason; the next run tries again."""
 
@@ -92,10 +91,13 @@ def prune(
     report = PruneReport(dry_run)
     artifacts: list[ArtifactEntry] = []
     refs: list[str] = []
+    intents: set[str] = set()
     for meta in store.list():  # all of it: a ref may name an artifact anywhere
         key = meta.key.removesuffix(MANIFEST_SUFFIX)
         if meta.key.endswith(REF_SUFFIX):
             refs.append(meta.key.removesuffix(REF_SUFFIX))
+        elif meta.key.endswith(INTENT_SUFFIX):
+            intents.add(meta.key.removesuffix(INTENT_SUFFIX))
         elif key != meta.key and key and not key.endswith("/") and key.startswith(prefix):
             artifacts.append(ArtifactEntry(key, meta.last_modified))
     due = _due(artifacts, keep_last, None if keep_within_s is None else clock() - keep_within_s)
@@ -103,14 +105,18 @@ def prune(
     for key in due:
         if key in named:
             report.named.append(key)
-            continue
-        neighbours = [ref for ref in refs if _directory(ref) == _directory(key)]
-        try:
-            where = _remove(store, key, neighbours, report, clock)
-        except TemporaryError as error:
-            _log.warning("prune.failed key=%s error=%s", key, error)
-            where = report.failed
-        where.append(key)
+        elif key in intents:
+            report.busy.append(key)
+        elif dry_run:
+            report.removed.append(key)
+        else:
+            neighbours = [ref for ref in refs if _directory(ref) == _directory(key)]
+            try:
+                gone = _remove(store, key, neighbours)
+                (report.removed if gone else report.named).append(key)
+            except TemporaryError as error:
+                _log.warning("prune.failed key=%s error=%s", key, error)
+                report.failed.append(key)
     return replace(report, kept=len(artifacts) - len(due))
 
 
@@ -152,35 +158,35 @@ def _named(store: Store, refs: Iterable[str]) -> set[str]:
     return {state.key for state in states if state is not None}
 
 
-def _remove(
-    store: Store, key: str, neighbours: Iterable[str], report: PruneReport, clock: Callable[[], float]
-) -> list[str]:
-    """Remove an artifact; the list of the report to which it belongs now."""
-    intent = IntentKeeper(store, key, clock=clock).load()
-    if intent is not None and intent.is_alive(clock()):
-        return report.busy
-    if report.dry_run:
-        return report.removed
+def _remove(store: Store, key: str, neighbours: Sequence[str]) -> bool:
+    """Remove an artifact. False: one of the refs beside it names it by now."""
+    if key in _named(store, neighbours):
+        return False
     try:
         payload = store.head(key)
         manifest = store.get(key + MANIFEST_SUFFIX, max_bytes=MAX_MANIFEST_BYTES).data
     except ObjectNotFound:
-        return report.removed  # by somebody else
+        return True  # somebody else has removed it
     # The manifest first: who sees one can rely on the payload. What a crash leaves is a payload that nobody sees, which
     # `gc --payloads` removes.
     store.delete(key + MANIFEST_SUFFIX)
-    if key in _named(store, neighbours):
-        mode = PutMode.CREATE if store.abilities.conditional else PutMode.OVERWRITE
-        with suppress(PreconditionFailed):  # it was uploaded anew
-            store.put(key + MANIFEST_SUFFIX, manifest, mode=mode, content_type="application/json")
-        return report.named
+    is_named = True
+    try:
+        is_named = key in _named(store, neighbours)
+    finally:
+        if is_named:
+            mode = PutMode.CREATE if store.abilities.conditional else PutMode.OVERWRITE
+            with suppress(PreconditionFailed):  # it was uploaded anew
+                store.put(key + MANIFEST_SUFFIX, manifest, mode=mode, content_type="application/json")
+    if is_named:
+        return False
     _log.info("prune.removed key=%s", key)
     with suppress(ObjectNotFound):
         # In this order, the reverse of an upload's: who uploads it anew at this moment is seen in one of the three.
         uploaded = store.exists(key + INTENT_SUFFIX) or store.exists(key + MANIFEST_SUFFIX)
         if not uploaded and store.head(key).e_tag == payload.e_tag:
             store.delete(key)
-    return report.removed
+    return True
 
 
 def _directory(key: str) -> str:

@@ -254,7 +254,7 @@ def test_an_orphan_and_its_successor_end_with_one_artifact(orders: Yard, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("trial", range(sized(20, 2)))
+@pytest.mark.parametrize("trial", range(sized(20, 1)))
 def test_an_orphan_and_its_successor_run_side_by_side(orders: Yard, monkeypatch, trial: int):
     """Both send the same parts for half a minute, one as slowly as the other, and one right artifact comes of it.
 

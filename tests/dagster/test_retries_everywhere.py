@@ -29,11 +29,9 @@ SOME = [
     ("policy", "ops", "handle_output"),
     ("failure", "graph", "load_input"),
     ("worker", "asset", "body"),
-    ("worker", "graph", "handle_output"),
     ("new", "ops", "load_input"),
-    ("new", "graph", "body"),
 ]
-"""Every retry, every shape and every place, each with some of the others."""
+"""Every retry, every shape and every place."""
 CASES = list(product(RETRIES, SHAPES, PLACES)) if sized(1, 0) else SOME
 
 

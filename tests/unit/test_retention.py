@@ -124,7 +124,7 @@ def test_a_key_that_is_uploaded_anew_is_left_alone(tmp_path: Path, store: LocalS
     assert (report.removed, report.busy) == ([], ["1.tar"])
 
 
-@pytest.mark.parametrize("step", [("delete", 1), ("get", 3), ("delete", 2), ("head", 2)], ids=str)
+@pytest.mark.parametrize("step", [("delete", 1), ("get", 4), ("delete", 2), ("head", 2)], ids=str)
 def test_killed_anywhere_it_leaves_nothing_that_looks_whole(
     artifact: Artifact, store: LocalStore, clock: Clock, step: tuple[str, int]
 ):
@@ -156,7 +156,7 @@ def moves_the_ref(store: Store, artifact: Artifact, told: list[BaseException]) -
 
 
 @pytest.mark.parametrize("operation", ["list", "head", "get", "delete", "exists", "put"])
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 def test_a_ref_that_is_moved_meanwhile_names_a_whole_artifact(
     artifact: Artifact, store: LocalStore, clock: Clock, operation: str, number: int
 ):
@@ -190,6 +190,22 @@ def test_a_failing_key_does_not_keep_the_others(artifact: Artifact, store: Local
     report = prune(FaultyStore(store, faults), keep_last=1, clock=clock)
     assert (report.removed, report.failed) == (["2.tar"], ["1.tar"])
     assert prune(store, keep_last=1, clock=clock).removed == ["1.tar"]
+
+
+def test_a_ref_that_cannot_be_read_later_costs_no_artifact(artifact: Artifact, store: LocalStore, clock: Clock):
+    """The store fails between the removal of the manifest and the second look at the ref: the manifest comes back."""
+    days(store, artifact, clock, "o/1.tar", "o/2.tar")
+    move_ref(store, "o/latest", "o/2.tar", artifact.digest)
+    deleted: list[Request] = []
+
+    def faults(request: Request) -> Fault | None:
+        if request.operation == "delete":
+            deleted.append(request)
+        return FailBefore(StoreUnavailable("down")) if deleted and request.key.endswith(".ref.json") else None
+
+    report = prune(FaultyStore(store, faults), keep_last=1, clock=clock)
+    assert (report.removed, report.failed, len(deleted)) == ([], ["o/1.tar"], 1)
+    verify(store, "o/1.tar", mode="deep")
 
 
 def test_a_ref_that_cannot_be_read_costs_no_artifact(artifact: Artifact, store: LocalStore, clock: Clock):
