@@ -17,7 +17,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, C
 from contextlib import suppress
 from fractions import Fraction
 from queue import SimpleQueue
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 from typing_extensions import Self
 
@@ -203,7 +203,7 @@ class Window:
         if not isinstance(item.key, str) and not (isinstance(item, Insert) and item.key is None):
             raise UsageError(f"{item.kind}: a key is text, not {type(item.key).__name__}")
         if isinstance(item, Insert):
-            payload: object = item.payload
+            payload = cast("object", item.payload)
             if not isinstance(payload, bytes | bytearray | memoryview):
                 raise UsageError(f"insert {item.key!r}: a payload is bytes, not {type(payload).__name__}")
             size = memoryview(item.payload).nbytes

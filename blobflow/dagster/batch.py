@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import dagster as dg
 from pydantic import Field
@@ -11,12 +11,14 @@ from typing_extensions import TypedDict, Unpack
 from blobflow.batch import BatchExecutor, Permission
 from blobflow.batch.operations import ALL_PERMISSIONS
 from blobflow.batch.stream import DEFAULT_DEADLINE_S
-from blobflow.batch.tables import BatchReport, run_batch_file
 from blobflow.dagster import metadata as md
 from blobflow.dagster.failures import dagster_errors
 from blobflow.dagster.jobs import DEFAULT_RETRY_POLICY
 from blobflow.dagster.progress import count_log
 from blobflow.errors import StoreUnavailable
+
+if TYPE_CHECKING:
+    from blobflow.batch.tables import BatchReport
 
 CHECK: Final = "no_failures"
 PARTITION: Final = "{partition}"
@@ -181,8 +183,10 @@ def _executed(
     partition: str | None,
     retry_policy: dg.RetryPolicy | None,
     options: BatchOptions,
-) -> BatchReport:
+) -> "BatchReport":
     """The report of a batch; what failed for a passing reason only is retried by Dagster first."""
+    from blobflow.batch.tables import run_batch_file  # pyarrow is slow to import
+
     with dagster_errors(context, retry_policy):
         resource = getattr(context.resources, resource_key)
         if results is None:
@@ -215,7 +219,7 @@ def _executed(
     return report
 
 
-def _metadata(report: BatchReport) -> dict[str, Any]:
+def _metadata(report: "BatchReport") -> dict[str, Any]:
     return {
         md.BATCH_RESULTS: dg.MetadataValue.path(str(report.results)),
         md.ROW_COUNT: report.operations,
@@ -229,7 +233,7 @@ def _metadata(report: BatchReport) -> dict[str, Any]:
     }
 
 
-def _failures(report: BatchReport) -> dict[str, Any]:
+def _failures(report: "BatchReport") -> dict[str, Any]:
     """A table of the first failures; nothing where there are none."""
     if not report.failures:
         return {}

@@ -20,6 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from blobflow import BatchExecutor, BatchResult, Get, Insert
 from blobflow.errors import (
     ObjectChanged,
     SizeMismatch,
@@ -772,3 +773,26 @@ def test_a_closed_store_keeps_no_connection(open_s3: Callable[..., S3Store]) -> 
         with closing(open_s3(url)) as store:
             store.put("k", b"1")
         assert ended.wait(20)
+
+
+def test_batches_go_over_tls(open_s3: Callable[..., S3Store], tls: ssl.SSLContext, certificate: Path) -> None:
+    """The coroutines of a batch trust the same authorities, and move a mebibyte both ways on one connection."""
+    data = os.urandom(MIB)
+
+    def serve(peer: Peer) -> None:
+        assert peer.request()[2] == data
+        peer.answer(200, etag='"e"')
+        peer.request()
+        peer.answer(200, data, etag='"e"')
+
+    def batch(store: S3Store, *operations: Insert | Get) -> list[BatchResult]:
+        return list(BatchExecutor(store, window=1).stream(operations))
+
+    with scripted_server(serve, tls=tls) as url:
+        inserted, got = batch(open_s3(url, verify=str(certificate)), Insert("k", data), Get("k"))
+        assert inserted.error is None
+        assert got.unwrap().payload.read() == data  # type: ignore[union-attr]
+    with scripted_server(Peer.head, tls=tls) as url:
+        (untrusted,) = batch(open_s3(url), Get("k"))
+        assert isinstance(untrusted.error, StoreConfigurationError)
+        assert "CA bundle" in untrusted.error.hint
