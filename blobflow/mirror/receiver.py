@@ -171,7 +171,7 @@ class MirrorReceiver:
         """
         slot = self._slot(snapshot)
         with slot.lock:
-            self._loaded(slot, snapshot)
+            machine.follow(self._loaded(slot, snapshot), cursor)  # refuses what is not complete
             step = slot.files.follow(snapshot, cursor)
             slot.state = step.state
         log.info("mirror.following %s", _about(snapshot))
@@ -354,7 +354,8 @@ class _Files:
         """Note that a complete snapshot was imported. Other processes may do so at the same time."""
         with suppress(FileNotFoundError), _opened(self.journal, _READ) as journal:
             fcntl.flock(journal, fcntl.LOCK_EX)
-            step = machine.follow(self.restore(snapshot), cursor)
+            # Without repair: what is not complete is the receiver's, which may be writing to it.
+            step = machine.follow(self.restore(snapshot, repair=False), cursor)
             for action in step.actions:
                 self.perform(action)
             return step

@@ -346,6 +346,21 @@ def test_only_a_complete_snapshot_is_followed(site: Site):
             follow_received(site.received, named, 1)
 
 
+def test_a_premature_note_does_not_touch_what_is_arriving(site: Site):
+    """Bytes that no checkpoint vouches for yet stay where they are, and the snapshot arrives whole."""
+    snapshot = site.snapshot(7, TREE)
+    with MirrorReceiver(site.received) as receiver:
+        for number, envelope in enumerate(snapshot.envelopes(chunk_bytes=4096)):
+            receiver.handle(envelope)
+            if number == 1:
+                with pytest.raises(IntegrityError, match="is not complete"):
+                    follow_received(site.received, snapshot.id, 1)
+                with pytest.raises(IntegrityError, match="8192 of"):
+                    receiver.follow(snapshot.id, 1)
+    assert site.run().success
+    assert read_tree(site.shown) == TREE
+
+
 def test_two_processes_may_note_at_the_same_time(site: Site):
     """Each line of the journal stays whole, and the last one counts."""
     snapshot = site.push(site.snapshot(7, TREE))
