@@ -600,6 +600,7 @@ class BatchExecutor:
 
         Raises:
             AtCapacity: no permit is free; nothing was read of the input.
+            StoreConfigurationError: it is not even known where to send requests.
         """
         return BatchStream(self._make, operations)
 
