@@ -96,7 +96,8 @@ def decompress(frame: Buffer, into: memoryview) -> None:
         # The frame says its own size: a lie must not take more memory, or less time, than is due.
         told = zstandard.frame_content_size(frame)
         if told == len(into):
-            with zstandard.ZstdDecompressor().stream_reader(frame) as reader:
+            decompressor: Any = zstandard.ZstdDecompressor()  # its stub leaves the type of a buffer open
+            with decompressor.stream_reader(frame) as reader:
                 told = 0  # straight into place: zstd decompresses a frame that fits in one go
                 while told < len(into) and (count := reader.readinto(into[told:])):
                     told += count
