@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 
 import pytest
 
 from blobflow.testing import StoreContract
 from tests.servers import S3Endpoint, find_postgres, missing_ceph_programs, moto_server, postgres_server, rgw_server
+
+# A job that a shell started in the background ignores SIGINT, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)

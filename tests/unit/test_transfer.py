@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import itertools
 import os
 import subprocess
 import sys
@@ -327,10 +328,9 @@ def test_a_failing_callback_stops_the_transfer():
         raise PermissionError("journal is read-only")
 
     with pytest.raises(PermissionError, match="journal is read-only"):
-        transfer(io.BytesIO(DATA), target, PROFILE, checkpoint, refuses)
+        transfer(itertools.repeat(DATA), target, PROFILE, checkpoint, refuses)  # a source that never ends
     assert checkpoint.offset == 200
     assert target.flushed_at[-1] >= 200
-    assert len(target.data) < len(DATA)
 
 
 @pytest.mark.seed("0.18")
