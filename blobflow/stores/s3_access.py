@@ -53,6 +53,7 @@ class Access:
     Attributes:
         pid: The process that it belongs to.
         endpoint: Scheme and host, without credentials.
+        server: The same without the bucket, where that stands in the host.
         wire: The connections.
 
     Raises:
@@ -79,7 +80,9 @@ class Access:
         self._host = parts.netloc
         self._base = parts.path.removesuffix(_SAMPLE_KEY)
         self._origin = f"{parts.scheme}://{parts.netloc}"
-        self.endpoint = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        host = parts.netloc.rpartition("@")[2]
+        self.endpoint = f"{parts.scheme}://{host}"
+        self.server = f"{parts.scheme}://{host.removeprefix(f'{options.bucket}.')}"
         self.wire = Wire(
             self._origin,
             connect_timeout_s=options.connect_timeout,
@@ -111,6 +114,14 @@ class Access:
             frozen = self._credentials and self._credentials.get_frozen_credentials()
             _Signer(frozen, *self._signing, payload).add_auth(request)
         return dict(request.headers.items())
+
+    def identity(self) -> str:
+        """Whose requests these are: the access key id that is valid now; empty for nobody's.
+
+        Raises:
+            BotoCoreError, ClientError: no credentials at the moment.
+        """
+        return self._credentials.get_frozen_credentials().access_key if self._credentials else ""
 
     def close(self) -> None:
         """Close the idle connections; requests under way end first."""
