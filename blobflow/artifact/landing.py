@@ -580,8 +580,8 @@ class _Writer:
         self._root_descriptor = -1
         self._parent: str = ""
         self._parent_descriptor = -1
-        self._member = -1
-        self._descriptor = -1
+        self._member: int = -1
+        self._descriptor: int = -1
 
     def __enter__(self) -> _Writer:
         return self
@@ -597,7 +597,8 @@ class _Writer:
         if member != self._member:
             if self._descriptor >= 0:
                 os.close(self._descriptor)
-                self._member = self._descriptor = -1
+                self._descriptor = -1
+                self._member = -1
             parent, _, name = self._index.paths[member].rpartition("/")
             directory = self._open_parent(parent)
             self._descriptor = self._open(directory, name, member, fresh=len(data) == size)
