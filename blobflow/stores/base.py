@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from blobflow.checksum import Buffer, crc32c
 from blobflow.errors import InvalidKey, ObjectNotFound, Unsupported
@@ -97,6 +97,16 @@ class Server(NamedTuple):
     """Scheme and host; never with credentials."""
     software: str = ""
     """What it calls itself in its answers, once there was one."""
+
+
+class ObjectAddress(NamedTuple):
+    """Where an object lies for its server, which another store of that server may be asked to copy from."""
+
+    server: str
+    """Scheme and host, whatever the bucket; never with credentials."""
+    identity: str
+    """Who asks; servers let different people read different things."""
+    path: str
 
 
 class Body:
@@ -203,6 +213,10 @@ def check_key(key: str) -> str:
         if len(segment.encode()) > 255:
             raise refuse("a segment is longer than 255 bytes")
     return key
+
+
+Arrived: TypeAlias = Callable[[int, int], None]
+"""See `Store.get_range_arriving`."""
 
 
 class Coroutines(ABC):
@@ -315,6 +329,23 @@ class Store(ABC):
     def copy(self, source: str, target: str) -> ObjectMeta:
         """Copy within the store without moving the bytes through this process where the store can."""
 
+    def address_of(self, key: str) -> ObjectAddress | None:
+        """Where the object lies for its server; None where only this very store can copy it."""
+        del key
+        return None
+
+    def copy_from(self, address: ObjectAddress, meta: ObjectMeta, target: str) -> ObjectMeta:
+        """`copy` of an object of another store, which has the same server and identity.
+
+        Args:
+            meta: What that store says of it; its entity tag pins it.
+
+        Raises:
+            Unsupported: this store has no such server.
+        """
+        del meta, target
+        raise Unsupported(f"{self.url} cannot copy from {address.path}", store=self.url, ability="copies by its server")
+
     @abstractmethod
     def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
         """Begin an upload of equal parts (the last one may be smaller) and return its upload id.
@@ -372,6 +403,18 @@ class Store(ABC):
         buffer = bytearray(length)
         self.get_range_into(key, offset, memoryview(buffer), e_tag=e_tag)
         return bytes(buffer)
+
+    def get_range_arriving(
+        self, key: str, offset: int, buffer: memoryview, arrived: Arrived, *, e_tag: str | None = None
+    ) -> None:
+        """`get_range_into` that hands out each run of the buffer while it is still in the processor's cache.
+
+        Args:
+            arrived: Called in this thread with `(start, stop)`, run after run without a gap. A request that is
+                repeated begins again at 0, and what was handed out before counts no more. What it raises ends the call.
+        """
+        self.get_range_into(key, offset, buffer, e_tag=e_tag)
+        arrived(0, len(buffer))
 
     def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
         """`list_parts` in pages of at most `page_size`, where the store has pages: to find out whether they end."""

@@ -47,8 +47,10 @@ from blobflow.errors import (
 )
 from blobflow.stores.base import (
     Abilities,
+    Arrived,
     Body,
     Coroutines,
+    ObjectAddress,
     ObjectMeta,
     PartMeta,
     PutMode,
@@ -112,6 +114,9 @@ PAGE = 1000
 
 ABORT_ROUNDS = 5
 """A part that was under way while its upload was aborted may appear afterwards; then it is aborted again."""
+
+RUN_BYTES = 1024**2
+"""What is handed out of an answer at once: small enough for the processor's cache, and few system calls."""
 
 _EMPTY = {"Content-Length": "0"}
 
@@ -205,6 +210,15 @@ class S3Store(Store):
 
     @override
     def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
+        self._get_range(key, offset, buffer, None, e_tag)
+
+    @override
+    def get_range_arriving(
+        self, key: str, offset: int, buffer: memoryview, arrived: Arrived, *, e_tag: str | None = None
+    ) -> None:
+        self._get_range(key, offset, buffer, arrived, e_tag)
+
+    def _get_range(self, key: str, offset: int, buffer: memoryview, arrived: Arrived | None, e_tag: str | None) -> None:
         check_key(key)
         buffer = buffer.cast("B")
         wanted = len(buffer)
@@ -239,7 +253,12 @@ class S3Store(Store):
                     expected=offset + wanted,
                     actual=end,
                 )
-            received = answer.read_into(buffer)
+            received = 0
+            if arrived is None:
+                received = answer.read_into(buffer)
+            else:
+                for start, received in answer.runs_into(buffer, RUN_BYTES):
+                    arrived(start, received)
             if received < wanted:
                 raise cut_short(call, received, wanted)
 
@@ -314,12 +333,34 @@ class S3Store(Store):
     def copy(self, source: str, target: str) -> ObjectMeta:
         """See `Store.copy`. The source is pinned: replaced meanwhile, the copy fails with `ObjectChanged`."""
         check_key(target)
-        found = self.head(source)
+        return self._copy(self._path(source), self.head(source), target)
+
+    @override
+    def address_of(self, key: str) -> ObjectAddress:
+        check_key(key)
+        access = self.connected()
+        try:
+            identity = access.identity()
+        except BOTOCORE_ERRORS as error:
+            raise self.failed(error, Call("connect to", self.options.bucket)) from error
+        return ObjectAddress(access.server, identity, self._path(key))
+
+    @override
+    def copy_from(self, address: ObjectAddress, meta: ObjectMeta, target: str) -> ObjectMeta:
+        """See `Store.copy_from`. Objects of any bucket of the server that this identity may read."""
+        if self.address_of(target)[:2] != address[:2]:
+            return super().copy_from(address, meta, target)
+        return self._copy(address.path, meta, target)
+
+    def _path(self, key: str) -> str:
+        return f"{self.options.bucket}/{self.full_key(key)}"
+
+    def _copy(self, path: str, found: ObjectMeta, target: str) -> ObjectMeta:
         headers = {
-            "x-amz-copy-source": quote(f"{self.options.bucket}/{self.full_key(source)}", safe="-_.~/"),
+            "x-amz-copy-source": quote(path, safe="-_.~/"),
             "x-amz-copy-source-if-match": found.e_tag,
         }
-        call = Call("copy", source, e_tag=found.e_tag)
+        call = Call("copy", found.key, e_tag=found.e_tag)
         if found.size <= COPY_LIMIT_BYTES:
             made = self._ask(call, "PUT", self.full_key(target), headers=headers | _EMPTY, read=read_made, patient=True)
             return ObjectMeta(target, found.size, self._tag(made.e_tag, call), made.modified, made.crc32c)

@@ -57,6 +57,7 @@ class Access:
     Attributes:
         pid: The process that it belongs to.
         endpoint: Scheme and host, without credentials.
+        server: The same without the bucket, where that stands in the host.
         wire: The connections.
 
     Raises:
@@ -83,7 +84,9 @@ class Access:
         self._host = parts.netloc
         self._base = parts.path.removesuffix(_SAMPLE_KEY)
         self._origin = f"{parts.scheme}://{parts.netloc}"
-        self.endpoint = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+        host = parts.netloc.rpartition("@")[2]
+        self.endpoint = f"{parts.scheme}://{host}"
+        self.server = f"{parts.scheme}://{host.removeprefix(f'{options.bucket}.')}"
         self._tls = _tls(options, session) if parts.scheme == "https" else None
         self._proxy = botocore.utils.get_environ_proxies(self._origin).get(parts.scheme)
         self._timeouts = (options.connect_timeout, options.idle_timeout)
@@ -130,6 +133,14 @@ class Access:
             raise botocore.exceptions.NoCredentialsError
         frozen = self._credentials.get_frozen_credentials()
         return self._signer.sign(method, target, given, payload, frozen, botocore.auth.get_current_datetime())
+
+    def identity(self) -> str:
+        """Whose requests these are: the access key id that is valid now; empty for nobody's.
+
+        Raises:
+            BotoCoreError, ClientError: no credentials at the moment.
+        """
+        return self._credentials.get_frozen_credentials().access_key if self._credentials else ""
 
     def close(self) -> None:
         """Close the idle connections; requests under way end first."""

@@ -18,7 +18,7 @@ import sys
 import termios
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -83,10 +83,26 @@ class Answer:
         Raises:
             WireError: the connection broke or went silent.
         """
-        filled = 0
+        return self._fill(buffer, 0, len(buffer))
+
+    def runs_into(self, buffer: memoryview, run_bytes: int) -> Iterator[tuple[int, int]]:
+        """Fill `buffer` as `read_into` does, and give `(start, stop)` of each run of it as soon as that is there.
+
+        Raises:
+            WireError: the connection broke or went silent.
+        """
+        start = 0
+        while start < len(buffer):
+            stop = self._fill(buffer, start, min(start + run_bytes, len(buffer)))
+            if stop == start:
+                return
+            yield start, stop
+            start = stop
+
+    def _fill(self, buffer: memoryview, filled: int, stop: int) -> int:
         try:
-            while filled < len(buffer):
-                received = self._response.receive_into(buffer[filled:])
+            while filled < stop:
+                received = self._response.receive_into(buffer[filled:stop])
                 if not received:
                     break
                 filled += received

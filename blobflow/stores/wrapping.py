@@ -11,6 +11,7 @@ from blobflow.checksum import Buffer
 from blobflow.stores.base import (
     Abilities,
     Body,
+    ObjectAddress,
     ObjectMeta,
     PartMeta,
     PutMode,
@@ -89,6 +90,14 @@ class WrappingStore(Store):
     @override
     def copy(self, source: str, target: str) -> ObjectMeta:
         return self._call("copy", source, lambda: self.store.copy(source, target))
+
+    @override
+    def address_of(self, key: str) -> ObjectAddress | None:
+        return self.store.address_of(key)
+
+    @override
+    def copy_from(self, address: ObjectAddress, meta: ObjectMeta, target: str) -> ObjectMeta:
+        return self._call("copy", target, lambda: self.store.copy_from(address, meta, target))
 
     @override
     def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:

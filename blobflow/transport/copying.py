@@ -1,11 +1,13 @@
 """Copy: an artifact from store to store, without a local disk, with the same claim, proof and publication as an upload.
 
-Parts stream through this process: a ranged GET of the pinned source, a PUT of the part. Where both stores are one and
-the same, its server copies the payload by itself, and what it made is proven before the manifest makes it visible.
+Parts stream through this process: a ranged GET of the pinned source, a PUT of the part. Where both stores have one
+server (and one identity there), it copies the payload by itself, and what it made is proven before the manifest makes
+it visible.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,12 +20,14 @@ from blobflow.checksum import combine_all, crc32c
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
-from blobflow.errors import ArtifactInvalid, ChecksumMismatch, UsageError
+from blobflow.errors import ArtifactInvalid, ChecksumMismatch, StoreConfigurationError, Unsupported, UsageError
 from blobflow.stores.base import ObjectMeta, Store
 from blobflow.transport.books import Books, OnProgress, OnRecord
 from blobflow.transport.catalog import check_artifact_key
 from blobflow.transport.remote import RemoteArtifact
 from blobflow.transport.uploading import Errand, MultipartUpload, run
+
+_log = logging.getLogger(__name__)
 
 _DAMAGED: Final = "the source is damaged: `blobflow verify --deep` names the member; restore it from another copy"
 
@@ -70,9 +74,10 @@ def copy_artifact(
     again if their checksums are known, from the target or from a checkpoint. What is there already is `unchanged`,
     also if it was uploaded and not copied.
 
-    Within one store its server copies the payload by itself, in one step that begins anew after a crash. Its result
-    is proven by the checksum that the store attests, else by reading it back. A copy that replaces another artifact
-    is streamed all the same: its bytes have to be proven before the old payload goes.
+    Within one store, and between buckets or prefixes of one S3 endpoint with the same credentials, the server copies
+    the payload by itself, in one step that begins anew after a crash. Its result is proven by the checksum that the
+    store attests, else by reading it back. A copy that replaces another artifact is streamed all the same: its bytes
+    have to be proven before the old payload goes.
 
     Memory: `profile.chunk_size * profile.workers` bytes.
 
@@ -96,6 +101,7 @@ def copy_artifact(
     in_place = _is_same_place(source_store, target_store)
     if in_place and source_key == target_key:
         raise UsageError(f"{source_key!r} cannot be copied to itself", key=source_key)
+    in_place = in_place or _is_same_server(source_store, source_key, target_store, target_key)
     payload = RemotePayload(RemoteArtifact.open(source_store, source_key, expected_digest))
     errand = Errand(target_store, target_key, payload, profile, overwrite, on_progress, on_checkpoint, "copy", _DAMAGED)
     result = run(errand, _ServerCopy if in_place else MultipartUpload)
@@ -120,6 +126,12 @@ def copy_artifact(
 def _is_same_place(source: Store, target: Store) -> bool:
     """Whether the target store can copy the source's objects. Two servers may have buckets of one name."""
     return source.url == target.url and source.server.endpoint == target.server.endpoint
+
+
+def _is_same_server(source: Store, source_key: str, target: Store, target_key: str) -> bool:
+    """Whether the two have one server, which may be asked to copy from bucket to bucket."""
+    here, there = source.address_of(source_key), target.address_of(target_key)
+    return here is not None and there is not None and here[:2] == there[:2]
 
 
 class _Meter:
@@ -190,6 +202,16 @@ class RemotePayload:
             remote.store.get_range_into(remote.key, offset + len(own) + self._shift, rest, e_tag=remote.payload.e_tag)
             self.meter.received(len(rest))
 
+    def copy_by_server(self, target: Store, key: str) -> ObjectMeta:
+        """Have the server that source and target share make the target's object.
+
+        Raises:
+            StoreConfigurationError, Unsupported: it does not do that for us.
+        """
+        remote = self.remote
+        address = None if _is_same_place(remote.store, target) else remote.store.address_of(remote.key)
+        return target.copy(remote.key, key) if address is None else target.copy_from(address, remote.payload, key)
+
     def chunks(self, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
         """The payload's bytes of a range, a bufferful at a time, each valid until the next."""
         while length:
@@ -201,7 +223,7 @@ class RemotePayload:
 
 
 class _ServerCopy(MultipartUpload):
-    """The payload is copied by the server of the one store that is source and target.
+    """The payload is copied by the server that source and target share; where it refuses, the parts are sent.
 
     It is claimed like an upload, with an upload id that holds no part: whoever takes the intent up sends the parts,
     or has the server copy again. The upload is aborted only when the copy is proven, because without it an object
@@ -219,14 +241,22 @@ class _ServerCopy(MultipartUpload):
         self.take_the_way(upload_id)
         try:
             books.begin()
-            move_parts(
-                [Part(1, 0, plan.size)],
-                lambda _part, _buffer: self.store.copy(payload.remote.key, self.key),
-                workers=1,
-                buffer_size=1,
-                on_moved=lambda _part, _made: None,
-                on_tick=lambda: self.tick(books),
-            )
+            try:
+                move_parts(
+                    [Part(1, 0, plan.size)],
+                    lambda _part, _buffer: payload.copy_by_server(self.store, self.key),
+                    workers=1,
+                    buffer_size=1,
+                    on_moved=lambda _part, _made: None,
+                    on_tick=lambda: self.tick(books),
+                )
+            except (StoreConfigurationError, Unsupported) as refused:
+                if _is_same_place(payload.remote.store, self.store):
+                    raise
+                # What we may read and what we may write, the server need not bring together.
+                _log.info("copy.streamed key=%s refused=%s", self.key, refused)
+                payload.meter.server_side = False
+                return super().make(upload_id, plan, books)
             made = self.store.head(self.key)
             self._prove(made, plan, payload.meter, books)
         except ChecksumMismatch:

@@ -289,7 +289,9 @@ def land_parts(remote: RemoteArtifact, landing: Landing, parts: Sequence[Part], 
     books.begin()
 
     def move(part: Part, buffer: memoryview) -> int:
-        landing.landed(part, landing.land(part, remote.fetch(part, buffer)))
+        with landing.arrival(part, buffer) as arrival:
+            remote.fetch(part, buffer, arrival.arrived)
+            landing.landed(part, arrival.settle())
         return part.length
 
     move_parts(

@@ -31,13 +31,15 @@ from blobflow.errors import (
     ChecksumMismatch,
     KeyConflict,
     ObjectChanged,
+    StoreConfigurationError,
     TransferBusy,
     UsageError,
 )
 from blobflow.intent import IntentKeeper
-from blobflow.stores.base import Store
+from blobflow.stores.base import ObjectAddress, Store
 from blobflow.stores.local import LocalStore
-from blobflow.testing import CorruptRead, FailAfter, FaultyStore, Hook, Request, scripted_faults
+from blobflow.stores.wrapping import WrappingStore
+from blobflow.testing import CorruptRead, FailAfter, FailBefore, FaultyStore, Hook, Request, scripted_faults
 from blobflow.transport import ProgressEvent, read_manifest_bytes
 from tests.kit import SERIAL, SMALL, Killed, artifact_of, dies_at, keys, noise, watched
 from tests.servers import S3Endpoint
@@ -65,9 +67,9 @@ def target(tmp_path: Path) -> LocalStore:
     return LocalStore(tmp_path / "to")
 
 
-def s3_store(endpoint: S3Endpoint) -> Store:
+def s3_store(endpoint: S3Endpoint, place: str = "") -> Store:
     return open_store(
-        f"s3://{endpoint.new_bucket()}/some/prefix",
+        f"s3://{place or endpoint.new_bucket() + '/some/prefix'}",
         endpoint_url=endpoint.endpoint_url,
         region=endpoint.region,
         access_key_id=endpoint.access_key_id,
@@ -355,6 +357,63 @@ def test_an_attested_copy_is_not_read(artifact: Artifact):
         verify(store, COPY, mode="deep", expected_digest=artifact.digest)
         assert store.list_uploads() == []
         store.close()
+
+
+@pytest.mark.parametrize("same_bucket", [True, False])
+def test_between_buckets_and_prefixes_of_one_server_the_server_copies(artifact: Artifact, same_bucket: bool):
+    """The payload's bytes stay there, as within one store, and the source is pinned."""
+    with StrictS3() as server:
+        source = s3_store(server.endpoint)
+        upload(source, KEY, artifact)
+        bucket = source.url.removeprefix("s3://").partition("/")[0] if same_bucket else server.endpoint.new_bucket()
+        target = s3_store(server.endpoint, f"{bucket}/other prefix")
+        server.log.clear()
+        result = copy_artifact(source, KEY, target, COPY)
+        assert (result.server_side, result.bytes_sent, result.bytes_received) == (True, 0, 0)
+        (asked,) = server.requests("CopyObject")
+        assert asked.headers["x-amz-copy-source-if-match"] == source.head(KEY).e_tag
+        verify(target, COPY, mode="deep", expected_digest=artifact.digest)
+        assert target.list_uploads() == []
+        source.close()
+        target.close()
+
+
+class _SomebodyElses(WrappingStore):
+    """The strict server knows one access key only; this one says that it is another's."""
+
+    def address_of(self, key: str) -> ObjectAddress | None:
+        address = self.store.address_of(key)
+        return address and address._replace(identity="somebody-else")
+
+
+def test_who_has_other_credentials_streams(artifact: Artifact):
+    """What the source's keys may read, the target's need not."""
+    with StrictS3() as server:
+        source = s3_store(server.endpoint)
+        upload(source, KEY, artifact)
+        target = _SomebodyElses(s3_store(server.endpoint))
+        assert not copy_artifact(source, KEY, target, COPY).server_side
+        assert server.requests("CopyObject") == []
+        verify(target, COPY, mode="deep", expected_digest=artifact.digest)
+        source.close()
+        target.close()
+
+
+def test_a_refused_server_side_copy_is_streamed(artifact: Artifact):
+    """Between two buckets the server may say no to a copy, though it lets us read the one and write the other."""
+    with StrictS3() as server:
+        source = s3_store(server.endpoint)
+        upload(source, KEY, artifact)
+        denied = StoreConfigurationError("denied", operation="copy")
+        target = FaultyStore(
+            s3_store(server.endpoint), lambda request: FailBefore(denied) if request.operation == "copy" else None
+        )
+        result = copy_artifact(source, KEY, target, COPY)
+        assert (result.server_side, result.bytes_sent) == (False, artifact.payload_size)
+        verify(target, COPY, mode="deep", expected_digest=artifact.digest)
+        assert target.list_uploads() == []
+        source.close()
+        target.close()
 
 
 def test_a_copy_that_replaces_is_proven_before_the_old_payload_goes(
