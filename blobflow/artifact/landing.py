@@ -540,8 +540,8 @@ class Landing:
 class Arrival:
     """A part on its way: what has arrived of it is looked at while it is in the processor's cache.
 
-    That is worth a tenth of the processor time of a large file. Its CRC32C is always taken then. Written is then what
-    lies inside the content of one large member; all else is checked before it is written.
+    Its CRC32C is always taken then. Written is then what lies inside the content of one large member; all else is
+    checked before it is written. Why: docs/design/017-while-it-arrives.md.
     """
 
     def __init__(self, landing: Landing, part: Part, data: memoryview, writer: _Writer) -> None:
