@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
-from blobflow.cli.settings import BACKENDS, PATH, DigestType, SampleType, Settings
+from blobflow.cli.settings import BACKENDS, PATH, Command, DigestType, SampleType, Settings
 from blobflow.cli.words import from_before, human_size, human_time, left_out, members_of, table
 from blobflow.errors import RefusedError
 from blobflow.scratch import scratch_directory
@@ -66,7 +66,7 @@ def _exporter(source: Path, backend: str, options: dict[str, Any]) -> Exporter:
     return kind(path=source, **options)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source", metavar="SRC", type=PATH)
 @click.argument("dest", metavar="DEST", type=PATH)
 @_export_options
@@ -102,7 +102,7 @@ def export(settings: Settings, source: Path, dest: Path, backend: str | None, **
     )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source", metavar="SRC", type=PATH)
 @click.argument("key")
 @_export_options
@@ -166,7 +166,7 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
     )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("key")
 @click.argument("dest", required=False, type=PATH)
 @click.option(
@@ -256,7 +256,7 @@ def pull_into(
     return import_artifact(artifact, importer, consume=True, on_progress=show, key=key), result
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("key")
 @click.option("--deep", "mode", flag_value="deep", help="Read and check every byte.")
 @click.option("--shallow", "mode", flag_value="shallow", help="Check sizes, manifests and what the store attests.")
@@ -312,7 +312,7 @@ def verify(
     )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source", metavar="SOURCE_STORE")
 @click.argument("source_key", metavar="KEY")
 @click.argument("target", metavar="TARGET_STORE")
@@ -382,7 +382,7 @@ def copy(
     )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("prefix", default="")
 @click.pass_obj
 def ls(settings: Settings, prefix: str) -> None:
@@ -401,7 +401,7 @@ def ls(settings: Settings, prefix: str) -> None:
             table(("key", "published"), ((entry.key, human_time(entry.last_modified)) for entry in entries))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("key")
 @click.pass_obj
 def show(settings: Settings, key: str) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import click
 
 from blobflow.cli.progress import counted
-from blobflow.cli.settings import PATH, DurationType, Settings
+from blobflow.cli.settings import PATH, Command, DurationType, Settings
 from blobflow.cli.words import printable
 from blobflow.errors import BlobflowError, TemporaryError
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("operations", metavar="FILE", type=PATH)
 @click.option("--results", type=PATH, metavar="FILE", help="The table of results.  [default: FILE.results.parquet]")
 @click.option("--window", type=click.IntRange(1, 1000), default=32, show_default=True, help="Operations at once.")

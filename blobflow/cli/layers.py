@@ -9,7 +9,7 @@ from typing import Literal
 import click
 
 from blobflow.cli.progress import processed, show_progress, transferred
-from blobflow.cli.settings import PATH, Settings
+from blobflow.cli.settings import PATH, CommandGroup, Settings
 from blobflow.cli.words import from_before, human_size, human_time, table
 
 
@@ -35,7 +35,7 @@ def _layer_options(function: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def layer() -> None:
     """Keep directories as compressed layers, named by their content: what is unchanged is not sent.
 

@@ -14,7 +14,7 @@ import click
 
 from blobflow.cli.artifacts import pull_into
 from blobflow.cli.progress import processed, show_progress, transferred
-from blobflow.cli.settings import BACKENDS, PATH, DigestType, Settings
+from blobflow.cli.settings import BACKENDS, PATH, CommandGroup, DigestType, Settings
 from blobflow.cli.words import from_before, human_size, members_of, table
 from blobflow.errors import NotFoundError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from blobflow.mirror import ReceiverStatus, SnapshotId
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def mirror() -> None:
     """Push snapshots to a receiver elsewhere, and be one.
 

@@ -222,7 +222,7 @@ def shared_options() -> list[click.Parameter]:
     ]
 
 
-class _Command(click.Command):
+class Command(click.Command):
     """A command that takes the shared options as well."""
 
     def __init__(self, *args: Any, **attributes: Any) -> None:
@@ -237,5 +237,5 @@ class _Command(click.Command):
 class CommandGroup(click.Group):
     """A group whose commands take the shared options."""
 
-    command_class = _Command
+    command_class = Command
     group_class = type

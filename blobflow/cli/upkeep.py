@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from blobflow.cli.settings import DurationType, Settings
+from blobflow.cli.settings import Command, CommandGroup, DurationType, Settings
 from blobflow.cli.words import human_time, table
 from blobflow.errors import NotFoundError, TemporaryError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from blobflow.stores.base import Store
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def ref() -> None:
     """Read and move refs: names, like orders/latest, that point to an artifact."""
 
@@ -90,7 +90,7 @@ def _ref_document(status: str, store: Store, name: str, state: RefState) -> dict
     }
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--fresh", is_flag=True, help="Try everything out again, whatever the report in the store says.")
 @click.pass_obj
 def probe(settings: Settings, fresh: bool) -> None:
@@ -119,7 +119,7 @@ def probe(settings: Settings, fresh: bool) -> None:
     )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("prefix", default="")
 @click.option(
     "--older-than",
@@ -184,7 +184,7 @@ def gc(
     return TemporaryError.exit_code if report.failed else None
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("prefix", default="")
 @click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the last N of each directory.")
 @click.option(
