@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -207,15 +206,30 @@ class Patience:
         self._key = key
         self._ends_at = ends_at
         self._attempts = 0
+        self._backoff = _backoff()
 
     def wait_s(self, error: BlobflowError) -> float | None:
         """Seconds until the next attempt; None where `error` was the last word."""
         left = self._ends_at - self._store.clock()
-        backoff = random.uniform(0.0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(self._attempts, 16)))
         asked: float = error.fields.get("retry_after_s", 0.0)
-        wait_s = max(asked, min(backoff, left))
+        wait_s = max(asked, min(self._backoff(self._attempts + 1), left))
         if left <= 0 or wait_s > left:
             return None
         self._attempts += 1
         self._store.note_retry(self._operation, self._key, self._attempts, wait_s, error)
         return wait_s
+
+
+def _backoff() -> Callable[[int], float]:
+    """Gives the wait after an attempt, counted from 1: exponential with full jitter."""
+    # Not at the top: it imports asyncio, and most calls never fail.
+    from tenacity import RetryCallState, Retrying, wait_random_exponential
+
+    wait = wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S)
+    state = RetryCallState(Retrying(), None, (), {})
+
+    def after(attempt: int) -> float:
+        state.attempt_number = attempt
+        return wait(state)
+
+    return after
