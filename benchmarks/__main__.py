@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, tool in known.installed(peers).items()
         if name == known.BLOBFLOW or options.peers is None or _matches(name, options.peers)
     }
-    document = measure(options, tools)
+    earlier = [report.load(path) for path in arguments.join]
+    document = report.joined([*earlier, measure(options, tools)])
     path = report.store(document, arguments.results)
     print("\n" + report.markdown(document))
     print(f"stored: {path}.json and {path.name}.md")
@@ -113,6 +114,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tls", action="store_true", help="the cheap server over https")
     parser.add_argument("--bucket", default=BUCKET, help="an existing bucket of that server")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the table goes (benchmarks/results)")
+    parser.add_argument(
+        "--join",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="JSON",
+        help="results of earlier calls with the same sizes and other scenarios, for one table",
+    )
     parser.add_argument("--publish", action="store_true", help="also into docs/benchmarks.md and docs/images/")
     parser.add_argument("--no-install", action="store_true", help="take the peers that are there")
     given = parser.parse_args(argv)

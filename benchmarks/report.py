@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.bars import Bar, bars
-from benchmarks.contestants import BATCH, BLOBFLOW, TRANSFERS
+from benchmarks.contestants import BATCH, BLOBFLOW, SCENARIOS, TRANSFERS
 
 MIB = 1024 * 1024
 _METRICS = (
@@ -269,6 +269,35 @@ def _size(size: int) -> str:
 
 
 # Files
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What an earlier call stored."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def joined(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The measurements of several calls as those of one; what is compared was measured in one call all the same.
+
+    Raises:
+        SystemExit: the calls moved different sizes, or measured the same scenario.
+    """
+    last = documents[-1]
+    scenarios = [scenario for document in documents for scenario in document["scenarios"]]
+    for document in documents:
+        if any(document["options"][which] != last["options"][which] for which in ("size", "files", "runs", "patience")):
+            raise SystemExit("benchmarks: --join takes results of the same --size, --files, --runs and --patience")
+    if len(scenarios) != len(set(scenarios)):
+        raise SystemExit("benchmarks: --join takes results of other scenarios than those of this call")
+    return {
+        **last,
+        "started": documents[0]["started"],
+        "seconds": sum(document["seconds"] for document in documents),
+        "scenarios": [scenario for scenario in SCENARIOS if scenario in scenarios],
+        "runs": [entry for document in documents for entry in document["runs"]],
+        "commands": {name: text for document in documents for name, text in document["commands"].items()},
+        "versions": {name: text for document in documents for name, text in document["versions"].items()},
+    }
 
 
 def store(document: Mapping[str, Any], results: Path) -> Path:

@@ -157,6 +157,30 @@ def test_medians_leave_out_who_failed():
     assert (summary["one-up"]["s5cmd"]["wall_s"], summary["one-up"]["s5cmd"]["runs"]) == (2.0, 3)
 
 
+def test_calls_are_joined_only_if_they_compare():
+    """One table of several calls keeps every measurement; other sizes, or a scenario twice, are refused."""
+    options = {"size": 1, "files": 1, "runs": 1, "patience": 1.0}
+
+    def call(scenario: str, **changed: int) -> dict[str, Any]:
+        return {
+            "started": "2026-11-28",
+            "options": options | changed,
+            "seconds": 2.0,
+            "scenarios": [scenario],
+            "runs": [{"scenario": scenario}],
+            "commands": {scenario: {}},
+            "versions": {scenario: "1"},
+        }
+
+    document = report.joined([call("one-down"), call("one-up")])
+    assert document["scenarios"] == ["one-up", "one-down"]
+    assert [entry["scenario"] for entry in document["runs"]] == ["one-down", "one-up"]
+    assert (document["seconds"], set(document["commands"])) == (4.0, {"one-up", "one-down"})
+    for other in (call("one-up"), call("start", size=2)):
+        with pytest.raises(SystemExit, match="--join takes results"):
+            report.joined([call("one-up"), other])
+
+
 def test_targets_are_held_against_the_best_variant_of_a_peer():
     """A tuned peer counts where it is faster than its default; what was not measured is not claimed."""
     runs = [entry("blobflow, exported before", 1.0), entry("s5cmd", 4.0), entry("s5cmd, tuned", 2.0)]
