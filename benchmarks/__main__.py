@@ -168,7 +168,12 @@ def measure(options: Options, tools: dict[str, Tool]) -> dict[str, Any]:
     )
     # In memory at the same time: the source, a download, and on the server one copy in each layout, or an upload with
     # what a killed one left.
-    layouts = {contestant.layout for tool in tools.values() for contestant in tool.contestants}
+    layouts = {
+        contestant.layout
+        for tool in tools.values()
+        for contestant in tool.contestants
+        if set(contestant.scenarios) & set(options.scenarios) - set(LAYERS)  # those need no server
+    }
     needed = 2 * largest + 64 * MIB + options.size * ("mirror" in options.scenarios)
     server_bytes = 0 if options.endpoint else max(2, len(layouts)) * largest + 512 * MIB
     if available_memory_bytes() < needed + server_bytes:
