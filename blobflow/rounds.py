@@ -16,7 +16,8 @@ from blobflow.artifact.artifact import Artifact
 from blobflow.backends.base import Exporter
 from blobflow.config import ChunkProfile
 from blobflow.errors import BlobflowError
-from blobflow.lease import Lease, Leases, RefState, StoreLeases, fence_ref, move_ref, newest_round
+from blobflow.lease import Lease, Leases, RefState, StoreLeases, fence_ref, newest_round
+from blobflow.retention import name_artifact
 from blobflow.stores.base import Store
 from blobflow.transport import ProgressEvent, UploadResult, upload
 
@@ -84,6 +85,7 @@ def run_export_round(
 
     Raises:
         LeaseLost: this process was silent for too long, and another took over; the ref is the other's.
+        TransferBusy: `prune` removes the very artifact at this moment; the next round uploads it again.
         Unsupported: the store has no conditional writes, and no other place for the lease was named.
     """
     with _opened(store, leases) as opened:
@@ -109,7 +111,7 @@ def run_export_round(
                 moved = None
                 if ref:
                     target = (uploaded.key, uploaded.artifact_digest)
-                    moved = move_ref(store, f"{name}/{ref}", *target, round_number=number)
+                    moved = name_artifact(store, f"{name}/{ref}", *target, round_number=number)
         except BaseException:
             lease.abandon()
             raise

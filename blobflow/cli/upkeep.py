@@ -42,11 +42,11 @@ def ref_get(settings: Settings, name: str) -> None:
 def ref_set(settings: Settings, name: str, key: str) -> None:
     """Point the ref NAME to the artifact under KEY, in one step."""
     from blobflow.artifact.manifest import artifact_digest
-    from blobflow.lease import move_ref
+    from blobflow.retention import name_artifact
     from blobflow.transport import read_manifest_bytes
 
     with settings.open_store() as store:
-        state = move_ref(store, name, key, artifact_digest(read_manifest_bytes(store, key)))
+        state = name_artifact(store, name, key, artifact_digest(read_manifest_bytes(store, key)))
     settings.report(_ref_document("set", store, name, state), f"{name} -> {state.key}  {state.manifest_sha256}")
 
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -18,13 +17,11 @@ import pytest
 
 from blobflow.testing import read_tree, write_tree
 from tests.dagster.celery_location import LANES, PART
-from tests.dagster.yard import ROOT, wait_for
+from tests.dagster.yard import ROOT
 from tests.kit import noise
 from tests.servers import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]
-
-PG_BIN = next((path.parent for path in Path("/usr/lib/postgresql").glob("*/bin/initdb")), None)
 
 
 @contextmanager
@@ -47,49 +44,21 @@ def running(command: list[str], log: Path, **options: Any) -> Generator[subproce
                     os.killpg(process.pid, signal.SIGKILL)
 
 
-@contextmanager
-def postgres() -> Generator[str]:
-    """The URL of a database of one's own; it refuses to run as root, and runs as `postgres` then."""
-    assert PG_BIN is not None
-    directory = Path(tempfile.mkdtemp(prefix="pg-"))
-    user: dict[str, Any] = {}
-    if os.geteuid() == 0:
-        shutil.chown(directory, "postgres", "postgres")
-        user = {"user": "postgres", "group": "postgres", "cwd": directory}
-    port = free_port()
-    try:
-        subprocess.run(
-            [PG_BIN / "initdb", "-D", directory / "data", "-U", "blobflow", "--auth=trust", "-N"],
-            check=True,
-            capture_output=True,
-            **user,
-        )
-        options = ["-D", str(directory / "data"), "-p", str(port), "-h", "127.0.0.1", "-k", str(directory), "-F"]
-        with running([str(PG_BIN / "postgres"), *options], directory.with_suffix(".log"), **user):
-            ready = [str(PG_BIN / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
-            wait_for(lambda: subprocess.run(ready, check=False).returncode == 0)
-            yield f"postgresql+psycopg2://blobflow@127.0.0.1:{port}/postgres"
-    finally:
-        shutil.rmtree(directory)
-        directory.with_suffix(".log").unlink(missing_ok=True)
-
-
 @pytest.fixture
-def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+def environment(tmp_path: Path, postgres_url: str) -> Iterator[dict[str, str]]:
     """Of everybody who takes part: redis and Postgres are up."""
     redis = shutil.which("redis-server")
-    if redis is None or PG_BIN is None:
-        pytest.skip("needs redis and Postgres (Debian: redis-server postgresql)")
+    if redis is None:
+        pytest.skip("needs redis (Debian: redis-server)")
     port = free_port()
     with ExitStack() as stack:
-        url = stack.enter_context(postgres())
         stack.enter_context(
             running([redis, "--port", str(port), "--bind", "127.0.0.1", "--save", ""], tmp_path / "redis.log")
         )
         broker = f"redis://127.0.0.1:{port}/0"
         (tmp_path / "instance").mkdir()
         (tmp_path / "instance" / "dagster.yaml").write_text(
-            f"telemetry: {{enabled: false}}\nstorage: {{postgres: {{postgres_url: '{url}'}}}}\n"
+            f"telemetry: {{enabled: false}}\nstorage: {{postgres: {{postgres_url: '{postgres_url}'}}}}\n"
         )
         (tmp_path / "worker.yaml").write_text(f"execution: {{config: {{broker: '{broker}', backend: '{broker}'}}}}\n")
         yield {

@@ -26,11 +26,12 @@ from blobflow import (
     run_export_round,
     verify,
 )
-from blobflow.errors import LeaseLost, StoreUnavailable, TimedOut
+from blobflow.errors import LeaseLost, StoreUnavailable, TimedOut, TransferBusy
 from blobflow.lease import fence_ref
 from blobflow.rounds import content_key
 from blobflow.stores.local import LocalStore
 from blobflow.testing import Executable, FailBefore, Fault, FaultyStore, Hook, Request, Tree, write_tree
+from blobflow.transport import list_artifacts
 from tests.kit import SMALL, TREE, artifact_of, local_store
 
 
@@ -395,3 +396,35 @@ def test_a_round_may_have_no_ref(store: LocalStore, scratch: Path, tmp_path: Pat
     assert done is not None
     assert done.ref is None
     assert not [meta.key for meta in store.list() if meta.key.endswith(".ref.json")]
+
+
+def test_a_round_does_not_name_what_is_pruned_meanwhile(tmp_path: Path):
+    """Its artifact is removed just before the ref moves: the ref stays where it was, and the next round publishes."""
+    write_tree(tmp_path / "source", TREE)
+    store = local_store(tmp_path)
+    exporter = DirectoryExporter(path=tmp_path / "source")
+    first = run_export_round(store, "orders", exporter)
+    assert first is not None
+    before = read_ref(store, "orders/latest")
+    write_tree(tmp_path / "source", {"new": "x"})
+
+    def prunes(request: Request) -> None:
+        if request.operation == "put" and request.key == "orders/latest.ref.json" and _new(store, first.upload.key):
+            (key,) = _new(store, first.upload.key)
+            store.delete(key + ".manifest.json")
+
+    with pytest.raises(TransferBusy, match="being removed"):
+        run_export_round(FaultyStore(store, prunes), "orders", exporter)
+    after = read_ref(store, "orders/latest")
+    assert before is not None
+    assert after is not None
+    assert after.key == before.key
+    again = run_export_round(store, "orders", exporter)
+    assert again is not None
+    assert again.ref is not None
+    assert again.ref.key == again.upload.key != first.upload.key
+
+
+def _new(store: LocalStore, old: str) -> list[str]:
+    """The keys of artifacts that were published after `old`."""
+    return [entry.key for entry in list_artifacts(store) if entry.key != old]
