@@ -48,7 +48,7 @@ test: $(READY) ## the tests that need nothing but this checkout
 # In CI a missing server or browser is a failure, not a skip.
 test-all: export BLOBFLOW_CI := $(if $(filter true 1,$(CI)),1)
 test-all: $(READY) ## every test, also the slow ones and those that need Ceph or a browser
-	@$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --maxschedchunk=1 $(PYTEST_ARGS)
 
 check: $(READY) ## lint, format, types and the layers of the house
 	@$(BIN)/ruff check

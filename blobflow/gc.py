@@ -27,6 +27,7 @@ from blobflow.errors import (
     ObjectTooLarge,
     TemporaryError,
     Unsupported,
+    UsageError,
 )
 from blobflow.intent import SUFFIX as INTENT_SUFFIX
 from blobflow.intent import Intent, IntentKeeper
@@ -95,8 +96,22 @@ def collect(
         older_than_s: Seconds. 0 collects everything that nobody works on at this moment.
         dry_run: Find everything, change nothing.
         clock: Seconds since the epoch.
+
+    Raises:
+        UsageError: an age below 0.
     """
+    check_age(older_than_s)
     return _Collection(store, older_than_s, payloads, dry_run, clock).run(prefix)
+
+
+def check_age(older_than_s: float) -> None:
+    """Refuse what is no age.
+
+    Raises:
+        UsageError: it is below 0, or not a number.
+    """
+    if not older_than_s >= 0:
+        raise UsageError(f"{older_than_s:g} seconds are no age", hint="give 0 or more")
 
 
 class _Collection:
@@ -271,7 +286,11 @@ def collect_stages(
 
     Returns:
         The stages that were removed, or would be in a dry run. Those of other users are left alone.
+
+    Raises:
+        UsageError: an age below 0.
     """
+    check_age(older_than_s)
     # Not at the top: a collection in a store needs nothing of what lands artifacts.
     from blobflow.artifact.leftovers import remove_stages
 

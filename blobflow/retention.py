@@ -82,12 +82,7 @@ def prune(
     Raises:
         UsageError: no rule, or one that would keep nothing.
     """
-    if keep_last is None and keep_within_s is None:
-        raise UsageError("nothing says what to keep", hint="give keep_last, keep_within_s or both")
-    if keep_last is not None and keep_last < 1:
-        raise UsageError(f"keep_last={keep_last} keeps nothing", hint="give at least 1")
-    if keep_within_s is not None and not keep_within_s > 0:
-        raise UsageError(f"keep_within_s={keep_within_s:g} keeps nothing", hint="give a number of seconds above 0")
+    check_rules(keep_last, keep_within_s)
     report = PruneReport(dry_run)
     artifacts: list[ArtifactEntry] = []
     refs: list[str] = []
@@ -136,6 +131,20 @@ def name_artifact(store: Store, ref: str, key: str, digest: str, *, round_number
             move_ref(store, ref, before.key, before.manifest_sha256, round_number=round_number)
         raise TransferBusy(f"{key!r} is being removed at this moment", hint="try again", key=key) from error
     return moved
+
+
+def check_rules(keep_last: int | None, keep_within_s: float | None) -> None:
+    """Refuse rules that would keep nothing; see `prune`.
+
+    Raises:
+        UsageError: no rule, or one of that kind.
+    """
+    if keep_last is None and keep_within_s is None:
+        raise UsageError("nothing says what to keep", hint="give keep_last, keep_within_s or both")
+    if keep_last is not None and keep_last < 1:
+        raise UsageError(f"keep_last={keep_last} keeps nothing", hint="give at least 1")
+    if keep_within_s is not None and not keep_within_s > 0:
+        raise UsageError(f"keep_within_s={keep_within_s:g} keeps nothing", hint="give a number of seconds above 0")
 
 
 def _due(artifacts: Iterable[ArtifactEntry], keep_last: int | None, since: float | None) -> list[str]:

@@ -12,9 +12,9 @@ from pydantic import Field, create_model
 from blobflow.dagster import metadata as md
 from blobflow.dagster.failures import dagster_errors
 from blobflow.errors import StoreUnavailable, UsageError
-from blobflow.gc import DEFAULT_AGE_S, collect
+from blobflow.gc import DEFAULT_AGE_S, check_age, collect
 from blobflow.lease import REF_SUFFIX
-from blobflow.retention import prune
+from blobflow.retention import check_rules, prune
 from blobflow.stores import Store
 from blobflow.stores.probe import ProbedStore, ProbeReport, probe
 
@@ -36,17 +36,20 @@ _UNFINISHED: Final = [
 _RUN_ID: Final = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
+# No bounds in these classes: Dagster would find a value out of bounds where it retries, while what checks the bounds
+# anyway says that trying again is of no use.
+
+
 class GcConfig(dg.Config):
     """What to collect; see `blobflow gc`."""
 
     prefix: str = Field(default="", description="Of the keys, a plain string.")
     older_than_s: float = Field(
-        default=DEFAULT_AGE_S, ge=0, description="Seconds without a sign of life. 0: all that nobody works on now."
+        default=DEFAULT_AGE_S, description="Seconds without a sign of life. 0: all that nobody works on now."
     )
     payloads: bool = Field(default=False, description="Also remove payloads whose manifest never came.")
     runs_older_than_s: float = Field(
         default=RUNS_AGE_S,
-        ge=0,
         description="Seconds after which what the steps of a finished run handed to each other goes; until then the run"
         " can be started again from where it failed.",
     )
@@ -57,8 +60,8 @@ class RetentionConfig(dg.Config):
     """What to keep; see `blobflow prune`."""
 
     prefix: str = Field(default="", description="Of the keys, a plain string.")
-    keep_last: int | None = Field(default=None, ge=1, description="Artifacts of each directory.")
-    keep_within_s: float | None = Field(default=None, gt=0, description="Seconds; what is younger is kept.")
+    keep_last: int | None = Field(default=None, description="Artifacts of each directory.")
+    keep_within_s: float | None = Field(default=None, description="Seconds; what is younger is kept.")
     dry_run: bool = Field(default=False, description="Show what would go, change nothing.")
 
 
@@ -94,7 +97,12 @@ def gc_job(
         handoff: The `prefix` of the `HandoffIOManager`.
         retry_policy: For what could not be removed at the moment.
         resource_key: Under which the `BlobflowResource` is found.
+
+    Raises:
+        UsageError: an age below 0.
     """
+    check_age(older_than_s)
+    check_age(runs_older_than_s)
     node = f"{name}__collect"
     defaults = GcConfig(
         prefix=prefix, older_than_s=older_than_s, payloads=payloads, runs_older_than_s=runs_older_than_s
@@ -107,6 +115,7 @@ def gc_job(
         config: settings_of_run,  # pyright: ignore[reportInvalidTypeForm]
     ) -> None:
         with dagster_errors(context, retry_policy):
+            check_age(config.runs_older_than_s)
             store = getattr(context.resources, resource_key).get_store()
             report = collect(
                 store,
@@ -186,10 +195,9 @@ def retention_job(
         resource_key: Under which the `BlobflowResource` is found.
 
     Raises:
-        UsageError: neither rule is given.
+        UsageError: neither rule is given, or one that would keep nothing.
     """
-    if keep_last is None and keep_within_s is None:
-        raise UsageError("nothing says what to keep", hint="give keep_last, keep_within_s or both")
+    check_rules(keep_last, keep_within_s)
     node = f"{name}__prune"
     defaults = RetentionConfig(prefix=prefix, keep_last=keep_last, keep_within_s=keep_within_s)
     settings_of_run = _defaulting_to(defaults)

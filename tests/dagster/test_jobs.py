@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -208,7 +210,7 @@ def test_retention_keeps_the_last_and_the_named(place: Place):
 
 @pytest.mark.parametrize("rules", [{"keep_last": 3}, {"keep_within_s": 60.0}])
 def test_part_of_a_configuration_keeps_the_rest(place: Place, rules: dict[str, Any]):
-    """A run that is only told to be a dry run has the job's prefix and rules, and a wrong value is still refused."""
+    """A run that is only told to be a dry run has the job's prefix and rules."""
     artifact = artifact_of(place.home / "made")
     for key in ("orders/1.tar", "other/1.tar"):
         upload(place.store, key, artifact)
@@ -216,13 +218,35 @@ def test_part_of_a_configuration_keeps_the_rest(place: Place, rules: dict[str, A
     job = retention_job(prefix="orders/", **rules)
     told = output(run(place, job, {"ops": {PRUNE_NODE: {"config": {"dry_run": True}}}}))
     assert (told[md.PRUNE_REMOVED], told[md.PRUNE_KEPT]) == ((0, 1) if "keep_last" in rules else (1, 0))
-    assert not run(place, job, {"ops": {PRUNE_NODE: {"config": {"keep_last": -1}}}}).success
 
 
-def test_retention_without_a_rule_is_refused():
+@pytest.mark.parametrize(
+    ("job", "node", "config", "told"),
+    [
+        (retention_job(keep_last=3), PRUNE_NODE, {"keep_last": -1}, "keep_last=-1 keeps nothing"),
+        (gc_job(), GC_NODE, {"older_than_s": -1.0}, "-1 seconds are no age"),
+        (gc_job(), GC_NODE, {"runs_older_than_s": -1.0}, "-1 seconds are no age"),
+    ],
+)
+def test_a_wrong_value_fails_at_once(place: Place, job: dg.JobDefinition, node: str, config: dict[str, Any], told: str):
+    """What only somebody can mend is not tried four times."""
+    result = run(place, job, {"ops": {node: {"config": config}}})
+    assert told in failure(result)[1]
+    assert not [event for event in result.all_events if event.is_step_up_for_retry]
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (retention_job, "nothing says what to keep"),
+        (partial(retention_job, keep_last=0), "keep_last=0 keeps nothing"),
+        (partial(gc_job, older_than_s=-1.0), "no age"),
+    ],
+)
+def test_wrong_rules_are_refused(make: Callable[[], dg.JobDefinition], told: str):
     """When the code location is loaded, not in the night."""
-    with pytest.raises(UsageError, match="nothing says what to keep"):
-        retention_job()
+    with pytest.raises(UsageError, match=told):
+        make()
 
 
 def test_content_that_comes_back_while_it_is_pruned_is_tried_again(place: Place):

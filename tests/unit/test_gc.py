@@ -17,7 +17,7 @@ from typing_extensions import override
 from blobflow import Artifact, LayerSync, download, open_store, upload, verify
 from blobflow.artifact.landing import STAGE_PREFIX
 from blobflow.cli import run
-from blobflow.errors import NoSuchUpload
+from blobflow.errors import NoSuchUpload, UsageError
 from blobflow.gc import DEFAULT_AGE_S, GcReport, collect, collect_stages
 from blobflow.intent import TTL_S, IntentKeeper
 from blobflow.lease import move_ref
@@ -383,6 +383,15 @@ def stage(tmp_path: Path, artifact: Artifact) -> Path:
         download(FaultyStore(store, dies_at(6)), "a.tar", tmp_path / "landing" / "a", profile=SERIAL)
     (stage,) = (tmp_path / "landing").glob(f"{STAGE_PREFIX}*")
     return stage
+
+
+@pytest.mark.parametrize("age_s", [-1.0, float("nan")])
+def test_only_an_age_is_taken_for_one(tmp_path: Path, store: LocalStore, age_s: float) -> None:
+    """A slip in arithmetic must not look like an empty store."""
+    with pytest.raises(UsageError, match="no age"):
+        collect(store, older_than_s=age_s)
+    with pytest.raises(UsageError, match="no age"):
+        collect_stages(tmp_path, older_than_s=age_s)
 
 
 def test_the_stage_of_a_killed_download_goes_when_it_is_old(stage: Path, clock: Clock) -> None:
