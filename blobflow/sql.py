@@ -22,6 +22,7 @@ from sqlalchemy.exc import (
     InternalError,
     NoSuchModuleError,
     OperationalError,
+    ProgrammingError,
 )
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
@@ -123,8 +124,9 @@ class SqlTable:
         try:
             with self._engine.connect() as connection:
                 connection.execute(CreateTable(self._table, if_not_exists=True))
-        except IntegrityError:
-            # Postgres: another one made it at this moment, between our look and our attempt.
+        except (IntegrityError, ProgrammingError):
+            # Postgres: another one made it at this moment, between our look and our attempt; or only the type of its
+            # rows, which is a duplicate object then. Whatever else it was fails again.
             with self._engine.connect() as connection:
                 connection.execute(CreateTable(self._table, if_not_exists=True))
         self._is_made = True

@@ -44,6 +44,7 @@ _SCHEMA = pa.schema(
     ]
 )
 _SCHEMA_READ = _SCHEMA.set(0, pa.field("path", pa.dictionary(pa.int32(), pa.string()), nullable=False))
+_ORIGINS = pa.schema([pa.field("inode", pa.uint64()), pa.field("mtime_ns", pa.int64())])
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _UNREADABLE: Final = (pa.ArrowException, KeyError, OSError, TypeError, UnicodeDecodeError)
 """What pyarrow raises for bytes that are no Parquet, or that of other columns than ours."""
@@ -207,7 +208,7 @@ class Index:
             ("crc32c", self.crcs, 4),
         ):
             for chunk in table.column(name).chunks:
-                raw = memoryview(_data_buffer(chunk))[chunk.offset * width : (chunk.offset + len(chunk)) * width]
+                raw = _raw(chunk, width)
                 values.extend(raw) if isinstance(values, bytearray) else values.frombytes(raw)
         for chunk in table.column("path").chunks:
             self._paths_bytes += chunk.dictionary.nbytes
@@ -259,8 +260,7 @@ class Index:
 def encode_origins(inodes: Sequence[int], mtimes_ns: Sequence[int]) -> bytes:
     """The inode and the modification time of each member's file, of a reference artifact, as Parquet columns."""
     sink = io.BytesIO()
-    columns = {"inode": pa.array(inodes, pa.uint64()), "mtime_ns": pa.array(mtimes_ns, pa.int64())}
-    pq.write_table(pa.table(columns), sink, compression="zstd")
+    pq.write_table(pa.table([inodes, mtimes_ns], schema=_ORIGINS), sink, compression="zstd")
     return sink.getvalue()
 
 
@@ -272,9 +272,15 @@ def decode_origins(data: bytes) -> tuple[array[int], array[int]]:
     """
     try:
         table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        return array("Q", table.column("inode").to_pylist()), array("q", table.column("mtime_ns").to_pylist())
     except _UNREADABLE as error:
         raise ArtifactInvalid(f"the reference table is not readable: {error}", hint="export again") from error
+    if table.schema.remove_metadata() != _ORIGINS:
+        raise ArtifactInvalid("the reference table has other columns", hint="export again")
+    inodes, mtimes_ns = array("Q"), array("q")
+    for column, values in zip(table.columns, (inodes, mtimes_ns), strict=True):
+        for chunk in column.chunks:
+            values.frombytes(_raw(chunk, values.itemsize))
+    return inodes, mtimes_ns
 
 
 def _check_shape(file: pq.ParquetFile, members: int) -> None:
@@ -292,7 +298,8 @@ def _check_shape(file: pq.ParquetFile, members: int) -> None:
             )
 
 
-def _data_buffer(chunk: Any) -> Any:
+def _raw(chunk: Any, width: int) -> memoryview:
+    """The bytes of a column's values, `width` each."""
     if chunk.null_count:
         raise ArtifactInvalid("index has empty cells")
-    return chunk.buffers()[1] or b""
+    return memoryview(chunk.buffers()[1] or b"")[chunk.offset * width : (chunk.offset + len(chunk)) * width]

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -27,12 +28,38 @@ BACKEND: Final = "directory"
 
 
 class Scan:
-    """What a directory holds: files and empty directories by path, and what was left out."""
+    """What a directory holds: files and empty directories, and what was left out.
+
+    In columns, as an index is, and like it sorted by path in UTF-8 order; the paths of directories end in `/`.
+    """
 
     def __init__(self) -> None:
-        self.entries: list[tuple[str, os.stat_result]] = []
+        self.paths: list[str] = []
+        self.sizes = array("q")
+        self.modes = array("I")
+        """Of the member: 644 or 755."""
+        self.inodes = array("Q")
+        self.mtimes_ns = array("q")
+        self.ctimes_ns = array("q")
         self.excluded = 0
         self.symlinks_skipped = 0
+
+    def append(self, path: str, size: int, mode: int, status: os.stat_result) -> None:
+        """Add an entry; `sort` follows when all are there."""
+        self.paths.append(path)
+        self.sizes.append(size)
+        self.modes.append(mode)
+        self.inodes.append(status.st_ino)
+        self.mtimes_ns.append(status.st_mtime_ns)
+        self.ctimes_ns.append(status.st_ctime_ns)
+
+    def sort(self) -> None:
+        """Bring the entries into the order of their paths."""
+        # Python compares strings by code point, which is the order of their UTF-8 bytes.
+        order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
+        self.paths = [self.paths[i] for i in order]
+        for column in (self.sizes, self.modes, self.inodes, self.mtimes_ns, self.ctimes_ns):
+            column[:] = array(column.typecode, map(column.__getitem__, order))
 
 
 class DirectoryExporter(BaseModel):
@@ -72,13 +99,13 @@ class DirectoryExporter(BaseModel):
         *,
         on_progress: OnProgress | None = None,
         found: Scan | None = None,
-        known: Callable[[str], FileHash | None] = lambda _: None,
+        known: Callable[[int], FileHash | None] = lambda _: None,
     ) -> ExportResult:
         """Write an artifact of the tree into `dest`; see `Exporter.export`.
 
         Args:
             found: What `scan` has just found.
-            known: The hash of a member that need not be read for it.
+            known: The hash of entry i of `found`, if it need not be read for it.
 
         Raises:
             NotFoundError: the source is no directory.
@@ -90,7 +117,7 @@ class DirectoryExporter(BaseModel):
             Unsupported: mode `link` cannot make hard links at `dest`.
         """
         # Not at the top: pyarrow behind them costs 0.3 s, and a pipeline is defined more often than it is run.
-        from blobflow.artifact.index import EXECUTABLE_MODE, FILE_MODE, Index, Member
+        from blobflow.artifact.index import Index, Member
         from blobflow.artifact.landing import check_destination
 
         started = time.monotonic()
@@ -104,27 +131,21 @@ class DirectoryExporter(BaseModel):
         with all_or_nothing(dest):
             with writing(dest):
                 dest.mkdir(parents=True, exist_ok=True)
-            paths = [path for path, _ in found.entries]
-            statuses = [status for _, status in found.entries]
+            paths = found.paths
             data = self._materialise(paths, root, dest / DATA_NAME)
-            total = sum(status.st_size for path, status in found.entries if not path.endswith("/"))
+            total = sum(found.sizes)
             index = Index()
             hashes = hash_files(
                 len(paths),
-                lambda i: statuses[i].st_size,
-                lambda i, buffer: (
-                    known(paths[i]) or _hash_stable(data, paths[i], statuses[i], buffer, copied=self.mode == "copy")
-                ),
+                found.sizes.__getitem__,
+                lambda i, buffer: known(i) or _hash_stable(data, found, i, buffer, copied=self.mode == "copy"),
                 on_batch=(lambda _, done: on_progress(done, total)) if on_progress else None,
             )
-            for path, status, hashed in zip(paths, statuses, hashes, strict=True):
-                mode = EXECUTABLE_MODE if path.endswith("/") or status.st_mode & stat.S_IXUSR else FILE_MODE
-                mtime_ns = status.st_mtime_ns if self.mtimes == "keep" else 0
-                index.append(Member(path, hashed.size, mode, mtime_ns, hashed.sha256, hashed.crc32c))
+            for path, mode, mtime_ns, hashed in zip(paths, found.modes, found.mtimes_ns, hashes, strict=True):
+                kept_ns = mtime_ns if self.mtimes == "keep" else 0
+                index.append(Member(path, hashed.size, mode, kept_ns, hashed.sha256, hashed.crc32c))
             cursor = self._cursor(data, paths)
-            origins = None
-            if self.mode == "reference":
-                origins = [status.st_ino for status in statuses], [status.st_mtime_ns for status in statuses]
+            origins = (found.inodes, found.mtimes_ns) if self.mode == "reference" else None
             with writing(dest):
                 artifact = write_artifact(dest, index, backend=self.backend, cursor=cursor, origins=origins)
         return ExportResult(
@@ -156,6 +177,8 @@ class DirectoryExporter(BaseModel):
         Raises:
             NotFoundError, UnsupportedSource, SourceChanged: as `export`.
         """
+        from blobflow.artifact.index import EXECUTABLE_MODE, FILE_MODE, path_fault
+
         root = self._root()
         found = Scan()
         # Directories still to read, each with its path in the artifact and the real directories above it.
@@ -168,7 +191,8 @@ class DirectoryExporter(BaseModel):
                 if self._is_excluded(entry.name, path):
                     found.excluded += 1
                     continue
-                _check_name(path)
+                if fault := path_fault(path):
+                    raise unsupported(path, fault, "rename it, or exclude it")
                 if entry.is_symlink():
                     if self.symlinks == "skip":
                         found.symlinks_skipped += 1
@@ -182,12 +206,12 @@ class DirectoryExporter(BaseModel):
                     continue
                 if not stat.S_ISREG(status.st_mode):
                     raise unsupported(path, "it is a device, socket or pipe", "exclude it")
-                found.entries.append((path, status))
+                mode = EXECUTABLE_MODE if status.st_mode & stat.S_IXUSR else FILE_MODE
+                found.append(path, status.st_size, mode, status)
             if not kept and prefix:
                 with reading(prefix):
-                    found.entries.append((prefix, os.stat(directory)))
-        # Python compares strings by code point, which is the order of their UTF-8 bytes.
-        found.entries.sort(key=lambda entry: entry[0])
+                    found.append(prefix, 0, EXECUTABLE_MODE, os.stat(directory))
+        found.sort()
         return found
 
     def _is_excluded(self, name: str, path: str) -> bool:
@@ -214,28 +238,22 @@ class DirectoryExporter(BaseModel):
         return data
 
 
-def _check_name(path: str) -> None:
-    from blobflow.artifact.index import path_fault
-
-    if fault := path_fault(path):
-        raise unsupported(path, fault, "rename it, or exclude it")
-
-
 def _entries(directory: str, path: str) -> list[os.DirEntry[str]]:
     with reading(path or directory), os.scandir(directory) as entries:
         return list(entries)
 
 
-def _hash_stable(root: Path, path: str, expected: os.stat_result, buffer: memoryview, *, copied: bool) -> FileHash:
-    """Hash a file and prove that nobody wrote to it between the scan and the end of the reading."""
+def _hash_stable(root: Path, found: Scan, i: int, buffer: memoryview, *, copied: bool) -> FileHash:
+    """Hash entry `i` of a scan and prove that nobody wrote to it between the scan and the end of the reading."""
+    path = found.paths[i]
     if path.endswith("/"):
         return FileHash(0, EMPTY_SHA256, 0)
     with open_regular(root, path) as file, reading(path):
         hashed = hash_descriptor(file.fileno(), buffer)
         status = os.fstat(file.fileno())
     seen = (hashed.size, status.st_size, status.st_mtime_ns, status.st_ino)
-    inode = status.st_ino if copied else expected.st_ino
-    if seen != (expected.st_size, expected.st_size, expected.st_mtime_ns, inode):
+    inode = status.st_ino if copied else found.inodes[i]
+    if seen != (found.sizes[i], found.sizes[i], found.mtimes_ns[i], inode):
         raise SourceChanged(f"source file {path!r} changed while it was exported", path=path, what="size or mtime")
     return hashed
 

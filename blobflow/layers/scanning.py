@@ -16,7 +16,6 @@ import hashlib
 import logging
 import os
 import shutil
-import stat
 from array import array
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -85,25 +84,26 @@ class StatCache:
         self.files_read = 0
         if known is not None and known.covers(found):
             return known.artifact
-        hashes = known.hashes_of(found) if known is not None else {}
-        self.files_read = sum(not path.endswith("/") and path not in hashes for path, _ in found.entries)
+
+        def hash_of(i: int) -> FileHash | None:
+            return known.hash_of(found, i) if known is not None else None
+
+        self.files_read = sum(not path.endswith("/") and hash_of(i) is None for i, path in enumerate(found.paths))
 
         fresh = self.path / "artifact.new"
         shutil.rmtree(fresh, ignore_errors=True)
-        artifact = self._exporter.export(fresh, on_progress=on_progress, found=found, known=hashes.get).artifact
-        ctimes = array("q", (self._believed(status, before_ns) for _, status in found.entries))
+        artifact = self._exporter.export(fresh, on_progress=on_progress, found=found, known=hash_of).artifact
+        times = zip(found.mtimes_ns, found.ctimes_ns, strict=True)
+        racy_ns = before_ns - RACY_NS
+        ctimes = array("q", (ctime_ns if max(mtime_ns, ctime_ns) < racy_ns else 0 for mtime_ns, ctime_ns in times))
         with writing(self.path):
             shutil.rmtree(self.path / "artifact", ignore_errors=True)  # without it the new CTIMES name nothing
             (self.path / _CTIMES).write_bytes(ctimes.tobytes())
             os.rename(fresh, self.path / "artifact")
         moved = Artifact(self.path / "artifact", artifact.manifest_bytes)
         moved.__dict__.update(index_bytes=artifact.index_bytes, index=artifact.index)
-        log.info("layer.scanned path=%s members=%d read=%d", self._exporter.path, len(found.entries), self.files_read)
+        log.info("layer.scanned path=%s members=%d read=%d", self._exporter.path, len(found.paths), self.files_read)
         return moved
-
-    @staticmethod
-    def _believed(status: os.stat_result, before_ns: int) -> int:
-        return status.st_ctime_ns if max(status.st_ctime_ns, status.st_mtime_ns) < before_ns - RACY_NS else 0
 
 
 class _Known:
@@ -111,17 +111,9 @@ class _Known:
 
     def __init__(self, artifact: Artifact, ctimes: array[int], origins: tuple[array[int], array[int]]) -> None:
         self.artifact = artifact
-        index = artifact.index
-        inodes, mtimes_ns = origins
-        self._hashes: dict[str, tuple[tuple[int, ...], FileHash]] = {
-            path: (
-                (index.sizes[i], mtimes_ns[i], inodes[i], ctimes[i], index.modes[i]),
-                FileHash(index.sizes[i], index.sha256_of(i), index.crcs[i]),
-            )
-            for i, path in enumerate(index.paths)
-            if not path.endswith("/")
-        }
-        self._paths = index.paths
+        self._ctimes = ctimes
+        self._inodes, self._mtimes_ns = origins
+        self._rows = {path: i for i, path in enumerate(artifact.index.paths)}
 
     @classmethod
     def read(cls, path: Path) -> _Known | None:
@@ -140,18 +132,23 @@ class _Known:
 
     def covers(self, found: Scan) -> bool:
         """Whether a scan finds nothing else."""
-        if [path for path, _ in found.entries] != self._paths:
-            return False
-        return len(self.hashes_of(found)) == len(self._hashes)
+        paths = self.artifact.index.paths
+        return found.paths == paths and all(
+            path.endswith("/") or self._is_as_it_was(i, found, i) for i, path in enumerate(paths)
+        )
 
-    def hashes_of(self, found: Scan) -> dict[str, FileHash]:
-        """The hashes of the files that are as they were."""
-        pairs = ((path, self._hashes.get(path), status) for path, status in found.entries)
-        return {path: entry[1] for path, entry, status in pairs if entry and entry[0] == _identity(status)}
+    def hash_of(self, found: Scan, i: int) -> FileHash | None:
+        """The hash of entry `i` of a scan, if that is a file that is as it was."""
+        row = self._rows.get(found.paths[i])
+        if row is None or found.paths[i].endswith("/") or not self._is_as_it_was(row, found, i):
+            return None
+        index = self.artifact.index
+        return FileHash(index.sizes[row], index.sha256_of(row), index.crcs[row])
 
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    from blobflow.artifact.index import EXECUTABLE_MODE, FILE_MODE
-
-    mode = EXECUTABLE_MODE if status.st_mode & stat.S_IXUSR else FILE_MODE
-    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns, mode
+    def _is_as_it_was(self, row: int, found: Scan, i: int) -> bool:
+        index = self.artifact.index
+        return (
+            (index.sizes[row], index.modes[row]) == (found.sizes[i], found.modes[i])
+            and (self._inodes[row], self._mtimes_ns[row]) == (found.inodes[i], found.mtimes_ns[i])
+            and self._ctimes[row] == found.ctimes_ns[i]
+        )
