@@ -370,6 +370,7 @@ class Session:
         job.directory.parent.mkdir()
         if contestant.layout != "artifact":
             job.directory.mkdir()
+        touch_memory(place, job.workload.bytes)
         self.endpoint.reset()
         command = self._announced(contestant, scenario, job)
         found = self._figures(run(command, log=place / "log"))
@@ -425,6 +426,7 @@ class Session:
             run(contestant.command(up), log=place / "seed.log")
         contestant.prepare(up)
         job = down if scenario == "layers-down" else up
+        touch_memory(place, workload.bytes)
         cost = run(self._announced(contestant, scenario, job), log=place / "log")
         found: dict[str, Any] = asdict(cost)
         if scenario == "layers-up":

@@ -289,7 +289,8 @@ def _layers(program: str) -> tuple[Contestant, ...]:
         arguments = tuple(layer(job, job.scratch / "aside", "sync", str(job.directory), "aside"))
         for _ in range(3):
             run(Command(arguments, job.environment(), shlex.join(arguments)), log=job.scratch / "prepare.log")
-            if json.loads((job.scratch / "prepare.log").read_bytes())["files_read"] == 0:
+            said = (job.scratch / "prepare.log").read_text(encoding="utf-8")
+            if json.loads(said[said.index("{") :])["files_read"] == 0:  # the progress stands before it
                 break
             time.sleep(2.1)
         shutil.rmtree(job.scratch / "aside")
