@@ -25,6 +25,8 @@ from blobflow.checksum import EMPTY_SHA256
 from blobflow.errors import NotFoundError, RefusedError, SourceChanged, writing
 
 BACKEND: Final = "directory"
+_LAST_NS: Final = 2**63 - 1
+"""What an index can hold; file systems know later times."""
 
 
 class Scan:
@@ -45,7 +47,13 @@ class Scan:
         self.symlinks_skipped = 0
 
     def append(self, path: str, size: int, mode: int, status: os.stat_result) -> None:
-        """Add an entry; `sort` follows when all are there."""
+        """Add an entry; `sort` follows when all are there.
+
+        Raises:
+            UnsupportedSource: its time is one that an index cannot hold.
+        """
+        if abs(status.st_mtime_ns) > _LAST_NS:
+            raise unsupported(path, "its modification time is after 2262 or before 1678", "touch it")
         self.paths.append(path)
         self.sizes.append(size)
         self.modes.append(mode)

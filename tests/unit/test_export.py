@@ -95,6 +95,15 @@ def test_what_an_artifact_cannot_hold_is_refused_by_name(tree: Tree, reason: str
     assert not (tmp_path / "artifact").exists()
 
 
+@pytest.mark.parametrize("late", ["", {}])
+def test_a_time_that_no_index_holds_is_refused(late: str | Tree, tmp_path: Path):
+    """File systems and broken clocks know years that 64 bits of nanoseconds do not."""
+    write_tree(tmp_path / "source", {"late": late})
+    os.utime(tmp_path / "source" / "late", ns=(2**63 + 10**18, 2**63 + 10**18))
+    with pytest.raises(UnsupportedSource, match=r"'late/?' cannot be exported: its modification time"):
+        export_artifact(tmp_path / "source", tmp_path / "artifact")
+
+
 def test_a_socket_is_refused(tmp_path: Path):
     """Unless it is excluded."""
     write_tree(tmp_path / "source", {"a": ""})
