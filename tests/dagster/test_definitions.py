@@ -38,9 +38,11 @@ def test_loading_the_code_location_is_quick_and_silent():
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
-def test_dg_lists_the_definitions():
+def test_dg_lists_the_definitions(tmp_path: Path):
     """`dg list defs` shows assets, job, check and resource, without a word on standard error."""
-    done = tool("dg", "list", "defs", "--json")
+    # Where telemetry is on, Dagster says so to whoever uses it for the first time.
+    (tmp_path / "dagster.yaml").write_text("telemetry: {enabled: false}\n", encoding="utf-8")
+    done = tool("dg", "list", "defs", "--json", DAGSTER_HOME=str(tmp_path))
     listed = json.loads(done.stdout)
     assert [asset["asset_key"] for asset in listed["assets"]] == ["demo/mirror", "demo/remote", "demo/snapshot"]
     assert [check["name"] for check in listed["asset_checks"]] == ["verified"]
