@@ -35,8 +35,7 @@ class Workload:
 def working_directory(needed_bytes: int) -> Generator[Path]:
     """A directory in memory (so that no disk is measured), removed afterwards.
 
-    All of its memory is written to once before: on a virtual machine, memory that was never used costs its first user
-    several times what it costs the next one, whoever that is.
+    All of its memory is touched before, for whoever comes first; see `touch_memory`.
 
     Raises:
         SystemExit: there is not enough memory for it.
@@ -52,11 +51,7 @@ def working_directory(needed_bytes: int) -> Generator[Path]:
             "choose a smaller --size or --files"
         )
     with tempfile.TemporaryDirectory(prefix="blobflow-bench-", dir=base) as directory:
-        used = Path(directory, "used")
-        with used.open("wb") as file:
-            for _ in range(-(-needed_bytes // MIB)):
-                file.write(_BLOCK)
-        used.unlink()
+        touch_memory(Path(directory), needed_bytes)
         yield Path(directory)
 
 
@@ -67,9 +62,8 @@ def touch_memory(directory: Path, size: int) -> None:
     processor time as it takes to fill it.
     """
     path = directory / "touched"
-    block = bytes(MIB)
     with path.open("wb") as file:
-        file.writelines(block for _ in range(-(-size // MIB)))
+        file.writelines(repeat(_BLOCK, -(-size // MIB)))
     path.unlink()
 
 

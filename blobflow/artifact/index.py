@@ -301,5 +301,5 @@ def _check_shape(file: pq.ParquetFile, members: int) -> None:
 def _raw(chunk: Any, width: int) -> memoryview:
     """The bytes of a column's values, `width` each."""
     if chunk.null_count:
-        raise ArtifactInvalid("index has empty cells")
+        raise ArtifactInvalid("a column has empty cells")
     return memoryview(chunk.buffers()[1] or b"")[chunk.offset * width : (chunk.offset + len(chunk)) * width]

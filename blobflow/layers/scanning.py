@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +114,6 @@ class _Known:
         self.artifact = artifact
         self._ctimes = ctimes
         self._inodes, self._mtimes_ns = origins
-        self._rows = {path: i for i, path in enumerate(artifact.index.paths)}
 
     @classmethod
     def read(cls, path: Path) -> _Known | None:
@@ -139,10 +139,10 @@ class _Known:
 
     def hash_of(self, found: Scan, i: int) -> FileHash | None:
         """The hash of entry `i` of a scan, if that is a file that is as it was."""
-        row = self._rows.get(found.paths[i])
-        if row is None or found.paths[i].endswith("/") or not self._is_as_it_was(row, found, i):
+        index, path = self.artifact.index, found.paths[i]
+        row = bisect_left(index.paths, path)
+        if path.endswith("/") or index.paths[row : row + 1] != [path] or not self._is_as_it_was(row, found, i):
             return None
-        index = self.artifact.index
         return FileHash(index.sizes[row], index.sha256_of(row), index.crcs[row])
 
     def _is_as_it_was(self, row: int, found: Scan, i: int) -> bool:
