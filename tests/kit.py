@@ -14,13 +14,17 @@ from blobflow.stores.base import Store
 from blobflow.stores.local import LocalStore
 from blobflow.testing import FaultyStore, Request, Tree, write_tree
 
+FULL_SIZE = bool(os.environ.get("BLOBFLOW_FULL_SIZE"))
+"""Whether tests show what the project promises, on a machine that does nothing else meanwhile."""
+
 
 def sized(full: int, usual: int) -> int:
     """The number that the project promises something for under `BLOBFLOW_FULL_SIZE=1`, otherwise a smaller one.
 
-    The same test, with the same assertions: what takes a machine hours is not what CI can do for each change.
+    The same test, and the same assertions but for seconds: what takes a machine hours is not what CI can do for each
+    change, and what a second is worth there depends on the tests beside it.
     """
-    return full if os.environ.get("BLOBFLOW_FULL_SIZE") else usual
+    return full if FULL_SIZE else usual
 
 
 SMALL = ChunkProfile.custom(4096, 2, workers=2)
