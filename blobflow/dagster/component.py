@@ -56,7 +56,7 @@ IMPORTERS: Final[Mapping[str, type[BaseModel]]] = {name: backend_classes(name)[1
 
 _Template: Any = Annotated[str, Field(pattern=r"\{\{.*\}\}")]
 """In the place of any value: `{{ ... }}`. The pattern keeps typing errors out of it."""
-_SECRETS: Final = ("access_key_id", "secret_access_key", "session_token")
+_SECRETS: Final = ("access_key_id", "secret_access_key", "session_token", "leases")
 _ENVIRONMENT: Final = re.compile(r"\{\{\s*env\.([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
 
 
@@ -167,6 +167,14 @@ _Store = _settings_of(
             Field(default="tactical", description=f"{_STORE['profile'].description} Or a profile of your own."),
         ),
         **{name: (str | None, Field(default=None, description=_FROM_ENVIRONMENT)) for name in _SECRETS},
+        "leases": (
+            str | None,
+            Field(
+                default=None,
+                description="SQLAlchemy URL of a database that keeps the leases of rounds; by default the store keeps"
+                f" them, which needs conditional writes. {_FROM_ENVIRONMENT}",
+            ),
+        ),
     },
     skip=("store", "profile", "custom_profile", "s3", *_SECRETS),
 )

@@ -29,7 +29,7 @@ class SnapshotHandle:
     """The directory that is removed once the artifact is verified in the store."""
     manifest_json: bytes
     round_number: int | None = None
-    """Of the export round; a ref that a later round has moved is left alone. None: the store holds no leases."""
+    """Of the export round; a ref that a later round has moved is left alone. None: nothing keeps leases."""
 
     @property
     def path(self) -> Path:

@@ -42,7 +42,7 @@ from blobflow.dagster.failures import as_dagster_error
 from blobflow.dagster.progress import ProgressLog
 from blobflow.dagster.resource import BlobflowResource
 from blobflow.errors import ArtifactNotFound, BlobflowError, LeaseLost, TransferBusy, UsageError
-from blobflow.lease import Lease, read_ref
+from blobflow.lease import Lease, Leases, read_ref
 from blobflow.retention import name_artifact
 from blobflow.rounds import content_key, round_number
 from blobflow.scratch import scratch_directory
@@ -155,8 +155,9 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
         with _explained(journal):
             values = _values_by_partition(context, what, obj)
             store = self.blobflow.get_store()
+            leases = self.blobflow.get_leases(store)
             published = {
-                partition: self._publish(context, store, self._home(context, what, partition), value, journal)
+                partition: self._publish(context, store, leases, self._home(context, what, partition), value, journal)
                 for partition, value in values.items()
             }
             if len(published) == 1:
@@ -166,11 +167,17 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
                 context.add_output_metadata(_facts_of_many(published))
 
     def _publish(
-        self, context: dg.OutputContext, store: Store, home: "_Home", value: Stored, journal: StepJournal | None
+        self,
+        context: dg.OutputContext,
+        store: Store,
+        leases: Leases | None,
+        home: "_Home",
+        value: Stored,
+        journal: StepJournal | None,
     ) -> dict[str, Any]:
         """Store a value, prove that it is whole, and move the ref to it; the facts for the materialization."""
         # Before the value is looked at: of two steps that publish at once, the one that began later has the newer.
-        ticket = _take_ticket(store, home) if home.lasts else None
+        ticket = _take_ticket(store, leases, home) if home.lasts else None
         if isinstance(value, ArtifactRef):
             stored, facts = value, {md.STATUS: "referenced", md.BYTES_SENT: 0, md.BYTES_RESUMED: 0}
         else:
@@ -381,15 +388,15 @@ class _Home:
     """Whether run after run moves the ref; the ref of an op's output belongs to one run."""
 
 
-def _take_ticket(store: Store, home: _Home) -> int | None:
+def _take_ticket(store: Store, leases: Leases | None, home: _Home) -> int | None:
     """A number above that of everybody who has begun to publish under this ref before; None where nobody counts.
 
     Raises:
         TransferBusy: a round under this name is under way.
     """
-    if not store.abilities.conditional:
+    if leases is None:
         return None
-    lease = Lease(store, f"{home.name}/round", ttl_s=_TICKET_TTL_S)
+    lease = Lease(leases, f"{home.name}/round", ttl_s=_TICKET_TTL_S)
     deadline = time.monotonic() + 2 * _TICKET_TTL_S
     while not lease.try_acquire():
         if time.monotonic() > deadline:

@@ -51,7 +51,7 @@ from blobflow.errors import (
     TransferBusy,
     UsageError,
 )
-from blobflow.lease import Lease, check_round, read_ref
+from blobflow.lease import Lease, Leases, check_round, read_ref
 from blobflow.retention import name_artifact
 from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S, content_key, kept_alive, round_number
 from blobflow.stores import Store
@@ -247,7 +247,7 @@ def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
             store = blobflow.get_store()
             scratch = blobflow.scratch_path(plan.name, _segment(context), context.run_id)
             progress = journal.watch("export")
-            lease = _take_round(store, prefix, plan.ttl_s)
+            lease = _take_round(blobflow.get_leases(store), prefix, plan.ttl_s)
             number: int | None = None
             try:
                 with kept_alive(lease, plan.max_silence_s) if lease else nullcontext() as alive:
@@ -586,15 +586,15 @@ def _segment(context: dg.OpExecutionContext) -> str:
     return key_segment(context.partition_key)
 
 
-def _take_round(store: Store, prefix: str, ttl_s: float) -> Lease | None:
-    """The lease of the round; None where the store cannot hold one.
+def _take_round(leases: Leases | None, prefix: str, ttl_s: float) -> Lease | None:
+    """The lease of the round; None where nothing can keep one.
 
     Raises:
         TransferBusy: another run exports the same thing at this moment.
     """
-    if not store.abilities.conditional:
+    if leases is None:
         return None
-    lease = Lease(store, f"{prefix}/round", ttl_s=ttl_s)
+    lease = Lease(leases, f"{prefix}/round", ttl_s=ttl_s)
     if not lease.try_acquire():
         raise TransferBusy(
             f"another run is exporting {prefix!r} at this moment",

@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr
 
 from blobflow.config import ChunkProfile
 from blobflow.errors import UsageError
+from blobflow.lease import Leases, StoreLeases
 from blobflow.stores import Store, open_store
 from blobflow.stores.retry import DEFAULT_PATIENCE_S
 
@@ -52,9 +53,14 @@ class BlobflowResource(dg.ConfigurableResource):
         description="Absolute path for what lives between two steps of a run; by default in the Dagster instance's"
         " storage. The steps of one asset need to see the same directory.",
     )
+    leases: str | None = Field(
+        default=None,
+        description="SQLAlchemy URL of a database that keeps the leases of rounds, as dg.EnvVar(...) if there is a"
+        " password in it; by default the store keeps them, which needs conditional writes.",
+    )
 
     _instance_storage: Path | None = PrivateAttr(default=None)
-    _opened: list[Store] = PrivateAttr(default_factory=list)
+    _opened: list[Store | Leases] = PrivateAttr(default_factory=list)
 
     def __repr__(self) -> str:
         return f"BlobflowResource(store={self.store!r}, profile={'custom' if self.custom_profile else self.profile!r})"
@@ -67,7 +73,7 @@ class BlobflowResource(dg.ConfigurableResource):
             self._instance_storage = Path(context.instance.storage_directory())
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002  # Dagster's signature
-        """Close the connections of the stores that were opened."""
+        """Close the connections that were opened."""
         while self._opened:
             self._opened.pop().close()
 
@@ -81,8 +87,24 @@ class BlobflowResource(dg.ConfigurableResource):
             UsageError: naming the setting that is wrong.
         """
         url = self.store or self._instance_path(STORE_DIR)
-        self._opened.append(open_store(url, patience_s=patience_s, **self._s3_options()))
-        return self._opened[-1]
+        store = open_store(url, patience_s=patience_s, **self._s3_options())
+        self._opened.append(store)
+        return store
+
+    def get_leases(self, store: Store) -> Leases | None:
+        """What keeps the leases of rounds that are published in `store`; None where nothing can. Closed as the store.
+
+        Raises:
+            StoreConfigurationError: `leases` is not the URL of a database, or its driver is not installed.
+        """
+        if self.leases is None:
+            return StoreLeases(store) if store.abilities.conditional else None
+        # SQLAlchemy takes a quarter of a second to import.
+        from blobflow.lease_sql import SqlLeases
+
+        leases = SqlLeases(self.leases)
+        self._opened.append(leases)
+        return leases
 
     def get_profile(self) -> ChunkProfile:
         """The transfer profile."""

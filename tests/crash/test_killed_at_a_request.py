@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def end_at(
         out, _ = process.communicate(timeout=60)
     strict.script()
     return process.returncode, out
+
+
+@contextmanager
+def heeded(number: signal.Signals) -> Iterator[None]:
+    """Commands that are started in the block heed the signal, also where these tests run under nohup."""
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_second_push_sends_exactly_the_parts_that_are_not_there(strict: StrictS3, machine: Machines, freight: Make):
@@ -127,7 +138,8 @@ def test_a_signal_saves_a_last_checkpoint(
     options = ("--chunk-size", str(cargo.chunk_size), "--workers", "1")
     machine().run("push", cargo.source, KEY)
     dest = tmp_path / "landed"
-    exited, out = end_at(strict, number, machine(*options), "pull", KEY, dest, operation="GetObject", nth=20)
+    with heeded(number):
+        exited, out = end_at(strict, number, machine(*options), "pull", KEY, dest, operation="GetObject", nth=20)
     assert exited == code
     error = json.loads(out)["error"]
     assert (error["type"], error["message"]) == ("Interrupted", f"stopped by {number.name}")

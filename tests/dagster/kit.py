@@ -86,6 +86,11 @@ class Place:
         settings = {"store": str(self.home / "store"), "scratch_dir": str(self.scratch), "custom_profile": SMALL}
         return FaultyResource(**{**settings, **options})
 
+    @property
+    def unconditional(self) -> str:
+        """URL of a store without conditional writes: a directory, as fsspec sees it."""
+        return f"local://{self.home}/unconditional"
+
     def pipeline(self, **options: Any) -> ArtifactPipeline:
         settings: dict[str, Any] = {
             "exporter": DirectoryExporter(path=self.source),

@@ -156,13 +156,14 @@ def test_secrets_are_names_of_variables(written, monkeypatch):
         "url": "{{ env.ORDERS_STORE }}",
         "access_key_id": "{{env.ORDERS_KEY}}",
         "secret_access_key": "{{ env.ORDERS_SECRET }}",
+        "leases": "{{ env.ORDERS_LEASES }}",
     }
     defs = written.load(written.pipeline(store=store))
 
     resource = resource_of(defs)
-    names = (resource.store, resource.access_key_id, resource.secret_access_key)
+    names = (resource.store, resource.access_key_id, resource.secret_access_key, resource.leases)
     assert all(isinstance(name, dg.EnvVar) for name in names)
-    assert [name.env_var_name for name in names] == ["ORDERS_STORE", "ORDERS_KEY", "ORDERS_SECRET"]
+    assert [name.env_var_name for name in names] == ["ORDERS_STORE", "ORDERS_KEY", "ORDERS_SECRET", "ORDERS_LEASES"]
     schema = defs.get_repository_def().get_top_level_resources()["orders_blobflow"].config_schema
     assert SECRET not in str(schema.default_value)
     assert {"env": "ORDERS_SECRET"} in schema.default_value.values()

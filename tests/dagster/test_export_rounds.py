@@ -16,6 +16,7 @@ from blobflow.backends.base import OnProgress
 from blobflow.dagster import metadata as md
 from blobflow.errors import StoreUnavailable
 from blobflow.lease import StoreLeases
+from blobflow.lease_sql import SqlLeases
 from blobflow.testing import FailBefore, Fault, Request, read_tree, write_tree
 from blobflow.transport import list_artifacts
 from tests.dagster.kit import FaultyResource, Place, failure
@@ -127,3 +128,28 @@ def test_a_frozen_run_publishes_nothing(place: Place, tmp_path: Path):
     assert ref is not None
     assert [entry.key for entry in list_artifacts(place.store)] == [ref.key]
     assert read_tree(place.current) == read_tree(place.source)
+
+
+def test_a_database_keeps_the_lease(place: Place):
+    """With `leases`, a store without conditional writes has rounds as well, one at a time and numbered."""
+    leases = f"sqlite:///{place.home}/leases.db"
+    resource = place.resource(store=place.unconditional, leases=leases)
+    store = resource.get_store()
+    lease = Lease(SqlLeases(leases), "orders/round")
+    assert lease.try_acquire()
+    step, _, metadata = failure(place.run(resource=resource))
+    assert (step, metadata[md.ERROR]) == ("orders__snapshot.export", "TransferBusy")
+    assert list(store.list("")) == []
+    lease.abandon()
+
+    for number in (2, 3):
+        write_tree(place.source, {"number": str(number)})
+        assert place.run(resource=resource).success
+        latest = read_ref(store, "orders/latest")
+        assert latest is not None
+        assert latest.round_number == number
+    assert not [entry.key for entry in store.list("") if entry.key.endswith(".lease.json")]
+
+    late = SqlLeases(leases).read("orders/round")
+    assert late is not None
+    assert late.state.owner == ""  # given back, with the cursor

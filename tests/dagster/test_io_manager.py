@@ -61,7 +61,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 def manager(place: Place, **options: Any) -> ArtifactIOManager:
-    return ArtifactIOManager(blobflow=place.resource(), **options)
+    return ArtifactIOManager(**{"blobflow": place.resource(), **options})
 
 
 def definitions(place: Place, *assets: Any, **options: Any) -> dg.Definitions:
@@ -679,6 +679,16 @@ def test_a_round_under_the_same_name_is_waited_for(place: Place, monkeypatch: py
     refused = refusal(lambda: keep(place, place.source))
     assert (refused.metadata[md.ERROR].value, refused.allow_retries) == ("TransferBusy", True)
     assert "a round of 'team/model'" in str(refused.description)
+
+
+def test_a_database_numbers_what_is_published(place: Place):
+    """With the resource's `leases`, the newest also wins in a store that has no conditional writes."""
+    resource = place.resource(store=place.unconditional, leases=f"sqlite:///{place.home}/leases.db")
+    for number in (1, 2):
+        keep(place, place.source, blobflow=resource)
+        latest = read_ref(resource.get_store(), "team/model/latest")
+        assert latest is not None
+        assert latest.round_number == number
 
 
 # Failures

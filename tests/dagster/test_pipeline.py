@@ -248,11 +248,11 @@ def test_a_round_that_another_run_holds_is_left_to_it(place):
     assert place.run().success
 
 
-def test_a_store_without_conditional_writes_needs_no_lease(place):
+def test_a_store_without_conditional_writes_needs_no_lease(place: Place):
     """Where no lease can be held, the pipeline works without one."""
-    name = place.home.name
-    result = place.run(resource=place.resource(store=f"memory://{name}"))
-    assert result.success
+    resource = place.resource(store=place.unconditional)
+    assert not resource.get_store().abilities.conditional
+    assert place.run(resource=resource).success
     assert read_tree(place.current) == TREE
 
 

@@ -11,10 +11,11 @@ import pytest
 
 from blobflow.config import ChunkProfile
 from blobflow.dagster import BlobflowResource, DirectoryImporter, ProfileConfig, artifact_pipeline
+from blobflow.dagster import metadata as md
 from blobflow.errors import UsageError
 from blobflow.stores import Store
 from blobflow.testing import read_tree
-from tests.dagster.kit import Place, facts
+from tests.dagster.kit import Place, facts, failure
 from tests.kit import TREE
 from tests.servers import S3Endpoint
 
@@ -121,6 +122,18 @@ def test_secrets_reach_the_store_and_nothing_else(place, moto_s3: S3Endpoint, mo
     for path in place.home.rglob("*"):
         if path.is_file():
             assert secret.encode() not in path.read_bytes(), path
+
+
+def test_the_password_of_the_leases_is_not_told(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """A database that does not answer is named in the failure without its password."""
+    secret = "s3cr3t-nobody-may-see"
+    monkeypatch.setenv("ORDERS_LEASES", f"postgresql+psycopg2://orders:{secret}@127.0.0.1:1/leases")
+    result = place.run(resource=place.resource(leases=dg.EnvVar("ORDERS_LEASES")))
+    step, message, metadata = failure(result)
+    assert (step, metadata[md.ERROR]) == ("orders__snapshot.export", "StoreUnavailable")
+    assert "postgresql+psycopg2://orders:***@127.0.0.1:1/leases" in message
+    for event in result.all_events:
+        assert secret not in repr(event)
 
 
 @pytest.mark.filterwarnings("ignore:InitResourceContext.dagster_run is deprecated:DeprecationWarning")  # Dagster's own
