@@ -1,9 +1,14 @@
-"""A code location for Celery workers: what steps hand to each other goes through the store."""
+"""A code location for Celery workers: what steps hand to each other goes through the store.
+
+While `<LANES_HOME>/held` is there, each lane of an upload stores `BEFORE_HELD` parts; the others wait and are noted
+there.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import dagster as dg
@@ -17,9 +22,15 @@ from blobflow.dagster import (
     ProfileConfig,
     artifact_pipeline,
 )
+from blobflow.testing import Fault, Hook, Request
+from tests.dagster.kit import FaultyResource
 
 LANES = 3
+WORKERS = 2
+"""Of each lane."""
 PART = 64 * 1024
+BEFORE_HELD = 8
+"""Of a lane's 17 parts."""
 
 
 def in_lanes(executor: dg.ExecutorDefinition, resource: type[BlobflowResource] = BlobflowResource) -> dg.JobDefinition:
@@ -34,7 +45,7 @@ def in_lanes(executor: dg.ExecutorDefinition, resource: type[BlobflowResource] =
     blobflow = resource(
         store=str(home / "store"),
         scratch_dir=str(home / "scratch"),
-        custom_profile=ProfileConfig(chunk_size=PART, checkpoint_interval=4, workers=2),
+        custom_profile=ProfileConfig(chunk_size=PART, checkpoint_interval=4, workers=WORKERS),
     )
     defs = dg.Definitions.merge(
         pipeline.definitions,
@@ -45,9 +56,24 @@ def in_lanes(executor: dg.ExecutorDefinition, resource: type[BlobflowResource] =
     return defs.resolve_job_def("orders_job")
 
 
+def _hold(request: Request) -> Fault | None:
+    held = Path(os.environ["LANES_HOME"], "held")
+    if request.operation != "put_part" or request.number <= BEFORE_HELD or not held.is_dir():
+        return None
+
+    def wait(_: Request) -> None:
+        (held / f"{os.getpid()}-{request.number}").touch()
+        while held.is_dir():
+            time.sleep(0.05)
+
+    return Hook(wait)
+
+
 def orders() -> dg.JobDefinition:
     """Every step of it is a Celery task."""
-    return in_lanes(celery_executor.configured({"broker": os.environ["BROKER"], "backend": os.environ["BROKER"]}))
+    FaultyResource.script(_hold)
+    celery = celery_executor.configured({"broker": os.environ["BROKER"], "backend": os.environ["BROKER"]})
+    return in_lanes(celery, FaultyResource)
 
 
 def main() -> None:

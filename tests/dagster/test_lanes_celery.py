@@ -7,17 +7,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Generator, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+from sqlalchemy import create_engine, make_url
 
-from blobflow.testing import read_tree, write_tree
-from tests.dagster.celery_location import LANES, PART
-from tests.dagster.yard import ROOT
+from blobflow.dagster import metadata as md
+from blobflow.testing import Tree, read_tree, write_tree
+from tests.dagster.celery_location import BEFORE_HELD, LANES, PART, WORKERS
+from tests.dagster.kit import REMOTE
+from tests.dagster.yard import ROOT, wait_for
 from tests.kit import noise
 from tests.servers import free_port
 
@@ -34,14 +38,24 @@ def running(command: list[str], log: Path, **options: Any) -> Generator[subproce
         try:
             yield process
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
+            end(process, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-            except subprocess.TimeoutExpired:
-                pass
-            finally:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+            end(process, signal.SIGKILL)
+
+
+def end(process: subprocess.Popen[Any], number: signal.Signals) -> None:
+    """Send a signal to a process that leads a session, and to all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def new_database(server_url: str) -> str:
+    """URL of an empty database of the server."""
+    url = make_url(server_url).set(database=f"dagster_{uuid.uuid4().hex}")
+    with create_engine(server_url, isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {url.database}")
+    return url.render_as_string(hide_password=False)
 
 
 @pytest.fixture
@@ -58,8 +72,10 @@ def environment(tmp_path: Path, postgres_url: str) -> Iterator[dict[str, str]]:
         broker = f"redis://127.0.0.1:{port}/0"
         (tmp_path / "instance").mkdir()
         (tmp_path / "instance" / "dagster.yaml").write_text(
-            f"telemetry: {{enabled: false}}\nstorage: {{postgres: {{postgres_url: '{postgres_url}'}}}}\n"
+            f"telemetry: {{enabled: false}}\nstorage: {{postgres: {{postgres_url: '{new_database(postgres_url)}'}}}}\n"
         )
+        # Workers and a run that make Dagster's tables at the same time get into each other's way.
+        dg.DagsterInstance.from_config(str(tmp_path / "instance")).dispose()
         (tmp_path / "worker.yaml").write_text(f"execution: {{config: {{broker: '{broker}', backend: '{broker}'}}}}\n")
         yield {
             **os.environ,
@@ -91,17 +107,24 @@ def workers(environment: dict[str, str], count: int) -> Generator[list[subproces
         ]
 
 
-def run(environment: dict[str, str], *arguments: str) -> int:
-    command = [sys.executable, "-m", "tests.dagster.celery_location", *arguments]
-    return subprocess.run(command, env=environment, cwd=ROOT, check=False, timeout=300).returncode
+def run(environment: dict[str, str], *failed_run: str) -> AbstractContextManager[subprocess.Popen[Any]]:
+    """A run, or the re-execution of one from its failure; its executor waits in this process for the workers."""
+    command = [sys.executable, "-m", "tests.dagster.celery_location", *failed_run]
+    return running(command, Path(environment["LANES_HOME"], "run.log"), env=environment, cwd=ROOT)
 
 
-def test_celery_workers_share_the_lanes(environment: dict[str, str], tmp_path: Path):
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    """What the pipeline exports."""
+    made: Tree = {f"{number}": noise(10 * PART, number) for number in range(5)}
+    write_tree(tmp_path / "source", made)
+    return made
+
+
+def test_celery_workers_share_the_lanes(environment: dict[str, str], tree: Tree, tmp_path: Path):
     """Every lane is a task of some worker; they find the handles of the steps before in the store."""
-    tree = {f"{number}": noise(10 * PART, number) for number in range(5)}
-    write_tree(tmp_path / "source", tree)
-    with workers(environment, 2):
-        assert run(environment) == 0
+    with workers(environment, 2), run(environment) as process:
+        assert process.wait(300) == 0
     assert read_tree(tmp_path / "mirror" / "current") == tree
     handed = {path.parent.name for path in (tmp_path / "store" / "handoff" / "runs").rglob("result.json")}
     assert handed >= {f"orders__remote.upload.lane_{lane}" for lane in range(LANES)}
@@ -110,3 +133,35 @@ def test_celery_workers_share_the_lanes(environment: dict[str, str], tmp_path: P
     with dg.DagsterInstance.from_config(str(tmp_path / "instance")) as instance:
         (found,) = instance.get_runs()
         assert found.status is dg.DagsterRunStatus.SUCCESS
+
+
+def test_killed_celery_workers_lose_no_part(environment: dict[str, str], tree: Tree, tmp_path: Path):
+    """All workers die with every lane in flight, and the run as well; new ones send only what is missing."""
+    held = tmp_path / "held"
+    held.mkdir()
+    with workers(environment, 2) as killed, run(environment) as process:
+        wait_for(lambda: process.poll() is not None or len(list(held.iterdir())) == LANES * WORKERS)
+        assert process.poll() is None
+        for each in (*killed, process):
+            end(each, signal.SIGKILL)
+    shutil.rmtree(held)
+    with dg.DagsterInstance.from_config(str(tmp_path / "instance")) as instance:
+        (failed,) = instance.get_runs()
+        instance.report_run_failed(failed, "the run worker is gone")  # as the daemon does
+        with workers(environment, 2), run(environment, failed.run_id) as process:
+            assert process.wait(300) == 0
+        (retried,) = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.SUCCESS]))
+        done = instance.all_logs(retried.run_id, of_type=dg.DagsterEventType.STEP_SUCCESS)
+        made = instance.get_latest_materialization_event(REMOTE)
+
+    assert read_tree(tmp_path / "mirror" / "current") == tree
+    steps = {entry.dagster_event.step_key for entry in done if entry.dagster_event}
+    assert {step for step in steps if step and ".upload.lane_" in step} == {
+        f"orders__remote.upload.lane_{lane}" for lane in range(LANES)
+    }
+    assert "orders__snapshot.export" not in steps
+    assert made is not None
+    assert made.asset_materialization is not None
+    facts: dict[str, Any] = {label: value.value for label, value in made.asset_materialization.metadata.items()}
+    assert facts[md.BYTES_RESUMED] == LANES * BEFORE_HELD * PART
+    assert facts[md.BYTES_SENT] == facts[md.SIZE] - facts[md.BYTES_RESUMED]
