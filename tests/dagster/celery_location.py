@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 
 import dagster as dg
@@ -24,6 +23,7 @@ from blobflow.dagster import (
 )
 from blobflow.testing import Fault, Hook, Request
 from tests.dagster.kit import FaultyResource
+from tests.dagster.yard import wait_for
 
 LANES = 3
 WORKERS = 2
@@ -63,8 +63,7 @@ def _hold(request: Request) -> Fault | None:
 
     def wait(_: Request) -> None:
         (held / f"{os.getpid()}-{request.number}").touch()
-        while held.is_dir():
-            time.sleep(0.05)
+        wait_for(lambda: not held.is_dir())
 
     return Hook(wait)
 

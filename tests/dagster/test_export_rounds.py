@@ -150,6 +150,6 @@ def test_a_database_keeps_the_lease(place: Place):
         assert latest.round_number == number
     assert not [entry.key for entry in store.list("") if entry.key.endswith(".lease.json")]
 
-    late = SqlLeases(leases).read("orders/round")
-    assert late is not None
-    assert late.state.owner == ""  # given back, with the cursor
+    record = SqlLeases(leases).read("orders/round")
+    assert record is not None
+    assert record.state.owner == ""  # given back

@@ -682,7 +682,7 @@ def test_a_round_under_the_same_name_is_waited_for(place: Place, monkeypatch: py
 
 
 def test_a_database_numbers_what_is_published(place: Place):
-    """With the resource's `leases`, the newest also wins in a store that has no conditional writes."""
+    """With the resource's `leases`, what is published into a store without conditional writes counts up as well."""
     resource = place.resource(store=place.unconditional, leases=f"sqlite:///{place.home}/leases.db")
     for number in (1, 2):
         keep(place, place.source, blobflow=resource)

@@ -35,6 +35,7 @@ from tests.kit import FULL_SIZE, Killed, artifact_of, sized, watched
 from tests.servers import S3Endpoint
 
 REMOTE = dg.AssetKey(["orders", "remote"])
+LONG = (pytest.mark.slow, pytest.mark.timeout(900))
 PARTITIONS = artifact_partitions("orders")
 
 
@@ -488,14 +489,16 @@ class SlowDagster:
         self.now += self.seconds[what] * self.times
 
 
-@pytest.mark.parametrize(("event_s", "all_told_after"), [(0.01, 3), (0.03, 4), (0.1, 10)])
+@pytest.mark.parametrize(
+    ("number", "event_s", "all_told_after"),
+    [(1500, 0.01, 3), (1500, 0.03, 4), (1500, 0.1, 10), pytest.param(10_000, 0.01, 12, marks=LONG)],
+)
 @pytest.mark.parametrize("worse", [1.0, 1.4])
 def test_a_tick_leaves_time_for_dagster_to_record_it(
-    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, event_s: float, all_told_after: int, worse: float
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, number: int, event_s: float, all_told_after: int, worse: float
 ):
     """Evaluated and recorded, a tick stays below 30 s, also where Dagster becomes slower from tick to tick."""
     slow = daemon.takes = SlowDagster(monkeypatch, event=event_s, partition=0.2 * event_s)
-    number = 1500
     publish(daemon.store, range(number))
     told: list[int] = []
     while sum(told) < number:
