@@ -197,10 +197,11 @@ class LeaseStory(RuleBasedStateMachine):
             assert completes
             assert fate in ("never sent", "late")
         else:
-            if owns and fate in ("never sent", "late"):
+            record = self.cell.record
+            if owns and fate in ("never sent", "late") and record and record.state.owner:
                 self.truth.holder = -1  # given up, and only time frees it
             elif owns:
-                self.truth = Belief()
+                self.truth = Belief()  # also where a second write arrived: it was tried again over an own late one
         if owns and fate == "late":
             self.unsure.add(actor)
 
