@@ -407,7 +407,7 @@ class S3Store(Store):
 
     def _create(self, call: Call, headers: Mapping[str, str]) -> str:
         # Repeated unseen, it would leave an upload that nobody knows.
-        upload_id = self._ask(
+        return self._ask(
             call,
             "POST",
             self.full_key(call.key or ""),
@@ -416,9 +416,6 @@ class S3Store(Store):
             read=read_upload_id,
             idempotent=False,
         )
-        if not upload_id:
-            raise StoreUnavailable(f"no upload id returned for {call.key!r}", operation=call.operation, key=call.key)
-        return upload_id
 
     @override
     def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
@@ -688,7 +685,16 @@ class S3Store(Store):
         try:
             return read(document)
         except MalformedAnswer as error:
-            raise StoreUnavailable(f"{call}: {error}", operation=call.operation, key=call.key) from error
+            if size is None and error.ended_early:
+                raise cut_short(call, len(document), None) from error
+            # A server that speaks another dialect does so the next time as well, and would do again what was asked.
+            raise Unsupported(
+                f"{call}: the answer of {self.connected().endpoint} cannot be understood: {error}",
+                hint="check that the endpoint is an S3 API and not a web page; `blobflow probe` shows what it can do",
+                store=self.url,
+                ability=call.operation,
+                key=call.key,
+            ) from error
         except ErrorAnswer as error:
             # What fails after it began may succeed another time, as botocore has it too, unless the code says more.
             refusal = Refusal(500, error.code, error.message, answered)

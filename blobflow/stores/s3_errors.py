@@ -207,10 +207,10 @@ def changed(key: str | None, expected: str | None, actual: str | None) -> Object
     return ObjectChanged(f"{key!r} was replaced while it was read", key=key, expected=expected, actual=actual)
 
 
-def cut_short(call: Call, received: int, wanted: int) -> StoreUnavailable:
+def cut_short(call: Call, received: int, wanted: int | None) -> StoreUnavailable:
     """The body of an answer ended early."""
     return StoreUnavailable(
-        f"{call}: the answer ended after {received} of {wanted} bytes",
+        f"{call}: the answer ended after {received} of {'an unknown number of' if wanted is None else wanted} bytes",
         operation=call.operation,
         key=call.key,
         offset=(call.offset or 0) + received,

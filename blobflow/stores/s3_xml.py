@@ -27,7 +27,15 @@ MAX_ANSWER_BYTES = 8 * 1024 * 1024
 
 
 class MalformedAnswer(Exception):
-    """Not a document that the operation may answer with."""
+    """Not a document that the operation may answer with.
+
+    Args:
+        ended_early: It may have been one, if all of it had come.
+    """
+
+    def __init__(self, message: str, *, ended_early: bool = False) -> None:
+        super().__init__(message)
+        self.ended_early = ended_early
 
 
 class ErrorAnswer(Exception):
@@ -102,7 +110,7 @@ def write_completion(parts: Iterable[PartMeta]) -> bytes:
 
 def read_objects(document: bytes) -> ObjectPage:
     """Raises: MalformedAnswer, ErrorAnswer."""
-    root = _read(document)
+    root = _read(document, "Contents", "IsTruncated")
     shown = _key_reader(root)
     entries = [
         ListedObject(shown(_text(each, "Key")), _number(each, "Size"), quoted(_text(each, "ETag")), _time(each))
@@ -113,7 +121,7 @@ def read_objects(document: bytes) -> ObjectPage:
 
 def read_uploads(document: bytes) -> UploadPage:
     """Raises: MalformedAnswer, ErrorAnswer."""
-    root = _read(document)
+    root = _read(document, "Upload", "IsTruncated")
     shown = _key_reader(root)
     entries = [
         ListedUpload(shown(_text(each, "Key")), _text(each, "UploadId"), _time(each, "Initiated"))
@@ -126,7 +134,7 @@ def read_uploads(document: bytes) -> UploadPage:
 
 def read_parts(document: bytes) -> PartPage:
     """Raises: MalformedAnswer, ErrorAnswer."""
-    root = _read(document)
+    root = _read(document, "Part", "IsTruncated")
     entries = [
         PartMeta(
             _number(each, "PartNumber"),
@@ -140,16 +148,16 @@ def read_parts(document: bytes) -> PartPage:
 
 
 def read_upload_id(document: bytes) -> str:
-    """The upload id that CreateMultipartUpload gives; empty where there is none.
+    """The upload id that CreateMultipartUpload gives.
 
     Raises: MalformedAnswer, ErrorAnswer.
     """
-    return _read(document).findtext("UploadId") or ""
+    return _text(_read(document, "UploadId"), "UploadId")
 
 
 def read_made(document: bytes) -> Made:
     """Raises: MalformedAnswer, ErrorAnswer."""
-    root = _read(document)
+    root = _read(document, "ETag")
     crc = read_crc32c(root.findtext("ChecksumCRC32C")) if root.findtext("ChecksumType") != "COMPOSITE" else None
     return Made(quoted(root.findtext("ETag") or ""), _time(root), crc)
 
@@ -203,11 +211,17 @@ def read_time(value: str | None) -> datetime | None:
 # Documents
 
 
-def _read(document: bytes) -> Element:
+def _read(document: bytes, *known: str) -> Element:
+    """The root of a result.
+
+    Its name is not held against it, as botocore does not either: servers invent some. But a page of something in
+    between must not be taken for an empty listing, so a root with a strange name has to contain one of the elements
+    `known` to the operation.
+    """
     builder = TreeBuilder()
     parser = expat.ParserCreate("UTF-8")  # whatever a declaration says: S3 writes nothing else
     parser.buffer_text = True
-    # Without a namespace separator expat gives names as they are written, and nobody writes a prefix here.
+    # Without a namespace separator expat gives names as they are written, with the prefix that few servers write.
     parser.StartElementHandler = builder.start
     parser.EndElementHandler = builder.end
     parser.CharacterDataHandler = builder.data
@@ -217,12 +231,26 @@ def _read(document: bytes) -> Element:
         parser.Parse(document.lstrip(), True)
         root = builder.close()
     except expat.ExpatError as error:
-        raise MalformedAnswer(f"no XML: {error}") from error
+        raise MalformedAnswer(f"no XML: {error}", ended_early=error.code in _ENDED_EARLY) from error
+    if ":" in root.tag:
+        for element in root.iter():
+            element.tag = element.tag.rpartition(":")[2]
     if root.tag == "Error":
         raise ErrorAnswer(*error_in(document))
-    if not root.tag.endswith(("Result", "Response")):  # the latter is moto's way
-        raise MalformedAnswer(f"a document {root.tag!r}")
+    if not root.tag.endswith(("Result", "Response")) and all(root.find(name) is None for name in known):
+        raise MalformedAnswer(f"a document {root.tag[:100]!r}")
     return root
+
+
+_ENDED_EARLY = frozenset(
+    expat.errors.codes[reason]
+    for reason in (
+        expat.errors.XML_ERROR_NO_ELEMENTS,
+        expat.errors.XML_ERROR_UNCLOSED_TOKEN,
+        expat.errors.XML_ERROR_PARTIAL_CHAR,
+        expat.errors.XML_ERROR_UNCLOSED_CDATA_SECTION,
+    )
+)
 
 
 def _refuse_doctype(*_: object) -> None:

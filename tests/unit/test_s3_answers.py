@@ -30,6 +30,7 @@ from blobflow.errors import (
     UploadIncomplete,
 )
 from blobflow.stores.base import Body, PartMeta, PutMode
+from blobflow.stores.retry import RetryingStore
 from blobflow.stores.s3 import S3Options, S3Store
 from tests.servers import Peer, S3Endpoint, scripted_server
 
@@ -156,18 +157,14 @@ def test_retry_after_is_handed_on(open_s3: Callable[..., S3Store]) -> None:
 
 
 def test_garbage_is_unavailable(open_s3: Callable[..., S3Store]) -> None:
-    """Something that is not HTTP, and a page of a proxy instead of XML, are passing failures."""
+    """Something that is not HTTP is a passing failure."""
 
     def garbage(peer: Peer) -> None:
         peer.request()
         peer.send(b"SSH-2.0-OpenSSH_9.2\r\n")
 
-    with scripted_server(garbage, Script(answers("<html>busy<br></html>"))) as url:
-        store = open_s3(url)
-        with pytest.raises(StoreUnavailable):
-            store.get("k", max_bytes=1)
-        with pytest.raises(StoreUnavailable):
-            list(store.list())
+    with scripted_server(garbage) as url, pytest.raises(StoreUnavailable):
+        open_s3(url).get("k", max_bytes=1)
 
 
 def test_bodies_carry_their_checksum_in_a_header(open_s3: Callable[..., S3Store]) -> None:
@@ -220,16 +217,37 @@ def test_a_source_that_changed_is_noticed_while_it_is_hashed(open_s3: Callable[.
     [
         "",
         "<html>busy</html>",
+        "<html>busy<br></html>",
         "<ListBucketResult><Contents>",
         '<!DOCTYPE a [<!ENTITY b "c">]><ListBucketResult><Prefix>&b;</Prefix></ListBucketResult>',
         "<ListBucketResult><Contents><Key>k</Key></Contents></ListBucketResult>",
     ],
 )
-def test_a_document_that_is_none_is_unavailable(open_s3: Callable[..., S3Store], document: str) -> None:
-    """What cannot be an answer of S3 is a passing failure, never an empty listing."""
-    with scripted_server(Script(answers(document))) as url, pytest.raises(StoreUnavailable) as wrong:
+def test_an_answer_that_cannot_be_understood_is_final(open_s3: Callable[..., S3Store], document: str) -> None:
+    """A page instead of XML, or another dialect, is never an empty listing, and is not asked for again."""
+    with scripted_server(Script(answers(document))) as url, pytest.raises(Unsupported, match="understood") as wrong:
+        list(RetryingStore(open_s3(url)).list())
+    assert url in wrong.value.message
+    assert "S3 API" in wrong.value.hint
+
+
+def test_a_document_without_a_length_that_ends_early_is_unavailable(open_s3: Callable[..., S3Store]) -> None:
+    """Where nobody said how long it is, half a document is a passing failure."""
+
+    def cut(peer: Peer) -> None:
+        peer.request()
+        peer.send(b"HTTP/1.1 200 -\r\n\r\n<ListBucketResult><Contents>")
+
+    with scripted_server(cut) as url, pytest.raises(StoreUnavailable, match="ended after"):
         list(open_s3(url).list())
-    assert wrong.value.retryable
+
+
+def test_an_upload_of_a_strange_server_is_begun_once(open_s3: Callable[..., S3Store]) -> None:
+    """A create whose answer cannot be understood is not repeated: each one would leave an open upload."""
+    script = Script(answers("<Started><Id>7</Id></Started>"))
+    with scripted_server(script) as url, pytest.raises(Unsupported):
+        RetryingStore(open_s3(url)).create_multipart("k", part_size=5)
+    assert len(script.requests) == 1
 
 
 def test_a_document_is_read_up_to_a_limit(open_s3: Callable[..., S3Store], monkeypatch: pytest.MonkeyPatch) -> None:

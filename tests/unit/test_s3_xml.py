@@ -89,6 +89,39 @@ def test_blanks_before_and_behind_the_declaration_are_passed_over() -> None:
     assert read_upload_id(document + b"</InitiateMultipartUploadResult>\n\n") == "u"
 
 
+@pytest.mark.parametrize("root", ["InitiateMultipartUpload", "ListBucket", "s3:InitiateMultipartUploadResult", "Parts"])
+def test_a_root_of_another_name_is_read(root: str) -> None:
+    """What the elements say counts, not the name of the root, which some servers invent (gofakes3 for one)."""
+    prefix = root.rpartition(":")[0]
+    space = f' xmlns:{prefix}="http://s3.amazonaws.com/doc/2006-03-01/"' if prefix else ""
+
+    def document(elements: str) -> bytes:
+        if prefix:
+            elements = elements.replace("</", f"</{prefix}:").replace("<", f"<{prefix}:").replace(f"<{prefix}:/", "</")
+        return f"<{root}{space}>{elements}</{root}>".encode()
+
+    last = "<IsTruncated>false</IsTruncated>"
+    assert read_upload_id(document("<UploadId>u</UploadId>")) == "u"
+    assert read_made(document("<ETag>t</ETag>")) == Made('"t"', None, None)
+    entry = "<Contents><Key>k</Key><Size>1</Size><ETag>t</ETag></Contents>"
+    assert read_objects(document(entry)) == ObjectPage([ListedObject("k", 1, '"t"', None)], None)
+    assert read_objects(document(last)) == ObjectPage([], None)
+    assert read_uploads(document(last)) == UploadPage([], None)
+    assert read_parts(document(last)) == PartPage([], False)
+
+
+@pytest.mark.parametrize("document", [b"", b"  \n", b"<ListBucketResult><Contents>", b"<ListBucketResult>a</ListBu"])
+def test_what_may_go_on_is_told_from_what_is_wrong(document: bytes) -> None:
+    """A document that only ended early may come whole the next time; one of something else may not."""
+    for read in READERS:
+        with pytest.raises(MalformedAnswer) as early:
+            read(document)
+        assert early.value.ended_early
+        with pytest.raises(MalformedAnswer) as other:
+            read(b"<html>busy<br></html>")
+        assert not other.value.ended_early
+
+
 def test_an_error_in_the_place_of_a_result_is_an_error() -> None:
     """A document of another operation's kind, Error, is raised with code and message."""
     document = b"  <?xml version='1.0'?><Error><Code>SlowDown</Code><Message>a &lt; b</Message></Error>"
@@ -140,6 +173,7 @@ def test_what_is_no_answer_is_refused(read: Callable[[bytes], object], document:
         (read_uploads, "<IsTruncated>true</IsTruncated><NextKeyMarker>k</NextKeyMarker>"),
         (read_parts, "<Part><PartNumber>one</PartNumber><ETag>t</ETag><Size>1</Size></Part>"),
         (read_parts, "<Part><PartNumber>1</PartNumber><Size>1</Size></Part>"),
+        (read_upload_id, "<Key>k</Key>"),
     ],
 )
 def test_an_entry_without_what_it_must_have_is_refused(read: Callable[[bytes], object], document: str) -> None:
