@@ -18,7 +18,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
 
-from blobflow.artifact.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
+from blobflow.artifact.manifest import MANIFEST_NAME, Manifest
 from blobflow.errors import (
     ArtifactInvalid,
     InvalidKey,

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Final
 
-from blobflow.artifact.manifest import MAX_MANIFEST_BYTES, Manifest, artifact_digest
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
+from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.errors import (
     ArtifactInvalid,
     BlobflowError,

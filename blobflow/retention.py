@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from blobflow.artifact.manifest import MAX_MANIFEST_BYTES
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.errors import (
     ArtifactNotFound,
     ObjectNotFound,

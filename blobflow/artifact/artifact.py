@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Final
 from pydantic import JsonValue
 
 from blobflow.artifact.crowd import CrowdLock
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import (
     DATA_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
     BodyInfo,
     IndexInfo,
     Manifest,

@@ -15,23 +15,20 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from blobflow.artifact.limits import (
+    MAX_GROUP_BYTES,
+    MAX_INDEX_BYTES,
+    MAX_MEMBERS,
+    MAX_PATH_BYTES,
+    MAX_PATHS_BYTES,
+    MAX_SEGMENT_BYTES,
+    ROWS_PER_GROUP,
+)
 from blobflow.checksum import EMPTY_SHA256, SHA256_BYTES
 from blobflow.errors import ArtifactInvalid, HostileArtifact
 
 FILE_MODE: Final = 0o644
 EXECUTABLE_MODE: Final = 0o755
-
-MAX_MEMBERS: Final = 10_000_000
-MAX_INDEX_BYTES: Final = 1 << 30
-ROWS_PER_GROUP: Final = 65_536
-MAX_GROUP_BYTES: Final = 512 << 20
-"""Decoded bytes of one row group; ours have about 10 MB, and 65,536 paths of 4 KiB fit as well."""
-MAX_SEGMENT_BYTES: Final = 255
-"""The longest name that Linux file systems take."""
-MAX_PATH_BYTES: Final = 4095
-"""Linux's PATH_MAX without its NUL: a longer path cannot be opened."""
-MAX_PATHS_BYTES: Final = 2 << 30
-"""Of all paths together; ten million of ours have about 1 GB."""
 
 _SCHEMA = pa.schema(
     [
@@ -227,9 +224,10 @@ class Index:
         def refuse(path: str, reason: str) -> HostileArtifact:
             return HostileArtifact(f"member {path!r} is refused: {reason}", path=path, reason=reason)
 
-        files = {path for path in self.paths if not path.endswith("/")}
-        parents: set[str] = set()
         previous = ""
+        # Files with whose paths the present one begins. In sorted order those that follow a file and begin with its
+        # path come without a gap, so that a comparison with these few takes the place of a set of all directories.
+        begun: list[str] = []
         for i, path in enumerate(self.paths):
             if fault := path_fault(path):
                 raise refuse(path, fault)
@@ -245,16 +243,13 @@ class Index:
                 raise refuse(path, "a directory has content or another mode than 755")
             if not self.sizes[i] and (self.crcs[i] or self.sha256_of(i) != EMPTY_SHA256):
                 raise refuse(path, "it is empty, but its checksums are not those of nothing")
-            parents.add(path.removesuffix("/").rpartition("/")[0])
-            if path.endswith("/") and path[:-1] in files:
-                raise refuse(path, "it is a file and a directory")
-        climbed: set[str] = set()
-        for parent in parents:
-            while parent and parent not in climbed:
-                if parent in files:
-                    raise refuse(parent, "it is a file and a directory")
-                climbed.add(parent)
-                parent = parent.rpartition("/")[0]
+            while begun and not path.startswith(begun[-1]):
+                begun.pop()
+            for file in begun:
+                if path[len(file)] == "/":
+                    raise refuse(file, "it is a file and a directory")
+            if not path.endswith("/"):
+                begun.append(path)
 
 
 def encode_origins(inodes: Sequence[int], mtimes_ns: Sequence[int]) -> bytes:

@@ -9,15 +9,13 @@ from typing import Annotated, Any, Final, cast
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.errors import ArtifactInvalid
 
 FORMAT: Final = "blobflow.artifact/1"
 MANIFEST_NAME: Final = "MANIFEST.json"
 INDEX_NAME: Final = "INDEX.parquet"
 DATA_NAME: Final = "data"
-
-MAX_MANIFEST_BYTES: Final = 1024 * 1024
-"""A manifest is read whole from an untrusted place; a real one has about 500 bytes, most of the rest is for cursors."""
 
 Crc32c = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
 HexSha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

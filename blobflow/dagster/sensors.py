@@ -23,7 +23,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 import dagster as dg
 
-from blobflow.artifact.manifest import MAX_MANIFEST_BYTES, Manifest, artifact_digest
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
+from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.dagster import metadata as md
 from blobflow.dagster.failures import as_dagster_error
 from blobflow.errors import (

@@ -20,9 +20,9 @@ import zstandard
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import (
     INDEX_NAME,
-    MAX_MANIFEST_BYTES,
     ByteCount,
     Crc32c,
     Manifest,

@@ -21,7 +21,8 @@ from typing import Any, Final, NamedTuple, NoReturn
 from pydantic import JsonValue
 from typing_extensions import override
 
-from blobflow.artifact.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, artifact_digest
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
+from blobflow.artifact.manifest import MANIFEST_NAME, artifact_digest
 from blobflow.checksum import Buffer
 from blobflow.errors import NotFoundError, ObjectNotFound, ObjectTooLarge, Unsupported
 from blobflow.lease import MAX_HISTORY, REF_SUFFIX, RefEntry, RefState

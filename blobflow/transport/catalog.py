@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Final, NamedTuple
 
-from blobflow.artifact.manifest import MAX_MANIFEST_BYTES, Manifest
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
+from blobflow.artifact.manifest import Manifest
 from blobflow.errors import (
     ArtifactInvalid,
     ArtifactNotFound,

@@ -13,7 +13,8 @@ from typing import Final, Literal, Protocol, TypeVar
 from typing_extensions import Self
 
 from blobflow.artifact.artifact import Artifact
-from blobflow.artifact.manifest import MAX_MANIFEST_BYTES, Manifest, artifact_digest
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
+from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import ChunkProfile
 from blobflow.engine.checkpoint import TransferRecord

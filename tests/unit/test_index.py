@@ -6,6 +6,7 @@ import io
 import resource
 import subprocess
 import sys
+import tracemalloc
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pytest
 
 from blobflow.artifact import index as index_module
 from blobflow.artifact.index import Index, Member, decode_origins, encode_origins, path_fault
+from blobflow.artifact.limits import ROWS_PER_GROUP
 from blobflow.checksum import EMPTY_SHA256, crc32c, sha256
 from blobflow.errors import ArtifactInvalid, HostileArtifact
 
@@ -67,7 +69,7 @@ def test_no_members_are_an_index():
 
 def test_many_members_span_row_groups():
     """More rows than a group holds come back in order."""
-    count = 2 * index_module.ROWS_PER_GROUP + 10
+    count = 2 * ROWS_PER_GROUP + 10
     data = renamed(*(f"{i:08}" for i in range(count)))
     assert pq.ParquetFile(io.BytesIO(data)).num_row_groups == 3
     index = Index.decode(data, members=count)
@@ -116,6 +118,19 @@ def test_paths_that_must_never_be_written_are_refused(path: str):
         Index.decode(renamed(path), members=1)
     assert refusal.value.path == path
     assert path_fault(path) == refusal.value.reason
+
+
+def test_deep_paths_are_checked_in_the_memory_of_their_rows():
+    """500 different directories of 2,000 levels each cost what their paths have in bytes, not one path per level."""
+    paths = ["/".join([f"{number:03}", *"d" * 1_990, "f"]) for number in range(500)]
+    index = index_of(*(EMPTY._replace(path=path) for path in paths))
+    tracemalloc.start()
+    try:
+        index.check()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @pytest.mark.seed("1.17")
@@ -199,7 +214,7 @@ def test_paths_that_are_not_utf8_are_refused():
 @pytest.mark.seed("1.17")
 def test_a_row_group_beyond_the_limits_is_refused():
     """Too many rows in one group are refused from the footer, before they are decoded."""
-    rows = index_module.ROWS_PER_GROUP + 1
+    rows = ROWS_PER_GROUP + 1
     with pytest.raises(ArtifactInvalid, match=f"row group 0 of the index has {rows} rows"):
         Index.decode(parquet(rows=rows), members=rows)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from blobflow.artifact.manifest import MAX_MANIFEST_BYTES, BodyInfo, IndexInfo, Manifest, artifact_digest
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
+from blobflow.artifact.manifest import BodyInfo, IndexInfo, Manifest, artifact_digest
 from blobflow.checksum import sha256
 from blobflow.errors import ArtifactInvalid
 

@@ -31,7 +31,7 @@ from blobflow import (
 )
 from blobflow.artifact import landing
 from blobflow.artifact.artifact import write_artifact
-from blobflow.artifact.manifest import MAX_MANIFEST_BYTES
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.checksum import crc32c
 from blobflow.errors import (
     ArtifactInvalid,
