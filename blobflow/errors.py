@@ -14,18 +14,50 @@ Errors of other libraries are translated once, at the store seam, and kept as `_
 from __future__ import annotations
 
 import errno
-from collections.abc import Generator
+import re
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final, TypeAlias
+
+Wording: TypeAlias = Callable[[str, str | None], str]
+"""How a surface writes a setting and, if one is recommended, its value."""
+
+_SETTING: Final = re.compile("\x02([a-z0-9_]+)(?:=([^\x03]*))?\x03")
+
+
+def setting(name: str, value: str | None = None) -> str:
+    """A setting that a message or a hint speaks of; every surface writes it in its own words.
+
+    | surface | `setting("keep_last")` | `setting("mode", "copy")` |
+    |---|---|---|
+    | Python: an argument | `keep_last` | `mode="copy"` |
+    | command line: an option (`blobflow.cli.words.as_option`) | `--keep-last` | `--mode copy` |
+    | Dagster: a field (`blobflow.dagster.failures.as_field`) | `keep_last` | `mode: copy` |
+
+    Args:
+        name: The argument's name in Python.
+        value: What the hint recommends for it.
+    """
+    return f"\x02{name}\x03" if value is None else f"\x02{name}={value}\x03"
+
+
+def as_argument(name: str, value: str | None) -> str:
+    """A setting as Python writes it."""
+    return name if value is None else f'{name}="{value}"'
+
+
+def worded(text: str, wording: Wording) -> str:
+    """`text` with every `setting` in it in the words of one surface."""
+    return _SETTING.sub(lambda found: wording(found[1], found[2]), text)
 
 
 class BlobflowError(Exception):
     """Base of all errors of this package.
 
     Attributes:
-        message: What happened, naming the thing it happened to.
-        hint: What the operator can do about it; empty where there is nothing to say.
+        message: What happened, naming the thing it happened to. Settings are named as in Python; see `to_dict`.
+        hint: What the operator can do about it, likewise; empty where there is nothing to say.
         fields: Machine-readable facts (key, offset, expected, actual ...). They also are attributes.
         retryable: Whether the same call may succeed later without anybody changing anything.
         exit_code: What the command line exits with.
@@ -36,9 +68,9 @@ class BlobflowError(Exception):
     default_hint: ClassVar[str] = ""
 
     def __init__(self, message: str, *, hint: str | None = None, **fields: Any) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = self.default_hint if hint is None else hint
+        self._texts = (message, self.default_hint if hint is None else hint)
+        self.message, self.hint = (worded(text, as_argument) for text in self._texts)
+        super().__init__(self.message)
         self.fields = {name: value for name, value in fields.items() if value is not None}
 
     def __getattr__(self, name: str) -> Any:
@@ -48,12 +80,17 @@ class BlobflowError(Exception):
         raise AttributeError(f"{type(self).__name__} has no field {name!r}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.message, self.hint, self.fields)
+        return _rebuild, (type(self), *self._texts, self.fields)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The error as the command line prints it under `--json`."""
+    def to_dict(self, wording: Wording = as_argument) -> dict[str, Any]:
+        """Type, message, hint and fields as plain values.
+
+        Args:
+            wording: How the surface that shows the error writes settings; by default as arguments of Python.
+        """
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.fields.items()}
-        return {**plain, "type": type(self).__name__, "message": self.message, "hint": self.hint}
+        message, hint = (worded(text, wording) for text in self._texts)
+        return {**plain, "type": type(self).__name__, "message": message, "hint": hint}
 
 
 def _rebuild(kind: type[BlobflowError], message: str, hint: str, fields: dict[str, Any]) -> BlobflowError:
@@ -133,6 +170,15 @@ class DiskFull(TemporaryError):
     default_hint = "free some space and run the same command again; it continues where it stopped"
 
 
+class SourceBusy(TemporaryError):
+    """A source was written to while it was exported; nothing was published. Fields: path, what."""
+
+    default_hint = (
+        "run it again while nobody writes to the source, or export a snapshot of its file system;"
+        f" {setting('mode', 'copy')} takes each file at a moment when nobody writes to it"
+    )
+
+
 class IntegrityError(BlobflowError):
     """The bytes are not the ones that were promised."""
 
@@ -155,12 +201,6 @@ class SizeMismatch(IntegrityError):
 
 class SourceTruncated(SizeMismatch):
     """The source ended early. Fields: at, want (byte positions)."""
-
-
-class SourceChanged(IntegrityError):
-    """A source file is not the one that was exported. Fields: path, what."""
-
-    default_hint = "export again; a source that is written to needs a snapshot or mode 'copy'"
 
 
 class ArtifactInvalid(IntegrityError):
@@ -214,6 +254,15 @@ class RefusedError(BlobflowError):
     """Refused as a matter of safety; nothing was changed."""
 
     exit_code = 5
+
+
+class SourceChanged(RefusedError):
+    """A source is not the one that was exported, or that a transfer began with. Fields: path, what."""
+
+    default_hint = (
+        f"export again; where the source is written to all the time, export with {setting('mode', 'copy')},"
+        " or export a snapshot of its file system"
+    )
 
 
 class PermissionMissing(RefusedError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import shutil
 import stat
 import time
 from array import array
@@ -19,10 +18,10 @@ from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
 from blobflow.artifact.manifest import DATA_NAME
 from blobflow.artifact.members import open_regular
 from blobflow.backends.base import ExportResult, OnProgress
-from blobflow.backends.files import all_or_nothing, place_members, reading, unsupported
+from blobflow.backends.files import all_or_nothing, copy_still, place_members, reading, unsupported
 from blobflow.backends.versions import VersionedImporter
 from blobflow.checksum import EMPTY_SHA256
-from blobflow.errors import NotFoundError, RefusedError, SourceChanged, writing
+from blobflow.errors import NotFoundError, RefusedError, SourceBusy, writing
 
 BACKEND: Final = "directory"
 _LAST_NS: Final = 2**63 - 1
@@ -75,7 +74,8 @@ class DirectoryExporter(BaseModel):
 
     Modes: `reference` copies nothing (the files are read again when they are sent, and refused if they changed),
     `link` makes hard links (for sources that replace files instead of writing into them), `copy` makes copies
-    (reflinks where the file system can).
+    (reflinks where the file system can), each of a moment at which nobody wrote to the file: a source may be written to
+    while it is exported, and its files may then be of different moments.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -119,7 +119,8 @@ class DirectoryExporter(BaseModel):
             NotFoundError: the source is no directory.
             UnsupportedSource: naming a symbolic link, device, socket or name that an artifact cannot hold, or a file
                 that cannot be read.
-            SourceChanged: a file was written to or removed while it was read.
+            SourceBusy: a file was written to or removed while it was read; with mode `copy`, a file that was written to
+                during each of several attempts to copy it.
             DestinationNotEmpty: `dest` holds something.
             DiskFull: there is no room at `dest`.
             Unsupported: mode `link` cannot make hard links at `dest`.
@@ -135,18 +136,20 @@ class DirectoryExporter(BaseModel):
             raise RefusedError(
                 f"the artifact {dest} would lie inside its own source {root}", hint="name a directory elsewhere"
             )
-        found = found or self.scan()
         with all_or_nothing(dest):
+            found = found or self.scan()
             with writing(dest):
                 dest.mkdir(parents=True, exist_ok=True)
             paths = found.paths
             data = self._materialise(paths, root, dest / DATA_NAME)
+            if self.mode == "copy":
+                found = _scan_of_copies(data, found)
             total = sum(found.sizes)
             index = Index()
             hashes = hash_files(
                 len(paths),
                 found.sizes.__getitem__,
-                lambda i, buffer: known(i) or _hash_stable(data, found, i, buffer, copied=self.mode == "copy"),
+                lambda i, buffer: known(i) or _hash_stable(data, found, i, buffer),
                 on_batch=(lambda _, done: on_progress(done, total)) if on_progress else None,
             )
             for path, mode, mtime_ns, hashed in zip(paths, found.modes, found.mtimes_ns, hashes, strict=True):
@@ -183,7 +186,8 @@ class DirectoryExporter(BaseModel):
         """Look at every entry of the tree; no file is opened.
 
         Raises:
-            NotFoundError, UnsupportedSource, SourceChanged: as `export`.
+            NotFoundError, UnsupportedSource: as `export`.
+            SourceChanged: a directory went away while it was read.
         """
         from blobflow.artifact.index import EXECUTABLE_MODE, FILE_MODE, path_fault
 
@@ -242,7 +246,7 @@ class DirectoryExporter(BaseModel):
             with writing(data):
                 data.symlink_to(root)
             return root
-        place_members(paths, root, data, os.link if self.mode == "link" else shutil.copy2)
+        place_members(paths, root, data, os.link if self.mode == "link" else copy_still)
         return data
 
 
@@ -251,7 +255,17 @@ def _entries(directory: str, path: str) -> list[os.DirEntry[str]]:
         return list(entries)
 
 
-def _hash_stable(root: Path, found: Scan, i: int, buffer: memoryview, *, copied: bool) -> FileHash:
+def _scan_of_copies(data: Path, found: Scan) -> Scan:
+    """What the copies hold of what the scan found in the source, which was perhaps written to since."""
+    copies = Scan()
+    for path, mode in zip(found.paths, found.modes, strict=True):
+        status = os.stat(data / path)
+        copies.append(path, 0 if path.endswith("/") else status.st_size, mode, status)
+    copies.excluded, copies.symlinks_skipped = found.excluded, found.symlinks_skipped
+    return copies
+
+
+def _hash_stable(root: Path, found: Scan, i: int, buffer: memoryview) -> FileHash:
     """Hash entry `i` of a scan and prove that nobody wrote to it between the scan and the end of the reading."""
     path = found.paths[i]
     if path.endswith("/"):
@@ -260,9 +274,8 @@ def _hash_stable(root: Path, found: Scan, i: int, buffer: memoryview, *, copied:
         hashed = hash_descriptor(file.fileno(), buffer)
         status = os.fstat(file.fileno())
     seen = (hashed.size, status.st_size, status.st_mtime_ns, status.st_ino)
-    inode = status.st_ino if copied else found.inodes[i]
-    if seen != (found.sizes[i], found.sizes[i], found.mtimes_ns[i], inode):
-        raise SourceChanged(f"source file {path!r} changed while it was exported", path=path, what="size or mtime")
+    if seen != (found.sizes[i], found.sizes[i], found.mtimes_ns[i], found.inodes[i]):
+        raise SourceBusy(f"source file {path!r} changed while it was exported", path=path, what="size or mtime")
     return hashed
 
 

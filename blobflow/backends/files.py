@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from pydantic import JsonValue
 
@@ -17,7 +19,13 @@ from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
 from blobflow.artifact.manifest import DATA_NAME
 from blobflow.artifact.members import open_regular
 from blobflow.backends.base import ExportResult, OnProgress
-from blobflow.errors import SourceChanged, Unsupported, UnsupportedSource, writing
+from blobflow.durable import copy_bytes
+from blobflow.errors import SourceBusy, SourceChanged, Unsupported, UnsupportedSource, setting, writing
+
+_PAUSES_S: Final = (0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 3.0)
+"""After each attempt to copy a file that was written to meanwhile."""
+_TICK_NS: Final = 20_000_000
+"""Two writes that are closer than a tick of the kernel's clock (1 to 10 ms) can have the same time."""
 
 
 def unsupported(path: str, reason: str, remedy: str) -> UnsupportedSource:
@@ -28,14 +36,20 @@ def unsupported(path: str, reason: str, remedy: str) -> UnsupportedSource:
 
 @contextmanager
 def all_or_nothing(dest: Path) -> Generator[None]:
-    """What is made in `dest`, which is absent or empty, goes again if the block fails: `dest` is as it was before."""
+    """An export to `dest`, which is absent or empty: if the block fails, `dest` is as it was before.
+
+    Raises:
+        SourceBusy: the source changed meanwhile.
+    """
     created = not dest.exists()
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         remove_tree(dest)
         if not created:
             dest.mkdir()
+        if isinstance(error, SourceChanged):
+            raise SourceBusy(error.message, **error.fields) from error
         raise
 
 
@@ -140,12 +154,46 @@ def _placing(path: str, target: Path) -> Generator[None]:
         if error.errno in (errno.EXDEV, errno.EMLINK, errno.EPERM):
             raise Unsupported(
                 f"{path!r} cannot be linked to {target}: {error.strerror}",
-                hint="use mode 'reference' or 'copy', or a destination on the file system of the source",
+                hint=f"use {setting('mode', 'reference')} or {setting('mode', 'copy')},"
+                " or a destination on the file system of the source",
                 ability="hard links",
             ) from error
         # Of the errors of a copy only these are surely those of the target.
         with writing(target) if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else reading(path):
             raise
+
+
+def copy_still(source: Path, target: Path) -> None:
+    """Copy a file, with its times and permission bits, as it was at one moment.
+
+    A file that is written to while it is copied is copied again, after pauses that grow to about ten seconds in all.
+
+    Raises:
+        SourceBusy: it was written to during every attempt.
+    """
+    with open(source, "rb", buffering=0) as original, open(target, "xb", buffering=0) as copy:
+        for pause_s in _PAUSES_S:
+            before, now_ns = os.fstat(original.fileno()), time.time_ns()
+            copied = copy_bytes(original.fileno(), copy.fileno())
+            after = os.fstat(original.fileno())
+            is_fresh = 0 <= now_ns - before.st_ctime_ns < _TICK_NS
+            if (copied, *_version(before)) == (after.st_size, *_version(after)) and not is_fresh:
+                os.fchmod(copy.fileno(), stat.S_IMODE(after.st_mode))
+                os.utime(copy.fileno(), ns=(after.st_atime_ns, after.st_mtime_ns))
+                return
+            os.ftruncate(copy.fileno(), 0)
+            time.sleep(pause_s)
+    raise SourceBusy(
+        f"{str(source)!r} was written to each of {len(_PAUSES_S)} times that it was copied",
+        hint=f"stop what writes to it meanwhile, leave it out with {setting('exclude')},"
+        " or export a snapshot of its file system",
+        path=str(source),
+        what="size or mtime",
+    )
+
+
+def _version(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def remove_tree(path: Path) -> None:

@@ -18,6 +18,7 @@ import click
 
 from blobflow.cli.commands import cli
 from blobflow.cli.settings import Settings
+from blobflow.cli.words import as_option
 from blobflow.errors import BlobflowError
 
 __all__ = ["main", "run"]
@@ -74,7 +75,7 @@ def _run(arguments: Sequence[str], settings: Settings) -> int:
     try:
         return cli.main(list(arguments), prog_name="blobflow", standalone_mode=False, obj=settings) or 0
     except BlobflowError as error:
-        settings.fail(error.to_dict(), error)
+        settings.fail(error.to_dict(as_option), error)
         return error.exit_code
     except click.ClickException as error:
         context = getattr(error, "ctx", None)

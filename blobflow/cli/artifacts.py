@@ -13,7 +13,7 @@ import click
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
 from blobflow.cli.settings import BACKENDS, PATH, Command, DigestType, SampleType, Settings
 from blobflow.cli.words import from_before, human_size, human_time, left_out, members_of, table
-from blobflow.errors import RefusedError
+from blobflow.errors import RefusedError, SourceBusy, SourceChanged
 from blobflow.scratch import scratch_directory
 
 if TYPE_CHECKING:
@@ -139,7 +139,10 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
             with scratch_directory(source) as scratch:
                 exported = exporter.export(scratch / "artifact", on_progress=processed(progress, "export"))
                 excluded, symlinks_skipped = exported.excluded, exported.symlinks_skipped
-                result = upload(store, key, exported.artifact, **arguments)
+                try:
+                    result = upload(store, key, exported.artifact, **arguments)
+                except SourceChanged as error:  # the next push exports it again
+                    raise SourceBusy(error.message, **error.fields) from error
     seconds = time.monotonic() - started
     settings.report(
         {

@@ -5,12 +5,27 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
 if TYPE_CHECKING:
     from blobflow.artifact.manifest import Manifest
+
+
+OPTIONS: Final = {
+    "bandwidth_bytes_per_s": "--bwlimit",
+    "keep_within_s": "--keep-within",
+    "older_than_s": "--older-than",
+    "verify": "AWS_CA_BUNDLE",
+}
+"""Settings that are not called on the command line as in Python, only with other dashes."""
+
+
+def as_option(name: str, value: str | None) -> str:
+    """A setting of an error's message or hint (`blobflow.errors.setting`) as an option, or a variable, to type."""
+    option = OPTIONS.get(name) or f"--{name.replace('_', '-')}"
+    return option if value is None else f"{option} {value}"
 
 
 def human_size(count: float) -> str:

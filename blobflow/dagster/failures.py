@@ -30,13 +30,19 @@ def as_dagster_error(
     if error.retryable and retry_policy is not None and retry_number < retry_policy.max_retries:
         wait = max(retry_policy.calculate_delay(retry_number + 1), error.fields.get("retry_after_s", 0.0))
         return dg.RetryRequested(max_retries=retry_policy.max_retries, seconds_to_wait=min(wait, MAX_WAIT_S))
-    description = f"{error.message}. Hint: {error.hint}." if error.hint else error.message
+    said = error.to_dict(as_field)
+    description = f"{said['message']}. Hint: {said['hint']}." if said["hint"] else said["message"]
     return dg.Failure(description, metadata={**error_metadata(error), **(facts or {})}, allow_retries=False)
+
+
+def as_field(name: str, value: str | None) -> str:
+    """A setting of an error's message or hint (`blobflow.errors.setting`) as a field of a component or resource."""
+    return name if value is None else f"{name}: {value}"
 
 
 def error_metadata(error: BlobflowError) -> dict[str, Any]:
     """The error's kind, hint and fields."""
-    facts = error.to_dict()
+    facts = error.to_dict(as_field)
     facts.pop("message")
     known = {md.ERROR: facts.pop("type"), md.HINT: facts.pop("hint")}
     return {**known, **{md.ERROR_FIELD + name: value for name, value in facts.items()}}

@@ -44,6 +44,7 @@ from typing import Any, NamedTuple, NoReturn
 from typing_extensions import override
 
 from blobflow.checksum import Buffer, crc32c
+from blobflow.durable import copy_bytes
 from blobflow.errors import (
     BlobflowError,
     ChecksumMismatch,
@@ -82,7 +83,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """O_NONBLOCK: to open a FIFO that somebody left in the directory must not hang; it means nothing for files."""
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
-_COPY_BYTES = 1024 * 1024
+_READ_BYTES = 1024 * 1024
 _PART_LOCKS = 64
 _MKDIR_ATTEMPTS = 32
 """Each one lost means that another process deleted the last neighbour in the same instant."""
@@ -249,7 +250,7 @@ class LocalStore(Store):
             with self._temporary("copy", target) as (name, fd):
                 with _translated("copy", target):
                     size = os.fstat(source_fd).st_size
-                    if _copy_bytes(source_fd, fd) != size:
+                    if copy_bytes(source_fd, fd) != size:
                         raise ObjectChanged(f"{source!r} was changed while it was copied", key=source)
                 return self._finish("copy", target, fd, name, PutMode.OVERWRITE, None)
         finally:
@@ -755,7 +756,7 @@ class LocalStore(Store):
             with _translated("put_part", upload.key, offset):
                 if part != held:
                     upload.append(journal, held.part_number, None, None)
-                _copy_bytes(fd, payload, offset)
+                copy_bytes(fd, payload, offset)
         return part
 
     @contextmanager
@@ -831,7 +832,7 @@ class _Upload:
                 state = self.journals.get(self.upload_id, _JournalState({}, 0))
                 parts = dict(state.parts)
                 tail = bytearray()
-                while block := os.pread(fd, _COPY_BYTES, state.read_to + len(tail)):
+                while block := os.pread(fd, _READ_BYTES, state.read_to + len(tail)):
                     tail += block
                 whole = tail.rfind(b"\n") + 1
                 for line in tail[:whole].split(b"\n"):
@@ -999,29 +1000,6 @@ def _read_into(key: str, fd: int, offset: int, buffer: memoryview) -> None:
                 actual=os.fstat(fd).st_size,
             )
         filled += count
-
-
-def _copy_bytes(source: int, target: int, offset: int = 0) -> int:
-    """Copy all of `source` to `offset`, inside the kernel (or by reflink) where it can, and return the size."""
-    copied = 0
-    while True:
-        try:
-            count = os.copy_file_range(source, target, 1 << 30, copied, offset + copied)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                raise
-            break
-        if not count:
-            break
-        copied += count
-    # What is left, if the kernel cannot; some file systems answer 0 for "cannot", so the end is always read for.
-    while block := os.pread(source, _COPY_BYTES, copied):
-        view = memoryview(block)
-        while view:
-            written = os.pwrite(target, view, offset + copied)
-            copied += written
-            view = view[written:]
-    return copied
 
 
 def _make_directory(path: Path) -> None:

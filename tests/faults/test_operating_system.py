@@ -17,6 +17,7 @@ from blobflow.errors import (
     BlobflowError,
     DiskFull,
     RefusedError,
+    SourceBusy,
     SourceChanged,
     StoreUnavailable,
     Unsupported,
@@ -174,12 +175,12 @@ def refused(monkeypatch: pytest.MonkeyPatch, name: str, code: int, of: str) -> I
 @pytest.mark.parametrize(
     ("name", "code", "kind", "hint"),
     [
-        ("open", errno.ENOENT, SourceChanged, "export again"),
+        ("open", errno.ENOENT, SourceBusy, "run it again"),
         ("readv", errno.EIO, UnsupportedSource, "look after the disk"),
-        ("readv", errno.ESTALE, SourceChanged, "export again"),
+        ("readv", errno.ESTALE, SourceBusy, "run it again"),
         ("scandir", errno.EIO, UnsupportedSource, "look after the disk"),
         ("scandir", errno.EACCES, UnsupportedSource, "give permission"),
-        ("scandir", errno.ENOENT, SourceChanged, "export again"),
+        ("scandir", errno.ENOENT, SourceBusy, "run it again"),
     ],
 )
 def test_a_source_that_cannot_be_read_is_named(
@@ -194,7 +195,7 @@ def test_a_source_that_cannot_be_read_is_named(
     assert not (tmp_path / "artifact").exists()
 
 
-def test_a_file_that_goes_between_listing_and_looking_is_a_changed_source(tmp_path: Path):
+def test_a_file_that_goes_between_listing_and_looking_is_a_busy_source(tmp_path: Path):
     """The scan sees a name, and then nothing under it."""
     source = write_tree(tmp_path / "source", {"a": "x"})
     (source / "gone").symlink_to(tmp_path / "target")
@@ -204,7 +205,7 @@ def test_a_file_that_goes_between_listing_and_looking_is_a_changed_source(tmp_pa
         def _check_link(self, link: str, path: str, above: tuple[str, ...]) -> None:
             (tmp_path / "target").unlink()
 
-    with pytest.raises(SourceChanged, match="'gone' went away"):
+    with pytest.raises(SourceBusy, match="'gone' went away"):
         Vanishing(path=source, symlinks="follow").export(tmp_path / "artifact")
 
 
@@ -262,7 +263,7 @@ def test_hard_links_that_cannot_be_made_are_explained(tmp_path: Path, monkeypatc
     write_tree(tmp_path / "source", TREE)
     error = refusing.error_of(1, lambda: export_artifact(tmp_path / "source", tmp_path / "artifact", mode="link"))
     assert isinstance(error, Unsupported)
-    assert "'reference' or 'copy'" in error.hint
+    assert 'mode="reference" or mode="copy"' in error.hint
 
 
 def test_a_destination_that_is_forbidden_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from blobflow import DirectoryExporter, ExportResult, export_artifact
+from blobflow import DirectoryExporter, ExportResult, durable, export_artifact
 from blobflow.artifact import hashing
 from blobflow.artifact.hashing import FileHash, hash_files
 from blobflow.artifact.members import verify_members
+from blobflow.backends import files
 from blobflow.checksum import crc32c, sha256
 from blobflow.errors import (
     DestinationNotEmpty,
     NotFoundError,
     RefusedError,
+    SourceBusy,
     SourceChanged,
     UnsupportedSource,
 )
@@ -164,16 +167,98 @@ def test_a_file_that_is_written_to_is_refused(tmp_path: Path):
     def write(_done: int, _total: int) -> None:
         (tmp_path / "source" / "1999").write_text("longer than before")
 
-    with pytest.raises(SourceChanged, match="'1999' changed while it was exported"):
+    with pytest.raises(SourceBusy, match="'1999' changed while it was exported") as busy:
         export_artifact(tmp_path / "source", tmp_path / "artifact", on_progress=write)
+    assert not (tmp_path / "artifact").exists()
+    assert busy.value.exit_code == 75  # nobody damaged anything
+
+
+def while_copied(monkeypatch: pytest.MonkeyPatch, write: Callable[[int], None]) -> None:
+    """Let `write(number)` happen after the bytes of each copy, counted from 1, and before anybody looks again."""
+    monkeypatch.setattr(files, "_PAUSES_S", (0.03, 0.03, 0.03))
+    copies = 0
+
+    def copy_bytes(source: int, target: int) -> int:
+        nonlocal copies
+        copies += 1
+        copied = durable.copy_bytes(source, target)
+        write(copies)
+        return copied
+
+    monkeypatch.setattr(files, "copy_bytes", copy_bytes)
+
+
+def test_mode_copy_waits_for_a_moment_without_a_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file that is written to while it is copied is copied again; the artifact holds one state of it, the last."""
+    source = write_tree(tmp_path / "source", {"a": noise(5000)})
+
+    def write(number: int) -> None:
+        if number < 3:
+            with open(source / "a", "ab") as file:
+                file.write(b"more")
+
+    while_copied(monkeypatch, write)
+    result = export_artifact(source, tmp_path / "artifact", mode="copy")
+    assert read_tree(result.artifact.data) == read_tree(source) == {"a": noise(5000) + b"moremore"}
+    assert [member.size for member in result.artifact.index] == [5008]
+    verify_members(result.artifact)
+
+
+def test_mode_copy_takes_what_was_written_since_the_scan(tmp_path: Path):
+    """A source may be written to all the time, as long as each file rests for a moment."""
+    source = write_tree(tmp_path / "source", {"a": "old", "b": "old"})
+    exporter = DirectoryExporter(path=source, mode="copy")
+    found = exporter.scan()
+    write_tree(source, {"a": "longer than before", "c": "too late"})
+    result = exporter.export(tmp_path / "artifact", found=found)
+    assert read_tree(result.artifact.data) == {"a": "longer than before", "b": "old"}
+    verify_members(result.artifact)
+
+
+def test_a_write_in_the_same_tick_of_the_clock_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two writes within milliseconds can leave the same time: a file that has just been written to is copied later."""
+    source = write_tree(tmp_path / "source", {"a": "first"})
+    status = (source / "a").stat()
+
+    def write(number: int) -> None:
+        if number == 1:
+            (source / "a").write_text("other")
+
+    def same_times(descriptor: int) -> os.stat_result:
+        found = list(fstat(descriptor))
+        return os.stat_result(
+            found, {"st_mtime_ns": status.st_mtime_ns, "st_ctime_ns": status.st_ctime_ns, "st_atime_ns": 0}
+        )
+
+    fstat = os.fstat
+    while_copied(monkeypatch, write)
+    monkeypatch.setattr(files.os, "fstat", same_times)
+    monkeypatch.setattr(files.time, "time_ns", iter((status.st_ctime_ns + 1, status.st_ctime_ns + 10**9)).__next__)
+    files.copy_still(source / "a", tmp_path / "copy")
+    assert (tmp_path / "copy").read_text() == "other"
+
+
+def test_a_file_without_a_quiet_moment_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not damaged (exit code 75); the hint names what helps, and does not name the mode that has just failed."""
+    source = write_tree(tmp_path / "source", {"log": "line\n"})
+
+    def write(_: int) -> None:
+        with open(source / "log", "a") as file:
+            file.write("line\n")
+
+    while_copied(monkeypatch, write)
+    with pytest.raises(SourceBusy, match=r"log' was written to each of 3 times") as busy:
+        export_artifact(source, tmp_path / "artifact", mode="copy")
+    assert busy.value.exit_code == 75
+    assert "copy" not in busy.value.hint
     assert not (tmp_path / "artifact").exists()
 
 
-def test_a_file_that_vanishes_is_a_changed_source(tmp_path: Path):
+def test_a_file_that_vanishes_is_a_busy_source(tmp_path: Path):
     """Named, and nothing is left behind; an empty destination stays an empty directory."""
     write_tree(tmp_path / "source", {f"{i:04}": f"{i}" for i in range(2000)})
     (tmp_path / "artifact").mkdir()
-    with pytest.raises(SourceChanged, match="'1999' cannot be read"):
+    with pytest.raises(SourceBusy, match="'1999' cannot be read"):
         export_artifact(
             tmp_path / "source",
             tmp_path / "artifact",
