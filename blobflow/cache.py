@@ -30,7 +30,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.config import ChunkProfile
-from blobflow.errors import DiskFull, IntegrityError, NotFoundError, TransferBusy
+from blobflow.errors import DiskFull, IntegrityError, NotFoundError, TransferBusy, UnsupportedSource, writing
 from blobflow.gc import DEFAULT_AGE_S, collect_stages
 from blobflow.scratch import hold
 from blobflow.stores.base import Store
@@ -107,7 +107,8 @@ class ArtifactCache:
             ArtifactNotFound, IntegrityError, HostileArtifact, DiskFull: as `download`.
         """
         name = digest.removeprefix("sha256:")[:_NAME_LENGTH]
-        self._root.mkdir(parents=True, exist_ok=True)
+        with writing(self._root):
+            self._root.mkdir(parents=True, exist_ok=True)
         with _alone(self._root / f".{name}.lock", on_wait):
             found = self._find(name, digest)
             if found is not None:
@@ -173,7 +174,7 @@ class ArtifactCache:
                 from blobflow.artifact.members import verify_members
 
                 verify_members(artifact)
-        except (IntegrityError, NotFoundError, FileNotFoundError) as error:
+        except (IntegrityError, NotFoundError, UnsupportedSource, FileNotFoundError) as error:
             log.warning("cache.entry_damaged path=%s error=%s", entry, error)
             return None
         if stamp is None:  # whoever fetched it was killed when it had landed
@@ -183,7 +184,8 @@ class ArtifactCache:
     def _use(self, entry: Path, held: int) -> None:
         """Keep the entry until `close`, and note when it was used."""
         now = self._clock()
-        os.utime(entry / _STAMP, (now, now))
+        with writing(entry):
+            os.utime(entry / _STAMP, (now, now))
         if entry in self._held:
             os.close(held)
         else:
@@ -215,7 +217,8 @@ class ArtifactCache:
         try:
             # Whoever is killed here leaves nothing that could be taken for an entry.
             removed = self._root / f"{_REMOVED_PREFIX}{uuid.uuid4().hex}"
-            os.rename(entry, removed)
+            with writing(entry):
+                os.rename(entry, removed)
             shutil.rmtree(removed, ignore_errors=True)
         finally:
             os.close(held)
@@ -232,7 +235,8 @@ class ArtifactCache:
 def _alone(path: Path, on_wait: Callable[[], None] | None) -> Generator[None]:
     """Hold the lock file `path`, which is there only meanwhile; waits for whoever holds it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with writing(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -279,7 +283,8 @@ def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _write_stamp(entry: Path) -> None:
-    (entry / _STAMP).write_text(_stamp(entry))
+    with writing(entry):
+        (entry / _STAMP).write_text(_stamp(entry))
 
 
 def _read_stamp(entry: Path) -> str | None:

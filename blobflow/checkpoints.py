@@ -21,7 +21,7 @@ from typing import Final, Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from blobflow.engine.checkpoint import TransferRecord
-from blobflow.errors import UsageError
+from blobflow.errors import UsageError, writing
 from blobflow.owner import process_owner
 
 log = logging.getLogger(__name__)
@@ -224,13 +224,14 @@ class LocalHome:
         from blobflow.artifact.landing import fsync_directory
 
         path = self._path(checkpoint.record.transfer_id)
-        self._directory.mkdir(parents=True, exist_ok=True)
         # The newline before ends a line that somebody was killed in.
         line = f"\n{checkpoint.to_json()}\n".encode()
-        with open(path, "ab", buffering=0) as file:
-            file.write(line)
-            os.fsync(file.fileno())
-        fsync_directory(self._directory)
+        with writing(path):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab", buffering=0) as file:
+                file.write(line)
+                os.fsync(file.fileno())
+            fsync_directory(self._directory)
 
     def _path(self, transfer_id: str) -> Path:
         if not _TRANSFER_ID.fullmatch(transfer_id):

@@ -8,15 +8,18 @@
 | `RefusedError` | stops: untrusted input, or a conflict that somebody has to settle | 5 |
 | `UsageError` | corrects the configuration or the call | 2 |
 
-Errors of other libraries are translated once, at the store seam, and kept as `__cause__`.
+Errors of other libraries are translated once, at the store seam, and kept as `__cause__`. Errors of the operating
+system are told apart here and nowhere else: `reading` for sources, `writing` for destinations, `storing` for stores.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
 
@@ -349,16 +352,194 @@ class Unsupported(UsageError):
     """This store or file system lacks an ability the call needs. Fields: store, ability."""
 
 
+class SystemLimit(UsageError):
+    """A limit of the operating system is reached, and trying again does not raise it. Fields: path or key, limit."""
+
+
+class OsFault(Enum):
+    """What an error of the operating system means, whatever was being done."""
+
+    NO_ROOM = auto()
+    FILE_SIZE = auto()
+    OPEN_FILES = auto()
+    DENIED = auto()
+    GONE = auto()
+    NAME_TOO_LONG = auto()
+    CANNOT = auto()
+    """The file system lacks the operation."""
+    DAMAGED = auto()
+    LATER = auto()
+    """It may work the next time, without anybody changing anything."""
+    OTHER = auto()
+
+
+_FAULTS: Final = {
+    errno.ENOSPC: OsFault.NO_ROOM,
+    errno.EDQUOT: OsFault.NO_ROOM,
+    errno.EFBIG: OsFault.FILE_SIZE,
+    errno.EMFILE: OsFault.OPEN_FILES,
+    errno.EACCES: OsFault.DENIED,
+    errno.EPERM: OsFault.DENIED,
+    errno.EROFS: OsFault.DENIED,
+    errno.ENOENT: OsFault.GONE,
+    errno.ENOTDIR: OsFault.GONE,
+    errno.ESTALE: OsFault.GONE,
+    errno.ENAMETOOLONG: OsFault.NAME_TOO_LONG,
+    errno.EXDEV: OsFault.CANNOT,
+    errno.EMLINK: OsFault.CANNOT,
+    errno.ENOSYS: OsFault.CANNOT,
+    errno.ENOTSUP: OsFault.CANNOT,
+    errno.EOPNOTSUPP: OsFault.CANNOT,
+    errno.EIO: OsFault.DAMAGED,
+    errno.EAGAIN: OsFault.LATER,
+    errno.EINTR: OsFault.LATER,
+    errno.ENFILE: OsFault.LATER,
+    errno.ENOBUFS: OsFault.LATER,
+    errno.ENOLCK: OsFault.LATER,
+    errno.ENOMEM: OsFault.LATER,
+    errno.ETIMEDOUT: OsFault.LATER,
+}
+
+_LIMITS: Final = {
+    OsFault.FILE_SIZE: (
+        "file size",
+        "raise the limit on file sizes (`ulimit -f`), or use a file system that holds files of this size",
+    ),
+    OsFault.OPEN_FILES: ("open files", "raise the limit on open files (`ulimit -n`), or use fewer workers"),
+}
+
+
+def os_fault(error: OSError) -> OsFault:
+    """What `error` means."""
+    return _FAULTS.get(error.errno or 0, OsFault.OTHER)
+
+
 @contextmanager
-def writing(path: Path) -> Generator[None]:
-    """Errors of the operating system while `path` is written to, in this package's words."""
+def reading(path: str | os.PathLike[str]) -> Generator[None]:
+    """Translate errors of the operating system while `path`, a source or a part of one, is read.
+
+    Raises:
+        SourceChanged: it is gone.
+        UnsupportedSource: it cannot be read, whether it is a file or a directory.
+        SystemLimit, TemporaryError: this process or machine cannot read anything more.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"no room left for {path}: {error.strerror}", path=str(path)) from error
-        raise RefusedError(
-            f"{path} cannot be written: {error.strerror or error}",
-            hint="name a directory that can be written to",
-            path=str(path),
+        raise _source_error(error, os.fspath(path)) from error
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Translate errors of the operating system while `path`, a destination, is written to.
+
+    Raises:
+        DiskFull: there is no room.
+        RefusedError: it cannot be written to.
+        Unsupported: its file system cannot do what is needed.
+        SystemLimit, TemporaryError: this process or machine cannot write anything more.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _destination_error(error, path) from error
+
+
+@contextmanager
+def storing(doing: str, **fields: Any) -> Generator[None]:
+    """Translate errors of the operating system in a store that keeps its objects as files.
+
+    Args:
+        doing: What was being done to what; the message begins with it.
+        fields: Of the error: operation, key, offset, path.
+
+    Raises:
+        DiskFull: there is no room. Not StoreUnavailable: repeating it at once makes none.
+        StoreConfigurationError: the directory cannot be used.
+        InvalidKey: the key is too long for the file system.
+        SystemLimit: this process cannot store anything more.
+        StoreUnavailable: anything else; it may work the next time.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise _store_error(error, doing, fields) from error
+
+
+def _source_error(error: OSError, path: str) -> BlobflowError:
+    shown = path.encode("utf-8", "backslashreplace").decode()
+    message = f"{shown!r} cannot be read: {_reason(error)}"
+    fault = os_fault(error)
+    if fault is OsFault.GONE:
+        return SourceChanged(message, path=shown, what="existence")
+    remedies = {
+        OsFault.DENIED: "give permission to read it, or exclude it",
+        OsFault.DAMAGED: "look after the disk, or exclude it",
+        OsFault.NAME_TOO_LONG: "shorten the path, or exclude it",
+    }
+    return _error_anywhere(error, message, {"path": shown}) or UnsupportedSource(
+        message, hint=remedies.get(fault, "exclude it"), path=shown, reason=_reason(error)
+    )
+
+
+def _destination_error(error: OSError, path: Path) -> BlobflowError:
+    fault = os_fault(error)
+    message = f"{path} cannot be written: {_reason(error)}"
+    if fault is OsFault.NO_ROOM:
+        message = f"no room left for {path}: {_reason(error)}"
+    if fault is OsFault.CANNOT:
+        hint = "name a directory on another file system"
+        return Unsupported(message, hint=hint, path=str(path), ability=_reason(error))
+    remedies = {
+        OsFault.DAMAGED: "look after the disk, or name a directory on another one",
+        OsFault.NAME_TOO_LONG: "name a directory with a shorter path",
+    }
+    return _error_anywhere(error, message, {"path": str(path)}) or RefusedError(
+        message, hint=remedies.get(fault, "name a directory that can be written to"), path=str(path)
+    )
+
+
+def _store_error(error: OSError, doing: str, fields: dict[str, Any]) -> BlobflowError:
+    message = f"{doing}: {_reason(error)}"
+    fault = os_fault(error)
+    if fault is OsFault.NAME_TOO_LONG:
+        return InvalidKey(message, reason="longer than the file system allows", **fields)
+    if fault in (OsFault.DENIED, OsFault.CANNOT):
+        hint = "the directory must be one writable file system with hard links"
+        return StoreConfigurationError(message, hint=hint, **fields)
+    if fault is OsFault.LATER:
+        return StoreUnavailable(message, **fields)
+    return _error_anywhere(error, message, fields) or StoreUnavailable(message, **fields)
+
+
+def _error_anywhere(error: OSError, message: str, fields: dict[str, Any]) -> BlobflowError | None:
+    """The error that is the same for sources, destinations and stores; None where they differ."""
+    fault = os_fault(error)
+    if fault is OsFault.NO_ROOM:
+        return DiskFull(message, **fields)
+    if fault in _LIMITS:
+        limit, hint = _LIMITS[fault]
+        return SystemLimit(message, hint=hint, limit=limit, **fields)
+    if fault is OsFault.LATER:
+        return TemporaryError(message, **fields)
+    return None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """`path` with `~` and `~user` replaced.
+
+    Raises:
+        UsageError: nothing says where that home directory is (a container's user without a passwd entry).
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"{os.fspath(path)}: there is no home directory for it",
+            hint="set HOME to a directory that can be written to, or give a path without ~",
+            path=os.fspath(path),
         ) from error

@@ -14,7 +14,7 @@ from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.backends import BACKENDS, backend_classes
 from blobflow.backends.history import HistoryEntry, read_history
 from blobflow.backends.versions import CURRENT_NAME, INCOMING_NAME, shown_artifact
-from blobflow.errors import ArtifactNotFound, NotFoundError
+from blobflow.errors import ArtifactNotFound, NotFoundError, expanded
 from blobflow.lease import read_ref
 from blobflow.stores.base import Store
 from blobflow.transport import read_manifest_bytes
@@ -85,7 +85,7 @@ def mirror_status(path: str | Path, store: Store | None = None, ref: str | None 
         NotFoundError: there is no such directory.
         ChecksumMismatch: the data that is shown is damaged, so that it does not say where it stands.
     """
-    path = Path(path).expanduser().absolute()
+    path = expanded(path).absolute()
     if not path.is_dir():
         raise NotFoundError(f"there is no mirror in {path}", path=str(path))
     history = read_history(path)
@@ -127,7 +127,7 @@ def mirror_status(path: str | Path, store: Store | None = None, ref: str | None 
 
 def mirror_history(path: str | Path) -> list[HistoryEntry]:
     """The artifacts that were imported into a mirror, with their cursors, oldest first; the oldest of many are gone."""
-    return read_history(Path(path).expanduser())
+    return read_history(expanded(path))
 
 
 def _offer(store: Store, ref: str | None, key: str | None) -> _Offer | None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from blobflow.errors import RefusedError, TransferBusy
+from blobflow.errors import RefusedError, TransferBusy, writing
 
 _PREFIX: Final = ".blobflow-push-"
 _ATTEMPTS: Final = 10
@@ -33,14 +33,16 @@ def scratch_directory(source: Path, parent: Path | None = None) -> Generator[Pat
         raise RefusedError(
             f"the directory for temporary files, {parent}, lies inside {source}", hint=remedy, path=str(parent)
         )
-    parent.mkdir(parents=True, exist_ok=True)
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError):  # another user's, or another process removes it at this moment
             if (descriptor := hold(leftover)) is not None:
                 shutil.rmtree(leftover)
                 os.close(descriptor)
     for _ in range(_ATTEMPTS):
-        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        with writing(parent):
+            path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
         descriptor = hold(path)
         if descriptor is not None:
             try:

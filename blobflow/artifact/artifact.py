@@ -28,7 +28,7 @@ from blobflow.artifact.manifest import (
     artifact_digest,
 )
 from blobflow.checksum import crc32c, sha256
-from blobflow.errors import ArtifactInvalid, ArtifactNotFound, ChecksumMismatch, DigestMismatch, SourceChanged
+from blobflow.errors import ArtifactInvalid, ArtifactNotFound, ChecksumMismatch, DigestMismatch, SourceChanged, reading
 from blobflow.version import __version__
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class Artifact:
         """
         path = Path(path)
         try:
-            with open(path / MANIFEST_NAME, "rb") as file:
+            with reading(path / MANIFEST_NAME), open(path / MANIFEST_NAME, "rb") as file:
                 data = file.read(MAX_MANIFEST_BYTES + 1)
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except SourceChanged as error:
             raise ArtifactNotFound(
                 f"{path} is not a complete artifact: it has no {MANIFEST_NAME}",
                 hint="make one with `blobflow export`",
@@ -176,8 +176,9 @@ def _contradiction(what: str, promised: object, actual: object) -> ArtifactInval
 
 def _read_own(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
+        with reading(path):
+            return path.read_bytes()
+    except SourceChanged as error:
         raise ArtifactInvalid(f"{path} is missing", hint="export again", path=str(path)) from error
 
 
@@ -247,11 +248,12 @@ class PayloadSource:
 
     def _read_member(self, member: int, offset: int, target: memoryview) -> None:
         path = self._index.paths[member]
-        try:
-            # Non-blocking, so that a pipe that took a file's place cannot hang the upload.
-            descriptor = os.open(os.path.join(self._root, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise SourceChanged(f"source file {path!r} cannot be read: {error.strerror}", path=path) from error
+        with reading(path):
+            self._pread_member(member, path, offset, target)
+
+    def _pread_member(self, member: int, path: str, offset: int, target: memoryview) -> None:
+        # Non-blocking, so that a pipe that took a file's place cannot hang the upload.
+        descriptor = os.open(os.path.join(self._root, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             self._check_unchanged(member, os.fstat(descriptor))
             while target:
@@ -260,8 +262,6 @@ class PayloadSource:
                     raise SourceChanged(f"source file {path!r} became shorter than {offset} bytes", path=path)
                 target = target[count:]
                 offset += count
-        except OSError as error:
-            raise SourceChanged(f"source file {path!r} cannot be read: {error.strerror}", path=path) from error
         finally:
             os.close(descriptor)
 

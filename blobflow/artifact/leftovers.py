@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from blobflow.artifact.landing import STAGE_PREFIX, lock_of, remove_stage, try_flock
-from blobflow.errors import DiskFull, RefusedError
+from blobflow.errors import BlobflowError, RefusedError
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,6 @@ def remove_stages(directory: Path, *, idle_since: float, dry_run: bool = False) 
                 removed.append(path)
         except RefusedError:
             continue
-        except (DiskFull, OSError) as error:  # it landed meanwhile, is no directory, or is on a disk that fails
+        except (BlobflowError, OSError) as error:  # it landed meanwhile, is no directory, or is on a disk that fails
             _log.warning("stage.stays path=%s error=%s", path, error)
     return removed

@@ -11,7 +11,7 @@ from pathlib import Path
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
 from blobflow.checksum import EMPTY_SHA256
-from blobflow.errors import DigestMismatch, SourceChanged
+from blobflow.errors import DigestMismatch, SourceChanged, reading
 
 
 def verify_members(artifact: Artifact, *, on_progress: Callable[[int, int], None] | None = None) -> None:
@@ -23,6 +23,7 @@ def verify_members(artifact: Artifact, *, on_progress: Callable[[int, int], None
     Raises:
         DigestMismatch: naming the first member that differs.
         SourceChanged: a member is missing or not a regular file.
+        UnsupportedSource: a member cannot be read.
     """
     index = artifact.index
     root = os.path.realpath(artifact.data)
@@ -34,11 +35,8 @@ def verify_members(artifact: Artifact, *, on_progress: Callable[[int, int], None
             if not os.path.isdir(os.path.join(root, path)):
                 raise SourceChanged(f"directory {path!r} of {artifact!r} is missing", path=path)
             return FileHash(0, EMPTY_SHA256, 0)
-        with open_regular(root, path) as file:
-            try:
-                return hash_descriptor(file.fileno(), buffer)
-            except OSError as error:
-                raise SourceChanged(f"file {path!r} cannot be read: {error.strerror}", path=path) from error
+        with reading(path), open_regular(root, path) as file:
+            return hash_descriptor(file.fileno(), buffer)
 
     hashes = hash_files(
         len(index),
@@ -62,13 +60,12 @@ def open_regular(root: str | Path, path: str) -> io.FileIO:
     """A file below `root`, opened for reading; anything but a regular file is refused.
 
     Raises:
-        SourceChanged: naming the path.
+        SourceChanged: it is gone, or not a regular file.
+        UnsupportedSource: it cannot be read.
     """
-    try:
+    with reading(path):
         # Non-blocking, so that a pipe that took a file's place cannot hang the export.
         descriptor = os.open(os.path.join(root, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise SourceChanged(f"file {path!r} cannot be read: {error.strerror}", path=path) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise SourceChanged(f"{path!r} is no longer a regular file", path=path)

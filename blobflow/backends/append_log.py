@@ -44,6 +44,7 @@ from blobflow.errors import (
     RefusedError,
     TransferBusy,
     UsageError,
+    expanded,
     writing,
 )
 
@@ -390,7 +391,7 @@ class AppendLogExporter(BaseModel):
 
         def write(data: Path) -> JsonValue:
             with (
-                _open_newest(self.path.expanduser()) as stream,
+                _open_newest(expanded(self.path)) as stream,
                 writing(dest),
                 open(data / Path(stream.name).name, "wb") as copy,
             ):

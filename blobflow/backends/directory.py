@@ -18,10 +18,10 @@ from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
 from blobflow.artifact.manifest import DATA_NAME
 from blobflow.artifact.members import open_regular
 from blobflow.backends.base import ExportResult, OnProgress
-from blobflow.backends.files import all_or_nothing, copy_still, place_members, reading, unsupported
+from blobflow.backends.files import all_or_nothing, copy_still, place_members, unsupported
 from blobflow.backends.versions import VersionedImporter
 from blobflow.checksum import EMPTY_SHA256
-from blobflow.errors import NotFoundError, RefusedError, SourceBusy, writing
+from blobflow.errors import NotFoundError, RefusedError, SourceBusy, SourceChanged, expanded, reading, writing
 
 BACKEND: Final = "directory"
 _LAST_NS: Final = 2**63 - 1
@@ -175,8 +175,9 @@ class DirectoryExporter(BaseModel):
 
     def _root(self) -> Path:
         try:
-            root = self.path.expanduser().resolve(strict=True)
-        except OSError as error:
+            with reading(self.path):
+                root = expanded(self.path).resolve(strict=True)
+        except SourceChanged as error:
             raise NotFoundError(f"source {self.path} does not exist", path=str(self.path)) from error
         if not root.is_dir():
             raise NotFoundError(f"source {self.path} is not a directory", path=str(self.path))

@@ -20,7 +20,17 @@ from blobflow.artifact.manifest import DATA_NAME
 from blobflow.artifact.members import open_regular
 from blobflow.backends.base import ExportResult, OnProgress
 from blobflow.durable import copy_bytes
-from blobflow.errors import SourceBusy, SourceChanged, Unsupported, UnsupportedSource, setting, writing
+from blobflow.errors import (
+    OsFault,
+    SourceBusy,
+    SourceChanged,
+    Unsupported,
+    UnsupportedSource,
+    os_fault,
+    reading,
+    setting,
+    writing,
+)
 
 _PAUSES_S: Final = (0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 3.0)
 """After each attempt to copy a file that was written to meanwhile."""
@@ -107,23 +117,6 @@ def export_files(
     )
 
 
-@contextmanager
-def reading(path: str) -> Generator[None]:
-    """Errors of the operating system while the source's `path` is read, in this package's words."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
-            raise SourceChanged(f"{path!r} went away while it was exported", path=path, what="existence") from error
-        remedies = {
-            errno.EACCES: "give permission to read it, or exclude it",
-            errno.EIO: "look after the disk, or exclude it",
-            errno.ENAMETOOLONG: "shorten the path, or exclude it",
-        }
-        remedy = remedies.get(error.errno or 0, "exclude it")
-        raise unsupported(path, f"it cannot be read: {error.strerror}", remedy) from error
-
-
 def place_members(paths: Sequence[str], root: Path, data: Path, place: Callable[[Path, Path], object]) -> None:
     """Bring the members at `paths` from `root` to `data`; `place` links or copies one file.
 
@@ -159,7 +152,8 @@ def _placing(path: str, target: Path) -> Generator[None]:
                 ability="hard links",
             ) from error
         # Of the errors of a copy only these are surely those of the target.
-        with writing(target) if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) else reading(path):
+        is_target = os_fault(error) in (OsFault.NO_ROOM, OsFault.FILE_SIZE) or error.errno == errno.EROFS
+        with writing(target) if is_target else reading(path):
             raise
 
 

@@ -28,6 +28,7 @@ from blobflow.errors import (
     TransferBusy,
     UnsupportedSource,
     UsageError,
+    expanded,
     writing,
 )
 
@@ -81,7 +82,7 @@ class SqliteExporter(BaseModel):
             DestinationNotEmpty: `dest` holds something.
             DiskFull: there is no room at `dest`.
         """
-        path = self.path.expanduser().absolute()
+        path = expanded(self.path).absolute()
         if not path.is_file():
             raise NotFoundError(f"database {self.path} does not exist", path=str(self.path))
         size = path.stat().st_size

@@ -21,7 +21,7 @@ from blobflow.artifact.members import verify_members
 from blobflow.backends.base import ImportResult, OnProgress
 from blobflow.backends.files import place_members, remove_tree
 from blobflow.backends.history import HistoryEntry, add_to_history, read_history
-from blobflow.errors import ArtifactNotFound, RefusedError, TransferBusy, writing
+from blobflow.errors import ArtifactNotFound, RefusedError, TransferBusy, UnsupportedSource, expanded, writing
 
 CURRENT_NAME: Final = "current"
 INCOMING_NAME: Final = ".incoming"
@@ -51,7 +51,7 @@ class VersionedImporter(BaseModel, ABC):
     @field_validator("path")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
-        return path.expanduser().absolute()
+        return expanded(path).absolute()
 
     @property
     @abstractmethod
@@ -254,7 +254,7 @@ def shown_artifact(mirror: Path) -> Artifact | None:
     """The artifact whose data the mirror in a directory shows, or None."""
     try:
         return Artifact.open(Path(os.path.realpath(mirror / CURRENT_NAME, strict=True)).parent)
-    except (OSError, ArtifactNotFound):
+    except (OSError, ArtifactNotFound, UnsupportedSource):
         return None
 
 

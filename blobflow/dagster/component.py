@@ -44,7 +44,7 @@ from blobflow.dagster.mirror import artifact_mirror
 from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, artifact_pipeline
 from blobflow.dagster.resource import BlobflowResource, ProfileConfig
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
-from blobflow.errors import UsageError
+from blobflow.errors import UsageError, expanded
 from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S
 from blobflow.stores.base import key_segment
 from blobflow.transport import VerifyMode
@@ -145,7 +145,7 @@ def _check_names(field: str, value: Any, known: set[str]) -> None:
 
 
 def _require_absolute(field: str, path: object) -> None:
-    if not Path(str(path)).expanduser().is_absolute():
+    if not expanded(str(path)).is_absolute():
         raise ResolutionException(
             f"{field}: {str(path)!r} is relative, and the processes of Dagster have no directory in common."
             " Give an absolute path, for example '{{ context.project_root }}/...'."

@@ -50,6 +50,7 @@ from blobflow.errors import (
     ReplacementInProgress,
     TransferBusy,
     UsageError,
+    writing,
 )
 from blobflow.lease import Lease, Leases, check_round, read_ref
 from blobflow.retention import name_artifact
@@ -615,8 +616,9 @@ def _stored_digest(store: Store, key: str, manifest: Manifest) -> str | None:
 
 def _mark_used(scratch: Path, context: dg.OpExecutionContext) -> None:
     """Say that this run needs the directory, so that no other run takes it for abandoned."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    (scratch / f"{_USER_MARK}{context.run_id}").touch()
+    with writing(scratch):
+        scratch.mkdir(parents=True, exist_ok=True)
+        (scratch / f"{_USER_MARK}{context.run_id}").touch()
 
 
 def _discard(scratch: Path, context: dg.OpExecutionContext) -> None:

@@ -23,7 +23,7 @@ from blobflow.dagster.mirror import ArtifactMirror, artifact_mirror
 from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY
 from blobflow.dagster.resource import BlobflowResource
 from blobflow.dagster.translator import BlobflowTranslator
-from blobflow.errors import UsageError
+from blobflow.errors import UsageError, expanded
 from blobflow.mirror import Bootstrapping, ReceivedStore, SnapshotId, read_snapshots
 from blobflow.stores import Store
 from blobflow.stores.retry import DEFAULT_PATIENCE_S
@@ -80,7 +80,7 @@ def received_mirror(
     Raises:
         UsageError: an argument makes no sense.
     """
-    directory = Path(directory).expanduser()
+    directory = expanded(directory)
     if not directory.is_absolute():
         raise UsageError(f"{str(directory)!r} is relative", hint="sensors and steps have no directory in common")
     if keep_snapshots < 1:

@@ -9,7 +9,7 @@ import dagster as dg
 from pydantic import Field, PrivateAttr
 
 from blobflow.config import ChunkProfile
-from blobflow.errors import UsageError
+from blobflow.errors import UsageError, expanded
 from blobflow.lease import Leases, StoreLeases
 from blobflow.stores import Store, open_store
 from blobflow.stores.retry import DEFAULT_PATIENCE_S
@@ -115,7 +115,7 @@ class BlobflowResource(dg.ConfigurableResource):
     def scratch_path(self, *names: str) -> Path:
         """A path of that name for local files that are needed until the end of a run; it need not exist yet."""
         root = Path(self.scratch_dir) if self.scratch_dir else self._instance_path(SCRATCH_DIR)
-        return root.expanduser().absolute().joinpath(*names)
+        return expanded(root).absolute().joinpath(*names)
 
     def _instance_path(self, name: str) -> Path:
         if self._instance_storage is None:

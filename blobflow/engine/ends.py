@@ -7,7 +7,6 @@ continue, and shows it in one step at the end.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
@@ -26,7 +25,6 @@ from blobflow.engine.plan import TransferPlan
 from blobflow.errors import (
     ChecksumMismatch,
     DestinationNotEmpty,
-    DiskFull,
     KeyConflict,
     NoSuchUpload,
     ObjectChanged,
@@ -36,6 +34,7 @@ from blobflow.errors import (
     Unsupported,
     UploadIncomplete,
     UsageError,
+    writing,
 )
 from blobflow.stores.base import Body, ObjectMeta, PartMeta, Store, check_key
 
@@ -204,7 +203,8 @@ class FileTarget(SessionTarget):
     def begin(self, checkpoint: TransferCheckpoint, chunk_size: int) -> int:
         self._refuse_existing()
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(self._partial, flags, 0o666)
+        with writing(self.path):
+            descriptor = os.open(self._partial, flags, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = os.fstat(descriptor).st_size
@@ -213,7 +213,8 @@ class FileTarget(SessionTarget):
                 raise BlockingIOError
             if size < checkpoint.offset:
                 checkpoint.restart()
-            os.ftruncate(descriptor, checkpoint.offset)
+            with writing(self.path):
+                os.ftruncate(descriptor, checkpoint.offset)
         except BlockingIOError:
             os.close(descriptor)
             raise TransferBusy(f"another process writes {self.path}", path=str(self.path)) from None
@@ -229,20 +230,22 @@ class FileTarget(SessionTarget):
 
     @override
     def write(self, offset: int, data: memoryview) -> int:
-        try:
+        with writing(self.path):
             return os.pwrite(self._descriptor, data, offset)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise DiskFull(f"no room for {self.path}: {error.strerror}", path=str(self.path)) from error
 
     @override
     def flush(self) -> None:
-        os.fsync(self._descriptor)
+        with writing(self.path):
+            os.fsync(self._descriptor)
 
     @override
     def finish(self, checkpoint: TransferCheckpoint) -> None:
         self.flush()
+        with writing(self.path):
+            self._publish()
+        self._close()
+
+    def _publish(self) -> None:
         if self._overwrite:
             os.rename(self._partial, self.path)
         else:
@@ -257,7 +260,6 @@ class FileTarget(SessionTarget):
             os.fsync(directory)
         finally:
             os.close(directory)
-        self._close()
 
     @override
     def leave(self, *, keep: bool) -> None:

@@ -24,6 +24,7 @@ from blobflow.errors import (
     UnsupportedSource,
     UploadInterrupted,
     UsageError,
+    expanded,
 )
 from blobflow.layers.format import (
     DEFAULT_LEVEL,
@@ -430,7 +431,7 @@ def default_home() -> Path:
     if told := os.environ.get(HOME_ENV):
         return Path(told)
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "blobflow" / "layers"
+    return expanded(state) / "blobflow" / "layers"
 
 
 def _check_name(container: str) -> None:

@@ -11,14 +11,13 @@ database lie beside each other, in the order of their positions, and none ever t
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,11 +27,10 @@ from blobflow.checksum import Buffer
 from blobflow.config import MIB
 from blobflow.errors import (
     BlobflowError,
-    DiskFull,
     ObjectTooLarge,
     SessionPoisoned,
-    StoreUnavailable,
     TransferBusy,
+    storing,
 )
 from blobflow.mirror import machine
 from blobflow.mirror.envelope import SnapshotEnvelope, SnapshotId
@@ -44,7 +42,6 @@ DEFAULT_CHECKPOINT_BYTES: Final = 64 * MIB
 
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _WRITE: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @dataclass(frozen=True)
@@ -451,13 +448,6 @@ def _write_all(descriptor: int, data: Buffer, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-@contextmanager
-def _doing(operation: str, path: Path) -> Generator[None]:
+def _doing(operation: str, path: Path) -> AbstractContextManager[None]:
     """Translate the operating system's errors, so that each names what was being done."""
-    try:
-        yield
-    except OSError as error:
-        message = f"{operation}: {error.strerror or error}"
-        if error.errno in _NO_ROOM:
-            raise DiskFull(message, path=str(path), operation=operation) from error
-        raise StoreUnavailable(message, path=str(path), operation=operation) from error
+    return storing(operation, path=str(path), operation=operation)

@@ -14,7 +14,7 @@ from typing_extensions import override
 from blobflow.checksum import crc32c
 from blobflow.config import MIB
 from blobflow.engine.ends import BEGIN_AGAIN, ObjectSource, OpenedSource, Pin, PinnedSource
-from blobflow.errors import NotFoundError, SourceChanged, SourceTruncated, UsageError
+from blobflow.errors import NotFoundError, SourceChanged, SourceTruncated, UsageError, reading
 from blobflow.mirror.envelope import MAX_PAYLOAD_BYTES, SnapshotEnvelope, SnapshotId
 from blobflow.stores.base import Store
 from blobflow.transport.remote import RemoteArtifact
@@ -49,8 +49,9 @@ class FileSource(PinnedSource):
 
     def _open(self) -> int:
         try:
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
+            with reading(self.path):
+                return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except SourceChanged as error:
             raise NotFoundError(f"no file {self.path}", path=str(self.path)) from error
 
 
@@ -62,7 +63,8 @@ class _OpenedFile:
         self._offset = offset
 
     def readinto(self, view: memoryview) -> int:
-        count = os.preadv(self._descriptor, [view], self._offset)
+        with reading(self._path):
+            count = os.preadv(self._descriptor, [view], self._offset)
         self._offset += count
         if (now := _pin_of(self._descriptor)) != self._pin:  # looked at after the bytes were read
             raise SourceChanged(
@@ -135,8 +137,9 @@ class Snapshot:
         """
         if position is None:
             try:
-                position = os.stat(path).st_mtime_ns
-            except FileNotFoundError as error:
+                with reading(path):
+                    position = os.stat(path).st_mtime_ns
+            except SourceChanged as error:
                 raise NotFoundError(f"no file {path}", path=str(path)) from error
         return cls._of(FileSource(path), source, database, position)
 

@@ -35,20 +35,18 @@ import stat
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from typing_extensions import override
 
 from blobflow.checksum import Buffer, crc32c
 from blobflow.durable import copy_bytes
 from blobflow.errors import (
-    BlobflowError,
     ChecksumMismatch,
-    DiskFull,
     InvalidKey,
     NoSuchUpload,
     ObjectChanged,
@@ -56,11 +54,12 @@ from blobflow.errors import (
     ObjectTooLarge,
     PreconditionFailed,
     SizeMismatch,
-    StoreConfigurationError,
     StoreUnavailable,
     TransferBusy,
     UploadIncomplete,
     UsageError,
+    expanded,
+    storing,
 )
 from blobflow.stores.base import (
     RESERVED_SEGMENT,
@@ -98,7 +97,6 @@ _LOCK_PATIENCE_S = 2.0
 _NO_NOTE = b" " * 32
 _IS_TEMPORARY = re.compile(rb"[0-9a-f]{32}")
 
-_CONFIGURATION_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.ENOTSUP})
 _NO_OBJECT_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO})
 
 
@@ -125,7 +123,7 @@ class LocalStore(Store):
         now_ns: Callable[[], int] = time.time_ns,
         straggler_patience_s: float = _STRAGGLER_PATIENCE_S,
     ) -> None:
-        self.root = Path(root).expanduser().absolute()
+        self.root = expanded(root).absolute()
         self.url = self.root.as_uri()
         self.abilities = Abilities()
         self._internal = self.root / RESERVED_SEGMENT
@@ -566,7 +564,9 @@ class LocalStore(Store):
             # A writer that died between mkdir and link leaves an empty directory, and that is no object.
             try:
                 os.rmdir(leaf, dir_fd=parent)
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
                 raise _conflict(key, "there are objects below it") from None
             if mode is PutMode.UPDATE:
                 raise _lost(key, e_tag, None)
@@ -1055,30 +1055,7 @@ def _size_mismatch(key: str, expected: int, actual: int) -> SizeMismatch:
     )
 
 
-@contextmanager
-def _translated(operation: str, key: str, offset: int | None = None) -> Generator[None]:
+def _translated(operation: str, key: str, offset: int | None = None) -> AbstractContextManager[None]:
     """Turn the operating system's errors into the store's, naming operation, key and offset."""
-    try:
-        yield
-    except BlobflowError:
-        raise
-    except OSError as error:
-        _raise_translated(error, operation, key, offset)
-
-
-def _raise_translated(error: OSError, operation: str, key: str, offset: int | None) -> NoReturn:
     where = f"{key!r}" if offset is None else f"{key!r} at {offset}"
-    message = f"{operation} {where}: {error.strerror or error}"
-    if error.errno == errno.ENAMETOOLONG:
-        raise InvalidKey(message, key=key, reason="longer than the file system allows") from error
-    if error.errno in _CONFIGURATION_ERRNOS:
-        raise StoreConfigurationError(
-            message,
-            hint="the store's directory must be one writable file system with hard links",
-            operation=operation,
-            key=key,
-        ) from error
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        # Not StoreUnavailable: repeating it at once makes no room.
-        raise DiskFull(message, operation=operation, key=key, offset=offset) from error
-    raise StoreUnavailable(message, operation=operation, key=key, offset=offset) from error
+    return storing(f"{operation} {where}", operation=operation, key=key, offset=offset)

@@ -205,7 +205,7 @@ def test_a_file_that_goes_between_listing_and_looking_is_a_busy_source(tmp_path:
         def _check_link(self, link: str, path: str, above: tuple[str, ...]) -> None:
             (tmp_path / "target").unlink()
 
-    with pytest.raises(SourceBusy, match="'gone' went away"):
+    with pytest.raises(SourceBusy, match="'gone' cannot be read: No such file"):
         Vanishing(path=source, symlinks="follow").export(tmp_path / "artifact")
 
 
@@ -309,8 +309,9 @@ def test_any_read_of_an_upload_may_fail(code: int, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "preadv", fail)
     for number in range(1, 8):
         failing = number
-        with pytest.raises(SourceChanged, match=os.strerror(code)) as refusal:
+        with pytest.raises(SourceChanged if code == errno.ESTALE else UnsupportedSource) as refusal:
             upload(store, f"{number}", artifact, profile=SERIAL)
+        assert os.strerror(code) in refusal.value.message
         assert refusal.value.fields["path"] in artifact.index.paths
         assert not store.exists(f"{number}.manifest.json")
         upload(store, f"{number}", artifact, profile=SERIAL)

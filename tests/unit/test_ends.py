@@ -350,7 +350,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(DiskFull, match="no room for") as answer:
+    with pytest.raises(DiskFull, match="no room left for") as answer:
         transfer(pieces(), FileTarget(tmp_path / "file"), PROFILE)
     assert answer.value.retryable
 

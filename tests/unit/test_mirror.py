@@ -26,6 +26,7 @@ from blobflow.errors import (
     RefusedError,
     SessionPoisoned,
     SizeMismatch,
+    StoreConfigurationError,
     StoreUnavailable,
     TransferBusy,
 )
@@ -360,7 +361,7 @@ def test_a_poisoned_snapshot_can_begin_anew(
         ("pwrite", errno.ENOSPC, DiskFull, "write partial chunk"),
         ("pwrite", errno.EIO, StoreUnavailable, "write partial chunk"),
         ("fsync", errno.EIO, StoreUnavailable, "sync partial file"),
-        ("rename", errno.EACCES, StoreUnavailable, "rename partial to snapshot"),
+        ("rename", errno.EACCES, StoreConfigurationError, "rename partial to snapshot"),
     ],
 )
 def test_a_failing_disk_is_named_and_costs_at_most_a_checkpoint(
