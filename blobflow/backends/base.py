@@ -26,6 +26,10 @@ class ExportResult:
     """Entries that matched an exclude pattern; a directory counts once."""
     symlinks_skipped: int
     seconds: float
+    unmatched: tuple[str, ...] = ()
+    """Exclude patterns that matched nothing."""
+    left_out: tuple[str, ...] = ()
+    """Paths that are none of the source's content, as its exporter knows: `_delta_log/` of a Parquet dataset."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import stat
 import time
@@ -11,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from blobflow.artifact.artifact import write_artifact
 from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
@@ -19,6 +18,7 @@ from blobflow.artifact.manifest import DATA_NAME
 from blobflow.artifact.members import open_regular
 from blobflow.backends.base import ExportResult, OnProgress
 from blobflow.backends.files import all_or_nothing, copy_still, place_members, unsupported
+from blobflow.backends.patterns import ExcludePatterns
 from blobflow.backends.versions import VersionedImporter
 from blobflow.checksum import EMPTY_SHA256
 from blobflow.errors import NotFoundError, RefusedError, SourceBusy, SourceChanged, expanded, reading, writing
@@ -43,6 +43,8 @@ class Scan:
         self.mtimes_ns = array("q")
         self.ctimes_ns = array("q")
         self.excluded = 0
+        self.unmatched: tuple[str, ...] = ()
+        self.left_out: list[str] = []
         self.symlinks_skipped = 0
 
     def append(self, path: str, size: int, mode: int, status: os.stat_result) -> None:
@@ -83,7 +85,8 @@ class DirectoryExporter(BaseModel):
     path: Path = Field(description="The directory to export.")
     exclude: tuple[str, ...] = Field(
         default=(),
-        description="Patterns (`*`, `?`, `[...]`) against the name of an entry, or, with a `/`, against its path.",
+        description="Patterns of what is left out, as in a .gitignore file: `*.tmp` and `cache/` anywhere, `/logs/*`"
+        " from the root, `a/**/b` at any depth, `!keep.tmp` takes back. What matched nothing is reported.",
     )
     symlinks: Literal["refuse", "skip", "follow"] = Field(
         default="refuse", description="`follow` follows links to files and directories inside the root only."
@@ -96,6 +99,12 @@ class DirectoryExporter(BaseModel):
         description="`drop` records 0 as the time of every member: trees of the same content, whenever they were made,"
         " then give the same payload, so that the upload of one can be continued with another.",
     )
+
+    @field_validator("exclude")
+    @classmethod
+    def _can_match(cls, exclude: tuple[str, ...]) -> tuple[str, ...]:
+        ExcludePatterns(exclude)
+        return exclude
 
     @property
     def backend(self) -> str:
@@ -164,6 +173,8 @@ class DirectoryExporter(BaseModel):
             members=len(index),
             bytes=index.total_bytes,
             excluded=found.excluded,
+            unmatched=found.unmatched,
+            left_out=tuple(found.left_out),
             symlinks_skipped=found.symlinks_skipped,
             seconds=time.monotonic() - started,
         )
@@ -194,6 +205,7 @@ class DirectoryExporter(BaseModel):
 
         root = self._root()
         found = Scan()
+        patterns = ExcludePatterns(self.exclude)
         # Directories still to read, each with its path in the artifact and the real directories above it.
         pending: list[tuple[str, str, tuple[str, ...]]] = [(str(root), "", (str(root),))]
         while pending:
@@ -201,8 +213,12 @@ class DirectoryExporter(BaseModel):
             kept = 0
             for entry in _entries(directory, prefix):
                 path = prefix + entry.name
-                if self._is_excluded(entry.name, path):
+                is_directory = _may_be_directory(entry)
+                if patterns.excludes(entry.name, path, is_directory=is_directory):
                     found.excluded += 1
+                    continue
+                if self._leaves_out(entry.name, is_directory=is_directory):
+                    found.left_out.append(path + "/" * is_directory)
                     continue
                 if fault := path_fault(path):
                     raise unsupported(path, fault, "rename it, or exclude it")
@@ -225,10 +241,14 @@ class DirectoryExporter(BaseModel):
                 with reading(prefix):
                     found.append(prefix, 0, EXECUTABLE_MODE, os.stat(directory))
         found.sort()
+        found.unmatched = patterns.unmatched
+        found.left_out.sort()
         return found
 
-    def _is_excluded(self, name: str, path: str) -> bool:
-        return any(fnmatch.fnmatchcase(path if "/" in pattern else name, pattern) for pattern in self.exclude)
+    def _leaves_out(self, name: str, *, is_directory: bool) -> bool:
+        """Whether an entry of that name is none of the source's content, for exporters that know what is."""
+        del name, is_directory
+        return False
 
     def _check_link(self, link: str, path: str, above: tuple[str, ...]) -> None:
         if self.symlinks == "refuse":
@@ -256,6 +276,14 @@ def _entries(directory: str, path: str) -> list[os.DirEntry[str]]:
         return list(entries)
 
 
+def _may_be_directory(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a directory or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, for example: what it is shows when it is read
+        return False
+
+
 def _scan_of_copies(data: Path, found: Scan) -> Scan:
     """What the copies hold of what the scan found in the source, which was perhaps written to since."""
     copies = Scan()
@@ -263,6 +291,7 @@ def _scan_of_copies(data: Path, found: Scan) -> Scan:
         status = os.stat(data / path)
         copies.append(path, 0 if path.endswith("/") else status.st_size, mode, status)
     copies.excluded, copies.symlinks_skipped = found.excluded, found.symlinks_skipped
+    copies.unmatched, copies.left_out = found.unmatched, found.left_out
     return copies
 
 

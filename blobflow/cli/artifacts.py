@@ -12,12 +12,12 @@ import click
 
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
 from blobflow.cli.settings import BACKENDS, PATH, Command, DigestType, SampleType, Settings
-from blobflow.cli.words import from_before, human_size, human_time, left_out, members_of, table
+from blobflow.cli.words import from_before, human_size, human_time, left_out, left_out_facts, members_of, table
 from blobflow.errors import RefusedError, SourceBusy, SourceChanged
 from blobflow.scratch import scratch_directory
 
 if TYPE_CHECKING:
-    from blobflow.backends import Exporter, ImportResult
+    from blobflow.backends import Exporter, ExportResult, ImportResult
     from blobflow.stores.base import Store
     from blobflow.transport import DownloadResult
 
@@ -44,7 +44,7 @@ def _export_options(function: Callable[..., None]) -> Callable[..., None]:
             "--exclude",
             multiple=True,
             metavar="PATTERN",
-            help="Leave out names that match or, if the pattern has a '/', paths; may be repeated.",
+            help="Leave out what matches, as in a .gitignore file: '*.tmp', 'cache/', '/logs/*'; may be repeated.",
         ),
     ):
         function = option(function)
@@ -92,13 +92,12 @@ def export(settings: Settings, source: Path, dest: Path, backend: str | None, **
             "bytes_total": artifact.payload_size,
             "content_bytes": result.bytes,
             "members": result.members,
-            "excluded": result.excluded,
-            "symlinks_skipped": result.symlinks_skipped,
+            **left_out_facts(result),
             "seconds": result.seconds,
         },
         f"exported {artifact.path}  {artifact.digest}",
         f"{members_of(artifact.manifest)} in {result.seconds:.1f} s",
-        *left_out(result.excluded, result.symlinks_skipped),
+        *left_out(left_out_facts(result)),
     )
 
 
@@ -127,7 +126,7 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
             "overwrite": overwrite,
             "on_progress": transferred(progress),
         }
-        excluded = symlinks_skipped = 0
+        exported: ExportResult | None = None
         given = _given(options)
         if Artifact.is_artifact(source):
             if late := ["from"] * bool(backend) + list(given):
@@ -138,7 +137,6 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
             exporter = _exporter(source, backend or "directory", given)
             with scratch_directory(source) as scratch:
                 exported = exporter.export(scratch / "artifact", on_progress=processed(progress, "export"))
-                excluded, symlinks_skipped = exported.excluded, exported.symlinks_skipped
                 try:
                     result = upload(store, key, exported.artifact, **arguments)
                 except SourceChanged as error:  # the next push exports it again
@@ -156,8 +154,7 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
             "bytes_resumed": result.bytes_resumed,
             "content_bytes": result.manifest.bytes,
             "members": result.manifest.members,
-            "excluded": excluded,
-            "symlinks_skipped": symlinks_skipped,
+            **left_out_facts(exported),
             "parts": result.parts,
             "checkpoints_saved": result.checkpoints_saved,
             "seconds": seconds,
@@ -165,7 +162,7 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
         f"{result.status} {key}  {result.artifact_digest}",
         f"{members_of(result.manifest)}; sent {human_size(result.bytes_sent)}{from_before(result.bytes_resumed)}"
         f" in {seconds:.1f} s",
-        *left_out(excluded, symlinks_skipped),
+        *left_out(left_out_facts(exported)),
     )
 
 

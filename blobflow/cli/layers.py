@@ -10,7 +10,7 @@ import click
 
 from blobflow.cli.progress import processed, show_progress, transferred
 from blobflow.cli.settings import PATH, CommandGroup, Settings
-from blobflow.cli.words import from_before, human_size, human_time, table
+from blobflow.cli.words import from_before, human_size, human_time, left_out, left_out_facts, table
 
 
 def _layer_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -55,7 +55,12 @@ def layer() -> None:
     show_default=True,
     help="What to do with symbolic links; follow stays inside.",
 )
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out names that match; may be repeated.")
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave out what matches, as in a .gitignore file: '*.tmp', 'cache/', '/logs/*'; may be repeated.",
+)
 @_layer_options
 @click.pass_obj
 def layer_sync(
@@ -99,6 +104,7 @@ def layer_sync(
             "bytes_sent": result.bytes_sent,
             "bytes_resumed": result.bytes_resumed,
             "files_read": result.files_read,
+            **left_out_facts(result),
             "parts": result.parts,
             "parts_resumed": result.parts_resumed,
             "codec": result.layer.codec,
@@ -107,6 +113,7 @@ def layer_sync(
         f"{result.status} {name}  {result.digest}",
         f"{human_size(result.layer.tar_size)}, compressed {human_size(result.layer.object_size)};"
         f" sent {human_size(result.bytes_sent)}{from_before(result.bytes_resumed)} in {result.seconds:.1f} s",
+        *left_out(left_out_facts(result)),
     )
 
 

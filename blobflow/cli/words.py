@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from shlex import quote
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 if TYPE_CHECKING:
     from blobflow.artifact.manifest import Manifest
+    from blobflow.backends import ExportResult
+    from blobflow.layers import LayerSyncResult
 
 
 OPTIONS: Final = {
@@ -54,10 +57,23 @@ def members_of(manifest: Manifest) -> str:
     return f"{manifest.members} {'member' if manifest.members == 1 else 'members'}, {human_size(manifest.bytes)}"
 
 
-def left_out(excluded: int, symlinks_skipped: int) -> list[str]:
-    """A line about what an export left out, if it did."""
-    counts = [f"{excluded} excluded"] * bool(excluded) + [f"{symlinks_skipped} symbolic links"] * bool(symlinks_skipped)
-    return [f"left out: {', '.join(counts)}"] if counts else []
+def left_out_facts(result: ExportResult | LayerSyncResult | None) -> dict[str, Any]:
+    """What an export left out, for `--json`; None: an earlier one did, which is not known here."""
+    return {
+        "excluded": result.excluded if result else 0,
+        "symlinks_skipped": result.symlinks_skipped if result else 0,
+        "left_out": list(getattr(result, "left_out", ())),
+        "exclude_unmatched": list(result.unmatched) if result else [],
+    }
+
+
+def left_out(facts: dict[str, Any]) -> list[str]:
+    """Lines about `left_out_facts`, if there is something to say."""
+    counts = [f"{facts['excluded']} excluded"] * bool(facts["excluded"])
+    counts += [f"{facts['symlinks_skipped']} symbolic links"] * bool(facts["symlinks_skipped"])
+    counts += map(printable, facts["left_out"])
+    lines = [f"left out: {', '.join(counts)}"] if counts else []
+    return lines + [f"--exclude {quote(pattern)} matched nothing" for pattern in facts["exclude_unmatched"]]
 
 
 def from_before(count: int) -> str:

@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 
 import dagster as dg
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, field_validator
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends import export_artifact
+from blobflow.backends.patterns import ExcludePatterns
 from blobflow.cache import ArtifactCache
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import StepJournal, transfer_journal
@@ -101,8 +102,8 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
     ref: str = Field(default="latest", description="Last segment of the ref that names the newest artifact.")
     exclude: list[str] = Field(
         default=[],
-        description="Patterns (`*`, `?`, `[...]`) of what is left out: against the name of an entry, or, with a `/`,"
-        " against its path.",
+        description="Patterns of what is left out, as in a .gitignore file: `*.tmp` and `cache/` anywhere, `/logs/*`"
+        " from the directory itself. What matched nothing is a warning in the log.",
     )
     symlinks: Literal["refuse", "skip", "follow"] = Field(
         default="refuse", description="`follow` follows links to what is inside the directory only."
@@ -124,6 +125,12 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
         description="How an input is looked at before it is used again: `stamp` compares names, sizes, times and"
         " inodes of all files with those of the verified tree, `sha256` also reads every byte.",
     )
+
+    @field_validator("exclude")
+    @classmethod
+    def _can_match(cls, exclude: list[str]) -> list[str]:
+        ExcludePatterns(exclude)
+        return exclude
 
     _instance: dg.DagsterInstance | None = PrivateAttr(default=None)
     _run_id: str | None = PrivateAttr(default=None)
@@ -263,8 +270,7 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
             yield (
                 result.artifact,
                 {
-                    md.EXCLUDED: result.excluded,
-                    md.SYMLINKS_SKIPPED: result.symlinks_skipped,
+                    **md.left_out(result, context.log),
                     md.EXPORT_SECONDS: round(result.seconds, 3),
                 },
             )

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 import dagster as dg
 from pydantic import Field
 
+from blobflow.backends.patterns import ExcludePatterns
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import StepJournal, transfer_journal
 from blobflow.dagster.failures import dagster_errors
@@ -69,10 +70,11 @@ def layer_assets(
         resource_key: Under which the `BlobflowResource` is found.
 
     Raises:
-        UsageError: `deps` names a container that there is none of.
+        UsageError: `deps` names a container that there is none of, or a pattern of `exclude` can never match.
     """
     if unknown := sorted((deps or {}).keys() - containers.keys()):
         raise UsageError(f"deps of {unknown[0]!r}, which is no container", hint=f"there are {', '.join(containers)}")
+    ExcludePatterns(exclude)  # refused here, not in every run
     options: dict[str, Any] = {"exclude": tuple(exclude), "symlinks": symlinks, "state": state, "home": home}
     if level is not None:
         options["level"] = level
@@ -108,6 +110,7 @@ def layer_assets(
                         md.TAR_SIZE: result.layer.tar_size,
                         md.CODEC: result.layer.codec,
                         md.FILES_READ: result.files_read,
+                        **md.left_out(result, context.log),
                         md.BYTES_SENT: result.bytes_sent,
                         md.BYTES_RESUMED: result.bytes_resumed,
                         md.PARTS: result.parts,

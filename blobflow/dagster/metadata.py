@@ -1,13 +1,17 @@
 """The metadata keys. Numbers keep their labels from run to run, because Dagster plots what has a constant label."""
 
 import heapq
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Union
 
 import dagster as dg
 from pydantic import JsonValue
 
 from blobflow.artifact.artifact import Artifact
+from blobflow.backends.base import ExportResult
 from blobflow.engine.checkpoint import TransferRecord
+
+if TYPE_CHECKING:
+    from blobflow.layers import LayerSyncResult
 
 SIZE: Final = "dagster/size_bytes"
 URI: Final = "dagster/uri"
@@ -30,7 +34,11 @@ MEMBERS: Final = "blobflow/members"
 LARGEST_MEMBERS: Final = "blobflow/largest_members"
 PARTITIONS: Final = "blobflow/partitions"
 EXCLUDED: Final = "blobflow/excluded"
+EXCLUDE_UNMATCHED: Final = "blobflow/exclude_unmatched"
+"""Exclude patterns that matched nothing."""
 SYMLINKS_SKIPPED: Final = "blobflow/symlinks_skipped"
+LEFT_OUT: Final = "blobflow/left_out"
+"""Paths that are none of the source's content: `_delta_log/` of a Parquet dataset."""
 SCRATCH: Final = "blobflow/scratch"
 MIRROR_PATH: Final = "blobflow/mirror_path"
 MIRROR_STATUS: Final = "blobflow/mirror_status"
@@ -121,6 +129,18 @@ def cursor(value: JsonValue) -> dict[str, Any]:
     if value is None:
         return {}
     return {CURSOR: dg.MetadataValue.json(value) if isinstance(value, dict | list) else value}
+
+
+def left_out(result: Union[ExportResult, "LayerSyncResult"], log: dg.DagsterLogManager) -> dict[str, Any]:
+    """What an export left out; a pattern that left nothing out is a warning in the log as well."""
+    facts: dict[str, Any] = {EXCLUDED: result.excluded, SYMLINKS_SKIPPED: result.symlinks_skipped}
+    for pattern in result.unmatched:
+        log.warning("exclude.unmatched pattern=%r", pattern)
+    if result.unmatched:
+        facts[EXCLUDE_UNMATCHED] = dg.MetadataValue.json(list(result.unmatched))
+    if paths := getattr(result, "left_out", ()):
+        facts[LEFT_OUT] = dg.MetadataValue.json(list(paths))
+    return facts
 
 
 def largest_members(artifact: Artifact) -> dict[str, Any]:

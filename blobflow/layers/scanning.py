@@ -51,6 +51,7 @@ class StatCache:
         self._exporter = exporter
         self._clock = clock
         self.path = home / name
+        self.found = Scan()
         self.files_read = 0
         """By the last scan."""
 
@@ -80,7 +81,7 @@ class StatCache:
             NotFoundError, UnsupportedSource, SourceChanged: see `DirectoryExporter.export`.
         """
         before_ns = self._clock()
-        found = self._exporter.scan()
+        found = self.found = self._exporter.scan()
         known = _Known.read(self.path)
         self.files_read = 0
         if known is not None and known.covers(found):

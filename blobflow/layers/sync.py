@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends.base import OnProgress as OnScan
 from blobflow.backends.directory import DirectoryExporter
+from blobflow.backends.patterns import ExcludePatterns
 from blobflow.config import ChunkProfile
 from blobflow.errors import (
     ArtifactInvalid,
@@ -71,6 +72,11 @@ class LayerSyncResult:
     bytes_resumed: int = 0
     """Of the layer, what the store held from an earlier attempt."""
     checkpoints_saved: int = 0
+    excluded: int = 0
+    """Entries that matched an exclude pattern; a directory counts once."""
+    symlinks_skipped: int = 0
+    unmatched: tuple[str, ...] = ()
+    """Exclude patterns that matched nothing."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,7 @@ class LayerSync:
     ) -> None:
         if frame_size is not None and not 0 < frame_size <= MAX_FRAME_BYTES:
             raise UsageError(f"frames of {frame_size} bytes", hint=f"give 1 to {MAX_FRAME_BYTES}")
+        ExcludePatterns(exclude)
         self.store = store
         self.codec = Codec(level)
         self.profile = profile or ChunkProfile()
@@ -217,7 +224,7 @@ class LayerSync:
         started = time.monotonic()
         path = Path(path).absolute()
         state, finished = self._take_up(self.register(container), path)
-        with self._scanned(path) as (artifact, files_read):
+        with self._scanned(path) as (artifact, cache):
             artifact = as_layer(artifact)
             digest = layer_digest(artifact.manifest)
             state = self._drop_superseded(state, digest)
@@ -246,7 +253,10 @@ class LayerSync:
             digest=digest,
             key=key,
             layer=sent.meta,
-            files_read=files_read,
+            files_read=cache.files_read,
+            excluded=cache.found.excluded,
+            symlinks_skipped=cache.found.symlinks_skipped,
+            unmatched=cache.found.unmatched,
             seconds=time.monotonic() - started,
             parts=sent.parts,
             parts_resumed=sent.parts_resumed,
@@ -402,12 +412,12 @@ class LayerSync:
         return "uploaded", sent
 
     @contextmanager
-    def _scanned(self, path: Path) -> Generator[tuple[Artifact, int]]:
-        """The directory as an artifact by reference, and how many files were read for it."""
+    def _scanned(self, path: Path) -> Generator[tuple[Artifact, StatCache]]:
+        """The directory as an artifact by reference, and the cache that tells what was found and read for it."""
         exporter = DirectoryExporter(path=path, mode="reference", mtimes="drop", **self._scan_options)
         cache = StatCache(self.home / "stats", exporter, clock=lambda: int(self._clock() * 1e9))
         with cache.held():
-            yield cache.scan(self._on_scan), cache.files_read
+            yield cache.scan(self._on_scan), cache
 
     def _ref(self, container: str) -> RefState | None:
         _check_name(container)

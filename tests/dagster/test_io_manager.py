@@ -19,7 +19,7 @@ from blobflow.backends import export_artifact
 from blobflow.dagster import ArtifactIOManager, ArtifactRef, BlobflowResource
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import TRANSFERS
-from blobflow.errors import StoreUnavailable
+from blobflow.errors import StoreUnavailable, UsageError
 from blobflow.lease import Lease, move_ref, read_ref
 from blobflow.testing import FailBefore, Fault, Request, Tree, read_tree, write_tree
 from blobflow.transport import list_artifacts, upload
@@ -241,11 +241,17 @@ def test_an_exported_artifact_is_uploaded_as_it_is(place: Place):
     assert "empty" not in read_tree(load(place, Path))
 
 
+def test_a_pattern_that_can_never_match_is_refused_before_anything_runs():
+    """A manager with such a pattern is not made; its outputs would be computed in vain."""
+    with pytest.raises(UsageError, match="can never match"):
+        ArtifactIOManager(blobflow=BlobflowResource(), exclude=["../secret"])
+
+
 def test_metadata_says_what_was_moved_and_where_it_is(place: Place):
     """The materialization tells place, identity, size and speed, under the labels of the pipeline's assets."""
     write_tree(place.source, {"skip.me": "x"})
     (place.source / "link").symlink_to("skip.me")
-    made = keep(place, place.source, exclude=["skip.me"], symlinks="skip", verify_mode="deep")
+    made = keep(place, place.source, exclude=["./skip.me", "*.tpm"], symlinks="skip", verify_mode="deep")
     (key,) = keys(place)
     payload = place.home / "store" / key
     ref = read_ref(place.store, "team/model/latest")
@@ -256,6 +262,7 @@ def test_metadata_says_what_was_moved_and_where_it_is(place: Place):
     assert made[md.THROUGHPUT] > 0
     assert (made[md.BYTES_RESUMED], made[md.MEMBERS]) == (0, 6)
     assert (made[md.EXCLUDED], made[md.SYMLINKS_SKIPPED], made[md.VERIFY_MODE]) == (1, 1, "deep")
+    assert made[md.EXCLUDE_UNMATCHED] == ["*.tpm"]
     assert (made[md.STATUS], made[md.REF]) == ("uploaded", "team/model/latest")
     assert made[md.LARGEST_MEMBERS].records[0].data == {"path": "big.bin", "bytes": 20_000}
 

@@ -85,7 +85,8 @@ def test_metadata_says_what_happened(place):
     write_tree(place.source, {"skip.me": "x"})
     (place.source / "link").symlink_to("skip.me")
     pipeline = place.pipeline(
-        exporter=DirectoryExporter(path=place.source, exclude=("skip.me",), symlinks="skip"), verify_mode="deep"
+        exporter=DirectoryExporter(path=place.source, exclude=("/skip.*", "*.tpm"), symlinks="skip"),
+        verify_mode="deep",
     )
     result = place.run(pipeline)
 
@@ -94,6 +95,9 @@ def test_metadata_says_what_happened(place):
     payload = place.home / "store" / key
     content = sum(path.stat().st_size for path in place.current.rglob("*") if path.is_file())
     assert (snapshot[md.EXCLUDED], snapshot[md.SYMLINKS_SKIPPED]) == (1, 1)
+    assert snapshot[md.EXCLUDE_UNMATCHED] == ["*.tpm"]
+    log = [entry.user_message for entry in place.instance.all_logs(result.run_id)]
+    assert "exclude.unmatched pattern='*.tpm'" in log
     assert snapshot[md.MEMBERS] == mirror[md.MEMBERS] == 6
     assert snapshot[md.SIZE] == mirror[md.SIZE] == content
     table = [(record.data["path"], record.data["bytes"]) for record in snapshot[md.LARGEST_MEMBERS].records]

@@ -185,6 +185,19 @@ def test_what_is_left_out_is_counted(call: Call, source: Path, tmp_path: Path):
     assert read_tree(tmp_path / "out" / "data") == {**SOURCE, "dir with spaces": {}}
 
 
+def test_a_pattern_that_matched_nothing_is_said(call: Call, source: Path, tmp_path: Path):
+    """Whoever misspells a pattern reads so, whatever made the artifact."""
+    (source / "cache.tmp").write_text("x")
+    commands = (("push", source, "k"), ("export", source, tmp_path / "artifact"), ("layer", "sync", source, "web-1"))
+    home = ("--home", tmp_path / "home")
+    for command in commands:
+        options = ("--exclude", "/*.tmp", "--exclude", "*.tpm", *home * (command[0] == "layer"))
+        said = call(*command, *options).out
+        assert ("--exclude '*.tpm' matched nothing\n" in said, "'/*.tmp'" in said) == (True, False)
+        shutil.rmtree(tmp_path / "artifact", ignore_errors=True)
+        assert call("--json", *command, *options).document["exclude_unmatched"] == ["*.tpm"]
+
+
 def test_another_artifact_under_the_key_is_refused_unless_told_to_overwrite(call: Call, source: Path, tmp_path: Path):
     """A key keeps its artifact; --overwrite replaces it."""
     first = call("push", source, "k", "--json").document

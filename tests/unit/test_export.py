@@ -25,6 +25,7 @@ from blobflow.errors import (
     SourceBusy,
     SourceChanged,
     UnsupportedSource,
+    UsageError,
 )
 from blobflow.testing import Executable, Fifo, Symlink, Tree, read_tree, write_tree
 from tests.kit import TREE, noise
@@ -76,6 +77,55 @@ def test_excluded_entries_are_counted(tmp_path: Path):
     result = export(tmp_path, tree, exclude=["__pycache__", "*.pyc", "d/y"])
     assert result.artifact.index.paths == ["d/", "keep"]
     assert result.excluded == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "left"),
+    [
+        ("secret", ["a/b/keep", "keep"]),
+        ("secret/", ["a/b/keep", "keep", "a/secret"]),
+        ("/secret", ["a/b/keep", "keep", "a/b/secret/x", "a/secret"]),
+        ("./secret", ["a/b/keep", "keep", "a/b/secret/x", "a/secret"]),
+        ("/secret/", ["a/b/keep", "keep", "a/b/secret/x", "a/secret"]),
+        ("a/secret", ["a/b/keep", "keep", "a/b/secret/x", "secret/y"]),
+        ("**/secret", ["a/b/keep", "keep"]),
+        ("secret/**", ["a/b/keep", "keep", "a/b/secret/x", "a/secret", "secret/"]),
+        ("a/**/secret", ["a/b/keep", "keep", "secret/y"]),
+        ("a/*/secret", ["a/b/keep", "keep", "a/secret", "secret/y"]),
+        ("s[a-f]cret", ["a/b/keep", "keep"]),
+        ("s?cret/[!x]", ["a/b/keep", "keep", "a/b/secret/x", "a/secret", "secret/"]),
+    ],
+)
+def test_exclude_patterns_mean_what_they_mean_in_a_gitignore_file(pattern: str, left: list[str], tmp_path: Path):
+    """Slashes at either end, `./` and `**` are understood, so that no secret leaves the house by a misunderstanding."""
+    tree: Tree = {"keep": "", "a": {"b": {"keep": "", "secret": {"x": ""}}, "secret": ""}, "secret": {"y": ""}}
+    result = export(tmp_path, tree, exclude=[pattern])
+    assert sorted(result.artifact.index.paths) == sorted(left)
+    assert (result.unmatched, result.excluded > 0) == ((), True)
+
+
+def test_a_later_pattern_may_take_back(tmp_path: Path):
+    """The last pattern that matches decides; what lies in an excluded directory stays there."""
+    tree: Tree = {"a.log": "", "keep.log": "", "old": {"keep.log": ""}, "src": {"main.py": "", "x.o": ""}}
+    logs = export(tmp_path / "1", tree, exclude=["*.log", "!keep.log", "old/"])
+    assert logs.artifact.index.paths == ["keep.log", "src/main.py", "src/x.o"]
+    only = export(tmp_path / "2", tree, exclude=["*", "!*/", "!*.py"])
+    assert only.artifact.index.paths == ["old/", "src/main.py"]
+
+
+def test_a_pattern_that_matched_nothing_is_reported(tmp_path: Path):
+    """A misspelt pattern shows, by name; one that only an earlier pattern's match would have met counts as well."""
+    result = export(tmp_path, {"a.tmp": "", "cache": {"b.tmp": ""}}, exclude=["*.tmp", "a.tmp", "*.tpm", "/b.tmp"])
+    assert result.unmatched == ("*.tpm", "/b.tmp")
+
+
+@pytest.mark.parametrize("pattern", ["", " ", "/", "./", "!", "# a comment", "[a", "a/[z-a]", "../up", "a//b", "a\\"])
+def test_a_pattern_that_can_never_match_is_refused(pattern: str, tmp_path: Path):
+    """Naming it, before anything is read."""
+    with pytest.raises(UsageError, match="can never match") as refusal:
+        DirectoryExporter(path=tmp_path, exclude=("*.tmp", pattern))
+    assert repr(pattern) in refusal.value.message
+    assert refusal.value.hint
 
 
 @pytest.mark.seed("W1.2")
