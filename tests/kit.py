@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blobflow import Artifact, ChunkProfile, export_artifact
 from blobflow.stores.base import Store
 from blobflow.stores.local import LocalStore
 from blobflow.testing import FaultyStore, Request, Tree, write_tree
+
+if TYPE_CHECKING:
+    import pytest
 
 FULL_SIZE = bool(os.environ.get("BLOBFLOW_FULL_SIZE"))
 """Whether tests show what the project promises, on a machine that does nothing else meanwhile."""
@@ -129,3 +133,21 @@ def local_store(path: Path) -> LocalStore:
 def watched(store: Store) -> FaultyStore:
     """`store`, writing down its requests."""
     return FaultyStore(store)
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a file or directory belong to another user; where this process may not do that, let it seem so."""
+    if os.geteuid() == 0:
+        os.chown(path, 12345, 12345, follow_symlinks=False)
+        return
+    inode, fstat = path.lstat().st_ino, os.fstat
+
+    def foreign(descriptor: int) -> os.stat_result:
+        status = fstat(descriptor)
+        if status.st_ino != inode:
+            return status
+        fields = list(status)
+        fields[stat.ST_UID] = fields[stat.ST_GID] = 12345
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(os, "fstat", foreign)

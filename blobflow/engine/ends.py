@@ -36,6 +36,7 @@ from blobflow.errors import (
     UsageError,
     writing,
 )
+from blobflow.private import open_own
 from blobflow.stores.base import Body, ObjectMeta, PartMeta, Store, check_key
 
 log = logging.getLogger(__name__)
@@ -183,6 +184,7 @@ class FileTarget(SessionTarget):
 
     Raises, from a transfer:
         DestinationNotEmpty: something is there already.
+        RefusedError: what lies under the name of the partial file is not this user's: another one could change it.
         TransferBusy: another process writes the same file.
         DiskFull: there is no room.
     """
@@ -202,9 +204,11 @@ class FileTarget(SessionTarget):
     @override
     def begin(self, checkpoint: TransferCheckpoint, chunk_size: int) -> int:
         self._refuse_existing()
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(self._partial), os.lstat(self.path)):
+                os.unlink(self._partial)  # a process was killed between the two names of what it had finished
         with writing(self.path):
-            descriptor = os.open(self._partial, flags, 0o666)
+            descriptor = open_own(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = os.fstat(descriptor).st_size

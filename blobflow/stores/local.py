@@ -18,7 +18,8 @@ Three rules make it safe between processes and through crashes:
 3. Locks are taken in one order: upload, part, key.
 
 Paths are walked directory by directory through descriptors without following symbolic links, so a key never leads
-out of the root.
+out of the root. The store's own directories are private (`blobflow.private`): a link in their place, or a directory of
+another user's, is refused.
 """
 
 from __future__ import annotations
@@ -30,12 +31,11 @@ import json
 import logging
 import os
 import re
-import shutil
 import stat
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -53,6 +53,7 @@ from blobflow.errors import (
     ObjectNotFound,
     ObjectTooLarge,
     PreconditionFailed,
+    RefusedError,
     SizeMismatch,
     StoreUnavailable,
     TransferBusy,
@@ -61,6 +62,7 @@ from blobflow.errors import (
     expanded,
     storing,
 )
+from blobflow.private import PrivateDirectory
 from blobflow.stores.base import (
     RESERVED_SEGMENT,
     Abilities,
@@ -126,7 +128,6 @@ class LocalStore(Store):
         self.root = expanded(root).absolute()
         self.url = self.root.as_uri()
         self.abilities = Abilities()
-        self._internal = self.root / RESERVED_SEGMENT
         self._now_ns = now_ns
         self._straggler_patience_s = straggler_patience_s
         self._journals: dict[str, _JournalState] = {}
@@ -264,22 +265,16 @@ class LocalStore(Store):
         upload_id = uuid.uuid4().hex
         created = _datetime(self._now_ns())
         intent = {"key": key, "part_size": part_size, "created": created.isoformat()}
-        with _translated("create_multipart", key):
-            self._prepare()
-            fresh = self._internal / "tmp" / upload_id
-            fresh.mkdir()
-            for name, content in (("upload.json", json.dumps(intent).encode()), ("payload", b""), ("parts.jsonl", b"")):
-                fd = os.open(fresh / name, _CREATE, 0o666)
-                try:
-                    os.write(fd, content)
-                    os.fsync(fd)
-                finally:
-                    os.close(fd)
-            (fresh / "part-locks").mkdir()
-            _sync_directory(fresh)
+        with _translated("create_multipart", key), self._own("tmp") as tmp, self._own("uploads") as uploads:
+            with tmp.below(upload_id, make=True) as fresh:
+                _create(fresh, "upload.json", json.dumps(intent).encode())
+                _create(fresh, "payload", b"", 0o666)
+                _create(fresh, "parts.jsonl", b"")
+                fresh.below("part-locks", make=True).close()
+                fresh.sync()
             # The upload exists from this rename on, with everything that belongs to it.
-            os.rename(fresh, self._internal / "uploads" / upload_id)
-            _sync_directory(self._internal / "uploads")
+            tmp.rename(upload_id, upload_id, uploads)
+            uploads.sync()
         return upload_id
 
     @override
@@ -338,7 +333,7 @@ class LocalStore(Store):
                 os.fsync(payload)
                 meta = _meta(key, os.fstat(payload))
                 try:
-                    self._publish(key, upload.fd, "payload", PutMode.OVERWRITE, None)
+                    self._publish(key, upload.directory.descriptor, "payload", PutMode.OVERWRITE, None)
                 except FileNotFoundError:
                     raise _no_such_upload(key, upload_id) from None  # aborted meanwhile
         try:
@@ -445,16 +440,16 @@ class LocalStore(Store):
     def _temporary(self, operation: str, key: str) -> Generator[tuple[str, int]]:
         """A new file without a name in the store, gone at the end unless it was renamed."""
         name = uuid.uuid4().hex
-        path = self._internal / "tmp" / name
-        with _translated(operation, key):
-            self._prepare()
-            fd = os.open(path, _CREATE, 0o666)
-        try:
-            yield name, fd
-        finally:
-            os.close(fd)
-            with suppress(OSError):  # what stays is swept later
-                path.unlink()
+        with ExitStack() as stack:
+            with _translated(operation, key):
+                tmp = stack.enter_context(self._own("tmp"))
+                fd = tmp.open(name, _CREATE, 0o666)
+            try:
+                yield name, fd
+            finally:
+                os.close(fd)
+                with suppress(OSError):  # what stays is swept later
+                    tmp.unlink(name)
 
     def _write(self, operation: str, key: str, fd: int, offset: int, body: Body) -> int:
         """Write all of `body` at `offset` and return its CRC32C.
@@ -492,17 +487,15 @@ class LocalStore(Store):
             self._stamp(fd)
             os.fsync(fd)
             meta = _meta(key, os.fstat(fd))
-            tmp = os.open(self._internal / "tmp", _DIRECTORY)
             try:
-                self._publish(key, tmp, name, mode, e_tag)
+                with self._own("tmp") as tmp:
+                    self._publish(key, tmp.descriptor, name, mode, e_tag)
             except FileNotFoundError as error:
                 raise StoreUnavailable(
                     f"put of {key!r}: this process stood still for so long that another broke its lock",
                     operation="put",
                     key=key,
                 ) from error
-            finally:
-                os.close(tmp)
         return meta
 
     def _stamp(self, fd: int) -> None:
@@ -606,38 +599,38 @@ class LocalStore(Store):
         Raises:
             TransferBusy: somebody holds it for this key without such a file, and does not let go.
         """
-        self._prepare()
-        path = self._internal / "locks" / f"{crc32c(key.encode()) & 0xFF:02x}"
-        fd = self._take_lock(key, path)
-        try:
-            while True:
-                os.pwrite(fd, temporary.encode() or _unbreakable(key), 0)
-                # After the note: if the lock was not broken by now, whoever breaks it later reads the note.
-                if _is_at(fd, path):
-                    break
-                _close_unlocked(fd)
-                fd = -1
-                fd = self._take_lock(key, path)
-            yield
-        finally:
-            if fd >= 0:
-                # Who is stopped before it has written its own note is not to be taken for this holder.
-                with suppress(OSError):
-                    os.pwrite(fd, _NO_NOTE, 0)
-                _close_unlocked(fd)
+        name = f"{crc32c(key.encode()) & 0xFF:02x}"
+        with self._own("locks") as locks:
+            fd = self._take_lock(key, locks, name)
+            try:
+                while True:
+                    os.pwrite(fd, temporary.encode() or _unbreakable(key), 0)
+                    # After the note: if the lock was not broken by now, whoever breaks it later reads the note.
+                    if locks.names_file(name, fd):
+                        break
+                    _close_unlocked(fd)
+                    fd = -1
+                    fd = self._take_lock(key, locks, name)
+                yield
+            finally:
+                if fd >= 0:
+                    # Who is stopped before it has written its own note is not to be taken for this holder.
+                    with suppress(OSError):
+                        os.pwrite(fd, _NO_NOTE, 0)
+                    _close_unlocked(fd)
 
-    def _take_lock(self, key: str, path: Path) -> int:
+    def _take_lock(self, key: str, locks: PrivateDirectory, name: str) -> int:
         """A descriptor of the lock file that holds its lock; the file may have been replaced meanwhile."""
         started, pause_s = time.monotonic(), _LOCK_POLL_S / 16
         while True:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            fd = locks.open(name, os.O_RDWR | os.O_CREAT)
             try:
-                while _is_at(fd, path):
+                while locks.names_file(name, fd):
                     if _try_flock(fd, fcntl.LOCK_EX):
                         return fd
                     waited_s = time.monotonic() - started
                     if waited_s > _LOCK_PATIENCE_S and os.pread(fd, len(_NO_NOTE), 0) != _unbreakable(key):
-                        fresh = self._break_lock(key, fd, path)
+                        fresh = self._break_lock(key, fd, locks, name)
                         if fresh is None:
                             break
                         os.close(fd)
@@ -651,74 +644,78 @@ class LocalStore(Store):
                 raise
             _close_unlocked(fd)
 
-    def _break_lock(self, key: str, held: int, path: Path) -> int | None:
+    def _break_lock(self, key: str, held: int, locks: PrivateDirectory, name: str) -> int | None:
         """Put a new lock file, locked, in the place of the one that a sleeper holds; None: another one was quicker."""
-        with self._exclusive(path.with_name("breaking")):
-            if not _is_at(held, path):
+        with _exclusive(locks, "breaking"), self._own("tmp") as tmp:
+            if not locks.names_file(name, held):
                 return None
-            fresh = self._internal / "tmp" / uuid.uuid4().hex
-            fd = os.open(fresh, _CREATE, 0o666)
+            fresh = uuid.uuid4().hex
+            fd = tmp.open(fresh, _CREATE)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX)
-                os.rename(fresh, path)
+                tmp.rename(fresh, name, locks)
                 note = os.pread(held, len(_NO_NOTE), 0)
-                _log.warning("store.lock_broken url=%s lock=%s", self.url, path.name)
+                _log.warning("store.lock_broken url=%s lock=%s", self.url, name)
                 if note == _unbreakable(key):  # the holder is another one by now
                     self._flock(key, held, fcntl.LOCK_EX)
                 elif _IS_TEMPORARY.fullmatch(note):
-                    with suppress(FileNotFoundError):
-                        os.unlink(self._internal / "tmp" / note.decode())
+                    tmp.unlink(note.decode())
             except BaseException:
                 _close_unlocked(fd)
                 raise
             return fd
 
     @contextmanager
-    def _exclusive(self, path: Path) -> Generator[None]:
-        """Hold the lock of one file."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            _close_unlocked(fd)
+    def _own(self, name: str, *, make: bool = True) -> Generator[PrivateDirectory]:
+        """One of the store's own directories: `tmp`, `locks` or `uploads`.
 
-    def _prepare(self) -> None:
-        """Make the directories of the store where they are missing, and sweep once per store object."""
-        for name in ("locks", "tmp", "uploads"):
-            if not (self._internal / name).is_dir():
-                _make_directory(self._internal / name)
-        if not self._swept:
-            self._swept = True
-            try:
-                self._sweep()
-            except OSError as error:
-                # Leftovers that stay are no reason to refuse what was asked for.
-                _log.warning("store.not_swept url=%s error=%s", self.url, error)
+        Args:
+            make: Make what is missing, the store included, and sweep once per store object.
+
+        Raises:
+            RefusedError: a link or another user's directory lies in its place.
+            FileNotFoundError: it is missing and was not to be made.
+        """
+        if make:
+            _make_directory(self.root)
+        root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            internal = PrivateDirectory.within(root, RESERVED_SEGMENT, self.root / RESERVED_SEGMENT, make=make)
+        finally:
+            os.close(root)
+        with internal, internal.below(name, make=make) as own:
+            if make and not self._swept:
+                self._swept = True
+                try:
+                    self._sweep()
+                except OSError as error:
+                    # Leftovers that stay are no reason to refuse what was asked for.
+                    _log.warning("store.not_swept url=%s error=%s", self.url, error)
+            yield own
 
     def _sweep(self) -> None:
         """Remove what dead processes left: old temporary files, and uploads without payload."""
         oldest = self._now_ns() / 1e9 - _SWEEP_AFTER_S
-        with os.scandir(self._internal / "tmp") as entries:
-            for entry in entries:
-                with suppress(FileNotFoundError):
-                    if entry.stat(follow_symlinks=False).st_mtime > oldest:
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        shutil.rmtree(entry.path, ignore_errors=True)
-                    else:
-                        os.unlink(entry.path)
-                    _log.info("store.swept name=%s", entry.name)
-        for upload_id in self._upload_ids():
-            # Nothing puts a payload back, so a directory without one is dead whoever may still have it open.
-            if not (self._internal / "uploads" / upload_id / "payload").exists():
-                self._drop_upload(upload_id)
+        with self._own("tmp") as tmp, self._own("uploads") as uploads:
+            for name, status in tmp.entries():
+                if status.st_mtime <= oldest:
+                    with suppress(OSError):  # another process is quicker, or something in it is not ours to remove
+                        tmp.remove(name)
+                        _log.info("store.swept name=%s", name)
+            for upload_id in filter(_is_upload_id, uploads.names()):
+                # Nothing puts a payload back, so a directory without one is dead whoever may still have it open.
+                with suppress(FileNotFoundError, RefusedError):
+                    with uploads.below(upload_id) as upload:
+                        dead = not upload.has("payload")
+                    if dead:
+                        self._drop_upload(upload_id)
 
     # Uploads
 
     def _upload_ids(self) -> list[str]:
         try:
-            return [name for name in os.listdir(self._internal / "uploads") if _is_upload_id(name)]
+            with self._own("uploads", make=False) as uploads:
+                return list(filter(_is_upload_id, uploads.names()))
         except FileNotFoundError:
             return []
 
@@ -726,21 +723,26 @@ class LocalStore(Store):
         """The contents of `upload.json`, or None if there is no such upload."""
         if not _is_upload_id(upload_id):
             return None
-        directory = self._internal / "uploads" / upload_id
         try:
-            os.stat(directory / "payload")
-            return json.loads((directory / "upload.json").read_bytes())
+            with self._own("uploads", make=False) as uploads, uploads.below(upload_id) as upload:
+                return json.loads(upload.read("upload.json")) if upload.has("payload") else None
         except FileNotFoundError:
+            return None
+        except RefusedError as error:
+            if upload_id not in str(error.path):
+                raise
+            _log.warning("store.upload_refused upload_id=%s error=%s", upload_id, error)
             return None
 
     def _drop_upload(self, upload_id: str) -> None:
         self._journals.pop(upload_id, None)
         # Renamed first, so that the upload goes at once and not file by file.
-        doomed = self._internal / "tmp" / f"{upload_id}-{uuid.uuid4().hex}"
-        with suppress(FileNotFoundError):
-            os.rename(self._internal / "uploads" / upload_id, doomed)
-            _sync_directory(self._internal / "uploads")
-            shutil.rmtree(doomed, ignore_errors=True)
+        doomed = f"{upload_id}-{uuid.uuid4().hex}"
+        with self._own("uploads") as uploads, self._own("tmp") as tmp, suppress(FileNotFoundError):
+            uploads.rename(upload_id, doomed, tmp)
+            uploads.sync()
+            with suppress(OSError):  # what stays is swept later
+                tmp.remove(doomed)
 
     def _replace_part(
         self, upload: _Upload, held: PartMeta, payload: int, journal: int, offset: int, body: Body
@@ -768,28 +770,24 @@ class LocalStore(Store):
         check_key(key)
         if not _is_upload_id(upload_id):
             raise _no_such_upload(key, upload_id)
-        fds: list[int] = []
-        try:
+        with ExitStack() as stack:
             with _translated(operation, key):
                 try:
-                    directory = os.open(self._internal / "uploads" / upload_id, _DIRECTORY)
-                    fds.append(directory)
-                    guard = os.open("upload.json", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-                    fds.append(guard)
+                    uploads = stack.enter_context(self._own("uploads", make=False))
+                    upload = stack.enter_context(uploads.below(upload_id))
+                    guard = upload.open("upload.json", os.O_RDONLY)
+                    stack.callback(_close_unlocked, guard)
                     if lock is not None:
                         self._flock(key, guard, lock)
                     # After the lock: complete may have finished while this call waited.
-                    os.stat("payload", dir_fd=directory)
+                    upload.stat("payload")
                 except FileNotFoundError:
                     self._journals.pop(upload_id, None)
                     raise _no_such_upload(key, upload_id) from None
                 intent = json.loads(os.pread(guard, 64 * 1024, 0))
             if intent["key"] != key:
                 raise _no_such_upload(key, upload_id)
-            yield _Upload(key, upload_id, directory, intent["part_size"], self._journals)
-        finally:
-            for fd in reversed(fds):
-                _close_unlocked(fd)
+            yield _Upload(key, upload_id, upload, intent["part_size"], self._journals)
 
     def _flock(self, key: str, fd: int, kind: int) -> None:
         """Wait for the lock; for the exclusive one not for ever, because a stopped process may hold it."""
@@ -816,7 +814,7 @@ class _Upload:
 
     key: str
     upload_id: str
-    fd: int
+    directory: PrivateDirectory
     part_size: int
     journals: dict[str, _JournalState]
 
@@ -824,7 +822,7 @@ class _Upload:
         """The acknowledged parts by number, those of other processes included."""
         with _translated("list_parts", self.key):
             try:
-                fd = os.open("parts.jsonl", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
+                fd = self.directory.open("parts.jsonl", os.O_RDONLY)
             except FileNotFoundError:
                 raise _no_such_upload(self.key, self.upload_id) from None
             try:
@@ -845,10 +843,10 @@ class _Upload:
     @contextmanager
     def part_lock(self, part_number: int) -> Generator[None]:
         """Hold off other writers of the same part, so that its bytes are those of one of them."""
-        name = f"part-locks/{part_number % _PART_LOCKS}"
         with _translated("put_part", self.key):
             try:
-                fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666, dir_fd=self.fd)
+                with self.directory.below("part-locks") as locks:
+                    fd = locks.open(str(part_number % _PART_LOCKS), os.O_RDWR | os.O_CREAT)
             except FileNotFoundError:
                 raise _no_such_upload(self.key, self.upload_id) from None
         try:
@@ -865,7 +863,7 @@ class _Upload:
             with _translated("open_upload", self.key):
                 try:
                     for name, flags in (("payload", os.O_WRONLY), ("parts.jsonl", os.O_WRONLY | os.O_APPEND)):
-                        fds.append(os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd))
+                        fds.append(self.directory.open(name, flags))
                 except FileNotFoundError:
                     raise _no_such_upload(self.key, self.upload_id) from None
             yield fds[0], fds[1]
@@ -962,12 +960,25 @@ def _unbreakable(key: str) -> bytes:
     return b"-" + hashlib.blake2b(key.encode(), digest_size=16).hexdigest()[1:].encode()
 
 
-def _is_at(fd: int, path: Path) -> bool:
-    """Whether `path` still names the open file."""
+@contextmanager
+def _exclusive(directory: PrivateDirectory, name: str) -> Generator[None]:
+    """Hold the lock of one file."""
+    fd = directory.open(name, os.O_RDWR | os.O_CREAT)
     try:
-        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
-    except FileNotFoundError:
-        return False
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        _close_unlocked(fd)
+
+
+def _create(directory: PrivateDirectory, name: str, content: bytes, mode: int | None = None) -> None:
+    """Make a file, durable but for its name."""
+    fd = directory.open(name, _CREATE, mode)
+    try:
+        os.write(fd, content)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _try_flock(fd: int, kind: int) -> bool:

@@ -24,6 +24,7 @@ from blobflow.errors import (
     DigestMismatch,
     DiskFull,
     KeyConflict,
+    RefusedError,
     SizeMismatch,
     SourceChanged,
     SourceTruncated,
@@ -36,7 +37,7 @@ from blobflow.errors import (
 from blobflow.stores.base import Body, Store
 from blobflow.stores.local import LocalStore
 from blobflow.testing import FailAfter, FaultyStore, Hook, Request, scripted_faults
-from tests.kit import Killed, dies_at, keys, noise, watched
+from tests.kit import Killed, dies_at, give_away, keys, noise, watched
 from tests.servers import S3Endpoint
 from tests.strict_s3 import StrictS3
 
@@ -239,6 +240,33 @@ def test_a_file_appears_whole_at_the_end(tmp_path: Path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("planted", ["foreign", "link", "hard link", "pipe"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_partial_file_of_somebody_else_is_not_adopted(
+    tmp_path: Path, planted: str, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What others put under the partial file's name is neither filled nor published, and stays as it is."""
+    partial, victim = tmp_path / ".dump.sql.blobflow-partial", tmp_path / "victim"
+    victim.write_bytes(b"theirs")
+    if planted == "link":
+        partial.symlink_to(victim)
+    elif planted == "hard link":
+        partial.hardlink_to(victim)
+    elif planted == "pipe":
+        os.mkfifo(partial)
+    else:
+        partial.write_bytes(b"theirs")
+        partial.chmod(0o666)
+        give_away(partial, monkeypatch)
+    with pytest.raises(RefusedError, match=f"{partial} is not used") as refusal:
+        transfer(pieces(), FileTarget(tmp_path / "dump.sql", overwrite=overwrite), PROFILE)
+    assert "remove it" in refusal.value.hint
+    assert sorted(os.listdir(tmp_path)) == [partial.name, "victim"]
+    assert victim.read_bytes() == b"theirs"
+    if planted == "foreign":
+        assert partial.read_bytes() == b"theirs"
+
+
 def test_a_file_that_exists_is_left_alone(tmp_path: Path):
     """Unless it may be overwritten; and what comes there in the last moment is not replaced either."""
     path = tmp_path / "file"
@@ -257,6 +285,16 @@ def test_a_file_that_exists_is_left_alone(tmp_path: Path):
         transfer(late(), FileTarget(path), PROFILE)
     assert path.read_bytes() == b"somebody else's"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_finished_file_is_not_written_to_under_its_other_name(tmp_path: Path):
+    """A process was killed when the file had its name and its partial name still: the next one replaces it whole."""
+    path = tmp_path / "file"
+    path.write_bytes(b"finished")
+    (tmp_path / ".file.blobflow-partial").hardlink_to(path)
+    with open(path, "rb") as reader:
+        transfer(pieces(), FileTarget(path, overwrite=True), PROFILE)
+        assert (reader.read(), path.read_bytes()) == (b"finished", DATA)
 
 
 def test_a_file_is_taken_up_without_the_source(store: LocalStore, tmp_path: Path):
