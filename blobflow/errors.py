@@ -15,6 +15,7 @@ system are told apart here and nowhere else: `reading` for sources, `writing` fo
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from collections.abc import Callable, Generator
@@ -23,13 +24,16 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
 
-Wording: TypeAlias = Callable[[str, str | None], str]
-"""How a surface writes a setting and, if one is recommended, its value."""
+Value: TypeAlias = str | int | float
+Wording: TypeAlias = Callable[[str, Value | None], str]
+"""How a surface writes a setting, with its value or without one."""
 
-_SETTING: Final = re.compile("\x02([a-z0-9_]+)(?:=([^\x03]*))?\x03")
+_NUMBER: Final = r"-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|NaN"
+_SETTING: Final = re.compile(rf'\x02([a-z0-9_]+)(?:=("[^"\\\x00-\x1f]*"|{_NUMBER}))?\x03')
+"""Strict, because a message may also quote what comes from elsewhere."""
 
 
-def setting(name: str, value: str | None = None) -> str:
+def setting(name: str, value: Value | None = None) -> str:
     """A setting that a message or a hint speaks of; every surface writes it in its own words.
 
     | surface | `setting("keep_last")` | `setting("mode", "copy")` |
@@ -40,19 +44,23 @@ def setting(name: str, value: str | None = None) -> str:
 
     Args:
         name: The argument's name in Python.
-        value: What the hint recommends for it.
+        value: What it is, or what the hint recommends.
     """
-    return f"\x02{name}\x03" if value is None else f"\x02{name}={value}\x03"
+    return f"\x02{name}\x03" if value is None else f"\x02{name}={json.dumps(value)}\x03"
 
 
-def as_argument(name: str, value: str | None) -> str:
+def as_argument(name: str, value: Value | None) -> str:
     """A setting as Python writes it."""
-    return name if value is None else f'{name}="{value}"'
+    return name if value is None else f"{name}={json.dumps(value)}"
 
 
 def worded(text: str, wording: Wording) -> str:
     """`text` with every `setting` in it in the words of one surface."""
-    return _SETTING.sub(lambda found: wording(found[1], found[2]), text)
+    return _SETTING.sub(lambda found: wording(found[1], None if found[2] is None else json.loads(found[2])), text)
+
+
+LEAVE_IT_OUT: Final = f"leave it out with {setting('exclude')}"
+"""The remedy for a part of a source that cannot be exported."""
 
 
 class BlobflowError(Exception):
@@ -297,13 +305,13 @@ class DestinationNotEmpty(RefusedError):
 class KeyConflict(RefusedError):
     """The key holds, or is receiving, another artifact. Fields: key, expected, actual (digests)."""
 
-    default_hint = "use another key, or overwrite it explicitly"
+    default_hint = f"use another key, or replace what is there with {setting('overwrite')}"
 
 
 class ResultsConflict(RefusedError):
     """The results of a batch belong to other operations. Field: path."""
 
-    default_hint = "name another file for the results, or start afresh"
+    default_hint = f"name another file with {setting('results')}, or forget these results with {setting('fresh')}"
 
 
 class PreconditionFailed(RefusedError):
@@ -473,12 +481,12 @@ def _source_error(error: OSError, path: str) -> BlobflowError:
     if fault is OsFault.GONE:
         return SourceChanged(message, path=shown, what="existence")
     remedies = {
-        OsFault.DENIED: "give permission to read it, or exclude it",
-        OsFault.DAMAGED: "look after the disk, or exclude it",
-        OsFault.NAME_TOO_LONG: "shorten the path, or exclude it",
+        OsFault.DENIED: f"give permission to read it, or {LEAVE_IT_OUT}",
+        OsFault.DAMAGED: f"look after the disk, or {LEAVE_IT_OUT}",
+        OsFault.NAME_TOO_LONG: f"shorten the path, or {LEAVE_IT_OUT}",
     }
     return _error_anywhere(error, message, {"path": shown}) or UnsupportedSource(
-        message, hint=remedies.get(fault, "exclude it"), path=shown, reason=_reason(error)
+        message, hint=remedies.get(fault, LEAVE_IT_OUT), path=shown, reason=_reason(error)
     )
 
 

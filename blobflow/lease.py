@@ -53,6 +53,7 @@ from blobflow.errors import (
     TimedOut,
     TransferBusy,
     Unsupported,
+    setting,
 )
 from blobflow.owner import owner_is_gone, process_owner
 from blobflow.stores.base import PutMode, Store, check_key
@@ -315,8 +316,8 @@ class StoreLeases(Leases):
         if not store.abilities.conditional:
             raise Unsupported(
                 f"{store!r} has no conditional writes, so it cannot hold a lease",
-                hint="`blobflow probe` shows what it can do; keep the leases in a SQL database (`leases=`), "
-                "or the rounds in a store that has them",
+                hint=f"`blobflow probe` shows what it can do; keep the leases in a SQL database ({setting('leases')}),"
+                " or the rounds in a store that has them",
                 store=store.url,
                 ability="conditional writes",
             )

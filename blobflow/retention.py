@@ -30,6 +30,7 @@ from blobflow.errors import (
     TemporaryError,
     TransferBusy,
     UsageError,
+    setting,
 )
 from blobflow.intent import SUFFIX as INTENT_SUFFIX
 from blobflow.lease import REF_SUFFIX, RefState, move_ref, read_ref
@@ -140,11 +141,13 @@ def check_rules(keep_last: int | None, keep_within_s: float | None) -> None:
         UsageError: no rule, or one of that kind.
     """
     if keep_last is None and keep_within_s is None:
-        raise UsageError("nothing says what to keep", hint="give keep_last, keep_within_s or both")
+        hint = f"give {setting('keep_last')}, {setting('keep_within_s')} or both"
+        raise UsageError("nothing says what to keep", hint=hint)
     if keep_last is not None and keep_last < 1:
-        raise UsageError(f"keep_last={keep_last} keeps nothing", hint="give at least 1")
+        raise UsageError(f"{setting('keep_last', keep_last)} keeps nothing", hint="give at least 1")
     if keep_within_s is not None and not keep_within_s > 0:
-        raise UsageError(f"keep_within_s={keep_within_s:g} keeps nothing", hint="give a number of seconds above 0")
+        given = setting("keep_within_s", keep_within_s)
+        raise UsageError(f"{given} keeps nothing", hint="give a number of seconds above 0")
 
 
 def _due(artifacts: Iterable[ArtifactEntry], keep_last: int | None, since: float | None) -> list[str]:

@@ -45,6 +45,7 @@ from blobflow.errors import (
     TransferBusy,
     UsageError,
     expanded,
+    setting,
     writing,
 )
 
@@ -477,7 +478,7 @@ class AppendLogImporter(VersionedImporter):
         if not self.rewind and isinstance(alive, int) and isinstance(offered, int) and alive > offered:
             raise RefusedError(
                 f"the log in {self.path} is at {alive}, the artifact only reaches to {offered}",
-                hint="import a newer artifact, or set `rewind` to throw the later records away",
+                hint=f"import a newer artifact, or throw the later records away with {setting('rewind')}",
                 expected=alive,
                 actual=offered,
             )

@@ -21,7 +21,17 @@ from blobflow.backends.files import all_or_nothing, copy_still, place_members, u
 from blobflow.backends.patterns import ExcludePatterns
 from blobflow.backends.versions import VersionedImporter
 from blobflow.checksum import EMPTY_SHA256
-from blobflow.errors import NotFoundError, RefusedError, SourceBusy, SourceChanged, expanded, reading, writing
+from blobflow.errors import (
+    LEAVE_IT_OUT,
+    NotFoundError,
+    RefusedError,
+    SourceBusy,
+    SourceChanged,
+    expanded,
+    reading,
+    setting,
+    writing,
+)
 
 BACKEND: Final = "directory"
 _LAST_NS: Final = 2**63 - 1
@@ -221,7 +231,7 @@ class DirectoryExporter(BaseModel):
                     found.left_out.append(path + "/" * is_directory)
                     continue
                 if fault := path_fault(path):
-                    raise unsupported(path, fault, "rename it, or exclude it")
+                    raise unsupported(path, fault, f"rename it, or {LEAVE_IT_OUT}")
                 if entry.is_symlink():
                     if self.symlinks == "skip":
                         found.symlinks_skipped += 1
@@ -234,7 +244,7 @@ class DirectoryExporter(BaseModel):
                     pending.append((entry.path, path + "/", (*above, os.path.realpath(entry.path))))
                     continue
                 if not stat.S_ISREG(status.st_mode):
-                    raise unsupported(path, "it is a device, socket or pipe", "exclude it")
+                    raise unsupported(path, "it is a device, socket or pipe", LEAVE_IT_OUT)
                 mode = EXECUTABLE_MODE if status.st_mode & stat.S_IXUSR else FILE_MODE
                 found.append(path, status.st_size, mode, status)
             if not kept and prefix:
@@ -252,14 +262,15 @@ class DirectoryExporter(BaseModel):
 
     def _check_link(self, link: str, path: str, above: tuple[str, ...]) -> None:
         if self.symlinks == "refuse":
-            raise unsupported(path, "it is a symbolic link", "skip or follow symbolic links, or exclude it")
+            remedies = f"{setting('symlinks', 'skip')}, {setting('symlinks', 'follow')}, or {LEAVE_IT_OUT}"
+            raise unsupported(path, "it is a symbolic link", remedies)
         target = Path(os.path.realpath(link))
         if not target.is_relative_to(above[0]):
-            raise unsupported(path, f"it is a symbolic link to {target}, outside of the source", "exclude it")
+            raise unsupported(path, f"it is a symbolic link to {target}, outside of the source", LEAVE_IT_OUT)
         if not target.exists():
-            raise unsupported(path, "it is a symbolic link to nothing", "remove it, or exclude it")
+            raise unsupported(path, "it is a symbolic link to nothing", f"remove it, or {LEAVE_IT_OUT}")
         if any(Path(parent).is_relative_to(target) for parent in above):
-            raise unsupported(path, "it is a symbolic link to a directory above it", "exclude it")
+            raise unsupported(path, "it is a symbolic link to a directory above it", LEAVE_IT_OUT)
 
     def _materialise(self, paths: Sequence[str], root: Path, data: Path) -> Path:
         """Put the members under `data` as the mode says, and return the directory to read them from."""

@@ -18,7 +18,7 @@ from blobflow.artifact.members import open_regular
 from blobflow.backends.directory import DirectoryExporter
 from blobflow.backends.files import unsupported
 from blobflow.backends.versions import VersionedImporter
-from blobflow.errors import ArtifactInvalid, RefusedError
+from blobflow.errors import LEAVE_IT_OUT, ArtifactInvalid, RefusedError, setting
 
 BACKEND: Final = "parquet"
 SUFFIXES: Final = (".parquet", ".parq", ".pq")
@@ -60,18 +60,20 @@ class ParquetExporter(DirectoryExporter):
             if not _is_data(path):
                 continue
             if not path.endswith(SUFFIXES):
-                raise unsupported(path, "it is no Parquet file", "exclude it")
+                raise unsupported(path, "it is not a Parquet file", LEAVE_IT_OUT)
             try:
                 count, schema = _footer(root, path)
             except _NoFooterError as error:
-                raise unsupported(path, f"its footer cannot be read: {error}", "repair it, or exclude it") from error
+                raise unsupported(
+                    path, f"its footer cannot be read: {error}", f"repair it, or {LEAVE_IT_OUT}"
+                ) from error
             first = next(iter(schemas), schema)
             if self.schemas == "one" and schema != first:
                 column = next(iter(set(schema.splitlines()) ^ set(first.splitlines())), "the order of the columns")
                 raise unsupported(
                     path,
                     f"it has another schema than {schemas[first]!r}: {column}",
-                    "give schemas='any', or exclude it",
+                    f"accept it with {setting('schemas', 'any')}, or {LEAVE_IT_OUT}",
                 )
             schemas.setdefault(schema, path)
             rows, files = rows + count, files + 1

@@ -36,6 +36,11 @@ def _export_options(function: Callable[..., None]) -> Callable[..., None]:
             help="How the artifact holds the files: it points to them, as hard links, or as copies.",
         ),
         click.option(
+            "--schemas",
+            type=click.Choice(["one", "any"]),
+            help="Of parquet: whether all files must have the same columns.  [default: one]",
+        ),
+        click.option(
             "--symlinks",
             type=click.Choice(["refuse", "skip", "follow"]),
             help="What to do with symbolic links; follow stays inside.  [default: refuse]",
@@ -178,9 +183,19 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
     help="Bring the artifact to life at TARGET instead, which keeps TARGET/current up to date; BACKEND is append-log,"
     " directory, parquet or sqlite.",
 )
+@click.option(
+    "--rewind", is_flag=True, help="Of append-log: import an older artifact, and throw away the records that follow it."
+)
 @click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
 @click.pass_obj
-def pull(settings: Settings, key: str, dest: Path | None, target: tuple[str, Path] | None, digest: str | None) -> None:
+def pull(
+    settings: Settings,
+    key: str,
+    dest: Path | None,
+    target: tuple[str, Path] | None,
+    rewind: bool,
+    digest: str | None,
+) -> None:
     """Download the artifact under KEY to DEST, which must be new or empty.
 
     Every byte is verified beside DEST, which then appears whole, in one step. Run it again after a crash: it fetches
@@ -190,6 +205,8 @@ def pull(settings: Settings, key: str, dest: Path | None, target: tuple[str, Pat
 
     if (dest is None) == (target is None):
         raise click.UsageError("name either DEST or --import BACKEND TARGET")
+    if rewind and (target is None or target[0] != "append-log"):
+        raise click.UsageError("--rewind belongs to --import append-log TARGET")
     settings.resumes = True
     started = time.monotonic()
     with settings.open_store() as store, show_progress() as progress:
@@ -199,7 +216,8 @@ def pull(settings: Settings, key: str, dest: Path | None, target: tuple[str, Pat
             "on_progress": transferred(progress),
         }
         if target is not None:
-            imported, result = pull_into(*target, store, key, progress, options)
+            made_with = {"rewind": True} if rewind else {}
+            imported, result = pull_into(*target, store, key, progress, options, **made_with)
             status, path = imported.status, imported.path
         else:
             result = download(store, key, dest or "", **options)
@@ -229,14 +247,19 @@ def pull(settings: Settings, key: str, dest: Path | None, target: tuple[str, Pat
 
 
 def pull_into(
-    backend: str, target: Path, store: Store, key: str, progress: Progress, options: dict[str, Any]
+    backend: str, target: Path, store: Store, key: str, progress: Progress, options: dict[str, Any], **made_with: Any
 ) -> tuple[ImportResult, DownloadResult]:
-    """Download into the importer's own staging, so that the import is a rename; what is alive there is left alone."""
+    """Download into the importer's own staging, so that the import is a rename; what is alive there is left alone.
+
+    Args:
+        options: Of the download.
+        made_with: Fields of the importer beside its path.
+    """
     from blobflow.artifact.manifest import Manifest, artifact_digest
     from blobflow.backends import backend_classes, import_artifact
     from blobflow.transport import DownloadResult, download, read_manifest_bytes
 
-    importer = backend_classes(backend)[1](path=target)
+    importer = backend_classes(backend)[1](path=target, **made_with)
     manifest_bytes = read_manifest_bytes(store, key)
     offered, manifest = artifact_digest(manifest_bytes), Manifest.parse(manifest_bytes)
     if manifest.backend != backend:  # the importer would say so as well, after the download

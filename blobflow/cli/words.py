@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from blobflow.errors import Value
+
 if TYPE_CHECKING:
     from blobflow.artifact.manifest import Manifest
     from blobflow.backends import ExportResult
@@ -25,7 +27,7 @@ OPTIONS: Final = {
 """Settings that are not called on the command line as in Python, only with other dashes."""
 
 
-def as_option(name: str, value: str | None) -> str:
+def as_option(name: str, value: Value | None) -> str:
     """A setting of an error's message or hint (`blobflow.errors.setting`) as an option, or a variable, to type."""
     option = OPTIONS.get(name) or f"--{name.replace('_', '-')}"
     return option if value is None else f"{option} {value}"

@@ -7,7 +7,7 @@ from typing import Any, Final
 import dagster as dg
 
 from blobflow.dagster import metadata as md
-from blobflow.errors import BlobflowError
+from blobflow.errors import BlobflowError, Value
 
 MAX_WAIT_S: Final = 300.0
 """The longest that a step waits for its next attempt, whatever the store asks for."""
@@ -35,7 +35,7 @@ def as_dagster_error(
     return dg.Failure(description, metadata={**error_metadata(error), **(facts or {})}, allow_retries=False)
 
 
-def as_field(name: str, value: str | None) -> str:
+def as_field(name: str, value: Value | None) -> str:
     """A setting of an error's message or hint (`blobflow.errors.setting`) as a field of a component or resource."""
     return name if value is None else f"{name}: {value}"
 

@@ -34,6 +34,7 @@ from blobflow.errors import (
     Unsupported,
     UploadIncomplete,
     UsageError,
+    setting,
     writing,
 )
 from blobflow.private import open_own
@@ -383,7 +384,7 @@ class ObjectTarget(SessionTarget):
         if before >= self._store.abilities.max_parts:
             raise Unsupported(
                 f"more than {before} parts of {self._session.part_size} bytes",
-                hint="begin again with a larger part_size",
+                hint=f"begin again with a larger {setting('part_size')}",
                 store=self._store.url,
                 ability="max_parts",
             )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from blobflow.config import MIB
-from blobflow.errors import Unsupported
+from blobflow.errors import Unsupported, setting
 
 MAX_PARTS: Final = 10_000
 """Parts of one multipart upload, S3's limit."""
@@ -58,7 +58,7 @@ class TransferPlan:
         if part_size > max_part_size:
             raise Unsupported(
                 f"{size} bytes do not fit in {max_parts} parts of at most {max_part_size} bytes",
-                hint="split the artifact, or make the profile's chunks smaller",
+                hint=f"split the artifact, or give a smaller {setting('chunk_size')}",
             )
         return cls(size, part_size)
 

@@ -26,6 +26,7 @@ from blobflow.errors import (
     UploadInterrupted,
     UsageError,
     expanded,
+    setting,
 )
 from blobflow.layers.format import (
     DEFAULT_LEVEL,
@@ -295,7 +296,7 @@ class LayerSync:
         if earlier is not None and not overwrite and self._digest_of(dest) != earlier.digest:
             raise DestinationNotEmpty(
                 f"{dest} was changed since {container!r} was restored there",
-                hint="sync it, or restore over it with overwrite",
+                hint=f"sync it, or replace it with {setting('overwrite')}",
                 path=str(dest),
             )
         result: dict[str, Any] = {"container": container, "digest": layer.meta.digest, "key": ref.key, "path": dest}

@@ -15,7 +15,7 @@ from blobflow.artifact.manifest import Manifest
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
-from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch, UsageError
+from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch, UsageError, setting
 from blobflow.stores.base import ObjectMeta, Store
 from blobflow.transport.books import Books, OnProgress, OnRecord
 from blobflow.transport.remote import RemoteArtifact
@@ -94,7 +94,7 @@ def verify(
     if sample is not None and (mode == "shallow" or not 1 <= sample[0] <= sample[1]):
         raise UsageError(
             f"no sample {sample[0]}/{sample[1]} can be read in mode {mode!r}",
-            hint="give n/t with n from 1 to t, and not together with shallow",
+            hint=f"give {setting('sample')} as n/t with n from 1 to t, and never for a shallow verification",
         )
     remote = RemoteArtifact.open(store, key, expected_digest)
     attested = None if mode == "deep" else _attested_crc32c(store, remote.payload)

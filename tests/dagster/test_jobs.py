@@ -223,7 +223,7 @@ def test_part_of_a_configuration_keeps_the_rest(place: Place, rules: dict[str, A
 @pytest.mark.parametrize(
     ("job", "node", "config", "told"),
     [
-        (retention_job(keep_last=3), PRUNE_NODE, {"keep_last": -1}, "keep_last=-1 keeps nothing"),
+        (retention_job(keep_last=3), PRUNE_NODE, {"keep_last": -1}, "keep_last: -1 keeps nothing"),
         (gc_job(), GC_NODE, {"older_than_s": -1.0}, "-1 seconds are no age"),
         (gc_job(), GC_NODE, {"runs_older_than_s": -1.0}, "-1 seconds are no age"),
     ],

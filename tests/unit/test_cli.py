@@ -489,7 +489,8 @@ def test_a_name_with_a_newline_is_refused_with_the_remedy(call: Call, source: Pa
     refused = call("push", source, "k")
     assert refused.code == 5
     assert refused.err == (
-        "Error: 'a\\nb' cannot be exported: it contains a control character\nHint: rename it, or exclude it\n"
+        "Error: 'a\\nb' cannot be exported: it contains a control character\n"
+        "Hint: rename it, or leave it out with --exclude\n"
     )
     assert refused.out == ""
     assert call("push", source, "k", "--json").error["path"] == "a\nb"

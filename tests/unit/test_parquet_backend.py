@@ -42,7 +42,7 @@ def test_the_cursor_tells_rows_files_and_schema(dataset: Path, tmp_path: Path):
 def test_what_is_no_parquet_is_refused_by_name(dataset: Path, tmp_path: Path):
     """Another kind of file, and one whose writer died before its footer; nothing is left of the export."""
     (dataset / "notes.txt").write_text("hello")
-    with pytest.raises(UnsupportedSource, match=r"'notes\.txt' cannot be exported: it is no Parquet file"):
+    with pytest.raises(UnsupportedSource, match=r"'notes\.txt' cannot be exported: it is not a Parquet file"):
         exported(dataset, tmp_path / "artifact")
     torn = dataset / "year=2026" / "part-1.parquet"
     torn.write_bytes(b"PAR1 and then the machine went down")
@@ -59,7 +59,7 @@ def test_files_of_one_dataset_have_one_schema(dataset: Path, tmp_path: Path):
         UnsupportedSource, match=r"part-1\.parquet' .* another schema than 'year=2025/.*: id: "
     ) as refusal:
         exported(dataset, tmp_path / "artifact")
-    assert (refusal.value.path, "schemas='any'" in refusal.value.hint) == ("year=2026/part-1.parquet", True)
+    assert (refusal.value.path, 'schemas="any"' in refusal.value.hint) == ("year=2026/part-1.parquet", True)
     one = exported(dataset, tmp_path / "one", exclude=("part-1.parquet",)).manifest.cursor
     two = exported(dataset, tmp_path / "two", schemas="any").manifest.cursor
     assert isinstance(one, dict)
