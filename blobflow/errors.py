@@ -93,6 +93,21 @@ class BlobflowError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), *self._texts, self.fields)
 
+    def locate(self, url: str, place: str) -> None:
+        """Have the message say in which store it happened; for errors of other places (files, other stores) nothing.
+
+        Args:
+            url: Of the store, without credentials.
+            place: The same, with the server where the URL does not name it.
+        """
+        if "path" in self.fields or self.fields.get("store", url) != url:
+            return
+        self.fields["store"] = place
+        if url not in self.message:
+            self._texts = (f"{self._texts[0]} ({place})", self._texts[1])
+            self.message = worded(self._texts[0], as_argument)
+            self.args = (self.message,)
+
     def to_dict(self, wording: Wording = as_argument) -> dict[str, Any]:
         """Type, message, hint and fields as plain values.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 from click.core import ParameterSource
 
+from blobflow.activity import Wait, reporting_waits
 from blobflow.cli.words import printable
 from blobflow.errors import BlobflowError, TemporaryError
 
@@ -231,7 +232,13 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         _show_log(ctx.ensure_object(Settings).verbose)
-        return super().invoke(ctx)
+        with reporting_waits(show_wait):
+            return super().invoke(ctx)
+
+
+def show_wait(wait: Wait) -> None:
+    """A line on standard error, also under `--json`."""
+    click.echo(printable(f"Waiting: {wait}"), err=True)
 
 
 class CommandGroup(click.Group):

@@ -20,6 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from typing_extensions import override
 
+from blobflow.activity import Activity, doing
 from blobflow.checksum import crc32c
 from blobflow.engine.ends import BEGIN_AGAIN, Pin, PinnedSource
 from blobflow.errors import (
@@ -112,12 +113,13 @@ class HttpSource(PinnedSource):
     @override
     def pin(self) -> Pin:
         patience = self.patience()
-        while True:
-            try:
-                self._pin = self._look()
-                return self._pin
-            except TemporaryError as error:
-                patience.after(error)
+        with doing(f"look at {self}") as activity:
+            while True:
+                try:
+                    self._pin = self._look()
+                    return self._pin
+                except TemporaryError as error:
+                    patience.after(error, activity)
 
     @override
     def open(self, offset: int) -> OpenedUrl:
@@ -202,6 +204,10 @@ class OpenedUrl:
 
     def readinto(self, view: memoryview) -> int:
         """Some of the next bytes; 0 at the end."""
+        with doing(f"read of {self._source}") as activity:
+            return self._readinto(view, activity)
+
+    def _readinto(self, view: memoryview, activity: Activity) -> int:
         patience = self._source.patience()
         while not self._ended and self._offset != self._pin.size:
             try:
@@ -211,7 +217,7 @@ class OpenedUrl:
             except TemporaryError as error:
                 self.close()
                 log.info("http.broken source=%s offset=%d error=%s", self._source, self._offset, type(error).__name__)
-                patience.after(error)
+                patience.after(error, activity)
                 continue
             except BaseException:
                 self.close()
@@ -322,7 +328,7 @@ class _Patience:
         self._attempts = 0
         self._deadline: float | None = None
 
-    def after(self, error: TemporaryError) -> None:
+    def after(self, error: TemporaryError, activity: Activity) -> None:
         """Wait before the next attempt; raises `error` if that would take too long."""
         now = self._clock()
         if self._deadline is None:
@@ -333,6 +339,7 @@ class _Patience:
         if left <= 0 or wait_s > left:
             raise error
         self._attempts += 1
+        activity.blocked_by(f"{error.message}; next attempt in {wait_s:.0f} s")
         self._sleep(wait_s)
 
 

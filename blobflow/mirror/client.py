@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from urllib.parse import urlencode, urlsplit
 
 from blobflow import errors
+from blobflow.activity import Activity, doing
 from blobflow.checksum import Buffer
 from blobflow.config import MIB
 from blobflow.errors import (
@@ -120,8 +121,19 @@ class MirrorClient:
             RefusedError, IntegrityError: the receiver refuses the snapshot.
             SourceChanged: the source is another one now.
         """
+        with doing(f"push to {self.url}") as activity:
+            return self._push(snapshot, activity, chunk_bytes, request_bytes, on_progress)
+
+    def _push(
+        self,
+        snapshot: Snapshot,
+        activity: Activity,
+        chunk_bytes: int,
+        request_bytes: int,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> PushResult:
         started = self._clock()
-        tries = _Tries(self._patience_s, self._sleep, self._clock)
+        tries = _Tries(activity, self._patience_s, self._sleep, self._clock)
         total, sent = snapshot.total_bytes, 0
         held: int | None = None
         at: dict[str, Any] | None = None
@@ -236,13 +248,17 @@ class MirrorClient:
 class _Tries:
     """Waits between attempts, exponentially with full jitter, until the patience is used up."""
 
-    def __init__(self, patience_s: float, sleep: Callable[[float], None], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, activity: Activity, patience_s: float, sleep: Callable[[float], None], clock: Callable[[], float]
+    ) -> None:
+        self._activity = activity
         self._patience_s = patience_s
         self._sleep = sleep
         self._clock = clock
         self.succeeded()
 
     def succeeded(self) -> None:
+        self._activity.went_on()
         self._failures = 0
         self._deadline: float | None = None
 
@@ -257,4 +273,6 @@ class _Tries:
         asked_s = float(error.fields.get("retry_after_s", 0))
         backoff_s = random.uniform(0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**self._failures))
         self._failures += 1
-        self._sleep(min(max(asked_s, backoff_s), self._deadline - now))
+        wait_s = min(max(asked_s, backoff_s), self._deadline - now)
+        self._activity.blocked_by(f"{error.message}; next attempt in {wait_s:.0f} s")
+        self._sleep(wait_s)

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from typing_extensions import override
 
-from blobflow.errors import SlowDown, StoreUnavailable, TimedOut
+from blobflow.activity import doing
+from blobflow.errors import BlobflowError, SlowDown, StoreUnavailable, TimedOut
 from blobflow.limits import AdaptiveLimit, Bandwidth
 from blobflow.stores.base import Body, Coroutines, ObjectMeta, StoredObject
 from blobflow.stores.retry import Patience, RetryingStore
@@ -44,15 +45,20 @@ class RetryingCoroutines(Coroutines):
 
     async def _call(self, operation: str, key: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
         patience: Patience | None = None
-        while True:
-            try:
-                return await attempt()
-            except (StoreUnavailable, TimedOut) as error:
-                patience = patience or self._store.patience(operation, key)
-                wait_s = patience.wait_s(error)
-                if wait_s is None:
-                    raise
-            await asyncio.sleep(wait_s)
+        with doing(f"{operation} of {key!r}", where=self._store.place, task=asyncio.current_task()) as activity:
+            while True:
+                try:
+                    return await attempt()
+                except BlobflowError as error:
+                    self._store.locate(error)
+                    if not isinstance(error, StoreUnavailable | TimedOut):
+                        raise
+                    patience = patience or self._store.patience(operation, key)
+                    wait_s = patience.wait_s(error)
+                    if wait_s is None:
+                        raise
+                    activity.blocked_by(f"{error.message}; next attempt in {wait_s:.0f} s")
+                await asyncio.sleep(wait_s)
 
 
 class LimitedCoroutines(Coroutines):

@@ -84,7 +84,7 @@ class LimitedStore(WrappingStore):
     def _place(self, size: int) -> Generator[None]:
         with doing(f"waiting for a place among {self.requests!r}"), self.requests.slot() as answered:
             if self.bandwidth is not None:
-                with doing("waiting for bandwidth"):
+                with doing("waiting for bandwidth", quiet=True):
                     self.bandwidth.take(size)
             with doing(f"moving {size} bytes"):
                 try:

@@ -154,15 +154,19 @@ class RetryingStore(WrappingStore):
     @override
     def _call(self, operation: str, key: str, attempt: Callable[[], _T]) -> _T:
         patience: Patience | None = None
-        with doing(f"{operation} of {key!r}"):
+        with doing(f"{operation} of {key!r}", where=self.place) as activity:
             while True:
                 try:
                     return attempt()
-                except (StoreUnavailable, TimedOut) as error:
+                except BlobflowError as error:
+                    self.locate(error)
+                    if not isinstance(error, StoreUnavailable | TimedOut):
+                        raise
                     patience = patience or self.patience(operation, key)
                     wait_s = patience.wait_s(error)
                     if wait_s is None:
                         raise
+                    activity.blocked_by(f"{error.message}; next attempt in {wait_s:.0f} s")
                 self._sleep(wait_s)
 
     @override
@@ -173,6 +177,18 @@ class RetryingStore(WrappingStore):
         from blobflow.stores.coroutines import RetryingCoroutines
 
         return RetryingCoroutines(inner, self)
+
+    def place(self) -> str:
+        """The store as people are told of it: its URL, and the server where that does not say it."""
+        try:
+            endpoint = self.store.server.endpoint
+        except BlobflowError:  # it is configured wrongly, as the call itself says
+            endpoint = ""
+        return f"{self.url} at {endpoint}" if endpoint else self.url
+
+    def locate(self, error: BlobflowError) -> None:
+        """Have an error of the store say where it happened."""
+        error.locate(self.url, self.place())
 
     def patience(self, operation: str, key: str) -> Patience:
         """What a call has whose first attempt has just failed."""

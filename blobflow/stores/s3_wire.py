@@ -25,6 +25,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from typing_extensions import override
 
+from blobflow.activity import moved
 from blobflow.errors import SizeMismatch
 from blobflow.stores.base import Body
 
@@ -106,6 +107,7 @@ class Answer:
                 if not received:
                     break
                 filled += received
+                moved()
         except (OSError, http.client.HTTPException) as error:
             raise WireError(error, filled, self._idle_timeout_s) from error
         return filled
@@ -281,10 +283,11 @@ class Wire:
             position = 0
             while position < len(view):
                 try:
-                    moved = _socket(connection).send(view[position : position + SLICE_BYTES])
+                    taken = _socket(connection).send(view[position : position + SLICE_BYTES])
                 except OSError as error:
                     raise WireError(error, sent + position, timeout_s) from error
-                position += moved
+                position += taken
+                moved()
             sent += position
         if sent != body.size:
             raise SizeMismatch("the body is shorter than it says", what="body", expected=body.size, actual=sent)
@@ -317,6 +320,7 @@ class Wire:
             left = unsent_bytes(opened)
             if left < queued:
                 queued, moved_at = left, time.monotonic()
+                moved()
             elif time.monotonic() - moved_at > timeout_s:
                 raise TimeoutError("the kernel cannot get rid of what was sent")
             pause_s = min(pause_s * 2, timeout_s / 8)
