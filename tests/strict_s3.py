@@ -55,6 +55,10 @@ class Rules:
     max_parts: int = 10_000
     page_size: int = 1000
     """Entries per page of any listing, at most."""
+    lists_parts: bool = True
+    """Without, ListParts and the listing of uploads are refused, as small servers for development do."""
+    gives_ranges: bool = True
+    """Without, a GET of a range is answered with the whole object, as small servers for development do."""
     parts_outlive_abort: bool = False
     """A part whose request began before an abort is stored after it, and has to be aborted again."""
 
@@ -670,6 +674,8 @@ class StrictS3(LoopbackServer):
                 bucket = self._buckets[exchange.bucket] = _Bucket()
             if bucket is None:
                 raise S3Error("NoSuchBucket", "The specified bucket does not exist")
+            if exchange.operation in ("ListParts", "ListMultipartUploads") and not self.rules.lists_parts:
+                raise S3Error("MethodNotAllowed")
             return _OPERATIONS[exchange.operation].handle(self, bucket, request)
 
     # Buckets
@@ -800,7 +806,7 @@ class StrictS3(LoopbackServer):
     def _get_object(self, bucket: _Bucket, request: _Request) -> Answer:
         found = self._read(bucket, request)
         wanted = request.headers.get("range")
-        if wanted is None:
+        if wanted is None or not self.rules.gives_ranges:
             return Answer(200, _object_headers(request, found), found.data)
         asked = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted)
         if asked is None or not (asked[1] or asked[2]):

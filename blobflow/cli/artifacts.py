@@ -120,6 +120,7 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
     sends what is missing.
     """
     from blobflow.artifact.artifact import Artifact
+    from blobflow.stores.base import check_readable
     from blobflow.transport import check_artifact_key, upload
 
     settings.resumes = True
@@ -138,7 +139,9 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
                 raise click.UsageError(f"{source} is an artifact already: --{late[0].replace('_', '-')} comes too late")
             result = upload(store, key, source, **arguments)
         else:
-            store.exists(key)  # wrong credentials should not show only after an hour of hashing
+            # Wrong credentials, or a server that nobody could read, should not show only after an hour of hashing.
+            if not store.exists(key):
+                check_readable(store)
             exporter = _exporter(source, backend or "directory", given)
             with scratch_directory(source) as scratch:
                 exported = exporter.export(scratch / "artifact", on_progress=processed(progress, "export"))

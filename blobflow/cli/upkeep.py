@@ -91,13 +91,13 @@ def _ref_document(status: str, store: Store, name: str, state: RefState) -> dict
 
 
 @click.command(cls=Command)
-@click.option("--fresh", is_flag=True, help="Try everything out again, whatever the report in the store says.")
+@click.option("--fresh", is_flag=True, help="Try everything out again, whatever was found before.")
 @click.pass_obj
 def probe(settings: Settings, fresh: bool) -> None:
     """Show what the store's server can really do.
 
-    An S3 server is probed when it is first relied upon, and again after 30 days; the report lies in the store.
-    What does not hold is not relied upon.
+    An S3 server is probed when it is first relied upon, and again after 30 days; what was found is remembered for
+    this user, on this machine. What does not hold is not relied upon.
     """
     from blobflow.stores.probe import ProbedStore
     from blobflow.stores.probe import probe as probe_store

@@ -16,11 +16,11 @@ from blobflow.gc import DEFAULT_AGE_S, check_age, collect
 from blobflow.lease import REF_SUFFIX
 from blobflow.retention import check_rules, prune
 from blobflow.stores import Store
-from blobflow.stores.probe import ProbedStore, ProbeReport, probe
+from blobflow.stores.probe import Finding, ProbedStore, ProbeReport, probe
 
-CORRECTNESS: Final = ("create_only", "compare_and_swap")
-"""Guarantees without which two rounds may run at once and the last writer of a key wins. Without the others, transfers
-are slower or begin anew after a crash, and verifications read more."""
+CORRECTNESS: Final = ("create_only", "compare_and_swap", "reads_ranges")
+"""Guarantees without which two rounds may run at once and the last writer of a key wins, or nothing can be kept at all.
+Without the others, transfers are slower or begin anew after a crash, and verifications read more."""
 
 DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(max_retries=3, delay=30, backoff=dg.Backoff.EXPONENTIAL)
 
@@ -68,7 +68,7 @@ class RetentionConfig(dg.Config):
 class ProbeConfig(dg.Config):
     """How to probe; see `blobflow probe`."""
 
-    fresh: bool = Field(default=True, description="Try everything out again, whatever the report in the store says.")
+    fresh: bool = Field(default=True, description="Try everything out again, whatever was found before.")
 
 
 def gc_job(
@@ -298,10 +298,11 @@ def probe_job(
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
     resource_key: str = "blobflow",
 ) -> dg.JobDefinition:
-    """A job that tries out anew what the store's server can do, and leaves the report in the store for everybody.
+    """A job that tries out anew what the store's server can do.
 
     For the day on which the server was updated, or something was put in front of it. The run shows the findings as a
-    table. It needs the rights of an upload.
+    table. Its report lies in the store: where it misses an ability, other users and machines look again for themselves.
+    It needs the rights of an upload.
 
     Args:
         name: Of the job.
@@ -321,7 +322,7 @@ def probe_job(
             lost = [name for name, finding in report.findings.items() if not finding.holds]
             context.log.info("probe.done store=%s software=%s lost=%s", report.store, report.software, ",".join(lost))
 
-    @dg.job(name=name, description="Tries out what the store's server can do, and leaves the report in the store.")
+    @dg.job(name=name, description="Tries out what the store's server can do, and shows it.")
     def probe_the_store() -> None:
         probe_store()
 
@@ -338,7 +339,7 @@ def probe_check(
 ) -> dg.AssetChecksDefinition:
     """Checks of an asset, one for each guarantee of its store: does it hold, and what was seen of it?
 
-    The report in the store is used if there is one of the last 30 days, which costs one request.
+    What this user found on this machine in the last 30 days is shown, which costs one request; else it is tried out.
 
     Args:
         asset: The asset that shows them: `pipeline.remote`, for example.
@@ -351,7 +352,7 @@ def probe_check(
     Raises:
         UsageError: `errors` names no guarantee.
     """
-    guarantees = {n: field.description or "" for n, field in ProbeReport.model_fields.items() if n not in _ABOUT}
+    guarantees = ProbeReport.guarantees()
     unknown = sorted(set(errors) - guarantees.keys())
     if unknown:
         raise UsageError(f"{unknown[0]!r} is no guarantee", hint=f"there are: {', '.join(guarantees)}")
@@ -367,12 +368,13 @@ def probe_check(
     def check(context: dg.AssetCheckExecutionContext):
         with dagster_errors(context.op_execution_context, retry_policy):
             report = _report(getattr(context.resources, resource_key).get_store(), fresh=False)
-        for guarantee, finding in report.findings.items():
-            is_error = guarantee in errors
+        for guarantee in guarantees:
+            # What was not tried would not have been relied upon either way.
+            finding = report.findings.get(guarantee, _NOT_TRIED)
             yield dg.AssetCheckResult(
                 passed=finding.holds,
                 check_name=guarantee,
-                severity=dg.AssetCheckSeverity.ERROR if is_error else dg.AssetCheckSeverity.WARN,
+                severity=dg.AssetCheckSeverity.ERROR if guarantee in errors else dg.AssetCheckSeverity.WARN,
                 description=finding.evidence,
                 metadata=_about(report),
             )
@@ -380,7 +382,7 @@ def probe_check(
     return check
 
 
-_ABOUT: Final = ("store", "endpoint", "software", "probed_at")
+_NOT_TRIED: Final = Finding(holds=True, evidence="not tried: nothing depends on it on this server")
 
 
 def _report(store: Store, *, fresh: bool) -> ProbeReport:

@@ -56,7 +56,7 @@ from blobflow.lease import Lease, Leases, check_round, read_ref
 from blobflow.retention import name_artifact
 from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S, content_key, kept_alive, round_number
 from blobflow.stores import Store
-from blobflow.stores.base import key_segment
+from blobflow.stores.base import check_readable, key_segment
 from blobflow.transport import VerifyMode, download, read_manifest_bytes, upload, verify
 from blobflow.transport.books import transfer_id
 
@@ -246,6 +246,7 @@ def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
         with plan.step(context) as (blobflow, journal):
             prefix = plan.prefix(context)
             store = blobflow.get_store()
+            check_readable(store)  # not only after the export
             scratch = blobflow.scratch_path(plan.name, _segment(context), context.run_id)
             progress = journal.watch("export")
             lease = _take_round(blobflow.get_leases(store), prefix, plan.ttl_s)

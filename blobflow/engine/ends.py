@@ -38,7 +38,7 @@ from blobflow.errors import (
     writing,
 )
 from blobflow.private import open_own
-from blobflow.stores.base import Body, ObjectMeta, PartMeta, Store, check_key
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, Store, check_key, check_readable
 
 log = logging.getLogger(__name__)
 
@@ -361,6 +361,7 @@ class ObjectTarget(SessionTarget):
                 store=self._store.url,
                 ability="multipart",
             )
+        check_readable(self._store)
         self.meta, self._crcs = None, {}
         if checkpoint.upload_session_url is not None:
             self._session = _Session.parse(checkpoint.upload_session_url, self._place)

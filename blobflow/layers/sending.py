@@ -46,7 +46,7 @@ from blobflow.layers.format import (
 from blobflow.layers.names import layer_key, meta_key
 from blobflow.layers.remote import find_bytes, read_meta
 from blobflow.owner import process_owner
-from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store, check_put_size, check_readable
 from blobflow.transport.books import Books, OnProgress, OnRecord, transfer_id
 from blobflow.transport.uploading import proven_parts
 
@@ -324,6 +324,7 @@ class _Sending(_Finishing):
     def run(self) -> Sent:
         if (there := self._settled()) is not None:
             return there
+        check_readable(self.store)
         abilities = self.store.abilities
         # The size is not known yet, so the parts are made large enough for content that does not shrink at all.
         bound = Codec.bound(self.plan.size) + 128 * len(self.plan) + seek_table_size(len(self.plan))
@@ -392,6 +393,7 @@ class _Sending(_Finishing):
         self.check_contents(frames)
         table = encode_seek_table(frames.sizes, self.plan)
         meta = meta_of(self.manifest_bytes, frames.codec, self.plan, frames.sizes)
+        check_put_size(self.store, self.key, meta.object_size)
         body = Body(
             meta.object_size,
             lambda: (kept, table) if in_memory else self._again(table),

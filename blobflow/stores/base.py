@@ -86,8 +86,45 @@ class Abilities:
     """Bytes; the last part may be smaller."""
     max_part_size: int = 5 * 1024**3
     max_parts: int = 10_000
+    max_put_size: int | None = None
+    """Bytes of an object that is put in a single request; None: no limit that is known."""
+    ranges: bool = True
+    """A range of an object can be read. Without, nothing that is sent can be read back as artifacts are."""
     attests_crc32c: bool = False
     """The CRC32C that `head` tells was computed by the store itself, from the bytes that it keeps."""
+
+
+def check_readable(store: Store) -> None:
+    """Refuse to send to a store from which nobody could read it; reading its abilities may send requests.
+
+    Raises:
+        Unsupported: its server ignores ranges.
+    """
+    if not store.abilities.ranges:
+        raise Unsupported(
+            f"{store.url} cannot be read in ranges: what is sent there could not be verified or fetched",
+            hint="`blobflow probe` shows what the server does; use another server, or another way to this one",
+            store=store.url,
+            ability="ranged GET",
+        )
+
+
+def check_put_size(store: Store, key: str, size: int) -> None:
+    """Refuse an object that its store can only take in a single request, and that is too large for one.
+
+    Raises:
+        Unsupported: naming both sizes.
+    """
+    limit = store.abilities.max_put_size
+    if limit is not None and size > limit:
+        raise Unsupported(
+            f"{key!r} has {size} bytes, and {store.url} takes at most {limit} in one request: it has no multipart"
+            " uploads that can be relied upon",
+            hint="`blobflow probe` shows why; use another server, or divide the source",
+            store=store.url,
+            ability="multipart uploads",
+            key=key,
+        )
 
 
 class Server(NamedTuple):

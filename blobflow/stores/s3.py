@@ -100,6 +100,7 @@ _T = TypeVar("_T")
 MIN_PART_BYTES = 5 * 1024**2
 MAX_PART_BYTES = 5 * 1024**3
 MAX_PARTS = 10_000
+MAX_PUT_BYTES = 5 * 1024**3
 """https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html"""
 
 COPY_LIMIT_BYTES = 5 * 1024**3
@@ -132,7 +133,12 @@ class S3Store(Store):
         self.options = options
         self._prefix = options.prefix.strip("/") + "/" if options.prefix.strip("/") else ""
         self.url = f"s3://{options.bucket}/{self._prefix}".rstrip("/")
-        self.abilities = Abilities(min_part_size=MIN_PART_BYTES, max_part_size=MAX_PART_BYTES, max_parts=MAX_PARTS)
+        self.abilities = Abilities(
+            min_part_size=MIN_PART_BYTES,
+            max_part_size=MAX_PART_BYTES,
+            max_parts=MAX_PARTS,
+            max_put_size=MAX_PUT_BYTES,
+        )
         self._access: Access | None = None
         # One lock per process: the parent's may be held, by a thread that does not exist here, when it forks.
         self._locks: dict[int, threading.Lock] = {}
@@ -229,18 +235,19 @@ class S3Store(Store):
         if e_tag is not None:
             headers["If-Match"] = e_tag
         with self._exchange(call, "GET", self.full_key(key), headers=headers) as answer:
-            if answer.status != 206:
+            given = answer.headers.get("content-range", "")
+            covered = re.fullmatch(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", given.strip())
+            # Whether it is a range, Content-Range says: `rclone serve s3` answers one with 200.
+            if covered is None and (answer.status != 206 or not given):
                 raise Unsupported(
                     f"{call}: the server ignores ranges (status {answer.status})", store=self.url, ability="ranged GET"
                 )
             found = quoted(answer.headers.get("etag", ""))
             if e_tag is not None and found and found != e_tag:
                 raise changed(key, e_tag, found)
-            given = answer.headers.get("content-range", "")
-            covered = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", given.strip())
             if covered is None or int(covered[1]) != offset:
                 raise StoreUnavailable(
-                    f"{call}: asked for {headers['Range']!r}, got {given!r}",
+                    f"{call}: asked for {headers['Range']!r}, got {given[:100]!r}",
                     operation=call.operation,
                     key=key,
                     offset=offset,
@@ -317,7 +324,7 @@ class S3Store(Store):
             if page.next_token is None:
                 return
             if not progress:
-                raise StoreUnavailable(f"the listing of {prefix!r} stands still at {last!r}", operation="list")
+                raise self._not_understood(Call("list", prefix or None), f"the listing stands still at {last!r}")
             query["continuation-token"] = page.next_token
 
     @override
@@ -458,7 +465,7 @@ class S3Store(Store):
             if newest <= last:
                 if not page.truncated:
                     return [found[number] for number in sorted(found)]
-                raise StoreUnavailable(f"the list of parts of {key!r} stands still at {last}", operation=call.operation)
+                raise self._not_understood(call, f"the list stands still at part {last}")
             last = newest
 
     @override
@@ -476,7 +483,7 @@ class S3Store(Store):
             if page.next_markers is None:
                 return [found[name] for name in sorted(found)]
             if len(found) == known:
-                raise StoreUnavailable(f"the list of uploads below {prefix!r} stands still", operation="list uploads")
+                raise self._not_understood(Call("list uploads", prefix or None), "the list stands still")
             query["key-marker"], query["upload-id-marker"] = page.next_markers
 
     @override
@@ -544,7 +551,7 @@ class S3Store(Store):
             for _ in range(ABORT_ROUNDS):
                 with self._exchange(call, "DELETE", self.full_key(key), {"uploadId": upload_id}):
                     pass
-                if not self.list_parts(key, upload_id):
+                if not self._has_parts(key, upload_id):
                     return
         except NoSuchUpload:
             return
@@ -553,6 +560,13 @@ class S3Store(Store):
             operation="abort",
             key=key,
         )
+
+    def _has_parts(self, key: str, upload_id: str) -> bool:
+        """Whether an upload that was aborted still has parts; a server that lists none is taken at its word."""
+        try:
+            return bool(self.list_parts(key, upload_id))
+        except Unsupported:
+            return False
 
     @override
     def coroutines(self) -> Coroutines | None:
@@ -687,18 +701,21 @@ class S3Store(Store):
         except MalformedAnswer as error:
             if size is None and error.ended_early:
                 raise cut_short(call, len(document), None) from error
-            # A server that speaks another dialect does so the next time as well, and would do again what was asked.
-            raise Unsupported(
-                f"{call}: the answer of {self.connected().endpoint} cannot be understood: {error}",
-                hint="check that the endpoint is an S3 API and not a web page; `blobflow probe` shows what it can do",
-                store=self.url,
-                ability=call.operation,
-                key=call.key,
-            ) from error
+            raise self._not_understood(call, str(error)) from error
         except ErrorAnswer as error:
             # What fails after it began may succeed another time, as botocore has it too, unless the code says more.
             refusal = Refusal(500, error.code, error.message, answered)
             raise self.failed(refusal, call) from refusal
+
+    def _not_understood(self, call: Call, reason: str) -> Unsupported:
+        """An answer in another dialect. It is final: the server would give it the next time as well."""
+        return Unsupported(
+            f"{call}: the answer of {self.connected().endpoint} cannot be understood: {reason}",
+            hint="check that the endpoint is an S3 API and not a web page; `blobflow probe` shows what it can do",
+            store=self.url,
+            ability=call.operation,
+            key=call.key,
+        )
 
     def _upload(
         self,

@@ -37,7 +37,7 @@ from blobflow.errors import (
     UploadIncomplete,
     UsageError,
 )
-from blobflow.stores.base import ObjectMeta, Store
+from blobflow.stores.base import ObjectMeta, Store, check_readable
 from blobflow.transport.books import Books, OnProgress, OnRecord
 from blobflow.transport.catalog import check_artifact_key
 from blobflow.transport.reading import failures_noted, land_parts, landing_plan
@@ -148,7 +148,13 @@ def begin_upload(
     """
     check_artifact_key(key)
     if not store.abilities.multipart:
-        raise Unsupported(f"{store.url} has no multipart uploads", store=store.url, ability="multipart")
+        raise Unsupported(
+            f"{store.url} has no multipart uploads that can be relied upon, and lanes need them",
+            hint="send it in one lane: then it goes in a single request; `blobflow probe` shows what the server does",
+            store=store.url,
+            ability="multipart uploads",
+        )
+    check_readable(store)
     errand = _errand(store, key, artifact, profile, overwrite=overwrite)
 
     def claim(replaces: str | None) -> UploadTicket:

@@ -33,7 +33,7 @@ from blobflow.errors import (
     UploadIncomplete,
 )
 from blobflow.intent import IntentKeeper
-from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store, check_put_size, check_readable
 from blobflow.transport.books import Books, OnProgress, OnRecord, transfer_id
 from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key, read_manifest_bytes
 from blobflow.transport.remote import payload_size
@@ -144,6 +144,7 @@ def upload(
 
     Raises:
         ArtifactNotFound, ArtifactInvalid: the local artifact is no artifact; no request was sent.
+        Unsupported: the store cannot keep it, or nobody could read it there; nothing was sent.
         KeyConflict: the key holds another artifact.
         TransferBusy: another process is uploading other content to this key.
         SourceChanged, ChecksumMismatch: the files are not the ones that were exported; nothing was published.
@@ -163,6 +164,7 @@ def run(errand: Errand, multipart: type[MultipartUpload] | None = None) -> Uploa
     started = time.monotonic()
 
     def way(replaces: str | None) -> UploadResult:
+        check_readable(errand.store)
         kind = (multipart or MultipartUpload) if errand.store.abilities.multipart else _StreamUpload
         return kind(errand, replaces).run(started)
 
@@ -372,6 +374,7 @@ class _StreamUpload(_Upload):
 
     def run(self, started: float) -> UploadResult:
         source = self.payload.source()
+        check_put_size(self.store, self.key, source.size)
         plan = TransferPlan(source.size, self.profile.chunk_size)
         books = self.books(plan, None, save=lambda: None)
         books.begin()

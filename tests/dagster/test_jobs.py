@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,13 @@ from blobflow.dagster import metadata as md
 from blobflow.errors import StoreUnavailable, UsageError
 from blobflow.lease import move_ref, read_ref
 from blobflow.stores.base import Body
-from blobflow.stores.probe import REPORT_KEY, Finding, ProbedStore
+from blobflow.stores.probe import REPORT_KEY, Finding, ProbedStore, ProbeReport
 from blobflow.testing import FailBefore, Fault, Hook, Request
 from blobflow.transport import list_artifacts, upload
 from tests.dagster.kit import REMOTE, SNAPSHOT, FaultyResource, Place, failure
 from tests.kit import artifact_of
 from tests.servers import S3Endpoint
+from tests.strict_s3 import StrictS3
 
 DAY_S = 24 * 3600.0
 GC_NODE, PRUNE_NODE = "blobflow_gc__collect", "blobflow_retention__prune"
@@ -307,14 +308,27 @@ def probed(place: Place) -> ProbedStore:
 
 @pytest.fixture
 def s3_place(place: Place, moto_s3: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """A place whose store is a bucket."""
-    settings = moto(moto_s3)
+    """A place whose store is a bucket of a lenient server."""
+    return at_bucket(place, moto_s3, monkeypatch)
+
+
+@pytest.fixture
+def strict_place(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """A place whose store is a bucket of a server that keeps all of AWS's rules."""
+    with StrictS3() as server:
+        yield at_bucket(place, server.endpoint, monkeypatch)
+        server.endpoint.client.close()
+
+
+def at_bucket(place: Place, s3: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """`place` with a new bucket as its store."""
+    settings = moto(s3)
     monkeypatch.setattr(place, "resource", lambda **options: BlobflowResource(**settings, **options), raising=False)
     return place
 
 
 def test_the_probe_job_shows_what_the_server_can_do(s3_place: Place):
-    """A table of findings in the run, and a fresh report in the store for everybody."""
+    """A table of findings in the run, what was found is renewed for this user, and the store has a report."""
     told = output(run(s3_place, probe_job()))
     rows = {record.data["ability"]: record.data["holds"] for record in told[md.FINDINGS].records}
     assert (rows["create only"], rows["refuses wrong crc32c"]) == ("yes", "no")
@@ -366,8 +380,23 @@ def test_every_guarantee_of_the_store_is_a_check(s3_place: Place):
     lost = made["refuses_wrong_crc32c"]
     assert (lost.passed, lost.severity) == (False, dg.AssetCheckSeverity.WARN)
     assert lost.description == "a put with a wrong CRC32C was accepted"
-    assert made.keys() == probed(s3_place).report().findings.keys()
+    assert made.keys() == ProbeReport.guarantees().keys()
     assert {check.asset_key for check in made.values()} == {REMOTE}
+
+
+def test_every_check_of_a_good_store_passes(strict_place: Place):
+    """A server without fault has one passed check for each guarantee, also for what did not have to be tried."""
+    made = checks(strict_place)
+    assert made.keys() == ProbeReport.guarantees().keys()
+    assert [name for name, check in made.items() if not check.passed] == []
+    assert made["refuses_wrong_md5"].description.startswith("not tried")
+
+
+def test_every_check_of_a_local_store_is_evaluated(place: Place):
+    """A directory attests nothing, and keeps everything else."""
+    made = checks(place)
+    assert made.keys() == ProbeReport.guarantees().keys()
+    assert [name for name, check in made.items() if not check.passed] == ["attests_crc32c"]
 
 
 def test_a_lost_guarantee_of_correctness_is_an_error(s3_place: Place, monkeypatch):

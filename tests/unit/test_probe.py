@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,27 @@ from typing_extensions import override
 from blobflow import Lease, move_ref, open_store, read_ref, upload, verify
 from blobflow.checksum import Buffer, combine_all, crc32c
 from blobflow.cli import run
-from blobflow.errors import IntegrityError, StoreConfigurationError, StoreUnavailable, Unsupported
+from blobflow.errors import (
+    BlobflowError,
+    IntegrityError,
+    SlowDown,
+    StoreConfigurationError,
+    StoreUnavailable,
+    TimedOut,
+    Unsupported,
+)
 from blobflow.stores.base import Abilities, Body, ObjectMeta, PartMeta, PutMode, Server, Store
 from blobflow.stores.local import LocalStore
-from blobflow.stores.probe import MAX_AGE_S, REPORT_KEY, ProbedStore, ProbeReport, probe
+from blobflow.stores.probe import (
+    MAX_AGE_S,
+    MAX_STUBBORN_AGE_S,
+    PATIENCE_S,
+    REPORT_KEY,
+    ProbedStore,
+    ProbeReport,
+    probe,
+)
+from blobflow.stores.probe_memory import ProbeMemory
 from blobflow.stores.retry import RetryingStore
 from blobflow.stores.s3 import S3Options, S3Store
 from blobflow.testing import FailBefore, FaultyStore, Request, scripted_faults
@@ -29,7 +49,7 @@ from tests.kit import SERIAL, SMALL, artifact_of, keys
 from tests.servers import S3Endpoint
 from tests.strict_s3 import StrictS3
 
-NAMES = set(ProbeReport.model_fields) - {"store", "endpoint", "software", "probed_at"}
+NAMES = set(ProbeReport.guarantees())
 
 
 def lacking(report: ProbeReport) -> set[str]:
@@ -105,7 +125,7 @@ def test_a_file_system_without_uploads_is_found_to_have_none() -> None:
     """What a store declares not to have is not found either."""
     store = open_store("memory://probed")
     report = probe(store)
-    assert lacking(report) == {"multipart", "pages_parts", "aborts_uploads", "attests_crc32c"}
+    assert lacking(report) == {"multipart", "lists_parts", "pages_parts", "aborts_uploads", "attests_crc32c"}
     applied = report.apply(store.abilities)
     assert (applied.multipart, applied.conditional, applied.attests_crc32c) == (False, True, False)
     assert keys(store) == []
@@ -211,7 +231,19 @@ class KnowsOnePage(LocalStore):
 class StandsStill(LocalStore):
     @override
     def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
-        raise StoreUnavailable("the list of parts stands still")
+        raise Unsupported("the list of parts stands still")
+
+
+class ListsNoParts(LocalStore):
+    @override
+    def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
+        raise Unsupported("405 MethodNotAllowed")
+
+
+class ListsEmptyParts(LocalStore):
+    @override
+    def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
+        return []
 
 
 class AbortsNothing(LocalStore):
@@ -253,10 +285,12 @@ class IgnoresRanges(LocalStore):
         (Parrot, {"attests_crc32c"}),
         (KnowsOnePage, {"pages_parts", "attests_crc32c"}),
         (StandsStill, {"pages_parts", "attests_crc32c"}),
+        (ListsNoParts, {"lists_parts", "pages_parts", "aborts_uploads", "attests_crc32c"}),
+        (ListsEmptyParts, {"lists_parts", "pages_parts", "attests_crc32c"}),
         (AbortsNothing, {"aborts_uploads", "attests_crc32c"}),
         (ShowsTooEarly, {"multipart", "attests_crc32c"}),
         (PinsNothing, {"pins_ranges", "attests_crc32c"}),
-        (IgnoresRanges, {"pins_ranges", "attests_crc32c"}),
+        (IgnoresRanges, {"reads_ranges", "pins_ranges", "attests_crc32c"}),
     ],
 )
 def test_every_lie_is_found(tmp_path: Path, liar: Callable[[Path], Store], lacks: set[str]) -> None:
@@ -274,6 +308,8 @@ def test_what_does_not_hold_is_not_relied_upon(tmp_path: Path) -> None:
         "create_only": {"conditional": False},
         "compare_and_swap": {"conditional": False},
         "multipart": {"multipart": False},
+        "lists_parts": {"multipart": False},
+        "reads_ranges": {"ranges": False},
         "pages_parts": {"max_parts": 1000},
         "attests_crc32c": {"attests_crc32c": False},
     }
@@ -401,8 +437,8 @@ def test_an_unchanged_push_does_not_ask(tmp_path: Path) -> None:
     assert probed.log == plain.log
 
 
-def test_a_report_is_renewed_after_a_month(tmp_path: Path) -> None:
-    """A report is good for 30 days; one that is older, or comes from the future, is made anew."""
+def test_what_was_found_is_good_for_a_month(tmp_path: Path) -> None:
+    """What was found is good for 30 days; one that is older, or comes from the future, is made anew."""
     clock = Clock()
 
     def probed_at() -> float:
@@ -441,14 +477,14 @@ def test_a_copied_bucket_does_not_bring_its_report_along(tmp_path: Path) -> None
         assert len(sent.log) == 1
 
 
-@pytest.mark.parametrize("damaged", [b"", b"{}", b'{"format": "blobflow.probe/2", "reports": []}', bytes(300_000)])
+@pytest.mark.parametrize("damaged", [b"", b"{}", b'{"format": "blobflow.probe/1", "reports": []}', bytes(300_000)])
 def test_a_damaged_report_is_replaced(tmp_path: Path, damaged: bytes) -> None:
     """A report that cannot be read counts as none."""
     inner = LocalStore(tmp_path)
     inner.put(REPORT_KEY, damaged)
     report = ProbedStore(LocalStore(tmp_path)).report()
     document = json.loads(inner.get(REPORT_KEY, max_bytes=100_000).data)
-    assert document["format"] == "blobflow.probe/1"
+    assert document["format"] == "blobflow.probe/2"
     assert [ProbeReport.model_validate(found) for found in document["reports"]] == [report]
 
 
@@ -458,6 +494,133 @@ def test_two_probes_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
         reports = list(pool.map(lambda _: probe(LocalStore(tmp_path)), range(8)))
     assert [lacking(report) for report in reports] == [{"attests_crc32c"}] * 8
     assert keys(LocalStore(tmp_path)) == LocalStore(tmp_path).list_uploads() == []
+
+
+# --------------------------------------------------------------------------------------------------------- who says it
+
+
+def plant(store: Store, report: ProbeReport, holds: bool | None = None, **changes: Any) -> None:
+    """Put a report into the bucket, as anybody who may write there can."""
+    findings = {name: f.model_copy(update={"holds": holds}) for name, f in report.findings.items() if holds is not None}
+    planted = report.model_copy(update=findings | changes)
+    store.put(
+        REPORT_KEY, json.dumps({"format": "blobflow.probe/2", "reports": [planted.model_dump(mode="json")]}).encode()
+    )
+
+
+@pytest.mark.parametrize("server", [Parrot, IgnoresIfMatch, IgnoresRanges, KnowsOnePage, ListsNoParts])
+def test_a_planted_report_enables_nothing(tmp_path: Path, server: Callable[[Path], Store]) -> None:
+    """Whatever a report in the bucket promises, a server is relied upon only for what this user saw."""
+    truth = probe(server(tmp_path))
+    declared = server(tmp_path).abilities
+    plant(server(tmp_path), truth, holds=True, probed_at=datetime.now(timezone.utc))
+    store = ProbedStore(server(tmp_path))
+    assert store.abilities == truth.apply(declared)
+    plant(server(tmp_path), truth, holds=True, probed_at=datetime.now(timezone.utc))
+    assert ProbedStore(server(tmp_path)).abilities == truth.apply(declared)
+
+
+def test_a_planted_report_makes_no_verification_shallow(tmp_path: Path) -> None:
+    """On a server that repeats checksums `auto` reads every byte, and finds the damage, whatever the bucket says."""
+    inner = Parrot(tmp_path / "store")
+    upload(inner, "a.tar", artifact_of(tmp_path), profile=SMALL)
+    plant(inner, probe(inner), holds=True, probed_at=datetime.now(timezone.utc))
+    assert verify(ProbedStore(inner), "a.tar").mode_used == "deep"
+    damage(inner, "a.tar")
+    with pytest.raises(IntegrityError):
+        verify(ProbedStore(inner), "a.tar")
+
+
+def test_a_newer_report_that_misses_something_makes_us_look_again(tmp_path: Path) -> None:
+    """A server that was changed is noticed as soon as anybody probed it; a report that lies costs one probe."""
+    clock = Clock()
+    assert ProbedStore(Honest(tmp_path), now=clock).abilities.attests_crc32c
+    clock.now += 60
+    plant(LocalStore(tmp_path), probe(Parrot(tmp_path), now=clock))
+    changed = ProbedStore(Parrot(tmp_path), now=clock)
+    assert not changed.abilities.attests_crc32c
+    clock.now += 60
+    report = changed.report(fresh=True)
+    clock.now += 60
+    plant(LocalStore(tmp_path), report, holds=False, probed_at=datetime.fromtimestamp(clock(), timezone.utc))
+    assert ProbedStore(Honest(tmp_path), now=clock).abilities.conditional
+    sent = FaultyStore(Honest(tmp_path))
+    assert ProbedStore(sent, now=clock).abilities.conditional
+    assert sent.log == [Request("get", REPORT_KEY, 1)]
+
+
+@pytest.mark.parametrize("seconds", [-60.0, 3600.0])
+def test_an_older_report_and_one_of_tomorrow_cost_nothing(tmp_path: Path, seconds: float) -> None:
+    """Only what was seen between our own probe and now is a reason to probe again: a planted date wears nobody out."""
+    clock = Clock()
+    report = ProbedStore(LocalStore(tmp_path), now=clock).report()
+    moment = datetime.fromtimestamp(clock() + seconds, timezone.utc)
+    plant(LocalStore(tmp_path), report, holds=False, probed_at=moment)
+    sent = FaultyStore(LocalStore(tmp_path))
+    assert ProbedStore(sent, now=clock).report() == report
+    assert len(sent.log) == 1
+
+
+def test_a_server_of_another_name_is_another_server(tmp_path: Path) -> None:
+    """At an endpoint where another software answers now, what was found of the old one counts no more."""
+
+    class Renamed(Named):
+        @property
+        @override
+        def server(self) -> Server:
+            return Server(self.name, "TestServer/2")
+
+    ProbedStore(Named(tmp_path)).report()
+    assert ProbedStore(Renamed(tmp_path)).report().software == "TestServer/2"
+
+
+def memory_files(cache: Path) -> list[Path]:
+    return sorted(path for path in (cache / "blobflow" / "probes").iterdir())
+
+
+def test_what_was_found_is_remembered_for_this_user_alone(tmp_path: Path) -> None:
+    """The memory is a directory of the user's own, in which files are private."""
+    ProbedStore(LocalStore(tmp_path / "store"), memory=ProbeMemory(tmp_path / "cache")).report()
+    (file,) = memory_files(tmp_path / "cache")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("spoil", ["link", "link to a directory", "damage", "another place", "too large", "a file"])
+def test_a_memory_that_is_not_ours_is_not_believed(tmp_path: Path, spoil: str) -> None:
+    """Links, damage, and what belongs to another store count as nothing found, and cost a probe each; nothing fails."""
+    cache = tmp_path / "cache"
+    ProbedStore(Honest(tmp_path / "store"), memory=ProbeMemory(cache)).report()
+    (file,) = memory_files(cache)
+    match spoil:
+        case "link":
+            file.rename(tmp_path / "elsewhere.json")
+            file.symlink_to(tmp_path / "elsewhere.json")
+        case "link to a directory":
+            file.parent.rename(tmp_path / "elsewhere")
+            file.parent.symlink_to(tmp_path / "elsewhere")
+        case "damage":
+            file.write_bytes(b"{}")
+        case "another place":
+            file.write_text(file.read_text().replace(str(tmp_path), str(tmp_path / "other")))
+        case "too large":
+            file.write_text(file.read_text() + " " * 100_000)
+        case _:
+            shutil.rmtree(file.parent)
+            file.parent.write_bytes(b"")
+    store = ProbedStore(sent := FaultyStore(Parrot(tmp_path / "store")), memory=ProbeMemory(cache))
+    assert not store.abilities.attests_crc32c
+    assert len(sent.log) > 10
+
+
+def test_without_a_home_every_process_probes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be remembered nothing fails."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", classmethod(lambda _: (_ for _ in ()).throw(RuntimeError("no home"))))
+    for _ in range(2):
+        sent = FaultyStore(LocalStore(tmp_path))
+        assert ProbedStore(sent).abilities.conditional
+        assert len(sent.log) > 10
 
 
 # -------------------------------------------------------------------------------------------------- when it cannot be
@@ -479,11 +642,12 @@ def test_readers_without_the_right_to_write_read(tmp_path: Path, caplog: pytest.
     assert not store.abilities.conditional
 
 
-def test_readers_use_the_report_of_those_who_may_write(tmp_path: Path) -> None:
-    """Once somebody has probed, everybody knows."""
+def test_who_may_only_read_believes_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report in the store says to another user what holds; one who cannot look for himself reads every byte."""
     upload(ProbedStore(Honest(tmp_path / "store")), "a.tar", artifact_of(tmp_path), profile=SMALL)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another user"))
     store = ProbedStore(FaultyStore(Honest(tmp_path / "store"), denied("put", "create_multipart", "delete")))
-    assert verify(store, "a.tar").mode_used == "shallow"
+    assert verify(store, "a.tar").mode_used == "deep"
 
 
 def test_an_absent_report_that_looks_forbidden_is_absent(tmp_path: Path) -> None:
@@ -508,13 +672,89 @@ def test_a_wrong_bucket_is_reported_as_such(tmp_path: Path) -> None:
         Lease(store, "orders/round")
 
 
+class Impatient(Clock):
+    """Time passes by sleeping only."""
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    @property
+    def retrying(self) -> dict[str, Any]:
+        return {"sleep": self.sleep, "clock": self, "now": self}
+
+
 def test_a_passing_failure_is_no_finding(tmp_path: Path) -> None:
-    """A server that does not answer has not shown that it cannot; what was begun is removed."""
-    inner = LocalStore(tmp_path)
-    down = FaultyStore(inner, lambda request: FailBefore() if request.operation == "put_part" else None)
+    """A server that does not answer at all has not shown that it cannot: nothing is remembered."""
+    inner, clock = LocalStore(tmp_path), Impatient()
+    down = False
+
+    def faults(request: Request) -> FailBefore | None:
+        nonlocal down
+        down = down or request.operation == "put_part"
+        return FailBefore() if down else None
+
     with pytest.raises(StoreUnavailable):
-        probe(down)
-    assert keys(inner) == inner.list_uploads() == []
+        ProbedStore(FaultyStore(inner, faults), **clock.retrying).report()
+    assert not inner.exists(REPORT_KEY)
+    assert lacking(ProbedStore(inner, now=clock).report()) == {"attests_crc32c"}
+
+
+def test_a_server_that_asks_for_patience_shows_nothing(tmp_path: Path) -> None:
+    """SlowDown says that there is too much to do, whatever was asked: it is the error of the call, and no finding."""
+    clock = Impatient()
+    busy = FaultyStore(LocalStore(tmp_path), lambda r: FailBefore(SlowDown("503")) if r.operation == "head" else None)
+    with pytest.raises(SlowDown):
+        probe(busy, **clock.retrying)
+
+
+@pytest.mark.parametrize(
+    ("error", "evidence"),
+    [
+        (StoreUnavailable("500", status=500), "failed again and again with StoreUnavailable, status 500"),
+        (TimedOut("no byte for 120 s"), "was not answered"),
+    ],
+)
+def test_one_stubborn_trial_costs_that_ability_only(tmp_path: Path, error: BlobflowError, evidence: str) -> None:
+    """A request that fails for ever costs what needs it and 20 s in all, leaves nothing, and is soon tried again."""
+    inner, clock = LocalStore(tmp_path), Impatient()
+    stubborn = FaultyStore(inner, lambda r: FailBefore(error) if r.operation == "list_parts" else None)
+    began = clock.now
+    report = ProbedStore(stubborn, **clock.retrying).report()
+    assert clock.now - began <= PATIENCE_S
+    assert lacking(report) == {"lists_parts", "pages_parts", "aborts_uploads", "attests_crc32c"}
+    assert report.lists_parts.evidence == f"{evidence}, while other requests succeeded"
+    assert keys(inner) == [REPORT_KEY]
+    assert inner.list_uploads() == []
+    clock.now += MAX_STUBBORN_AGE_S / 2
+    assert lacking(ProbedStore(inner, now=clock).report()) == lacking(report)
+    clock.now += MAX_STUBBORN_AGE_S
+    assert lacking(ProbedStore(inner, now=clock).report()) == {"attests_crc32c"}
+
+
+def test_a_silent_request_is_waited_for_once(tmp_path: Path) -> None:
+    """A trial that ran into its idle timeout is not repeated: that has taken long enough."""
+    silent = FaultyStore(
+        LocalStore(tmp_path), lambda r: FailBefore(TimedOut("no byte")) if r.operation == "complete_multipart" else None
+    )
+    assert not probe(silent).multipart.holds
+    completed = [r.key for r in silent.log if r.operation == "complete_multipart"]
+    assert len(completed) == len(set(completed)) > 0
+
+
+class BeginsUnseen(LocalStore):
+    """Begins uploads, and answers in a way that cannot be understood."""
+
+    @override
+    def create_multipart(self, key: str, *, part_size: int, content_type: str = "") -> str:
+        super().create_multipart(key, part_size=part_size)
+        raise Unsupported("the answer cannot be understood")
+
+
+def test_an_upload_that_began_unseen_is_aborted(tmp_path: Path) -> None:
+    """A server whose answer to create cannot be understood keeps no open upload of the probe's."""
+    store = BeginsUnseen(tmp_path)
+    assert not probe(store).multipart.holds
+    assert keys(store) == store.list_uploads() == []
 
 
 def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -534,7 +774,7 @@ def test_a_report_that_cannot_be_written_is_used(tmp_path: Path, caplog: pytest.
         return denied("put")(request) if request.key == REPORT_KEY else None
 
     assert ProbedStore(FaultyStore(Honest(tmp_path), faults)).abilities.attests_crc32c
-    assert "probe.not_remembered" in caplog.text
+    assert "probe.not_told" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------- secrets, the shell

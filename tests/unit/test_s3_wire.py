@@ -320,6 +320,17 @@ def test_a_server_without_ranges_is_unsupported(open_s3: Callable[..., S3Store])
     assert refusal.value.ability == "ranged GET"
 
 
+def test_a_range_is_one_by_its_content_range(open_s3: Callable[..., S3Store]) -> None:
+    """A server that answers a range with 200 (`rclone serve s3`) is read, if it says which range it gives."""
+
+    def ranged(peer: Peer) -> None:
+        peer.request()
+        peer.answer(200, b"345", content_range="bytes 3-5/10")
+
+    with scripted_server(ranged) as url:
+        assert open_s3(url).get_range("k", 3, 3) == b"345"
+
+
 def test_an_error_of_the_source_passes_through(open_s3: Callable[..., S3Store]) -> None:
     """An OSError raised by the body itself is the caller's, not a broken connection, and is not retried."""
 
