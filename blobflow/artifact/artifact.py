@@ -29,6 +29,7 @@ from blobflow.artifact.manifest import (
 )
 from blobflow.checksum import crc32c, sha256
 from blobflow.errors import ArtifactInvalid, ArtifactNotFound, ChecksumMismatch, DigestMismatch, SourceChanged, reading
+from blobflow.trees import open_below
 from blobflow.version import __version__
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ class PayloadSource:
 
     def _pread_member(self, member: int, path: str, offset: int, target: memoryview) -> None:
         # Non-blocking, so that a pipe that took a file's place cannot hang the upload.
-        descriptor = os.open(os.path.join(self._root, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = open_below(self._root, path, os.O_RDONLY | os.O_NONBLOCK)
         try:
             self._check_unchanged(member, os.fstat(descriptor))
             while target:

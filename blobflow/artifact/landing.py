@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -39,6 +38,7 @@ from blobflow.errors import (
     writing,
 )
 from blobflow.owner import boot_id
+from blobflow.trees import OPEN_DIRECTORY, Cursor, Opened, make_directories, open_below, open_beneath, remove_tree
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,6 @@ _TREE_NAME: Final = "artifact"
 _HOLE: Final = bytes(64 * 1024)
 """Aligned runs of zeros of this size are left as holes, so that a sparse file lands sparse."""
 _READ_BACK_SIZE: Final = 1 << 20
-_OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN_FILE: Final = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -172,7 +171,7 @@ class Stage:
     @contextmanager
     def _locked(self, kind: int) -> Generator[None]:
         with writing(self.dest):
-            self.dest.parent.mkdir(parents=True, exist_ok=True)
+            make_directories(self.dest.parent)
             self.path.mkdir(mode=0o700, exist_ok=True)
         with lock_of(self.path) as lock:
             if lock is None or not try_flock(lock, kind):
@@ -368,7 +367,7 @@ def lock_of(stage: Path) -> Generator[int | None]:
     """
     lock: int | None = None
     with writing(stage), suppress(FileNotFoundError):
-        directory = os.open(stage, _OPEN_DIRECTORY)
+        directory = os.open(stage, OPEN_DIRECTORY)
         try:
             if os.fstat(directory).st_uid != os.geteuid():
                 raise RefusedError(f"stage {stage} belongs to another user", hint="remove it", path=str(stage))
@@ -397,7 +396,7 @@ def remove_stage(stage: Path) -> None:
     """Drop a stage that the caller holds alone; its lock goes last, because until then nobody else may begin one."""
     for entry in stage.iterdir():
         if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
+            remove_tree(entry)
         elif entry.name != _LOCK_NAME:
             entry.unlink()
     (stage / _LOCK_NAME).unlink()
@@ -435,17 +434,19 @@ class Landing:
 
     def _prepare(self) -> None:
         """Make every directory, and the files that have no bytes to wait for."""
-        data = self.stage.tree / DATA_NAME
-        made = {data}
+        index, data = self._index, self.stage.tree / DATA_NAME
         with writing(self.stage.dest):
             data.mkdir(exist_ok=True)
-            for path, size, mode in zip(self._index.paths, self._index.sizes, self._index.modes, strict=True):
-                parent = data / (path if path.endswith("/") else path.rpartition("/")[0])
-                if parent not in made:
-                    parent.mkdir(parents=True, exist_ok=True)
-                    made.add(parent)
-                if not size and not path.endswith("/"):
-                    (data / path).touch(mode=_permissions(mode))
+            with Opened(data) as root, Cursor(root) as cursor:
+                last = ""
+                for path, size, mode in zip(index.paths, index.sizes, index.modes, strict=True):
+                    parent, _, name = path.rpartition("/")  # of a directory, itself: its path ends in a slash
+                    if parent != last:
+                        cursor.go(parent, make=True)
+                        last = parent
+                    if name and not size:
+                        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                        os.close(os.open(name, flags, _permissions(mode), dir_fd=cursor.descriptor))
 
     def land(self, part: Part, data: memoryview) -> int:
         """Check the bytes of a part and write them; returns their CRC32C.
@@ -525,14 +526,13 @@ class Landing:
 
     def _read_back(self, member: int, offset: int, length: int) -> Iterator[memoryview]:
         buffer = memoryview(bytearray(min(length, _READ_BACK_SIZE)))
-        with open(self.stage.tree / DATA_NAME / self._index.paths[member], "rb", buffering=0) as file:
+        path = self._index.paths[member]
+        with open(open_below(self.stage.tree / DATA_NAME, path, os.O_RDONLY), "rb", buffering=0) as file:
             file.seek(offset)
             while length:
                 count = file.readinto(buffer[: min(length, len(buffer))])
                 if not count:
-                    raise DigestMismatch(
-                        f"the stage of {self.stage.dest} lost bytes", what=str(file.name), member=member
-                    )
+                    raise DigestMismatch(f"the stage of {self.stage.dest} lost bytes", what=path, member=member)
                 yield buffer[:count]
                 length -= count
 
@@ -644,26 +644,16 @@ class _Writer:
 
     def _open_parent(self, parent: str) -> int:
         if self._root_descriptor < 0:
-            self._root_descriptor = os.open(self._data, _OPEN_DIRECTORY)
+            self._root_descriptor = os.open(self._data, OPEN_DIRECTORY)
         if not parent:
             return self._root_descriptor
         if parent != self._parent or self._parent_descriptor < 0:
             if self._parent_descriptor >= 0:
                 os.close(self._parent_descriptor)
                 self._parent_descriptor = -1
-            self._parent_descriptor = _open_below(self._root_descriptor, parent)
+            self._parent_descriptor = open_beneath(self._root_descriptor, parent, OPEN_DIRECTORY)
             self._parent = parent
         return self._parent_descriptor
-
-
-def _open_below(root: int, path: str) -> int:
-    descriptor = root
-    for segment in path.split("/"):
-        below = os.open(segment, _OPEN_DIRECTORY, dir_fd=descriptor)
-        if descriptor != root:
-            os.close(descriptor)
-        descriptor = below
-    return descriptor
 
 
 def _write_sparsely(descriptor: int, offset: int, data: memoryview) -> None:

@@ -12,6 +12,7 @@ from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
 from blobflow.checksum import EMPTY_SHA256
 from blobflow.errors import DigestMismatch, SourceChanged, reading
+from blobflow.trees import open_below
 
 
 def verify_members(artifact: Artifact, *, on_progress: Callable[[int, int], None] | None = None) -> None:
@@ -32,7 +33,7 @@ def verify_members(artifact: Artifact, *, on_progress: Callable[[int, int], None
     def hash_member(i: int, buffer: memoryview) -> FileHash:
         path = index.paths[i]
         if path.endswith("/"):
-            if not os.path.isdir(os.path.join(root, path)):
+            if not _is_directory(root, path):
                 raise SourceChanged(f"directory {path!r} of {artifact!r} is missing", path=path)
             return FileHash(0, EMPTY_SHA256, 0)
         with reading(path), open_regular(root, path) as file:
@@ -56,6 +57,14 @@ def verify_members(artifact: Artifact, *, on_progress: Callable[[int, int], None
             )
 
 
+def _is_directory(root: str, path: str) -> bool:
+    try:
+        os.close(open_below(root, path, os.O_PATH | os.O_DIRECTORY))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def open_regular(root: str | Path, path: str) -> io.FileIO:
     """A file below `root`, opened for reading; anything but a regular file is refused.
 
@@ -65,7 +74,7 @@ def open_regular(root: str | Path, path: str) -> io.FileIO:
     """
     with reading(path):
         # Non-blocking, so that a pipe that took a file's place cannot hang the export.
-        descriptor = os.open(os.path.join(root, path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = open_below(root, path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise SourceChanged(f"{path!r} is no longer a regular file", path=path)

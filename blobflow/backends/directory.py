@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -14,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from blobflow.artifact.artifact import write_artifact
 from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
+from blobflow.artifact.limits import Tally
 from blobflow.artifact.manifest import DATA_NAME
 from blobflow.artifact.members import open_regular
 from blobflow.backends.base import ExportResult, OnProgress
-from blobflow.backends.files import all_or_nothing, copy_still, place_members, unsupported
+from blobflow.backends.files import all_or_nothing, copy_still, link_member, place_members, unsupported
 from blobflow.backends.patterns import ExcludePatterns
 from blobflow.backends.versions import VersionedImporter
 from blobflow.checksum import EMPTY_SHA256
@@ -32,6 +34,7 @@ from blobflow.errors import (
     setting,
     writing,
 )
+from blobflow.trees import Cursor, Opened
 
 BACKEND: Final = "directory"
 _LAST_NS: Final = 2**63 - 1
@@ -56,13 +59,15 @@ class Scan:
         self.unmatched: tuple[str, ...] = ()
         self.left_out: list[str] = []
         self.symlinks_skipped = 0
+        self._tally = Tally()
 
     def append(self, path: str, size: int, mode: int, status: os.stat_result) -> None:
         """Add an entry; `sort` follows when all are there.
 
         Raises:
-            UnsupportedSource: its time is one that an index cannot hold.
+            UnsupportedSource: its time is one that an index cannot hold, or there are too many entries already.
         """
+        self._tally.add(path, size)
         if abs(status.st_mtime_ns) > _LAST_NS:
             raise unsupported(path, "its modification time is after 2262 or before 1678", "touch it")
         self.paths.append(path)
@@ -211,45 +216,26 @@ class DirectoryExporter(BaseModel):
             NotFoundError, UnsupportedSource: as `export`.
             SourceChanged: a directory went away while it was read.
         """
-        from blobflow.artifact.index import EXECUTABLE_MODE, FILE_MODE, path_fault
-
         root = self._root()
         found = Scan()
         patterns = ExcludePatterns(self.exclude)
-        # Directories still to read, each with its path in the artifact and the real directories above it.
-        pending: list[tuple[str, str, tuple[str, ...]]] = [(str(root), "", (str(root),))]
-        while pending:
-            directory, prefix, above = pending.pop()
-            kept = 0
-            for entry in _entries(directory, prefix):
-                path = prefix + entry.name
-                is_directory = _may_be_directory(entry)
-                if patterns.excludes(entry.name, path, is_directory=is_directory):
-                    found.excluded += 1
+        with reading(str(root)), Opened(root) as top, Cursor(top) as cursor:
+            # For each directory from the root to the cursor, the path that its members have in front of their names,
+            # and the names of the directories below it that are still to be read.
+            prefixes, pending = [""], [self._look(cursor, "", found, patterns, str(root))]
+            while pending:
+                if not pending[-1]:
+                    pending.pop()
+                    prefixes.pop()
+                    if pending:
+                        cursor.leave()
                     continue
-                if self._leaves_out(entry.name, is_directory=is_directory):
-                    found.left_out.append(path + "/" * is_directory)
-                    continue
-                if fault := path_fault(path):
-                    raise unsupported(path, fault, f"rename it, or {LEAVE_IT_OUT}")
-                if entry.is_symlink():
-                    if self.symlinks == "skip":
-                        found.symlinks_skipped += 1
-                        continue
-                    self._check_link(entry.path, path, above)
-                kept += 1
-                with reading(path):
-                    directory_below, status = entry.is_dir(), entry.stat()
-                if directory_below:
-                    pending.append((entry.path, path + "/", (*above, os.path.realpath(entry.path))))
-                    continue
-                if not stat.S_ISREG(status.st_mode):
-                    raise unsupported(path, "it is a device, socket or pipe", LEAVE_IT_OUT)
-                mode = EXECUTABLE_MODE if status.st_mode & stat.S_IXUSR else FILE_MODE
-                found.append(path, status.st_size, mode, status)
-            if not kept and prefix:
+                name, is_link = pending[-1].pop()
+                prefix = f"{prefixes[-1]}{name}/"
                 with reading(prefix):
-                    found.append(prefix, 0, EXECUTABLE_MODE, os.stat(directory))
+                    cursor.enter(name, follow=is_link)
+                prefixes.append(prefix)
+                pending.append(self._look(cursor, prefix, found, patterns, str(root)))
         found.sort()
         found.unmatched = patterns.unmatched
         found.left_out.sort()
@@ -260,16 +246,66 @@ class DirectoryExporter(BaseModel):
         del name, is_directory
         return False
 
-    def _check_link(self, link: str, path: str, above: tuple[str, ...]) -> None:
+    def _look(
+        self, cursor: Cursor, prefix: str, found: Scan, patterns: ExcludePatterns, root: str
+    ) -> list[tuple[str, bool]]:
+        """Add the files of the cursor's directory, and return the directories below it, and which of them are links."""
+        from blobflow.artifact.index import EXECUTABLE_MODE, FILE_MODE, path_fault
+
+        below: list[tuple[str, bool]] = []
+        kept = 0
+        with reading(prefix or root), os.scandir(cursor.descriptor) as listed:
+            entries = list(listed)
+        for entry in entries:
+            path = prefix + entry.name
+            may_be_directory = _may_be_directory(entry)
+            if patterns.excludes(entry.name, path, is_directory=may_be_directory):
+                found.excluded += 1
+                continue
+            if self._leaves_out(entry.name, is_directory=may_be_directory):
+                found.left_out.append(path + "/" * may_be_directory)
+                continue
+            if fault := path_fault(path):
+                raise unsupported(path, fault, f"rename it, or {LEAVE_IT_OUT}")
+            is_link = entry.is_symlink()
+            if is_link:
+                if self.symlinks == "skip":
+                    found.symlinks_skipped += 1
+                    continue
+                self._check_link(cursor, entry.name, path, root)
+            kept += 1
+            with reading(path):
+                is_directory, status = entry.is_dir(), entry.stat()
+            if is_directory:
+                below.append((entry.name, is_link))
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                raise unsupported(path, "it is a device, socket or pipe", LEAVE_IT_OUT)
+            mode = EXECUTABLE_MODE if status.st_mode & stat.S_IXUSR else FILE_MODE
+            found.append(path, status.st_size, mode, status)
+        if not kept and prefix:
+            with reading(prefix):
+                found.append(prefix, 0, EXECUTABLE_MODE, os.fstat(cursor.descriptor))
+        return below
+
+    def _check_link(self, cursor: Cursor, name: str, path: str, root: str) -> None:
         if self.symlinks == "refuse":
             remedies = f"{setting('symlinks', 'skip')}, {setting('symlinks', 'follow')}, or {LEAVE_IT_OUT}"
             raise unsupported(path, "it is a symbolic link", remedies)
-        target = Path(os.path.realpath(link))
-        if not target.is_relative_to(above[0]):
-            raise unsupported(path, f"it is a symbolic link to {target}, outside of the source", LEAVE_IT_OUT)
-        if not target.exists():
-            raise unsupported(path, "it is a symbolic link to nothing", f"remove it, or {LEAVE_IT_OUT}")
-        if any(Path(parent).is_relative_to(target) for parent in above):
+        with reading(path):
+            try:
+                target = os.open(name, os.O_PATH | os.O_CLOEXEC, dir_fd=cursor.descriptor)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
+                raise unsupported(path, "it is a symbolic link to nothing", f"remove it, or {LEAVE_IT_OUT}") from error
+            try:
+                real, status = os.readlink(f"/proc/self/fd/{target}"), os.fstat(target)
+            finally:
+                os.close(target)
+        if not Path(real).is_relative_to(root):
+            raise unsupported(path, f"it is a symbolic link to {real}, outside of the source", LEAVE_IT_OUT)
+        if (status.st_dev, status.st_ino) in cursor.identities:
             raise unsupported(path, "it is a symbolic link to a directory above it", LEAVE_IT_OUT)
 
     def _materialise(self, paths: Sequence[str], root: Path, data: Path) -> Path:
@@ -278,13 +314,8 @@ class DirectoryExporter(BaseModel):
             with writing(data):
                 data.symlink_to(root)
             return root
-        place_members(paths, root, data, os.link if self.mode == "link" else copy_still)
+        place_members(paths, root, data, link_member if self.mode == "link" else copy_still)
         return data
-
-
-def _entries(directory: str, path: str) -> list[os.DirEntry[str]]:
-    with reading(path or directory), os.scandir(directory) as entries:
-        return list(entries)
 
 
 def _may_be_directory(entry: os.DirEntry[str]) -> bool:
@@ -298,9 +329,10 @@ def _may_be_directory(entry: os.DirEntry[str]) -> bool:
 def _scan_of_copies(data: Path, found: Scan) -> Scan:
     """What the copies hold of what the scan found in the source, which was perhaps written to since."""
     copies = Scan()
-    for path, mode in zip(found.paths, found.modes, strict=True):
-        status = os.stat(data / path)
-        copies.append(path, 0 if path.endswith("/") else status.st_size, mode, status)
+    with Opened(data) as root:
+        for path, mode in zip(found.paths, found.modes, strict=True):
+            status = os.stat(path, dir_fd=root)
+            copies.append(path, 0 if path.endswith("/") else status.st_size, mode, status)
     copies.excluded, copies.symlinks_skipped = found.excluded, found.symlinks_skipped
     copies.unmatched, copies.left_out = found.unmatched, found.left_out
     return copies

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 from pydantic import JsonValue
 
@@ -31,6 +30,7 @@ from blobflow.errors import (
     setting,
     writing,
 )
+from blobflow.trees import Cursor, Opened, remove_entries, remove_tree
 
 _PAUSES_S: Final = (0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 3.0)
 """After each attempt to copy a file that was written to meanwhile."""
@@ -55,9 +55,11 @@ def all_or_nothing(dest: Path) -> Generator[None]:
     try:
         yield
     except BaseException as error:
-        remove_tree(dest)
-        if not created:
-            dest.mkdir()
+        if created:
+            remove_tree(dest)
+        else:  # a mount point, or in a directory that cannot be written to, it could not be made again
+            with Opened(dest) as directory:
+                remove_entries(directory)
         if isinstance(error, SourceChanged):
             raise SourceBusy(error.message, **error.fields) from error
         raise
@@ -117,8 +119,15 @@ def export_files(
     )
 
 
-def place_members(paths: Sequence[str], root: Path, data: Path, place: Callable[[Path, Path], object]) -> None:
-    """Bring the members at `paths` from `root` to `data`; `place` links or copies one file.
+Place: TypeAlias = Callable[[int, str, int, str], object]
+"""`place(root, path, directory, name)` makes the file `name` in an open directory from that at `path` below another."""
+
+
+def place_members(paths: Sequence[str], root: Path, data: Path, place: Place) -> None:
+    """Bring the members at `paths`, which are sorted, from `root` to `data`.
+
+    Args:
+        place: `link_member`, `copy_member` or `copy_still`.
 
     Raises:
         DiskFull, RefusedError: `data` cannot be written.
@@ -127,15 +136,14 @@ def place_members(paths: Sequence[str], root: Path, data: Path, place: Callable[
     """
     with writing(data):
         data.mkdir()
-    for path in paths:
-        target = data / path
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if path.endswith("/"):
-                target.mkdir()
-        if not path.endswith("/"):
-            with _placing(path, target):
-                place(Path(os.path.realpath(root / path)), target)
+    with Opened(os.path.realpath(root)) as source, Opened(data) as top, Cursor(top) as cursor:
+        for path in paths:
+            parent, _, name = path.rpartition("/")  # of a directory, itself: its path ends in a slash
+            with writing(data / path):
+                directory = cursor.go(parent, make=True)
+            if name:
+                with _placing(path, data / path):
+                    place(source, path, directory, name)
 
 
 @contextmanager
@@ -157,42 +165,65 @@ def _placing(path: str, target: Path) -> Generator[None]:
             raise
 
 
-def copy_still(source: Path, target: Path) -> None:
-    """Copy a file, with its times and permission bits, as it was at one moment.
+def link_member(root: int, path: str, directory: int, name: str) -> None:
+    """Make a hard link; see `Place`. Of a symbolic link, one to the file that it leads to."""
+    os.link(path, name, src_dir_fd=root, dst_dir_fd=directory)
+
+
+def copy_member(root: int, path: str, directory: int, name: str) -> None:
+    """Copy a file, with its times and permission bits; see `Place`."""
+    with _copying(root, path, directory, name) as (original, copy):
+        copy_bytes(original, copy)
+        _keep_attributes(os.fstat(original), copy)
+
+
+def copy_still(root: int, path: str, directory: int, name: str) -> None:
+    """`copy_member` of a file as it was at one moment.
 
     A file that is written to while it is copied is copied again, after pauses that grow to about ten seconds in all.
 
     Raises:
         SourceBusy: it was written to during every attempt.
     """
-    with open(source, "rb", buffering=0) as original, open(target, "xb", buffering=0) as copy:
+    with _copying(root, path, directory, name) as (original, copy):
         for pause_s in _PAUSES_S:
-            before, now_ns = os.fstat(original.fileno()), time.time_ns()
-            copied = copy_bytes(original.fileno(), copy.fileno())
-            after = os.fstat(original.fileno())
+            before, now_ns = os.fstat(original), time.time_ns()
+            copied = copy_bytes(original, copy)
+            after = os.fstat(original)
             is_fresh = 0 <= now_ns - before.st_ctime_ns < _TICK_NS
             if (copied, *_version(before)) == (after.st_size, *_version(after)) and not is_fresh:
-                os.fchmod(copy.fileno(), stat.S_IMODE(after.st_mode))
-                os.utime(copy.fileno(), ns=(after.st_atime_ns, after.st_mtime_ns))
+                _keep_attributes(after, copy)
                 return
-            os.ftruncate(copy.fileno(), 0)
+            os.ftruncate(copy, 0)
             time.sleep(pause_s)
     raise SourceBusy(
-        f"{str(source)!r} was written to each of {len(_PAUSES_S)} times that it was copied",
+        f"{path!r} was written to each of {len(_PAUSES_S)} times that it was copied",
         hint=f"stop what writes to it meanwhile, leave it out with {setting('exclude')},"
         " or export a snapshot of its file system",
-        path=str(source),
+        path=path,
         what="size or mtime",
     )
 
 
+@contextmanager
+def _copying(root: int, path: str, directory: int, name: str) -> Generator[tuple[int, int]]:
+    # Non-blocking, so that a pipe that took a file's place cannot hang the copy.
+    original = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=root)
+    try:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        copy = os.open(name, flags, 0o600, dir_fd=directory)
+        try:
+            yield original, copy
+        finally:
+            os.close(copy)
+    finally:
+        os.close(original)
+
+
+def _keep_attributes(status: os.stat_result, copy: int) -> None:
+    os.fchmod(copy, stat.S_IMODE(status.st_mode))
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 def _version(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a directory tree of ours; absent is fine. Links are removed, not followed."""
-    if path.is_symlink():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)

@@ -19,9 +19,10 @@ from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.members import verify_members
 from blobflow.backends.base import ImportResult, OnProgress
-from blobflow.backends.files import place_members, remove_tree
+from blobflow.backends.files import copy_member, place_members
 from blobflow.backends.history import HistoryEntry, add_to_history, read_history
 from blobflow.errors import ArtifactNotFound, RefusedError, TransferBusy, UnsupportedSource, expanded, writing
+from blobflow.trees import remove_tree
 
 CURRENT_NAME: Final = "current"
 INCOMING_NAME: Final = ".incoming"
@@ -152,7 +153,7 @@ class VersionedImporter(BaseModel, ABC):
             partial = version.with_name(f".{version.name}.partial")
             remove_tree(partial)
             partial.mkdir()
-            place_members(artifact.index.paths, artifact.data, partial / DATA_NAME, shutil.copy2)
+            place_members(artifact.index.paths, artifact.data, partial / DATA_NAME, copy_member)
             for name in (INDEX_NAME, MANIFEST_NAME):
                 shutil.copy2(artifact.path / name, partial / name)
             sync_tree(partial)

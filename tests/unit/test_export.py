@@ -28,6 +28,7 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.testing import Executable, Fifo, Symlink, Tree, read_tree, write_tree
+from blobflow.trees import Opened
 from tests.kit import TREE, noise
 
 
@@ -284,7 +285,8 @@ def test_a_write_in_the_same_tick_of_the_clock_is_not_missed(tmp_path: Path, mon
     while_copied(monkeypatch, write)
     monkeypatch.setattr(files.os, "fstat", same_times)
     monkeypatch.setattr(files.time, "time_ns", iter((status.st_ctime_ns + 1, status.st_ctime_ns + 10**9)).__next__)
-    files.copy_still(source / "a", tmp_path / "copy")
+    with Opened(source) as root, Opened(tmp_path) as directory:
+        files.copy_still(root, "a", directory, "copy")
     assert (tmp_path / "copy").read_text() == "other"
 
 
