@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import Any, Final
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
-from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.artifact.manifest import Manifest, artifact_digest, is_private
 from blobflow.errors import (
     ArtifactInvalid,
     BlobflowError,
@@ -288,7 +288,14 @@ class IntentKeeper:
         if self._store.abilities.conditional:
             mode, e_tag = (PutMode.UPDATE, self._e_tag) if self._e_tag else (PutMode.CREATE, None)
         try:
-            meta = self._store.put(self._key, intent.encode(), mode=mode, e_tag=e_tag, content_type="application/json")
+            meta = self._store.put(
+                self._key,
+                intent.encode(),
+                mode=mode,
+                e_tag=e_tag,
+                content_type="application/json",
+                private=is_private(intent.manifest_bytes),
+            )
         except PreconditionFailed:
             return False
         self.intent, self._e_tag, self._renewed_at = intent, meta.e_tag, self._clock()

@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
+from blobflow.artifact.manifest import is_private
 from blobflow.errors import (
     ArtifactNotFound,
     ObjectNotFound,
@@ -189,7 +190,13 @@ def _remove(store: Store, key: str, neighbours: Sequence[str]) -> bool:
         if is_named:
             mode = PutMode.CREATE if store.abilities.conditional else PutMode.OVERWRITE
             with suppress(PreconditionFailed):  # it was uploaded anew
-                store.put(key + MANIFEST_SUFFIX, manifest, mode=mode, content_type="application/json")
+                store.put(
+                    key + MANIFEST_SUFFIX,
+                    manifest,
+                    mode=mode,
+                    content_type="application/json",
+                    private=is_private(manifest),
+                )
     if is_named:
         return False
     _log.info("prune.removed key=%s", key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 import tempfile
@@ -40,13 +41,15 @@ class RoundResult:
 def content_key(name: str, artifact: Artifact) -> str:
     """The immutable key of an artifact: the same content always goes to the same key, other content to another.
 
-    Executable bits are content as well (`Manifest.same_content`), but the content digest does not know them.
+    Executable and private files are content as well (`Manifest.same_content`), but the content digest does not know
+    of either.
     """
     manifest = artifact.manifest
     content, executables = (
         (digest or "").removeprefix("sha256:") for digest in (manifest.content_digest, manifest.executables_digest)
     )
-    return f"{name}/{content[:16]}-{executables[:8]}.tar"
+    private = f"-{hashlib.sha256(manifest.private.encode()).hexdigest()[:8]}" if manifest.private is not None else ""
+    return f"{name}/{content[:16]}-{executables[:8]}{private}.tar"
 
 
 def round_number(store: Store, lease: Lease, ref: str) -> int:

@@ -301,9 +301,10 @@ class FaultyStore(WrappingStore):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "application/octet-stream",
+        private: bool = False,
     ) -> ObjectMeta:
         def call(body: Body) -> ObjectMeta:
-            return self.store.put(key, body, mode=mode, e_tag=e_tag, content_type=content_type)
+            return self.store.put(key, body, mode=mode, e_tag=e_tag, content_type=content_type, private=private)
 
         return self._send_body("put", key, body if isinstance(body, Body) else Body.of(body), call)
 

@@ -166,6 +166,9 @@ def checked_layout(manifest_bytes: bytes, manifest: Manifest, index: Index) -> T
     ):
         if promised != actual:
             raise _contradiction(what, promised, actual)
+    layout.private = manifest.private_rows
+    if layout.private.stop > len(index):
+        raise _contradiction("private", manifest.private, f"rows 0 to {len(index) - 1}")
     return layout
 
 
@@ -295,11 +298,13 @@ def write_artifact(
     cursor: JsonValue = None,
     created_at: datetime | None = None,
     origins: tuple[Sequence[int], Sequence[int]] | None = None,
+    private: str | None = None,
 ) -> Artifact:
     """Finish the artifact in `dest`, whose `data` is already there: index first, manifest last.
 
     Args:
         origins: For a reference artifact, inode and mtime (ns) of each member's file.
+        private: The rows that only their owner may read; see `blobflow.artifact.privacy`.
     """
     from blobflow.artifact.index import encode_origins
     from blobflow.artifact.tarmap import TarMap
@@ -318,6 +323,7 @@ def write_artifact(
         bytes=index.total_bytes,
         content_digest=index.content_digest(),
         executables_digest=index.executables_digest(),
+        private=private,
         index=IndexInfo(size=len(index_bytes), sha256=sha256(index_bytes).hex(), crc32c=index_crc),
         body=BodyInfo(size=layout.size - layout.body_start, crc32c=layout.body_crc32c(index_crc)),
     )

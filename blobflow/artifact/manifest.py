@@ -7,9 +7,10 @@ import json
 from datetime import datetime
 from typing import Annotated, Any, Final, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
+from blobflow.artifact.privacy import MAX_PRIVATE_CHARS, RANGES, PrivateRows
 from blobflow.errors import ArtifactInvalid
 
 FORMAT: Final = "blobflow.artifact/1"
@@ -58,8 +59,25 @@ class Manifest(BaseModel):
     executables_digest: Sha256Digest | None = Field(
         default=None, description="Of the list of executable members; with content_digest it decides 'unchanged'."
     )
+    private: str | None = Field(
+        default=None,
+        max_length=MAX_PRIVATE_CHARS,
+        pattern=RANGES,
+        description="Rows of the index that only their owner may read, e.g. `0-3,7`; None: everybody may read all.",
+    )
     index: IndexInfo
     body: BodyInfo
+
+    @field_validator("private")
+    @classmethod
+    def _in_order(cls, ranges: str | None) -> str | None:
+        PrivateRows(ranges)
+        return ranges
+
+    @property
+    def private_rows(self) -> PrivateRows:
+        """The rows that `private` names."""
+        return PrivateRows(self.private)
 
     @classmethod
     def parse(cls, data: bytes) -> Manifest:
@@ -96,6 +114,8 @@ class Manifest(BaseModel):
             ArtifactInvalid: it would exceed `MAX_MANIFEST_BYTES` (a huge cursor), or the cursor is NaN or infinite.
         """
         document: dict[str, Any] = self.model_dump(mode="json")
+        if self.private is None:
+            del document["private"]  # such a manifest is what earlier versions write, to the byte
         try:
             data = json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
         except ValueError as error:
@@ -107,12 +127,29 @@ class Manifest(BaseModel):
         return data
 
     def same_content(self, other: Manifest) -> bool:
-        """Whether both describe the same tree: paths, bytes and executable bits; times do not count."""
-        return (self.content_digest, self.executables_digest) == (other.content_digest, other.executables_digest)
+        """Whether both describe the same tree: paths, bytes, executable and private files; times do not count."""
+        return (self.content_digest, self.executables_digest, self.private) == (
+            other.content_digest,
+            other.executables_digest,
+            other.private,
+        )
 
     def same_body(self, other: Manifest) -> bool:
         """Whether both payloads are byte-identical after the manifest member, so that one may stand for the other."""
-        return (self.content_digest, self.index, self.body) == (other.content_digest, other.index, other.body)
+        return (self.content_digest, self.private, self.index, self.body) == (
+            other.content_digest,
+            other.private,
+            other.index,
+            other.body,
+        )
+
+
+def is_private(manifest_bytes: bytes) -> bool:
+    """Whether others than its owner must not read an artifact, or even one file of it; of a damaged manifest, too."""
+    try:
+        return Manifest.parse(manifest_bytes).private is not None
+    except ArtifactInvalid:
+        return True
 
 
 def artifact_digest(manifest_bytes: bytes) -> str:

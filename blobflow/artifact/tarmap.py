@@ -14,6 +14,7 @@ from typing import Final, NamedTuple
 
 from blobflow.artifact.index import FILE_MODE, Index
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
+from blobflow.artifact.privacy import PrivateRows
 from blobflow.checksum import combine_crc32c, crc32c
 
 BLOCK: Final = 512
@@ -104,6 +105,8 @@ class TarMap:
 
     def __init__(self, manifest_size: int, index_size: int, index: Index) -> None:
         self.index = index
+        self.private = PrivateRows()
+        """The members that only their owner may read; of the manifest, and no byte of the payload depends on them."""
         self._own_sizes = (manifest_size, index_size)
         starts = array("Q", [0, manifest_entry_length(manifest_size)])
         position = starts[INDEX] + member_length(INDEX_NAME, index_size)

@@ -264,9 +264,11 @@ def meta_of(manifest_bytes: bytes, codec: str, plan: FramePlan, sizes: Sequence[
 
 
 def layer_digest(manifest: Manifest) -> str:
-    """The name of a layer: what its files hold, and which of them are executable. Times do not count."""
-    both = f"{manifest.content_digest}\n{manifest.executables_digest}\n"
-    return "sha256:" + hashlib.sha256(both.encode()).hexdigest()
+    """The name of a layer: what its files hold, which are executable, and which private. Times do not count."""
+    content = f"{manifest.content_digest}\n{manifest.executables_digest}\n"
+    if manifest.private is not None:
+        content += f"{manifest.private}\n"
+    return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
 
 
 def as_layer(artifact: Artifact) -> Artifact:

@@ -239,7 +239,10 @@ class _Finishing:
         self.store = store
         self.manifest_bytes = manifest_bytes
         self.plan: FramePlan = plan_of(manifest_bytes, frame_size)
-        self.digest = layer_digest(Manifest.parse(manifest_bytes))
+        manifest = Manifest.parse(manifest_bytes)
+        self.digest = layer_digest(manifest)
+        self.is_private = manifest.private is not None
+        """Whether others than its owner must not read the layer, where it becomes a file."""
         self.key = layer_key(self.digest)
         self.keeper = IntentKeeper(store, self.key)
         self.crcs: dict[int, int] = {}
@@ -305,7 +308,9 @@ class _Finishing:
             raise TransferBusy(f"another process sent the layer {self.key!r} at the same time", key=self.key)
 
     def _put(self, meta: LayerMeta, mode: PutMode) -> None:
-        self.store.put(meta_key(self.key), meta.encode(), mode=mode, content_type="application/json")
+        self.store.put(
+            meta_key(self.key), meta.encode(), mode=mode, content_type="application/json", private=self.is_private
+        )
 
     def give_up(self, upload_id: str) -> None:
         """Remove the upload and its intent."""
@@ -401,12 +406,12 @@ class _Sending(_Finishing):
         )
         mode = PutMode.CREATE if self.store.abilities.conditional else PutMode.OVERWRITE
         try:
-            made = self.store.put(self.key, body, mode=mode, content_type=CONTENT_TYPE)
+            made = self.store.put(self.key, body, mode=mode, content_type=CONTENT_TYPE, private=self.is_private)
         except PreconditionFailed:
             # Another process was quicker; or something lies there that is no layer of this content.
             if (there := self._settled()) is not None:
                 return there
-            made = self.store.put(self.key, body, content_type=CONTENT_TYPE)
+            made = self.store.put(self.key, body, content_type=CONTENT_TYPE, private=self.is_private)
         self.publish(meta, made)
         books.done()
         return Sent(meta, bytes_sent=meta.object_size)
@@ -442,7 +447,9 @@ class _Sending(_Finishing):
                     continue  # another process has just finished it, or given it up
                 self.errand.on_begin(intent.upload_id, intent.part_size)
                 return intent.upload_id, intent.part_size, frames
-            upload_id = self.store.create_multipart(self.key, part_size=part_size, content_type=CONTENT_TYPE)
+            upload_id = self.store.create_multipart(
+                self.key, part_size=part_size, content_type=CONTENT_TYPE, private=self.is_private
+            )
             frames = FrameLog(self.codec.name, self.plan.frame_size)
             if self.keeper.begin(self.manifest_bytes, upload_id, part_size, frames=frames):
                 self._abort_others(upload_id)

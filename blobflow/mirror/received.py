@@ -229,6 +229,7 @@ class ReceivedStore(Store):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "application/octet-stream",
+        private: bool = False,
     ) -> ObjectMeta:
         self._refuse()
 
@@ -241,7 +242,14 @@ class ReceivedStore(Store):
         self._refuse()
 
     @override
-    def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
+    def create_multipart(
+        self,
+        key: str,
+        *,
+        part_size: int,
+        content_type: str = "application/octet-stream",
+        private: bool = False,
+    ) -> str:
         self._refuse()
 
     @override

@@ -314,11 +314,13 @@ class Store(ABC):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "application/octet-stream",
+        private: bool = False,
     ) -> ObjectMeta:
         """Store `body` whole or not at all; once it returns, the object is durable and visible.
 
         Args:
             e_tag: With `PutMode.UPDATE`, the entity tag the object must still have.
+            private: Where objects are files: nobody but their owner reads it. A bucket has its own rules.
 
         Raises:
             PreconditionFailed: the object exists (CREATE), or is another or absent (UPDATE).
@@ -384,10 +386,20 @@ class Store(ABC):
         raise Unsupported(f"{self.url} cannot copy from {address.path}", store=self.url, ability="copies by its server")
 
     @abstractmethod
-    def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
+    def create_multipart(
+        self,
+        key: str,
+        *,
+        part_size: int,
+        content_type: str = "application/octet-stream",
+        private: bool = False,
+    ) -> str:
         """Begin an upload of equal parts (the last one may be smaller) and return its upload id.
 
         The id is valid in every process until complete or abort. Nothing is visible under the key before complete.
+
+        Args:
+            private: As for `put`.
         """
 
     @abstractmethod

@@ -117,6 +117,7 @@ class FsspecStore(Store):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "application/octet-stream",
+        private: bool = False,
     ) -> ObjectMeta:
         check_key(key)
         if (mode is PutMode.UPDATE) != (e_tag is not None):
@@ -224,7 +225,14 @@ class FsspecStore(Store):
         return self._verified("copy", target, size)
 
     @override
-    def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
+    def create_multipart(
+        self,
+        key: str,
+        *,
+        part_size: int,
+        content_type: str = "application/octet-stream",
+        private: bool = False,
+    ) -> str:
         raise self._unsupported("multipart uploads")
 
     @override

@@ -41,10 +41,11 @@ class LimitedStore(WrappingStore):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "application/octet-stream",
+        private: bool = False,
     ) -> ObjectMeta:
         content = body if isinstance(body, Body) else Body.of(body)
         with self._place(content.size):
-            return self.store.put(key, content, mode=mode, e_tag=e_tag, content_type=content_type)
+            return self.store.put(key, content, mode=mode, e_tag=e_tag, content_type=content_type, private=private)
 
     @override
     def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:

@@ -148,12 +148,13 @@ class LocalStore(Store):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "application/octet-stream",
+        private: bool = False,
     ) -> ObjectMeta:
         check_key(key)
         if (mode is PutMode.UPDATE) != (e_tag is not None):
             raise UsageError("an e_tag belongs to PutMode.UPDATE, and to it alone", key=key)
         content = plain(body, self)
-        with self._temporary("put", key) as (name, fd):
+        with self._temporary("put", key, _mode(private)) as (name, fd):
             self._write("put", key, fd, 0, content)
             return self._finish("put", key, fd, name, mode, e_tag)
 
@@ -246,7 +247,9 @@ class LocalStore(Store):
         with _translated("copy", source):
             source_fd = self._open_object(source)
         try:
-            with self._temporary("copy", target) as (name, fd):
+            # Not readable by more people than the source is.
+            mode = os.fstat(source_fd).st_mode & _mode(private=False)
+            with self._temporary("copy", target, mode) as (name, fd):
                 with _translated("copy", target):
                     size = os.fstat(source_fd).st_size
                     if copy_bytes(source_fd, fd) != size:
@@ -258,7 +261,14 @@ class LocalStore(Store):
     # Multipart uploads
 
     @override
-    def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
+    def create_multipart(
+        self,
+        key: str,
+        *,
+        part_size: int,
+        content_type: str = "application/octet-stream",
+        private: bool = False,
+    ) -> str:
         check_key(key)
         if part_size < 1:
             raise UsageError(f"part_size {part_size} is not positive", key=key)
@@ -268,7 +278,7 @@ class LocalStore(Store):
         with _translated("create_multipart", key), self._own("tmp") as tmp, self._own("uploads") as uploads:
             with tmp.below(upload_id, make=True) as fresh:
                 _create(fresh, "upload.json", json.dumps(intent).encode())
-                _create(fresh, "payload", b"", 0o666)
+                _create(fresh, "payload", b"", _mode(private))
                 _create(fresh, "parts.jsonl", b"")
                 fresh.below("part-locks", make=True).close()
                 fresh.sync()
@@ -437,13 +447,17 @@ class LocalStore(Store):
     # Writing
 
     @contextmanager
-    def _temporary(self, operation: str, key: str) -> Generator[tuple[str, int]]:
-        """A new file without a name in the store, gone at the end unless it was renamed."""
+    def _temporary(self, operation: str, key: str, mode: int = 0o600) -> Generator[tuple[str, int]]:
+        """A new file without a name in the store, gone at the end unless it was renamed.
+
+        Args:
+            mode: Of the file, before the umask.
+        """
         name = uuid.uuid4().hex
         with ExitStack() as stack:
             with _translated(operation, key):
                 tmp = stack.enter_context(self._own("tmp"))
-                fd = tmp.open(name, _CREATE, 0o666)
+                fd = tmp.open(name, _CREATE, mode)
             try:
                 yield name, fd
             finally:
@@ -921,6 +935,11 @@ def _check_parts(key: str, parts: Sequence[PartMeta], held: dict[int, PartMeta],
         if part.size != part_size and number != len(parts):
             raise incomplete(f"part {number} has {part.size} bytes instead of {part_size}, and is not the last")
     return sum(part.size for part in parts)
+
+
+def _mode(private: bool) -> int:
+    """The mode of an object, before the umask."""
+    return 0o600 if private else 0o666
 
 
 def _e_tag(status: os.stat_result) -> str:

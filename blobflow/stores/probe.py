@@ -306,6 +306,7 @@ class ProbedStore(RetryingStore):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "application/octet-stream",
+        private: bool = False,
     ) -> ObjectMeta:
         if mode is not PutMode.OVERWRITE and not self.abilities.conditional:
             raise Unsupported(
@@ -314,7 +315,7 @@ class ProbedStore(RetryingStore):
                 store=self.url,
                 ability="conditional writes",
             )
-        return super().put(key, body, mode=mode, e_tag=e_tag, content_type=content_type)
+        return super().put(key, body, mode=mode, e_tag=e_tag, content_type=content_type, private=private)
 
 
 def _is_forbidden(error: BlobflowError) -> bool:

@@ -96,6 +96,7 @@ class RetryingStore(WrappingStore):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "application/octet-stream",
+        private: bool = False,
     ) -> ObjectMeta:
         content = body if isinstance(body, Body) else Body.of(body)
         attempts = 0
@@ -103,7 +104,7 @@ class RetryingStore(WrappingStore):
         def attempt() -> ObjectMeta:
             nonlocal attempts
             attempts += 1
-            return self.store.put(key, content, mode=mode, e_tag=e_tag, content_type=content_type)
+            return self.store.put(key, content, mode=mode, e_tag=e_tag, content_type=content_type, private=private)
 
         try:
             return self._call("put", key, attempt)

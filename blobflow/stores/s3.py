@@ -173,6 +173,7 @@ class S3Store(Store):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "application/octet-stream",
+        private: bool = False,
     ) -> ObjectMeta:
         """See `Store.put`. A conflict with a concurrent write (409) is a retryable `StoreUnavailable`."""
         check_key(key)
@@ -395,7 +396,14 @@ class S3Store(Store):
     # Multipart uploads
 
     @override
-    def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
+    def create_multipart(
+        self,
+        key: str,
+        *,
+        part_size: int,
+        content_type: str = "application/octet-stream",
+        private: bool = False,
+    ) -> str:
         check_key(key)
         if part_size > MAX_PART_BYTES:
             raise UsageError(f"parts have at most {MAX_PART_BYTES} bytes, not {part_size}", key=key)

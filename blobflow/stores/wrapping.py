@@ -62,9 +62,12 @@ class WrappingStore(Store):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "application/octet-stream",
+        private: bool = False,
     ) -> ObjectMeta:
         return self._call(
-            "put", key, lambda: self.store.put(key, body, mode=mode, e_tag=e_tag, content_type=content_type)
+            "put",
+            key,
+            lambda: self.store.put(key, body, mode=mode, e_tag=e_tag, content_type=content_type, private=private),
         )
 
     @override
@@ -100,11 +103,18 @@ class WrappingStore(Store):
         return self._call("copy", target, lambda: self.store.copy_from(address, meta, target))
 
     @override
-    def create_multipart(self, key: str, *, part_size: int, content_type: str = "application/octet-stream") -> str:
+    def create_multipart(
+        self,
+        key: str,
+        *,
+        part_size: int,
+        content_type: str = "application/octet-stream",
+        private: bool = False,
+    ) -> str:
         return self._call(
             "create_multipart",
             key,
-            lambda: self.store.create_multipart(key, part_size=part_size, content_type=content_type),
+            lambda: self.store.create_multipart(key, part_size=part_size, content_type=content_type, private=private),
         )
 
     @override

@@ -223,8 +223,11 @@ def _replaceable(existing_bytes: bytes, errand: Errand) -> Manifest | None:
         return existing
     if errand.overwrite:
         return None
+    mine = errand.payload.manifest
+    modes_alone = existing.model_copy(update={"private": mine.private}).same_content(mine)
     raise KeyConflict(
-        f"key {errand.key!r} holds another artifact",
+        f"key {errand.key!r} holds another artifact"
+        + (": the same files, of which others are private" if modes_alone else ""),
         key=errand.key,
         expected=errand.payload.digest,
         actual=artifact_digest(existing_bytes),
@@ -261,6 +264,8 @@ class _Upload:
         self.payload = errand.payload
         self.profile = errand.profile
         self.replaces = replaces
+        self.is_private = errand.payload.manifest.private is not None
+        """Whether others than its owner must not read the payload, where it becomes a file."""
 
     def run(self, started: float) -> UploadResult:
         raise NotImplementedError
@@ -323,7 +328,13 @@ class _Upload:
         mode = PutMode.CREATE if self.store.abilities.conditional else PutMode.OVERWRITE
         manifest_bytes = self.payload.manifest_bytes
         try:
-            self.store.put(self.key + MANIFEST_SUFFIX, manifest_bytes, mode=mode, content_type="application/json")
+            self.store.put(
+                self.key + MANIFEST_SUFFIX,
+                manifest_bytes,
+                mode=mode,
+                content_type="application/json",
+                private=self.is_private,
+            )
         except PreconditionFailed:
             found = read_manifest_bytes(self.store, self.key)
             if found != manifest_bytes:
@@ -393,7 +404,9 @@ class _StreamUpload(_Upload):
                 books.tick()
 
         self.clear_the_way()
-        made = self.store.put(self.key, Body(source.size, chunks, expected), content_type=CONTENT_TYPE)
+        made = self.store.put(
+            self.key, Body(source.size, chunks, expected), content_type=CONTENT_TYPE, private=self.is_private
+        )
         self.publish(made)
         books.done()
         return self.result(books, started)
@@ -472,7 +485,9 @@ class MultipartUpload(_Upload):
             if intent is not None:
                 self.replaces = self.replaces or intent.replaces
             plan = self._plan()
-            upload_id = self.store.create_multipart(self.key, part_size=plan.part_size, content_type=CONTENT_TYPE)
+            upload_id = self.store.create_multipart(
+                self.key, part_size=plan.part_size, content_type=CONTENT_TYPE, private=self.is_private
+            )
             if self.keeper.begin(self.payload.manifest_bytes, upload_id, plan.part_size, replaces=self.replaces):
                 if intent is not None:
                     # Not before: until the intent is ours, its upload may come back to life.

@@ -188,9 +188,10 @@ class Torn(LocalStore):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "application/octet-stream",
+        private: bool = False,
     ) -> ObjectMeta:
         data = b"".join(body) if isinstance(body, Body) else bytes(body)
-        return super().put(key, data[:-1], mode=mode, e_tag=e_tag, content_type=content_type)
+        return super().put(key, data[:-1], mode=mode, e_tag=e_tag, content_type=content_type, private=private)
 
 
 class Racy(LocalStore):
@@ -204,9 +205,10 @@ class Racy(LocalStore):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "application/octet-stream",
+        private: bool = False,
     ) -> ObjectMeta:
         if mode is PutMode.OVERWRITE or (mode is PutMode.CREATE and self.exists(key)):
-            return super().put(key, body, mode=mode, e_tag=e_tag, content_type=content_type)
+            return super().put(key, body, mode=mode, e_tag=e_tag, content_type=content_type, private=private)
         return super().put(key, body)
 
 

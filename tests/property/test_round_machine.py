@@ -52,6 +52,7 @@ class Shelf(Store):
         mode: PutMode = PutMode.OVERWRITE,
         e_tag: str | None = None,
         content_type: str = "",
+        private: bool = False,
     ) -> ObjectMeta:
         fate, self.fate = self.fate, "arrives"
         if fate == "never sent":
