@@ -259,7 +259,7 @@ class DirectoryExporter(BaseModel):
         for entry in entries:
             path = prefix + entry.name
             may_be_directory = _may_be_directory(entry)
-            if patterns.excludes(entry.name, path, is_directory=may_be_directory):
+            if patterns.excludes(path, is_directory=may_be_directory):
                 found.excluded += 1
                 continue
             if self._leaves_out(entry.name, is_directory=may_be_directory):

@@ -120,6 +120,14 @@ def test_a_pattern_that_matched_nothing_is_reported(tmp_path: Path):
     assert result.unmatched == ("*.tpm", "/b.tmp")
 
 
+@pytest.mark.parametrize("pattern", ["[[:alpha:]]", "x[![:digit:]]", "[\\]a]", "a/[^\\]]"])
+def test_a_pattern_that_would_be_misunderstood_is_refused(pattern: str, tmp_path: Path):
+    """Rather than that it leaves out something else than git would."""
+    with pytest.raises(UsageError, match="in brackets") as refusal:
+        DirectoryExporter(path=tmp_path, exclude=(pattern,))
+    assert "write the characters out" in refusal.value.hint
+
+
 @pytest.mark.parametrize("pattern", ["", " ", "/", "./", "!", "# a comment", "[a", "a/[z-a]", "../up", "a//b", "a\\"])
 def test_a_pattern_that_can_never_match_is_refused(pattern: str, tmp_path: Path):
     """Naming it, before anything is read."""
