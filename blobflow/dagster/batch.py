@@ -13,6 +13,7 @@ from blobflow.batch.operations import ALL_PERMISSIONS
 from blobflow.batch.stream import DEFAULT_DEADLINE_S
 from blobflow.dagster import metadata as md
 from blobflow.dagster.failures import dagster_errors
+from blobflow.dagster.fencing import RunFence
 from blobflow.dagster.jobs import DEFAULT_RETRY_POLICY
 from blobflow.dagster.progress import count_log
 from blobflow.errors import StoreUnavailable
@@ -187,7 +188,14 @@ def _executed(
     """The report of a batch; what failed for a passing reason only is retried by Dagster first."""
     from blobflow.batch.tables import run_batch_file  # pyarrow is slow to import
 
-    with dagster_errors(context, retry_policy):
+    fence = RunFence(context.instance, context.run_id)
+    lines = count_log(context.log.info, "batch")
+
+    def watch(done: int, total: int) -> None:
+        fence.check()
+        lines(done, total)
+
+    with dagster_errors(context, retry_policy, fence=fence):
         resource = getattr(context.resources, resource_key)
         if results is None:
             results = Path(f"{resource.scratch_path('batches', *filter(None, [name, partition]))}.parquet")
@@ -207,7 +215,7 @@ def _executed(
             payloads=options.get("payloads", False),
             # A retry continues what its first attempt began afresh.
             fresh=config.fresh and not context.retry_number,
-            on_progress=count_log(context.log.info, "batch"),
+            on_progress=watch,
         )
         context.log.info(
             "batch.done operations=%d executed=%d done=%d absent=%d failed=%d results=%s",

@@ -7,6 +7,7 @@ from typing import Any, Final
 import dagster as dg
 
 from blobflow.dagster import metadata as md
+from blobflow.dagster.fencing import RunFence, StepOrphaned
 from blobflow.errors import BlobflowError, Value
 
 MAX_WAIT_S: Final = 300.0
@@ -53,12 +54,61 @@ def dagster_errors(
     context: dg.OpExecutionContext,
     retry_policy: dg.RetryPolicy | None,
     facts: Callable[[], Mapping[str, Any]] = dict,
+    *,
+    fence: RunFence | None = None,
 ) -> Iterator[None]:
-    """Raises the core's errors as Dagster's; `facts` tells how far the step had come."""
+    """Raises the core's errors as Dagster's, and stops a step that is not wanted any more.
+
+    Args:
+        facts: How far the step had come.
+        fence: Of the step's run; a new one by default.
+    """
+    with stopped_for_good(fence or RunFence(context.instance, context.run_id), facts):
+        try:
+            yield
+        except BlobflowError as error:
+            raised = as_dagster_error(
+                error, retry_number=context.retry_number, retry_policy=retry_policy, facts=facts()
+            )
+            if isinstance(raised, dg.RetryRequested):
+                context.log.warning("step.retry wait_s=%.0f error=%r", raised.seconds_to_wait, error.message)
+            raise raised from error
+
+
+@contextmanager
+def io_manager_errors(fence: RunFence, facts: Callable[[], Mapping[str, Any]] = dict) -> Iterator[None]:
+    """`dagster_errors` for an IO manager, which does not see the step's retry policy.
+
+    What may pass is a failure to which Dagster applies that policy; other errors fail the step at once.
+    """
+    with stopped_for_good(fence, facts):
+        try:
+            yield
+        except BlobflowError as error:
+            raised = as_dagster_error(error, retry_number=0, retry_policy=None, facts=facts())
+            if isinstance(raised, dg.Failure):
+                raised.allow_retries = error.retryable
+            raise raised from error
+
+
+@contextmanager
+def stopped_for_good(fence: RunFence, facts: Callable[[], Mapping[str, Any]] = dict) -> Iterator[None]:
+    """Fails a step whose run is over or being terminated in a way that no policy retries.
+
+    Dagster retries a step that was interrupted, and whatever else it raised, also while its run is being terminated.
+    So the run is looked at before the block, which may be such a retry, and at everything that the block raises.
+    """
     try:
+        fence.check(now=True)
         yield
-    except BlobflowError as error:
-        raised = as_dagster_error(error, retry_number=context.retry_number, retry_policy=retry_policy, facts=facts())
-        if isinstance(raised, dg.RetryRequested):
-            context.log.warning("step.retry wait_s=%.0f error=%r", raised.seconds_to_wait, error.message)
-        raise raised from error
+    except GeneratorExit:
+        raise
+    except BaseException as raised:
+        if isinstance(raised, dg.Failure) and not raised.allow_retries:
+            raise
+        try:
+            fence.check(now=True)
+        except StepOrphaned as stopped:
+            failure = as_dagster_error(stopped, retry_number=0, retry_policy=None, facts=facts())
+            raise failure from (raised if raised is not stopped else stopped)
+        raise

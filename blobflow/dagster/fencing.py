@@ -1,8 +1,10 @@
-"""A step that outlives its run stops by itself.
+"""A step that outlives its run, or whose run is being terminated, stops by itself.
 
 When a run worker is killed, its step processes live on, beside the retry that takes their place. They can do no harm
 to what is stored (parts are idempotent, publishing is conditional, a ref is never moved back), but they cost bandwidth
-and hold locks. So a step looks up now and then whether anybody still waits for it.
+and hold locks. And when a run is terminated, Dagster turns the interrupt of a step that has a retry policy into a
+retry, which under the in-process executor runs to the end. So a step checks its run's status when it begins, now and
+then, and when it was interrupted.
 """
 
 import logging
@@ -23,7 +25,7 @@ INTERVAL_S: Final = 3.0
 
 
 class StepOrphaned(RefusedError):
-    """The run of this step is over, or its run worker died: another attempt does this work. Fields: run_id, reason."""
+    """The run of this step is over or being terminated, or its run worker died. Fields: run_id, reason."""
 
     default_hint = "nothing is lost: what was moved is kept, and the next attempt continues there"
 
@@ -32,7 +34,8 @@ class RunFence:
     """Tells a step when to stop.
 
     Args:
-        run_id: None: of a step that belongs to no run; then it never stops.
+        instance: Where the run is kept; None: of a step that belongs to no run.
+        run_id: None: likewise; then it never stops.
         interval_s: Seconds between two looks; by default `INTERVAL_S`.
         clock: Seconds, monotonic.
         parent_alive: Whether the process that started this one still lives; None: of a process that has no such.
@@ -40,7 +43,7 @@ class RunFence:
 
     def __init__(
         self,
-        instance: dg.DagsterInstance,
+        instance: dg.DagsterInstance | None,
         run_id: str | None,
         *,
         interval_s: float | None = None,
@@ -67,38 +70,41 @@ class RunFence:
         Raises:
             StepOrphaned: it is not. Once raised, raised ever after.
         """
-        if self._run_id is None:
+        if self._instance is None or self._run_id is None:
             return
         at = self._clock()
         if self._ended is None and (now or at - self._looked_at >= self._interval_s):
             self._looked_at = at
-            reason = self._reason(self._run_id)
+            reason = self._reason(self._instance, self._run_id)
             if reason:
                 log.warning("step.orphaned run=%s reason=%r", self._run_id, reason)
                 self._ended = StepOrphaned(
-                    f"this step stops, because {reason}; the run that follows does its work",
+                    f"this step stops, because {reason}",
                     run_id=self._run_id,
                     reason=reason,
                 )
         if self._ended is not None:
             raise self._ended
 
-    def _reason(self, run_id: str) -> str:
+    def _reason(self, instance: dg.DagsterInstance, run_id: str) -> str:
         """Why nobody waits for this step; empty if somebody does."""
-        run = self._instance.get_run_by_id(run_id)
+        run = instance.get_run_by_id(run_id)
         if run is not None and run.is_finished:
             return f"run {run_id} is over ({run.status.value})"
+        if run is not None and run.status is dg.DagsterRunStatus.CANCELING:
+            return f"run {run_id} is being terminated"
         if self._parent_alive is not None and not self._parent_alive():
-            if self._is_step_worker(run_id):
+            if _is_step_worker(instance, run_id):
                 return f"the worker of run {run_id} is gone"
             # A run worker whose code server went away does its work to the end.
             self._parent_alive = None
         return ""
 
-    def _is_step_worker(self, run_id: str) -> bool:
-        """Whether this process runs one step for a run worker, and is not the run worker itself."""
-        started = self._instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_WORKER_STARTED)
-        return any(_pid(entry.dagster_event) == str(os.getpid()) for entry in started)
+
+def _is_step_worker(instance: dg.DagsterInstance, run_id: str) -> bool:
+    """Whether this process runs one step for a run worker, and is not the run worker itself."""
+    started = instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_WORKER_STARTED)
+    return any(_pid(entry.dagster_event) == str(os.getpid()) for entry in started)
 
 
 def _pid(event: Any) -> str | None:

@@ -15,8 +15,10 @@ from dataclasses import fields
 from typing import Any, Final, cast
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
+from blobflow.dagster.failures import io_manager_errors
+from blobflow.dagster.fencing import RunFence
 from blobflow.dagster.handles import MirrorHandle, RemoteHandle, SnapshotHandle, StagedHandle, UploadHandle
 from blobflow.dagster.lanes import LaneHandle
 from blobflow.dagster.resource import BlobflowResource
@@ -52,26 +54,40 @@ class HandoffIOManager(dg.ConfigurableIOManager):
     blobflow: dg.ResourceDependency[BlobflowResource]
     prefix: str = Field(default="handoff", description="What the keys begin with, after the prefix of the store.")
 
+    _fence: RunFence = PrivateAttr(default_factory=lambda: RunFence(None, None))
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Learn which run this is."""
+        self._fence = RunFence(context.instance, context.run.run_id if context.run is not None else None)
+
     def handle_output(self, context: dg.OutputContext, obj: object) -> None:
         """Write a value.
 
         Raises:
-            UsageError: it is neither a handle nor JSON.
+            dg.Failure: saying what to do, for example with what is neither a handle nor JSON; retries are allowed
+                where they may help.
         """
-        data = json.dumps(pack(obj)).encode()
-        if len(data) > MAX_BYTES:
-            raise UsageError(f"a value of {len(data)} bytes is no handle", hint="give its asset its own io_manager_key")
-        (key,) = self._keys(context).values()
-        store = self.blobflow.get_store()
-        store.put(key, data, content_type="application/json")
-        context.add_output_metadata({"blobflow/handoff": f"{store.url}/{key}"})
+        with io_manager_errors(self._fence):
+            data = json.dumps(pack(obj)).encode()
+            if len(data) > MAX_BYTES:
+                raise UsageError(
+                    f"a value of {len(data)} bytes is no handle", hint="give its asset its own io_manager_key"
+                )
+            (key,) = self._keys(context).values()
+            store = self.blobflow.get_store()
+            store.put(key, data, content_type="application/json")
+            context.add_output_metadata({"blobflow/handoff": f"{store.url}/{key}"})
 
     def load_input(self, context: dg.InputContext) -> Any:
         """Read a value; of several partitions, a dict by partition key.
 
         Raises:
-            UsageError: it was never written, or is no handle of this version.
+            dg.Failure: it was never written, or is no handle of this version; retries are allowed where they may help.
         """
+        with io_manager_errors(self._fence):
+            return self._load(context)
+
+    def _load(self, context: dg.InputContext) -> Any:
         store = self.blobflow.get_store()
         loaded: dict[str | None, Any] = {}
         for partition, key in self._keys(context).items():

@@ -25,7 +25,7 @@ contents do not (`ops/<step>/<output>/...`), so that a new run continues the upl
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
@@ -39,10 +39,11 @@ from blobflow.backends.patterns import ExcludePatterns
 from blobflow.cache import ArtifactCache
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import StepJournal, transfer_journal
-from blobflow.dagster.failures import as_dagster_error
+from blobflow.dagster.failures import io_manager_errors
+from blobflow.dagster.fencing import RunFence
 from blobflow.dagster.progress import ProgressLog
 from blobflow.dagster.resource import BlobflowResource
-from blobflow.errors import ArtifactNotFound, BlobflowError, LeaseLost, TransferBusy, UsageError
+from blobflow.errors import ArtifactNotFound, LeaseLost, TransferBusy, UsageError
 from blobflow.lease import Lease, Leases, read_ref
 from blobflow.retention import name_artifact
 from blobflow.rounds import content_key, round_number
@@ -159,7 +160,7 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
         """
         what = _name_output(context)
         journal = self._journal(context)
-        with _explained(journal):
+        with self._errors(journal):
             values = _values_by_partition(context, what, obj)
             store = self.blobflow.get_store()
             leases = self.blobflow.get_leases(store)
@@ -288,7 +289,7 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
         """
         what = _name_input(context)
         journal = self._journal(context)
-        with _explained(journal):
+        with self._errors(journal):
             annotation = context.dagster_type.typing_type
             if not context.has_asset_key and get_origin(annotation) is list:
                 # Of outputs that are collected in one input; each of them is loaded by a call of its own.
@@ -364,6 +365,12 @@ class ArtifactIOManager(dg.ConfigurableIOManager):
         if self._instance is None or self._run_id is None:
             return None
         return transfer_journal(context, instance=self._instance, run_id=self._run_id)
+
+    def _errors(self, journal: StepJournal | None) -> AbstractContextManager[None]:
+        """Raises the core's errors as Dagster's, with how far the step had come."""
+        if journal is None:
+            return io_manager_errors(RunFence(None, None))
+        return io_manager_errors(journal.fence, journal.metadata)
 
     def _home(self, context: dg.InputContext | dg.OutputContext, what: str, partition: str | None) -> "_Home":
         if not context.has_asset_key:
@@ -516,17 +523,3 @@ def _facts_of_many(published: Mapping[str | None, Mapping[str, Any]]) -> dict[st
         md.BYTES_RESUMED: sum(facts[md.BYTES_RESUMED] for facts in published.values()),
         **md.throughput(sent, sum(facts.get(md.UPLOAD_SECONDS, 0.0) for facts in published.values())),
     }
-
-
-@contextmanager
-def _explained(journal: StepJournal | None) -> Iterator[None]:
-    """Raises the core's errors as Dagster's, with how far the step had come."""
-    try:
-        yield
-    except BlobflowError as error:
-        facts = journal.metadata() if journal else {}
-        raised = as_dagster_error(error, retry_number=0, retry_policy=None, facts=facts)
-        if isinstance(raised, dg.Failure):
-            # An IO manager does not see the step's retry policy; Dagster applies it to what may be retried.
-            raised.allow_retries = error.retryable
-        raise raised from error

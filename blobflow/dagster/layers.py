@@ -183,7 +183,7 @@ def _layers(
     from blobflow.layers import LayerSync  # zstd and SQL are needed in steps only
 
     journal: StepJournal = transfer_journal(context)
-    with dagster_errors(context, retry_policy, journal.metadata):
+    with dagster_errors(context, retry_policy, journal.metadata, fence=journal.fence):
         blobflow: BlobflowResource = getattr(context.resources, resource_key)
         watch: Callable[[int, int], None] = journal.watch("scan")
         yield (

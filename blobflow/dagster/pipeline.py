@@ -228,7 +228,7 @@ class _Plan:
     def step(self, context: dg.OpExecutionContext) -> Iterator[tuple[BlobflowResource, StepJournal]]:
         """Gives the resource and the step's journal, and raises the core's errors as Dagster's."""
         journal = transfer_journal(context)
-        with dagster_errors(context, self.retry_policy, journal.metadata):
+        with dagster_errors(context, self.retry_policy, journal.metadata, fence=journal.fence):
             yield getattr(context.resources, self.resource_key), journal
 
     def prefix(self, context: dg.OpExecutionContext) -> str:

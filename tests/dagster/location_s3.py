@@ -1,9 +1,9 @@
 """A code location for processes that get killed: the pipeline `orders` between directories and a loopback S3.
 
 `ORDERS_HOME`: the directory of everything; `ORDERS_S3`: the endpoint; `ORDERS_BUCKET`; `ORDERS_RETRIES`: of each step;
-`ORDERS_LANES`: of transfers, which run at once; `ORDERS_FENCE_S`: seconds between two looks at the run. Every step
-writes its process id to `<ORDERS_HOME>/pid`. `main` materializes assets, given by their last names, in a run worker of
-its own.
+`ORDERS_LANES`: of transfers, which run at once; `ORDERS_EXECUTOR`: `in_process`, if not a process for each step;
+`ORDERS_FENCE_S`: seconds between two looks at the run. Every step writes its process id to `<ORDERS_HOME>/pid`. `main`
+materializes assets, given by their last names, in a run worker of its own.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ def definitions() -> dg.Definitions:
         scratch_dir=str(home / "scratch"),
     )
     executor = dg.multiprocess_executor.configured({"max_concurrent": lanes})
+    if os.environ.get("ORDERS_EXECUTOR") == "in_process":
+        executor = dg.in_process_executor
     return dg.Definitions.merge(
         pipeline.definitions, dg.Definitions(resources={"blobflow": resource}, executor=executor)
     )

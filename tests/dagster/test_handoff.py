@@ -90,8 +90,10 @@ def test_handles_of_another_version_are_refused(document: object):
 
 def test_payloads_are_refused():
     """Nobody passes gigabytes through the store's small objects by mistake."""
-    with dg.build_output_context(asset_key="a") as context, pytest.raises(UsageError, match="is no handle"):
+    with dg.build_output_context(asset_key="a") as context, pytest.raises(dg.Failure) as refusal:
         HandoffIOManager(blobflow=BlobflowResource(store="/nowhere")).handle_output(context, "x" * MAX_BYTES)
+    assert "is no handle" in (refusal.value.description or "")
+    assert not refusal.value.allow_retries
 
 
 def test_what_was_never_handed_on_is_named(tmp_path: Path):
@@ -99,7 +101,7 @@ def test_what_was_never_handed_on_is_named(tmp_path: Path):
     manager = HandoffIOManager(blobflow=BlobflowResource(store=str(tmp_path)))
     with (
         dg.build_input_context(asset_key=["orders", "remote"]) as context,
-        pytest.raises(UsageError, match=r"nothing was handed on as 'handoff/assets/orders/remote\.json'") as answer,
+        pytest.raises(dg.Failure, match=r"nothing was handed on as 'handoff/assets/orders/remote\.json'") as answer,
     ):
         manager.load_input(context)
-    assert "materialize" in answer.value.hint
+    assert "materialize" in str(answer.value.metadata["blobflow/hint"].value)

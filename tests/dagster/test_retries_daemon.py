@@ -183,6 +183,29 @@ def test_the_daemon_retries_a_killed_run_worker(orders: Yard, monkeypatch, kind:
     check(orders, kind)
 
 
+@pytest.mark.parametrize("executor", ["in_process", "multiprocess"])
+@pytest.mark.parametrize("kind", ["upload", "download"])
+def test_terminate_stops_a_run_with_retries_left(orders: Yard, monkeypatch, kind: str, executor: str):
+    """The step has a retry policy, into which Dagster turns interrupts: the run ends nevertheless, and at once."""
+    prepare(orders, kind)
+    monkeypatch.setenv("ORDERS_RETRIES", "5")
+    monkeypatch.setenv("ORDERS_EXECUTOR", executor)
+    with operated(orders) as operator:
+        with orders.held(kind) as hold:
+            stopped = operator.materialize(ASSET[kind])
+            hold.wait()
+            operator.terminate(stopped)
+            operator.wait_until(stopped, dg.DagsterRunStatus.CANCELED)
+        events = [entry.dagster_event for entry in orders.instance.all_logs(stopped)]
+        kinds = {event.event_type for event in events if event is not None}
+        assert dg.DagsterEventType.STEP_FAILURE in kinds
+        assert not kinds & {dg.DagsterEventType.STEP_UP_FOR_RETRY, dg.DagsterEventType.STEP_RESTARTED}
+        assert dg.DagsterEventType.ASSET_MATERIALIZATION not in kinds
+        again = operator.materialize(ASSET[kind])
+        operator.wait_until(again, dg.DagsterRunStatus.SUCCESS)
+    check(orders, kind)
+
+
 @pytest.mark.parametrize("kind", ["upload", "download"])
 def test_terminate_leaves_a_transfer_that_can_go_on(orders: Yard, kind: str):
     """The step is interrupted, writes its last checkpoint, and the next run continues there."""
