@@ -328,15 +328,16 @@ def write_artifact(
         body=BodyInfo(size=layout.size - layout.body_start, crc32c=layout.body_crc32c(index_crc)),
     )
     if origins is not None:
-        _write_durably(dest / REFERENCE_NAME, encode_origins(*origins))
-    _write_durably(dest / INDEX_NAME, index_bytes)
-    _write_durably(dest / MANIFEST_NAME, manifest.encode())
+        write_durably(dest / REFERENCE_NAME, encode_origins(*origins))
+    write_durably(dest / INDEX_NAME, index_bytes)
+    write_durably(dest / MANIFEST_NAME, manifest.encode())
     artifact = Artifact.open(dest)
     artifact.__dict__.update(index_bytes=index_bytes, index=index)
     return artifact
 
 
-def _write_durably(path: Path, data: bytes) -> None:
+def write_durably(path: Path, data: bytes) -> None:
+    """Put a file in place whole, with its bytes on disk; making its name durable is left to the caller."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "wb") as file:
         file.write(data)

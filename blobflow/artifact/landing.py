@@ -43,6 +43,8 @@ from blobflow.trees import OPEN_DIRECTORY, Cursor, Opened, make_directories, ope
 _log = logging.getLogger(__name__)
 
 STAGE_PREFIX: Final = ".blobflow-download-"
+REPLACED_NAME: Final = "replaced"
+"""A file in a stage that has taken in what was at its destination, until that has been looked at once more."""
 
 _JOURNAL_NAME: Final = "journal"
 _LANE_PREFIX: Final = "lane-"
@@ -280,7 +282,7 @@ class Stage:
                 raise
             fsync_directory(self.dest.parent)
         try:
-            remove_stage(self.path)
+            self.discard()
         except OSError as error:  # what had to be done is done; `sweep` removes the rest
             _log.warning("stage.stays path=%s error=%s", self.path, error)
 
@@ -296,7 +298,11 @@ class Stage:
         """Remove what a process left that published the stage and could not, or did not live to, remove it."""
         with lock_of(self.path) as lock:
             if lock is not None and try_flock(lock, fcntl.LOCK_EX):
-                remove_stage(self.path)
+                self.discard()
+
+    def discard(self) -> None:
+        """Remove the stage, which is held alone."""
+        remove_stage(self.path)
 
 
 class _Notes:

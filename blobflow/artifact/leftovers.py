@@ -6,7 +6,7 @@ import fcntl
 import logging
 from pathlib import Path
 
-from blobflow.artifact.landing import STAGE_PREFIX, lock_of, remove_stage, try_flock
+from blobflow.artifact.landing import REPLACED_NAME, STAGE_PREFIX, lock_of, remove_stage, try_flock
 from blobflow.errors import BlobflowError, RefusedError
 
 _log = logging.getLogger(__name__)
@@ -27,6 +27,9 @@ def remove_stages(directory: Path, *, idle_since: float, dry_run: bool = False) 
         try:
             written = max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
             if written > idle_since:
+                continue
+            if (path / REPLACED_NAME).exists():
+                _log.warning("stage.stays path=%s reason=it may hold what somebody changed; restore again", path)
                 continue
             with lock_of(path) as lock:
                 if lock is None or not try_flock(lock, fcntl.LOCK_EX):

@@ -150,6 +150,7 @@ def layer_restore(
             "key": result.key,
             "store": store.url,
             "path": str(result.path),
+            "kept": str(result.kept) if result.kept else None,
             "layer_digest": result.digest,
             "layer_bytes": result.layer.object_size,
             "bytes_total": result.layer.tar_size,
@@ -161,6 +162,7 @@ def layer_restore(
         f"{result.status} {result.path}  {result.digest}",
         f"{human_size(result.layer.tar_size)} from {human_size(result.layer.object_size)}"
         f"{from_before(result.bytes_resumed)} in {result.seconds:.1f} s",
+        *([f"what was there was changed at the last moment, and is kept in {result.kept}"] if result.kept else []),
     )
 
 

@@ -152,6 +152,8 @@ def layer_restore_job(
                 "layer.restore status=%s container=%s path=%s bytes_received=%d bytes_resumed=%d",
                 *(result.status, config.container, result.path, result.bytes_received, result.bytes_resumed),
             )
+            if result.kept:
+                context.log.warning("layer.kept path=%s: somebody wrote to it at the last moment", result.kept)
             context.add_output_metadata(
                 {
                     **journal.metadata(),

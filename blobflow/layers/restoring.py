@@ -6,29 +6,61 @@ import ctypes
 import errno
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Final
 
+from pydantic import BaseModel, ConfigDict
 from typing_extensions import override
 
-from blobflow.artifact.landing import Landing, Stage, check_destination, fsync_directory
+from blobflow.artifact.artifact import write_durably
+from blobflow.artifact.landing import REPLACED_NAME, Landing, Stage, check_destination, fsync_directory
 from blobflow.artifact.manifest import DATA_NAME
 from blobflow.config import ChunkProfile
-from blobflow.errors import DestinationNotEmpty, writing
+from blobflow.errors import BlobflowError, DestinationNotEmpty, setting, writing
 from blobflow.layers.format import manifest_digest
 from blobflow.layers.remote import RemoteLayer
 from blobflow.layers.state import Restored
 from blobflow.transport.books import Books, OnProgress, OnRecord
 from blobflow.transport.reading import failures_noted, land_parts, landing_plan
+from blobflow.trees import remove_tree
 
 log = logging.getLogger(__name__)
 
 _RENAME_EXCHANGE: Final = 2
 _AT_FDCWD: Final = -100
+_ASIDE_NAME_BYTES: Final = 230
+"""Of a destination's name in front of `.replaced-1`: names have at most 255 bytes."""
+
+
+@dataclass(frozen=True)
+class Replaceable:
+    """What may be replaced at a destination: anything, or a directory that still is what an earlier restore made."""
+
+    earlier: Restored | None
+    overwrite: bool
+    digest_of: Callable[[Path], str | None]
+    """The digest of the layer that a directory holds now; None for what no layer can hold."""
+
+    def admits(self, status: os.stat_result) -> bool:
+        """Whether it is that directory, whatever is in it."""
+        return self.overwrite or (self.earlier is not None and _is_directory(status, self.earlier))
+
+    def check(self, dest: Path) -> None:
+        """Compare what lies at the destination with what the earlier restore made.
+
+        Raises:
+            DestinationNotEmpty: it was changed since.
+        """
+        if self.earlier is not None and not self.overwrite and self.digest_of(dest) != self.earlier.digest:
+            raise DestinationNotEmpty(
+                f"{dest} was changed since a layer was restored there",
+                hint=f"sync it, or replace it with {setting('overwrite')}",
+                path=str(dest),
+            )
 
 
 @dataclass(frozen=True)
@@ -41,6 +73,8 @@ class Landed:
     bytes_resumed: int
     checkpoints_saved: int
     seconds: float
+    kept: Path | None
+    """Where the directory is that was replaced, if somebody wrote to it at the last moment."""
 
 
 def land_layer(
@@ -48,7 +82,7 @@ def land_layer(
     dest: Path,
     *,
     profile: ChunkProfile,
-    replaceable: Callable[[os.stat_result], bool],
+    replaceable: Replaceable,
     on_swap: Callable[[Restored], None],
     on_progress: OnProgress | None = None,
     on_checkpoint: OnRecord | None = None,
@@ -56,7 +90,8 @@ def land_layer(
     """Land a layer as the directory `dest`; until then, `dest` is as it was.
 
     Args:
-        replaceable: Whether a directory that lies at `dest` may be replaced.
+        replaceable: What may lie at `dest`. It is compared before the first byte, right before it is replaced, and
+            once more before it is removed; if it was changed by then, it is kept beside `dest`.
         on_swap: Told which directory is about to become `dest`.
 
     Raises:
@@ -90,12 +125,24 @@ def land_layer(
         bytes_resumed=books.bytes_resumed,
         checkpoints_saved=books.saved,
         seconds=time.monotonic() - started,
+        kept=stage.kept,
     )
 
 
-def sweep(dest: Path, layer: RemoteLayer) -> None:
-    """Remove what a restore left that was killed after its last step."""
-    Stage(dest, manifest_digest(layer.meta)).sweep()
+def sweep(dest: Path, layer: RemoteLayer, replaceable: Replaceable) -> Path | None:
+    """Remove what a restore left that was killed after its last step; returns what was kept of it (see `Landed`)."""
+    stage = _LayerStage(dest, manifest_digest(layer.meta), layer.meta.digest, replaceable, lambda _: None)
+    stage.sweep()
+    return stage.kept
+
+
+class _Exchange(BaseModel):
+    """Which directories were about to change places, when a process was killed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    old: Restored
+    new: Restored
 
 
 class _LayerStage(Stage):
@@ -106,43 +153,103 @@ class _LayerStage(Stage):
         dest: Path,
         artifact_digest: str,
         layer_digest: str,
-        replaceable: Callable[[os.stat_result], bool],
+        replaceable: Replaceable,
         on_swap: Callable[[Restored], None],
     ) -> None:
         super().__init__(dest, artifact_digest)
+        self.kept: Path | None = None
         self._layer_digest = layer_digest
         self._replaceable = replaceable
         self._on_swap = on_swap
+        self._note = self.path / REPLACED_NAME
 
     @override
     def check_destination(self) -> None:
         try:
             check_destination(self.dest)
         except DestinationNotEmpty:
-            if self.dest.is_symlink() or not self.dest.is_dir() or not self._replaceable(self.dest.stat()):
+            if self.dest.is_symlink() or not self.dest.is_dir() or not self._replaceable.admits(self.dest.stat()):
                 raise
 
     def clear(self) -> None:
         """Remove what a process left that was killed after the exchange: another tree."""
         with writing(self.dest):
-            shutil.rmtree(self.tree)
+            self._settle_replaced()
+            remove_tree(self.tree)
             self.tree.mkdir()
 
     @override
     def move(self) -> None:
         members = self.tree / DATA_NAME
+        replaces = not _is_free(self.dest)
+        if replaces:
+            self._replaceable.check(self.dest)
         status = members.stat()
-        self._on_swap(
-            Restored(path=str(self.dest), device=status.st_dev, inode=status.st_ino, digest=self._layer_digest)
-        )
+        new = Restored(path=str(self.dest), device=status.st_dev, inode=status.st_ino, digest=self._layer_digest)
+        self._on_swap(new)
         self.forget_all()  # what lies here after the exchange is another tree
-        try:
-            check_destination(self.dest)
-        except DestinationNotEmpty:
+        if replaces:
+            if self._replaceable.earlier is not None and not self._replaceable.overwrite:
+                write_durably(self._note, _Exchange(old=self._replaceable.earlier, new=new).model_dump_json().encode())
             exchange(members, self.dest)  # what was there is in the stage now, and goes with it
         else:
             os.rename(members, self.dest)
         fsync_directory(self.tree)
+
+    @override
+    def discard(self) -> None:
+        self._settle_replaced()
+        super().discard()
+
+    def _settle_replaced(self) -> None:
+        """Compare the directory that was replaced once more, and move it beside the destination if it was changed."""
+        try:
+            exchange = _Exchange.model_validate_json(self._note.read_bytes())
+        except FileNotFoundError:
+            return
+        members = self.tree / DATA_NAME
+        for directory in (members, _aside(members)):
+            if not directory.exists():
+                continue
+            status = directory.stat(follow_symlinks=False)
+            if _is_directory(status, exchange.new):  # killed before the exchange: it is not anybody's yet
+                continue
+            if not _is_directory(status, exchange.old) or not self._holds(directory, exchange.old.digest):
+                self.kept = _set_aside(directory, self.dest)
+                log.warning("layer.kept path=%s replaced=%s", self.kept, self.dest)
+        self._note.unlink()
+
+    def _holds(self, directory: Path, digest: str) -> bool:
+        try:
+            return self._replaceable.digest_of(directory) == digest
+        except BlobflowError as error:  # what cannot be compared is not removed
+            log.warning("layer.not_compared path=%s error=%s", directory, error)
+            return False
+
+
+def _is_directory(status: os.stat_result, restored: Restored) -> bool:
+    return (status.st_dev, status.st_ino) == (restored.device, restored.inode)
+
+
+def _is_free(dest: Path) -> bool:
+    try:
+        check_destination(dest)
+    except DestinationNotEmpty:
+        return False
+    return True
+
+
+def _set_aside(directory: Path, dest: Path) -> Path:
+    name = os.fsdecode(os.fsencode(dest.name)[:_ASIDE_NAME_BYTES])
+    aside = next(path for n in count(1) if not os.path.lexists(path := dest.with_name(f"{name}.replaced-{n}")))
+    os.rename(directory, aside)
+    fsync_directory(dest.parent)
+    return aside
+
+
+def _aside(directory: Path) -> Path:
+    """Where `exchange` puts the other directory for a moment, where the file system cannot exchange two."""
+    return directory.with_name(f"{directory.name}.replaced")
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -158,7 +265,7 @@ def exchange(one: Path, other: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(code, os.strerror(code), str(other))
-    aside = one.with_name(f"{one.name}.replaced")
+    aside = _aside(one)
     os.rename(other, aside)
     try:
         os.rename(one, other)

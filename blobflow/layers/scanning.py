@@ -15,7 +15,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import shutil
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Generator
@@ -29,6 +28,7 @@ from blobflow.artifact.landing import try_flock
 from blobflow.backends.base import OnProgress
 from blobflow.backends.directory import DirectoryExporter, Scan
 from blobflow.errors import BlobflowError, TransferBusy, writing
+from blobflow.trees import remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -93,19 +93,25 @@ class StatCache:
         self.files_read = sum(not path.endswith("/") and hash_of(i) is None for i, path in enumerate(found.paths))
 
         fresh = self.path / "artifact.new"
-        shutil.rmtree(fresh, ignore_errors=True)
+        remove_tree(fresh)
         artifact = self._exporter.export(fresh, on_progress=on_progress, found=found, known=hash_of).artifact
         times = zip(found.mtimes_ns, found.ctimes_ns, strict=True)
         racy_ns = before_ns - RACY_NS
         ctimes = array("q", (ctime_ns if max(mtime_ns, ctime_ns) < racy_ns else 0 for mtime_ns, ctime_ns in times))
         with writing(self.path):
-            shutil.rmtree(self.path / "artifact", ignore_errors=True)  # without it the new CTIMES name nothing
+            remove_tree(self.path / "artifact")  # without it the new CTIMES name nothing
             (self.path / _CTIMES).write_bytes(ctimes.tobytes())
             os.rename(fresh, self.path / "artifact")
         moved = Artifact(self.path / "artifact", artifact.manifest_bytes)
         moved.__dict__.update(index_bytes=artifact.index_bytes, index=artifact.index)
         log.info("layer.scanned path=%s members=%d read=%d", self._exporter.path, len(found.paths), self.files_read)
         return moved
+
+    def found_again(self, directory: Path) -> Artifact | None:
+        """The last scan, if its tree has been moved to `directory` and no stat of it has changed since."""
+        known = _Known.read(self.path)
+        found = self._exporter.model_copy(update={"path": directory}).scan()
+        return known.artifact if known is not None and known.covers(found) else None
 
 
 class _Known:

@@ -20,13 +20,13 @@ from blobflow.config import ChunkProfile
 from blobflow.errors import (
     ArtifactInvalid,
     BlobflowError,
-    DestinationNotEmpty,
     NotFoundError,
+    SourceBusy,
+    SourceChanged,
     UnsupportedSource,
     UploadInterrupted,
     UsageError,
     expanded,
-    setting,
 )
 from blobflow.layers.format import (
     DEFAULT_LEVEL,
@@ -39,13 +39,14 @@ from blobflow.layers.format import (
 )
 from blobflow.layers.names import CONTAINERS, container_name, container_ref, layer_key
 from blobflow.layers.remote import RemoteLayer
-from blobflow.layers.restoring import land_layer, sweep
+from blobflow.layers.restoring import Replaceable, land_layer, sweep
 from blobflow.layers.scanning import StatCache
 from blobflow.layers.sending import Errand, Sent, abandon_layer, finish_layer, send_layer
 from blobflow.layers.state import PendingUpload, Restored, StateTable, SyncState
 from blobflow.lease import REF_SUFFIX, RefState, move_ref, read_ref
 from blobflow.stores.base import Store
 from blobflow.transport.books import OnProgress, OnRecord
+from blobflow.trees import remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,8 @@ class LayerRestoreResult:
     """Of the tar."""
     bytes_resumed: int = 0
     checkpoints_saved: int = 0
+    kept: Path | None = None
+    """Where the directory is that was replaced, if somebody wrote to it at the last moment."""
 
 
 class LayerSync:
@@ -293,21 +296,13 @@ class LayerSync:
         layer = RemoteLayer.open(self.store, ref.key)
         state = self._table.load(container) or SyncState(container=container)
         earlier = _earlier(state, dest)
-        if earlier is not None and not overwrite and self._digest_of(dest) != earlier.digest:
-            raise DestinationNotEmpty(
-                f"{dest} was changed since {container!r} was restored there",
-                hint=f"sync it, or replace it with {setting('overwrite')}",
-                path=str(dest),
-            )
+        replaceable = Replaceable(earlier, overwrite, lambda directory: self._digest_of(directory, dest))
+        replaceable.check(dest)
         result: dict[str, Any] = {"container": container, "digest": layer.meta.digest, "key": ref.key, "path": dest}
         if earlier is not None and not overwrite and earlier.digest == layer.meta.digest:
-            sweep(dest, layer)
-            return LayerRestoreResult("unchanged", layer=layer.meta, seconds=time.monotonic() - started, **result)
-
-        def replaceable(found: os.stat_result) -> bool:
-            return overwrite or (
-                earlier is not None and (found.st_dev, found.st_ino) == (earlier.device, earlier.inode)
-            )
+            kept = sweep(dest, layer, replaceable)
+            seconds = time.monotonic() - started
+            return LayerRestoreResult("unchanged", layer=layer.meta, seconds=seconds, kept=kept, **result)
 
         def remember(new: Restored, *, others: bool) -> None:
             # Both, until the new one is in its place: whoever comes after a crash finds one of them there.
@@ -335,15 +330,29 @@ class LayerSync:
             bytes_received=landed.bytes_received,
             bytes_resumed=landed.bytes_resumed,
             checkpoints_saved=landed.checkpoints_saved,
+            kept=landed.kept,
             **result,
         )
 
-    def _digest_of(self, directory: Path) -> str | None:
-        """What a restored directory holds now; None if somebody put something there that no layer can hold."""
+    def _digest_of(self, directory: Path, dest: Path) -> str | None:
+        """What a restored directory holds now; None if somebody put something there that no layer can hold.
+
+        All of it counts, whatever a sync would leave out.
+
+        Args:
+            directory: `dest` itself, or where the tree was moved that was scanned at `dest` a moment ago.
+        """
         try:
-            with self._scanned(directory) as (artifact, _):
-                return layer_digest(artifact.manifest)
-        except UnsupportedSource:
+            if directory != dest:
+                with self._cache(dest).held() as cache:
+                    if (known := cache.found_again(directory)) is not None:
+                        return layer_digest(known.manifest)
+            with self._cache(directory).held() as cache:
+                digest = layer_digest(cache.scan(self._on_scan).manifest)
+                if directory != dest:
+                    remove_tree(cache.path)  # nobody comes back there
+                return digest
+        except (UnsupportedSource, SourceBusy, SourceChanged):
             return None
 
     # The parts of a sync
@@ -415,10 +424,12 @@ class LayerSync:
     @contextmanager
     def _scanned(self, path: Path) -> Generator[tuple[Artifact, StatCache]]:
         """The directory as an artifact by reference, and the cache that tells what was found and read for it."""
-        exporter = DirectoryExporter(path=path, mode="reference", mtimes="drop", **self._scan_options)
-        cache = StatCache(self.home / "stats", exporter, clock=lambda: int(self._clock() * 1e9))
-        with cache.held():
+        with self._cache(path, **self._scan_options).held() as cache:
             yield cache.scan(self._on_scan), cache
+
+    def _cache(self, path: Path, **options: Any) -> StatCache:
+        exporter = DirectoryExporter(path=path, mode="reference", mtimes="drop", **options)
+        return StatCache(self.home / "stats", exporter, clock=lambda: int(self._clock() * 1e9))
 
     def _ref(self, container: str) -> RefState | None:
         _check_name(container)

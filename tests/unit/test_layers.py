@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from blobflow import ChunkProfile, LayerSync, open_store, read_ref
+from blobflow.artifact.leftovers import remove_stages
 from blobflow.checksum import crc32c
 from blobflow.errors import (
     ArtifactInvalid,
@@ -815,6 +816,87 @@ def test_what_was_changed_since_is_not_replaced_unasked(host: Host, another: Hos
     (link := source.parent / "link").symlink_to(foreign)
     with pytest.raises(DestinationNotEmpty):
         another.layers.restore(NAME, link, overwrite=True)
+
+
+@pytest.mark.parametrize("moment", ["while it is fetched", "before the exchange", "after the exchange"])
+@pytest.mark.parametrize("change", ["new", "same size", "excluded"])
+def test_what_is_written_during_a_restore_is_kept(
+    moment: str, change: str, host: Host, another: Host, source: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Compared again right before the exchange, and once more before the old tree is removed: it is never lost."""
+    host.sync(source)
+    back = source.parent / "back"
+    another.layers.restore(NAME, back)
+    (source / "more").write_text("more")
+    host.sync(source)
+    exchange = restoring.exchange
+
+    def write(directory: Path) -> None:
+        name = {"new": "mine", "same size": "big.bin", "excluded": "mine.tmp"}[change]
+        (directory / name).write_bytes(b"x" * (directory / "big.bin").stat().st_size)
+
+    def exchanged(one: Path, other: Path) -> None:
+        if moment == "before the exchange":
+            write(other)
+        exchange(one, other)
+        if moment == "after the exchange":  # by a process that has the directory open
+            write(one)
+
+    def fetched(request: Request) -> Hook | None:
+        writes = moment == "while it is fetched" and (request.operation, request.number) == ("get_range", 8)
+        return Hook(lambda _: write(back)) if writes else None
+
+    monkeypatch.setattr(restoring, "exchange", exchanged)
+    store = FaultyStore(another.store.store, fetched)
+    layers = LayerSync(store, home=another.home, exclude=("*.tmp",), **another.options)
+    if moment == "while it is fetched":
+        with pytest.raises(DestinationNotEmpty, match="was changed since"):
+            layers.restore(NAME, back)
+        kept = back
+    else:
+        result = layers.restore(NAME, back)
+        assert read_tree(back) == read_tree(source)
+        assert result.kept == (kept := back.with_name("back.replaced-1"))
+    name = {"new": "mine", "same size": "big.bin", "excluded": "mine.tmp"}[change]
+    assert set((kept / name).read_bytes()) == {ord("x")}
+    assert [path for path in back.parent.iterdir() if path.name.startswith(".blobflow")] == [] or kept == back
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+@pytest.mark.parametrize("changed", [True, False])
+def test_a_killed_restore_leaves_a_tree_that_is_compared_before_it_is_removed(
+    changed: bool, can_exchange: bool, host: Host, another: Host, source: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed after the exchange, or between the two renames that stand for it; the next restore keeps what differs."""
+    host.sync(source)
+    back = source.parent / "back"
+    another.layers.restore(NAME, back)
+    (source / "more").write_text("more")
+    host.sync(source)
+    exchange, rename = restoring.exchange, os.rename
+
+    def dies(one: Path, other: Path) -> None:
+        if can_exchange:
+            exchange(one, other)
+        else:
+            rename(other, restoring._aside(one))
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(restoring, "exchange", dies)
+        with pytest.raises(Killed):
+            another.layers.restore(NAME, back)
+    [stage] = [path for path in back.parent.iterdir() if path.name.startswith(".blobflow")]
+    [old] = [path for path in (stage / "artifact").glob("data*") if not (path / "more").exists()]
+    if changed:
+        (old / "mine").write_text("mine")
+    assert remove_stages(back.parent, idle_since=time.time() + 10) == []
+    result = another.layers.restore(NAME, back)
+    assert read_tree(back) == read_tree(source)
+    left = {path.name for path in back.parent.iterdir() if path.name.startswith((".blobflow", "back"))}
+    assert left == ({"back", "back.replaced-1"} if changed else {"back"})
+    assert (result.kept is not None) == changed
+    assert not changed or (back.with_name("back.replaced-1") / "mine").read_text() == "mine"
 
 
 def test_a_killed_restore_goes_on(host: Host, another: Host, source: Path):
