@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from blobflow.fields import KnownFields
 
 KIB = 1024
 MIB = 1024 * KIB
 
 
-class ChunkProfile(BaseModel):
+class ChunkProfile(KnownFields):
     """How a transfer is cut and paced. Ints are bytes or counts, floats are seconds.
 
     The three presets are the seed's (`tests/unit/test_profiles.py` holds the numbers):
@@ -61,7 +63,8 @@ class ChunkProfile(BaseModel):
         """Your own chunk size (bytes) and checkpoint interval (chunks); other fields by name.
 
         Raises:
-            pydantic.ValidationError: a size or an interval below 1, or an unknown option.
+            pydantic.ValidationError: a size or an interval below 1.
+            UsageError: an unknown option, with the nearest known one.
         """
         return cls(chunk_size=chunk_size, checkpoint_interval=checkpoint_interval, **options)
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import ConfigDict, Field, JsonValue
 from typing_extensions import override
 
 from blobflow.artifact.artifact import Artifact
@@ -48,6 +48,7 @@ from blobflow.errors import (
     setting,
     writing,
 )
+from blobflow.fields import KnownFields
 
 log = logging.getLogger(__name__)
 
@@ -366,7 +367,7 @@ def read_records(path: str | Path, *, after: int = 0) -> list[LogRecord]:
     return [record for record in records if record.seq > after]
 
 
-class AppendLogExporter(BaseModel):
+class AppendLogExporter(KnownFields):
     """Exports an append log as it is at one moment, up to its last whole record, while others go on writing to it.
 
     The cursor is that record's sequence number.

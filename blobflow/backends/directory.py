@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import ConfigDict, Field, JsonValue, field_validator
 
 from blobflow.artifact.artifact import write_artifact
 from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
@@ -34,6 +34,7 @@ from blobflow.errors import (
     setting,
     writing,
 )
+from blobflow.fields import KnownFields
 from blobflow.trees import Cursor, Opened
 
 BACKEND: Final = "directory"
@@ -86,7 +87,7 @@ class Scan:
             column[:] = array(column.typecode, map(column.__getitem__, order))
 
 
-class DirectoryExporter(BaseModel):
+class DirectoryExporter(KnownFields):
     """Exports a directory tree.
 
     Modes: `reference` copies nothing (the files are read again when they are sent, and refused if they changed),

@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final, cast
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import ConfigDict, Field, JsonValue
 from typing_extensions import override
 
 from blobflow.artifact.artifact import Artifact
@@ -31,6 +31,7 @@ from blobflow.errors import (
     expanded,
     writing,
 )
+from blobflow.fields import KnownFields
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ _STEP_INSTRUCTIONS: Final = 10_000_000
 _BUSY: Final = ("database is locked", "database table is locked", "database schema is locked")
 
 
-class SqliteExporter(BaseModel):
+class SqliteExporter(KnownFields):
     """Exports an SQLite database as it is at one moment, by SQLite's online backup, while others go on writing to it.
 
     Everything is read in one read transaction: of a database in WAL mode nobody has to wait for it; in the other

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import ConfigDict, Field, JsonValue, field_validator
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
@@ -22,6 +22,7 @@ from blobflow.backends.base import ImportResult, OnProgress
 from blobflow.backends.files import copy_member, place_members
 from blobflow.backends.history import HistoryEntry, add_to_history, read_history
 from blobflow.errors import ArtifactNotFound, RefusedError, TransferBusy, UnsupportedSource, expanded, writing
+from blobflow.fields import KnownFields
 from blobflow.trees import remove_tree
 
 CURRENT_NAME: Final = "current"
@@ -32,7 +33,7 @@ _VERSION_DIGITS: Final = 16
 """Of the artifact digest: enough for the few versions of one mirror."""
 
 
-class VersionedImporter(BaseModel, ABC):
+class VersionedImporter(KnownFields, ABC):
     """Keeps a mirror of versions: `<path>/current` always shows the data of one whole artifact.
 
     Each version is an artifact directory `<path>/versions/<id>`; `current` is a symbolic link to the `data` of the

@@ -17,6 +17,7 @@ from blobflow.dagster.fencing import RunFence
 from blobflow.dagster.jobs import DEFAULT_RETRY_POLICY
 from blobflow.dagster.progress import count_log
 from blobflow.errors import StoreUnavailable
+from blobflow.fields import KnownFields
 
 if TYPE_CHECKING:
     from blobflow.batch.tables import BatchReport
@@ -27,7 +28,7 @@ PARTITION: Final = "{partition}"
 DEFAULT_WINDOW: Final = 32
 
 
-class BatchConfig(dg.Config):
+class BatchConfig(KnownFields, dg.Config):
     """Which operations to execute; see `blobflow batch`."""
 
     operations: str | None = Field(default=None, description="Another file of operations, for this run.")

@@ -16,13 +16,14 @@ an exporter or importer is filled in when a step runs. A secret is written as `{
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import reduce
+from functools import cache, reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import dagster as dg
 from dagster.components.resolved.core_models import (
@@ -35,7 +36,8 @@ from dagster.components.resolved.core_models import (
 )
 from dagster.components.resolved.errors import ResolutionException
 from dagster.components.utils.translation import TranslationFn, TranslationFnResolver
-from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic_core import InitErrorDetails
 
 from blobflow.backends import BACKENDS, backend_classes
 from blobflow.config import ChunkProfile
@@ -45,6 +47,7 @@ from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, artifact_pipeline
 from blobflow.dagster.resource import BlobflowResource, ProfileConfig
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
 from blobflow.errors import UsageError, expanded
+from blobflow.fields import check_names
 from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S
 from blobflow.stores.base import key_segment
 from blobflow.transport import VerifyMode
@@ -269,6 +272,69 @@ def _resolve_freshness(context: dg.ResolutionContext, value: Any) -> dg.Freshnes
     return context.resolve_value(value)
 
 
+# ------------------------------------------------------------------------------------------------------ unknown fields
+
+
+@cache
+def _without_unknown_fields(model: type[BaseModel]) -> type[BaseModel]:
+    """`model` with one clear error for a field that there is not, at whatever depth.
+
+    Pydantic refuses it too, but with an error for every kind of exporter that there is, and with the value, which may
+    be a secret.
+    """
+
+    class Known(model):
+        model_config = ConfigDict(hide_input_in_errors=True, title=model.__name__)
+
+        @model_validator(mode="before")
+        @classmethod
+        def _no_unknown_fields(cls, given: Any) -> Any:
+            _check_fields((), model, given)
+            return given
+
+    Known.__name__, Known.__qualname__, Known.__doc__ = model.__name__, model.__qualname__, model.__doc__
+    return Known
+
+
+def _check_fields(where: tuple[str, ...], model: type[BaseModel], given: Any) -> None:
+    """Check the names of a mapping, and of the mappings in it, against the models of their fields.
+
+    Raises:
+        ValidationError: with the place, so that Dagster names file and line.
+    """
+    if not isinstance(given, Mapping):
+        return
+    try:
+        check_names(".".join(where) or "the component", model.model_fields, given)
+    except UsageError as error:
+        # Of a type that pydantic has, or else Dagster cannot repeat it.
+        place = InitErrorDetails(
+            type="value_error", loc=(*where, error.field), input=None, ctx={"error": error.message}
+        )
+        raise ValidationError.from_exception_data(model.__name__, [place]) from None
+    for name, value in given.items():
+        kinds = [kind for kind in _models_in(model.model_fields[name].annotation) if _may_be(kind, value)]
+        if len(kinds) == 1:
+            _check_fields((*where, name), kinds[0], value)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a value of this annotation may be."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, UnionType, Annotated):
+        for argument in get_args(annotation):
+            yield from _models_in(argument)
+
+
+def _may_be(model: type[BaseModel], given: Any) -> bool:
+    """Whether the mapping does not say that it is of another kind."""
+    if not isinstance(given, Mapping):
+        return False
+    words = ((name, field.annotation) for name, field in model.model_fields.items() if name in ("kind", "type"))
+    return all(given.get(name) in get_args(word) for name, word in words if get_origin(word) is Literal)
+
+
 # ---------------------------------------------------------------------------------------------------------- components
 
 
@@ -325,6 +391,10 @@ class _StoreComponent(dg.Component, dg.Model, dg.Resolvable):
         ),
     ] = None
     translation: Annotated[TranslationFn[BlobflowAssetProps] | None, _TRANSLATION] = None
+
+    @classmethod
+    def model(cls) -> type[BaseModel]:
+        return _without_unknown_fields(super().model())
 
     # Not a constraint of the field: Dagster would hold templates to it as well.
     @field_validator("max_retries")

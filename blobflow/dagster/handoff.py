@@ -21,7 +21,7 @@ from blobflow.dagster.failures import io_manager_errors
 from blobflow.dagster.fencing import RunFence
 from blobflow.dagster.handles import MirrorHandle, RemoteHandle, SnapshotHandle, StagedHandle, UploadHandle
 from blobflow.dagster.lanes import LaneHandle
-from blobflow.dagster.resource import BlobflowResource
+from blobflow.dagster.resource import BlobflowResource, Configured
 from blobflow.errors import ObjectNotFound, UsageError
 from blobflow.stores.base import key_segment
 from blobflow.transport import DownloadTicket, UploadTicket
@@ -43,7 +43,7 @@ _KINDS: Final = {
 }
 
 
-class HandoffIOManager(dg.ConfigurableIOManager):
+class HandoffIOManager(Configured, dg.ConfigurableIOManager):
     """Keeps the handles of pipelines, and plain JSON values, as small objects in the store.
 
     To be the default IO manager (`io_manager`) of a code location whose steps run on several machines; assets of other

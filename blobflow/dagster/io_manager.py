@@ -42,7 +42,7 @@ from blobflow.dagster.checkpoints import StepJournal, transfer_journal
 from blobflow.dagster.failures import io_manager_errors
 from blobflow.dagster.fencing import RunFence
 from blobflow.dagster.progress import ProgressLog
-from blobflow.dagster.resource import BlobflowResource
+from blobflow.dagster.resource import BlobflowResource, Configured
 from blobflow.errors import ArtifactNotFound, LeaseLost, TransferBusy, UsageError
 from blobflow.lease import Lease, Leases, read_ref
 from blobflow.retention import name_artifact
@@ -79,7 +79,7 @@ class NotMaterialized(ArtifactNotFound):
     """No ref names the value that is to be loaded. Field: key (of the ref)."""
 
 
-class ArtifactIOManager(dg.ConfigurableIOManager):
+class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
     """Keeps directories that assets and ops return as artifacts in a store, and hands verified copies to consumers.
 
     | a step returns | stored is |

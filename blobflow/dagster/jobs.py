@@ -12,6 +12,7 @@ from pydantic import Field, create_model
 from blobflow.dagster import metadata as md
 from blobflow.dagster.failures import dagster_errors
 from blobflow.errors import StoreUnavailable, UsageError
+from blobflow.fields import KnownFields
 from blobflow.gc import DEFAULT_AGE_S, check_age, collect
 from blobflow.lease import REF_SUFFIX
 from blobflow.retention import check_rules, prune
@@ -40,7 +41,7 @@ _RUN_ID: Final = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 # anyway says that trying again is of no use.
 
 
-class GcConfig(dg.Config):
+class GcConfig(KnownFields, dg.Config):
     """What to collect; see `blobflow gc`."""
 
     prefix: str = Field(default="", description="Of the keys, a plain string.")
@@ -56,7 +57,7 @@ class GcConfig(dg.Config):
     dry_run: bool = Field(default=False, description="Show what would go, change nothing.")
 
 
-class RetentionConfig(dg.Config):
+class RetentionConfig(KnownFields, dg.Config):
     """What to keep; see `blobflow prune`."""
 
     prefix: str = Field(default="", description="Of the keys, a plain string.")
@@ -65,7 +66,7 @@ class RetentionConfig(dg.Config):
     dry_run: bool = Field(default=False, description="Show what would go, change nothing.")
 
 
-class ProbeConfig(dg.Config):
+class ProbeConfig(KnownFields, dg.Config):
     """How to probe; see `blobflow probe`."""
 
     fresh: bool = Field(default=True, description="Try everything out again, whatever was found before.")

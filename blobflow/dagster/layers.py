@@ -22,6 +22,7 @@ from blobflow.dagster.checkpoints import StepJournal, transfer_journal
 from blobflow.dagster.failures import dagster_errors
 from blobflow.dagster.resource import BlobflowResource
 from blobflow.errors import UsageError
+from blobflow.fields import KnownFields
 from blobflow.layers.names import CONTAINERS
 
 DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
@@ -29,7 +30,7 @@ DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
 )
 
 
-class LayerRestoreConfig(dg.Config):
+class LayerRestoreConfig(KnownFields, dg.Config):
     """What to restore, and where; see `blobflow layer restore`."""
 
     container: str = Field(description="Whose layer.")

@@ -21,7 +21,7 @@ from blobflow.backends import Importer, ImportResult, OnProgress
 from blobflow.dagster import metadata as md
 from blobflow.dagster.mirror import ArtifactMirror, artifact_mirror
 from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY
-from blobflow.dagster.resource import BlobflowResource
+from blobflow.dagster.resource import TransferResource
 from blobflow.dagster.translator import BlobflowTranslator
 from blobflow.errors import UsageError, expanded
 from blobflow.mirror import Bootstrapping, ReceivedStore, SnapshotId, read_snapshots
@@ -32,8 +32,8 @@ KEEP_SNAPSHOTS: Final = 2
 """The one that is shown, and the one before, to go back to."""
 
 
-class ReceiverResource(BlobflowResource):
-    """The artifacts in a receiver's directory: a `BlobflowResource` whose store is only read."""
+class ReceiverResource(TransferResource):
+    """The artifacts in a receiver's directory, in the place of a `BlobflowResource`: to be read, and without keys."""
 
     directory: str = Field(description="Of `blobflow mirror serve`; an absolute path.")
     database: str | None = Field(default=None, description="Only the snapshots of this one.")
@@ -43,6 +43,10 @@ class ReceiverResource(BlobflowResource):
         """The store; `patience_s` is of no use to files."""
         del patience_s
         return ReceivedStore(self.directory, database=self.database, shown_as=self.shown_as)
+
+    def get_leases(self, store: Store) -> None:
+        """None: no rounds are published in a receiver's directory."""
+        del store
 
 
 def received_mirror(

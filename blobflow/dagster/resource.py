@@ -3,26 +3,106 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import dagster as dg
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
+from typing_extensions import Self
 
 from blobflow.config import ChunkProfile
 from blobflow.errors import UsageError, expanded
+from blobflow.fields import KnownFields, check_names
 from blobflow.lease import Leases, StoreLeases
 from blobflow.stores import Store, open_store
 from blobflow.stores.retry import DEFAULT_PATIENCE_S
 
-STORE_DIR = "blobflow/store"
-SCRATCH_DIR = "blobflow/scratch"
+STORE_DIR: Final = "blobflow/store"
+SCRATCH_DIR: Final = "blobflow/scratch"
+
+
+class Configured(KnownFields):
+    """What Dagster configures: a field that there is not is refused when it is given, also for the launchpad.
+
+    Dagster itself drops what it does not know.
+    """
+
+    @classmethod
+    def configure_at_launch(cls, **given: Any) -> Any:
+        """As Dagster's: a resource of which the launchpad gives the rest.
+
+        Raises:
+            UsageError: naming a field that there is not.
+        """
+        check_names(cls.__name__, cls.model_fields, given)
+        # Dagster's class is beside this one.
+        return super().configure_at_launch(**given)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ProfileConfig(dg.Config, ChunkProfile):
     """A transfer profile of your own; the fields of `ChunkProfile`."""
 
 
-class BlobflowResource(dg.ConfigurableResource):
+class TransferResource(Configured, dg.ConfigurableResource):
+    """What every resource of ours has: a transfer profile, a scratch directory, and what was opened and is closed."""
+
+    profile: Literal["datacenter", "tactical", "edge"] = Field(
+        default="tactical",
+        description="32 MiB chunks for fast networks, 8 MiB for most, 1 MiB and patience for broken links.",
+    )
+    custom_profile: ProfileConfig | None = Field(
+        default=None, description="Chunk size (bytes), checkpoint interval (chunks) and more, instead of `profile`."
+    )
+    scratch_dir: str | None = Field(
+        default=None,
+        description="Absolute path for what lives between two steps of a run; by default in the Dagster instance's"
+        " storage. The steps of one asset need to see the same directory.",
+    )
+
+    _instance_storage: Path | None = PrivateAttr(default=None)
+    _opened: list[Store | Leases] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="after")
+    def _one_profile(self) -> Self:
+        if self.custom_profile is not None and self.profile != "tactical":
+            raise UsageError(
+                f"{type(self).__name__} has the profile {self.profile!r} and a custom_profile", hint="give one of them"
+            )
+        return self
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Learn where the Dagster instance keeps its files."""
+        if context.instance is not None:
+            self._instance_storage = Path(context.instance.storage_directory())
+
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002  # Dagster's signature
+        """Close the connections that were opened."""
+        while self._opened:
+            self._opened.pop().close()
+
+    def get_profile(self) -> ChunkProfile:
+        """The transfer profile."""
+        if self.custom_profile is not None:
+            return ChunkProfile(**self.custom_profile.model_dump())
+        return ChunkProfile.named(self.profile)
+
+    def scratch_path(self, *names: str) -> Path:
+        """A path of that name for local files that are needed until the end of a run; it need not exist yet."""
+        root = Path(self.scratch_dir) if self.scratch_dir else self._instance_path(SCRATCH_DIR)
+        return expanded(root).absolute().joinpath(*names)
+
+    def _instance_path(self, name: str) -> Path:
+        if self._instance_storage is None:
+            home = os.environ.get("DAGSTER_HOME")
+            if not home:
+                raise UsageError(
+                    "outside of a run the Dagster instance's storage is not known",
+                    hint="give `store` and `scratch_dir`, or set DAGSTER_HOME",
+                )
+            return Path(home, "storage", name)
+        return self._instance_storage / name
+
+
+class BlobflowResource(TransferResource):
     """A store and a transfer profile.
 
     Give secrets as `dg.EnvVar(...)`: Dagster then shows the name of the variable and never its value. Without keys
@@ -34,13 +114,6 @@ class BlobflowResource(dg.ConfigurableResource):
         description="URL of the store (s3://bucket/prefix, an fsspec URL) or an absolute path; by default a directory"
         " in the Dagster instance's storage. Never with credentials in it.",
     )
-    profile: Literal["datacenter", "tactical", "edge"] = Field(
-        default="tactical",
-        description="32 MiB chunks for fast networks, 8 MiB for most, 1 MiB and patience for broken links.",
-    )
-    custom_profile: ProfileConfig | None = Field(
-        default=None, description="Chunk size (bytes), checkpoint interval (chunks) and more, instead of `profile`."
-    )
     endpoint_url: str | None = Field(default=None, description="Of an S3 server that is not AWS.")
     region: str | None = Field(default=None, description="Of the bucket.")
     access_key_id: str | None = Field(default=None, description="Together with the secret, or not at all.")
@@ -48,34 +121,16 @@ class BlobflowResource(dg.ConfigurableResource):
     session_token: str | None = Field(default=None, description="As dg.EnvVar(...); of temporary credentials.")
     s3: dg.ResourceDependency[Any] = None  # pyright: ignore[reportAssignmentType]
     """A dagster-aws `S3Resource` to take endpoint, region and keys from. Typed loosely: its import costs seconds."""
-    scratch_dir: str | None = Field(
-        default=None,
-        description="Absolute path for what lives between two steps of a run; by default in the Dagster instance's"
-        " storage. The steps of one asset need to see the same directory.",
-    )
     leases: str | None = Field(
         default=None,
         description="SQLAlchemy URL of a database that keeps the leases of rounds, as dg.EnvVar(...) if there is a"
         " password in it; by default the store keeps them, which needs conditional writes.",
     )
 
-    _instance_storage: Path | None = PrivateAttr(default=None)
-    _opened: list[Store | Leases] = PrivateAttr(default_factory=list)
-
     def __repr__(self) -> str:
         return f"BlobflowResource(store={self.store!r}, profile={'custom' if self.custom_profile else self.profile!r})"
 
     __str__ = __repr__
-
-    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Learn where the Dagster instance keeps its files."""
-        if context.instance is not None:
-            self._instance_storage = Path(context.instance.storage_directory())
-
-    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002  # Dagster's signature
-        """Close the connections that were opened."""
-        while self._opened:
-            self._opened.pop().close()
 
     def get_store(self, *, patience_s: float = DEFAULT_PATIENCE_S) -> Store:
         """The store; nothing is sent yet. It is closed with the resource: at the end of the step or run.
@@ -106,28 +161,6 @@ class BlobflowResource(dg.ConfigurableResource):
         self._opened.append(leases)
         return leases
 
-    def get_profile(self) -> ChunkProfile:
-        """The transfer profile."""
-        if self.custom_profile is not None:
-            return ChunkProfile(**self.custom_profile.model_dump())
-        return ChunkProfile.named(self.profile)
-
-    def scratch_path(self, *names: str) -> Path:
-        """A path of that name for local files that are needed until the end of a run; it need not exist yet."""
-        root = Path(self.scratch_dir) if self.scratch_dir else self._instance_path(SCRATCH_DIR)
-        return expanded(root).absolute().joinpath(*names)
-
-    def _instance_path(self, name: str) -> Path:
-        if self._instance_storage is None:
-            home = os.environ.get("DAGSTER_HOME")
-            if not home:
-                raise UsageError(
-                    "outside of a run the Dagster instance's storage is not known",
-                    hint="give `store` and `scratch_dir`, or set DAGSTER_HOME",
-                )
-            return Path(home, "storage", name)
-        return self._instance_storage / name
-
     def _s3_options(self) -> Mapping[str, Any]:
         own = {
             "endpoint_url": self.endpoint_url,
@@ -142,6 +175,8 @@ class BlobflowResource(dg.ConfigurableResource):
             raise UsageError(
                 "S3Resource.profile_name is not supported", hint="give keys, or set AWS_PROFILE in the environment"
             )
+        if not self.s3.use_ssl and not (self.endpoint_url or self.s3.endpoint_url):
+            raise UsageError("S3Resource.use_ssl=False is not supported", hint="give an endpoint_url with http://")
         if self.access_key_id or self.secret_access_key or self.session_token:
             raise UsageError("keys are given twice", hint="give them here or in the S3Resource, not in both")
         return {

@@ -269,7 +269,6 @@ def test_the_resource_may_be_the_code_locations(place, written):
         ({"max_retries": -1}, "a number of retries"),
         ({"translation": {"partitions_def": {"type": "daily", "start_date": "2026-01-01"}}}, "has partitions"),
         ({"partitions_def": {"type": "static", "partition_keys": ["eu"]}, "schedule": "0 * * * *"}, "which partition"),
-        ({"unknown": 1}, "unknown"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -278,6 +277,43 @@ def test_what_makes_no_sense_is_refused_while_loading(written, change, message):
     with pytest.raises(Exception, match="orders") as refusal:
         written.load(written.pipeline(**change))
     assert message in told(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shedule": SECRET}, "the component has no field 'shedule': did you mean 'schedule'?"),
+        (
+            {"exporter": {"kind": "directory", "path": "/data", "exlude": [SECRET]}},
+            "exporter has no field 'exlude': did you mean 'exclude'?",
+        ),
+        (
+            {"importer": {"kind": "sqlite", "path": "/data", "mode": SECRET}},
+            "importer has no field 'mode': it has application_id, cursor_query, keep_versions,",
+        ),
+        ({"store": {"url": "s3://b", "secret_acces_key": SECRET}}, "did you mean 'secret_access_key'?"),
+        (
+            {"store": {"url": "s3://b", "profile": {"chunk_siez": SECRET}}},
+            "store.profile has no field 'chunk_siez': did you mean 'chunk_size'?",
+        ),
+        ({"schedule": {"cron_shedule": SECRET}}, "schedule has no field 'cron_shedule'"),
+        ({"freshness": {"fail_after": SECRET}}, "freshness has no field 'fail_after': did you mean 'fail_after_hours'"),
+        (
+            {"partitions_def": {"type": "dynamic", "nam": SECRET}},
+            "partitions_def has no field 'nam': did you mean 'name'",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_unknown_attribute_is_refused_with_the_one_that_was_meant(written, change, message):
+    """One error, which names file and field and shows no value; not one for each kind of exporter that there is."""
+    with pytest.raises(Exception, match="orders") as refusal:
+        written.load(written.pipeline(**change))
+    shown = told(refusal.value)
+    assert message in shown
+    assert "defs.yaml:" in shown
+    assert "1 validation error for ArtifactPipelineComponent" in shown
+    assert SECRET not in shown
 
 
 def test_retries_and_schedule_settings_reach_the_definitions(written):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,15 @@ from typing import Any
 import dagster as dg
 import pytest
 
+import blobflow.dagster
 from blobflow.config import ChunkProfile
-from blobflow.dagster import BlobflowResource, DirectoryImporter, ProfileConfig, artifact_pipeline
+from blobflow.dagster import (
+    BlobflowResource,
+    DirectoryImporter,
+    ProfileConfig,
+    ReceiverResource,
+    artifact_pipeline,
+)
 from blobflow.dagster import metadata as md
 from blobflow.errors import UsageError
 from blobflow.stores import Store
@@ -63,6 +72,48 @@ def test_a_profile_has_a_name_or_fields(place):
     assert configured(place, custom).get_profile() == ChunkProfile.custom(5, 7)
     with pytest.raises(ValueError, match="chunk_size"):
         ProfileConfig(chunk_size=0)
+
+
+def configurable() -> list[Any]:
+    """Every resource, IO manager and config that the Dagster layer defines."""
+    names = [found.name for found in pkgutil.iter_modules(blobflow.dagster.__path__)]
+    modules = [importlib.import_module(f"blobflow.dagster.{name}") for name in names]
+    members = {member for module in modules for member in vars(module).values() if isinstance(member, type)}
+    ours = [kind for kind in members if issubclass(kind, dg.Config) and kind.__module__.startswith("blobflow.")]
+    return sorted(ours, key=lambda kind: kind.__name__)
+
+
+@pytest.mark.parametrize("kind", configurable())
+def test_every_resource_io_manager_and_config_refuses_an_unknown_field(kind: Any):
+    """Dagster drops it without a word, and with it, say, the endpoint; ours names it and the one that was meant."""
+    name = next(iter(kind.model_fields))
+    misspelt = f"{name}x"
+    makers = [kind, kind.configure_at_launch] if hasattr(kind, "configure_at_launch") else [kind]
+    for make in makers:
+        with pytest.raises(UsageError) as refusal:
+            make(**{misspelt: "not-for-anybody"})
+        assert refusal.value.message == f"{kind.__name__} has no field {misspelt!r}: did you mean {name!r}?"
+
+
+def test_the_endpoint_that_was_misspelt_is_not_aws():
+    """The example of the report."""
+    with pytest.raises(UsageError, match="no field 'endpont_url': did you mean 'endpoint_url'"):
+        BlobflowResource(store="s3://bucket", endpont_url="http://localhost")  # pyright: ignore[reportCallIssue]
+    with pytest.raises(UsageError, match="no field 'chunk_siez': did you mean 'chunk_size'"):
+        BlobflowResource(custom_profile={"chunk_siez": 1})  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("field", ["store", "endpoint_url", "secret_access_key", "leases"])
+def test_a_receiver_takes_no_store_and_no_keys(field: str):
+    """Its directory is the store; what would be ignored is refused."""
+    with pytest.raises(UsageError, match=f"ReceiverResource has no field '{field}'"):
+        ReceiverResource(directory="/srv/receiver", **{field: "x"})
+
+
+def test_two_profiles_are_refused():
+    """One of them would be ignored."""
+    with pytest.raises(UsageError, match="the profile 'edge' and a custom_profile"):
+        BlobflowResource(profile="edge", custom_profile=ProfileConfig(chunk_size=5))
 
 
 def test_the_stores_of_a_run_are_closed_with_it(place: Place, moto_s3: S3Endpoint):

@@ -389,7 +389,7 @@ def test_a_deep_tree_is_exported(tmp_path: Path):
 
 def test_misspelt_options_are_refused():
     """An unknown option is an error, and an exporter cannot be changed."""
-    with pytest.raises(ValidationError):
+    with pytest.raises(UsageError):
         DirectoryExporter(path=Path(), colour="red")  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValidationError):
         DirectoryExporter(path=Path()).path = Path("x")

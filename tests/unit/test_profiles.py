@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from blobflow import ChunkProfile
+from blobflow.errors import UsageError
 
 MIB = 2**20
 
@@ -56,9 +57,11 @@ def test_sizes_below_one_are_refused(chunk: int, interval: int):
 
 def test_unknown_and_impossible_options_are_refused():
     """A misspelt option is an error, and so is a timeout of zero."""
-    for options in ({"chunk": 1}, {"read_timeout": 0.0}, {"workers": 0}):
+    for options in ({"read_timeout": 0.0}, {"workers": 0}):
         with pytest.raises(ValidationError):
             ChunkProfile.model_validate(options)
+    with pytest.raises(UsageError, match="no field 'chunk': did you mean 'chunk_size'"):
+        ChunkProfile.custom(1, 1, chunk=1)
     with pytest.raises(ValueError, match="unknown profile 'fast': one of datacenter, tactical, edge"):
         ChunkProfile.named("fast")
 
