@@ -10,7 +10,7 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 FAST := not slow and not rgw and not browser
 
-.PHONY: help demo ui test test-all check format bench docs site lock clean
+.PHONY: help demo ui test test-all fuzz check format bench docs site lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -50,6 +50,22 @@ test-all: export BLOBFLOW_CI := $(if $(filter true 1,$(CI)),1)
 test-all: $(READY) ## every test, also the slow ones and those that need Ceph or a browser
 	@$(BIN)/python -m pytest -n $(WORKERS) --maxschedchunk=1 $(PYTEST_ARGS)
 
+# atheris has no wheel for every machine and every Python, so it is not in the lock: it gets an environment beside it,
+# which sees the locked one.
+FUZZ := .venv-fuzz
+FUZZ_SECONDS ?= 600
+FUZZ_ARGS ?=
+$(FUZZ)/.ready: $(READY) tests/fuzz/requirements.txt
+	@test -x $(FUZZ)/bin/pip || PYTHON=$(BIN)/python tools/make-venv $(FUZZ)
+	@$(FUZZ)/bin/python tests/fuzz/borrow.py .venv
+	@$(FUZZ)/bin/python -m pip --disable-pip-version-check --no-input -qq install --only-binary :all: \
+	    -r tests/fuzz/requirements.txt || echo "blobflow: no atheris for $$($(FUZZ)/bin/python -V) on this" \
+	    "$$(uname -m): the fuzzing will be without coverage, which finds less"
+	@touch $@
+
+fuzz: $(FUZZ)/.ready ## every parser of foreign bytes, FUZZ_SECONDS=600 each (FUZZ_ARGS="--target index" for one)
+	@$(FUZZ)/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
+
 check: $(READY) ## lint, format, types and the layers of the house
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -77,4 +93,4 @@ lock: $(READY) ## renew requirements.lock from pyproject.toml (UPGRADE=--upgrade
 	    $(UPGRADE) --quiet --output-file requirements.lock
 
 clean: ## remove what the demo, the tests and the docs left here
-	@rm -rf .blobflow site dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf .blobflow .venv-fuzz .fuzz site dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

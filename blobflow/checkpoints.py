@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from blobflow.engine.checkpoint import TransferRecord
-from blobflow.errors import UsageError, writing
+from blobflow.errors import ArtifactInvalid, UsageError, writing
 from blobflow.owner import process_owner
+from blobflow.untrusted import Counter, Timestamp, as_model, read_object
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +41,14 @@ class Checkpoint(BaseModel):
 
     version: int = VERSION
     record: TransferRecord
-    attempt: int = Field(ge=1, description="Processes that worked on the transfer so far, this one included.")
-    sequence: int = Field(ge=1, description="Checkpoints so far, over all attempts.")
+    attempt: int = Field(
+        ge=1, lt=1 << 63, description="Processes that worked on the transfer so far, this one included."
+    )
+    sequence: int = Field(ge=1, lt=1 << 63, description="Checkpoints so far, over all attempts.")
     writer: str = Field(description="Who wrote it: a run id, or host and process.")
     continues: str = Field(default="", description="The writer of the attempt before this one.")
-    began_at: float = Field(description="When this attempt began; seconds since the epoch.")
-    saved_at: float = Field(description="When this was written; seconds since the epoch.")
+    began_at: Timestamp = Field(description="When this attempt began; seconds since the epoch.")
+    saved_at: Timestamp = Field(description="When this was written; seconds since the epoch.")
 
     @property
     def bytes_moved(self) -> int:
@@ -70,11 +73,12 @@ class Checkpoint(BaseModel):
             UsageError: not a checkpoint, or written by a newer version whose meaning is unknown here.
         """
         try:
-            version = _Versioned.model_validate_json(text).version
+            document = read_object(text, "checkpoint")
+            version = as_model(_Versioned, document, "checkpoint").version
             if version <= VERSION:
-                return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise UsageError(f"not a checkpoint: {error.errors(include_url=False)[0]['msg']}") from error
+                return as_model(cls, document, "checkpoint")
+        except ArtifactInvalid as error:
+            raise UsageError(f"not a checkpoint: {error.message}") from error
         raise UsageError(
             f"the checkpoint has version {version}, this blobflow reads up to {VERSION}",
             hint="a newer blobflow wrote it; use that one, or let the transfer go on by what the store holds",
@@ -86,7 +90,7 @@ class _Versioned(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    version: int
+    version: Counter
 
 
 class Home(Protocol):

@@ -79,10 +79,14 @@ class BlobflowError(Exception):
     default_hint: ClassVar[str] = ""
 
     def __init__(self, message: str, *, hint: str | None = None, **fields: Any) -> None:
-        self._texts = (message, self.default_hint if hint is None else hint)
+        self._texts = (_cut(message, _MAX_MESSAGE), self.default_hint if hint is None else hint)
         self.message, self.hint = (worded(text, as_argument) for text in self._texts)
         super().__init__(self.message)
-        self.fields = {name: value for name, value in fields.items() if value is not None}
+        self.fields: dict[str, Any] = {
+            name: _cut(value, _MAX_FIELD) if isinstance(value, str) else value
+            for name, value in fields.items()
+            if value is not None
+        }
 
     def __getattr__(self, name: str) -> Any:
         fields = self.__dict__.get("fields", {})
@@ -117,6 +121,16 @@ class BlobflowError(Exception):
         plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.fields.items()}
         message, hint = (worded(text, wording) for text in self._texts)
         return {**plain, "type": type(self).__name__, "message": message, "hint": hint}
+
+
+_MAX_MESSAGE: Final = 2000
+"""Characters; what comes from outside is quoted far shorter (`blobflow.untrusted`), and this holds for what is not."""
+_MAX_FIELD: Final = 8192
+"""Characters; twice the longest path of Linux."""
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def _rebuild(kind: type[BlobflowError], message: str, hint: str, fields: dict[str, Any]) -> BlobflowError:

@@ -32,6 +32,7 @@ from blobflow.errors import (
 )
 from blobflow.owner import owner_is_gone, process_owner
 from blobflow.stores.base import PutMode, Store
+from blobflow.untrusted import quoted, read_object
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ TTL_S: Final = 120.0
 """Seconds after its last renewal for which an intent keeps uploads of other content away; renewed at a third."""
 
 _MAX_BYTES: Final = 4 * MAX_MANIFEST_BYTES
+_LATEST_S: Final = 1e11
+"""Seconds since the epoch, in the year 5138."""
 _SAVE_ATTEMPTS: Final = 20
 _SAVE_PAUSE_S: Final = 0.25
 
@@ -74,9 +77,9 @@ class FrameLog:
     def parse(cls, document: dict[str, Any]) -> FrameLog:
         """The inverse of `encode`."""
         sizes, crcs = _unpack(document["sizes"]), _unpack(document["crc32c"])
-        if len(sizes) != len(crcs) or int(document["frame_size"]) <= 0:
+        if len(sizes) != len(crcs) or _whole(document["frame_size"]) <= 0:
             raise ValueError("frames")
-        return cls(str(document["codec"]), int(document["frame_size"]), sizes, crcs)
+        return cls(_words(document["codec"]), document["frame_size"], sizes, crcs)
 
 
 @dataclass(frozen=True)
@@ -136,26 +139,29 @@ class Intent:
         Raises:
             ArtifactInvalid: not an intent of a known version, or damaged.
         """
+        if len(data) > _MAX_BYTES:
+            raise ArtifactInvalid(f"the intent of an upload exceeds {_MAX_BYTES} bytes", actual=len(data))
+        document: dict[str, Any] = read_object(data, "intent of an upload")
+        found = document.get("format")
+        if found != FORMAT:
+            raise ArtifactInvalid(f"the intent has format {quoted(found)}, this blobflow reads {FORMAT!r}")
         try:
-            document: dict[str, Any] = json.loads(data)
-            if document["format"] != FORMAT:
-                raise ArtifactInvalid(f"the intent has format {document['format']!r}, this blobflow reads {FORMAT!r}")
             packed = _unpack(document["crc32c"])
             intent = cls(
                 manifest_bytes=document["manifest"].encode(),
-                upload_id=str(document["upload_id"]),
-                part_size=int(document["part_size"]),
-                owner=str(document["owner"]),
-                generation=int(document["generation"]),
-                expires_at=float(document["expires_at"]),
-                write_id=str(document["write_id"]),
+                upload_id=_words(document["upload_id"]),
+                part_size=_whole(document["part_size"]),
+                owner=_words(document["owner"]),
+                generation=_whole(document["generation"]),
+                expires_at=_time(document["expires_at"]),
+                write_id=_words(document["write_id"]),
                 crcs=dict(zip(_decode_ranges(document["parts"]), packed, strict=True)),
-                replaces=document["replaces"],
+                replaces=None if document["replaces"] is None else _words(document["replaces"]),
                 frames=FrameLog.parse(document["frames"]) if "frames" in document else None,
             )
             digest = document["artifact_digest"]
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise ArtifactInvalid(f"the intent of an upload is damaged: {error!r}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ArtifactInvalid(f"the intent of an upload is damaged: {quoted(error)}") from error
         if artifact_digest(intent.manifest_bytes) != digest or intent.part_size <= 0:
             raise ArtifactInvalid("the intent of an upload contradicts itself")
         Manifest.parse(intent.manifest_bytes)
@@ -325,10 +331,30 @@ def _encode_ranges(numbers: list[int]) -> str:
     return ",".join(f"{start}-{end}" if start != end else str(start) for start, end in zip(starts, ends, strict=True))
 
 
+def _words(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ValueError("not a whole number")
+    return value
+
+
+def _time(value: object) -> float:
+    if not isinstance(value, int | float) or not -_LATEST_S <= value <= _LATEST_S:
+        raise ValueError("not a time")
+    return float(value)
+
+
 def _decode_ranges(text: str) -> Iterable[int]:
+    before = 0
     for piece in text.split(",") if text else ():
         start, _, end = piece.partition("-")
         first, last = int(start), int(end or start)
-        if not 1 <= first <= last <= 10_000:
-            raise ValueError(f"part numbers {piece!r}")
+        if not before < first <= last <= 10_000:  # rising, so that no text stands for more numbers than there are
+            raise ValueError(f"part numbers {piece[:50]!r}")
+        before = last
         yield from range(first, last + 1)

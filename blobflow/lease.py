@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue
 from typing_extensions import override
 
 from blobflow.artifact.manifest import Sha256Digest
@@ -57,6 +57,7 @@ from blobflow.errors import (
 )
 from blobflow.owner import owner_is_gone, process_owner
 from blobflow.stores.base import PutMode, Store, check_key
+from blobflow.untrusted import MAX_COUNT, Counter, Seconds, Timestamp, UtcTime, read_model
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +85,10 @@ class RefEntry(BaseModel):
 
     key: str
     manifest_sha256: Sha256Digest
-    generation: int
+    generation: Counter
     write_id: str
-    updated_at: datetime
-    round_number: int = 0
+    updated_at: UtcTime
+    round_number: Counter = 0
     """Of the round that made what it names; 0: moved by hand, or by an older blobflow."""
 
 
@@ -98,13 +99,13 @@ class RefState(BaseModel):
 
     key: str
     manifest_sha256: Sha256Digest
-    generation: int
+    generation: Counter
     write_id: str
     """Of the move to here."""
-    updated_at: datetime
-    round_number: int = 0
+    updated_at: UtcTime
+    round_number: Counter = 0
     """Rounds before this one move it no more; 0: moved by hand only, or by an older blobflow."""
-    made_by_round: int = 0
+    made_by_round: Counter = 0
     """Of the round that moved it here; 0: moved by hand, or by an older blobflow."""
     fence_id: str = ""
     """Of the write that raised `round_number` without a move."""
@@ -161,7 +162,7 @@ def move_ref(store: Store, name: str, key: str, digest: str, *, round_number: in
         return RefState(
             key=key,
             manifest_sha256=digest,
-            generation=found.generation + 1 if found else 1,
+            generation=_after(found.generation, name) if found else 1,
             write_id=write_id,
             updated_at=datetime.now(timezone.utc),
             round_number=max(found.round_number if found else 0, round_number or 0),
@@ -193,7 +194,7 @@ def fence_ref(store: Store, name: str, generation: int, *, still_ours: Callable[
         # Between the look at the ref and the write that names its version: who was succeeded before is told here, and
         # who is succeeded now finds another version.
         still_ours()
-        number = max(generation, found.round_number + 1 if found else 1)
+        number = max(generation, _after(found.round_number, name) if found else 1)
         if found is not None:
             return found.model_copy(update={"round_number": number, "fence_id": fence_id})
         return RefState(
@@ -207,6 +208,17 @@ def fence_ref(store: Store, name: str, generation: int, *, still_ours: Callable[
         )
 
     return _change_ref(store, name, fence_id, fenced).round_number
+
+
+def _after(count: int, name: str) -> int:
+    """The next generation or round.
+
+    Raises:
+        ArtifactInvalid: there is none: nobody has come that far, so somebody else wrote the record.
+    """
+    if count >= MAX_COUNT:
+        raise ArtifactInvalid(f"the record of {name!r} is at the end of its count", hint="remove it", key=name)
+    return count + 1
 
 
 def check_round(name: str, found: RefState, round_number: int | None) -> None:
@@ -257,15 +269,15 @@ class LeaseState(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    generation: int
+    generation: Counter
     owner: str
     """Empty: nobody holds it."""
-    expires_at: float
+    expires_at: Timestamp
     """Seconds since the epoch, by the clock of who keeps the record where that one tells the time."""
     write_id: str
     cursor: JsonValue = None
     """Of the last completed round."""
-    ttl_s: float = 60.0
+    ttl_s: Seconds = 60.0
     """A holder that lives writes a new record at least that often."""
 
 
@@ -458,7 +470,7 @@ class LeaseMachine:
         return self._begin(
             Write(
                 LeaseState(
-                    generation=found.state.generation + 1 if found else 1,
+                    generation=_after(found.state.generation, "lease") if found else 1,
                     owner=self._owner,
                     expires_at=now.time_s + self._ttl_s,
                     write_id=uuid.uuid4().hex,
@@ -680,10 +692,10 @@ def _read(store: Store, key: str, kind: type[Any]) -> tuple[Any, str] | None:
     except ObjectNotFound:
         return None
     try:
-        return kind.model_validate_json(data), meta.e_tag
-    except ValidationError as error:
+        return read_model(kind, data, kind.__name__), meta.e_tag
+    except ArtifactInvalid as error:
         raise ArtifactInvalid(
-            f"object {key!r} is not a {kind.__name__}: {error.errors(include_url=False)[0]['msg']}",
+            f"object {key!r} is not a {kind.__name__}: {error.message}",
             hint="somebody else wrote it; look at it, then remove it",
             key=key,
         ) from error

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from pydantic import ValidationError
 from sqlalchemy import JSON, BigInteger, Column, Double, MetaData, String, Table, insert, select, text, update
 from sqlalchemy.exc import IntegrityError
 from typing_extensions import override
@@ -18,6 +17,7 @@ from typing_extensions import override
 from blobflow.errors import ArtifactInvalid
 from blobflow.lease import Found, Leases, LeaseState
 from blobflow.sql import NAME_LENGTH, SqlTable
+from blobflow.untrusted import as_model
 
 TABLE: Final = "blobflow_leases"
 
@@ -62,10 +62,10 @@ class SqlLeases(Leases):
         if row is None:
             return None
         try:
-            state = LeaseState.model_validate({key: value for key, value in row.items() if key != "name"})
-        except ValidationError as error:
+            state = as_model(LeaseState, {key: value for key, value in row.items() if key != "name"}, "lease")
+        except ArtifactInvalid as error:
             raise ArtifactInvalid(
-                f"the row {name!r} of {TABLE} is no lease: {error.errors(include_url=False)[0]['msg']}",
+                f"the row {name!r} of {TABLE} is no lease: {error.message}",
                 hint="somebody else wrote it; look at it, then remove it",
                 key=name,
             ) from error

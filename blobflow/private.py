@@ -147,10 +147,10 @@ class PrivateDirectory:
             self.path / name, flags, wanted, within=(self.descriptor, name), owner=self._owner, shared=self.is_shared
         )
 
-    def read(self, name: str) -> bytes:
-        """The content of a file."""
+    def read(self, name: str, limit: int = -1) -> bytes:
+        """The content of a file, cut off after `limit` bytes."""
         with os.fdopen(self.open(name, os.O_RDONLY), "rb") as file:
-            return file.read()
+            return file.read(limit)
 
     def names(self) -> list[str]:
         """The names of everything in it, in no order."""

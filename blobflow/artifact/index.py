@@ -26,6 +26,7 @@ from blobflow.artifact.limits import (
 )
 from blobflow.checksum import EMPTY_SHA256, SHA256_BYTES
 from blobflow.errors import ArtifactInvalid, HostileArtifact
+from blobflow.untrusted import quoted
 
 FILE_MODE: Final = 0o644
 EXECUTABLE_MODE: Final = 0o755
@@ -190,7 +191,7 @@ class Index:
             for group in range(file.num_row_groups):
                 index._extend(file.read_row_group(group, use_threads=False))
         except _UNREADABLE as error:
-            raise ArtifactInvalid(f"index is not readable as Parquet: {error}") from error
+            raise ArtifactInvalid(f"index is not readable as Parquet: {quoted(error)}") from error
         if len(index) != members:
             raise ArtifactInvalid(f"index has {len(index)} rows, the manifest says {members}")
         index.check()
@@ -212,7 +213,10 @@ class Index:
             if self._paths_bytes > MAX_PATHS_BYTES:
                 raise ArtifactInvalid(f"the paths of the index have more than {MAX_PATHS_BYTES} bytes")
             names = chunk.dictionary.to_pylist()
-            self.paths.extend(names[i] for i in chunk.indices.to_pylist())
+            places = chunk.indices.to_pylist()
+            if places and not 0 <= min(places) <= max(places) < len(names):
+                raise ArtifactInvalid("a path of the index points outside of its dictionary")
+            self.paths.extend(names[i] for i in places)
 
     def check(self) -> None:
         """Refuse rows that must never be written.
@@ -222,7 +226,7 @@ class Index:
         """
 
         def refuse(path: str, reason: str) -> HostileArtifact:
-            return HostileArtifact(f"member {path!r} is refused: {reason}", path=path, reason=reason)
+            return HostileArtifact(f"member {quoted(path)} is refused: {reason}", path=path, reason=reason)
 
         previous = ""
         # Files with whose paths the present one begins. In sorted order those that follow a file and begin with its

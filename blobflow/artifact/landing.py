@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from blobflow.artifact.checker import PayloadChecker, Place
 from blobflow.artifact.crowd import CrowdLock
@@ -29,6 +29,7 @@ from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
 from blobflow.checksum import combine_all, crc32c
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import (
+    ArtifactInvalid,
     ChecksumMismatch,
     DestinationNotEmpty,
     DigestMismatch,
@@ -39,6 +40,7 @@ from blobflow.errors import (
 )
 from blobflow.owner import boot_id
 from blobflow.trees import OPEN_DIRECTORY, Cursor, Opened, make_directories, open_below, open_beneath, remove_tree
+from blobflow.untrusted import read_json
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +56,10 @@ _TREE_NAME: Final = "artifact"
 _HOLE: Final = bytes(64 * 1024)
 """Aligned runs of zeros of this size are left as holes, so that a sparse file lands sparse."""
 _READ_BACK_SIZE: Final = 1 << 20
+_MAX_NOTE_BYTES: Final = 4096
+"""Of a line of the journal; ours have less than 150."""
+_MAX_PART_BYTES: Final = 5 << 30
+"""S3's largest part."""
 _OPEN_FILE: Final = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -325,43 +331,49 @@ class _Notes:
         self.part_size: int | None = None
         self.lanes: int | None = None
         self.done: dict[int, int] = {}
+        self._noted: dict[int, int] = {}
+        self._syncing: dict[int, int] = {}
+        self._durable: dict[int, int] = {}
+        self._boot = ""
 
     @classmethod
     def read(cls, journal: Path) -> _Notes:
         """The notes in a file; none if there is no such file."""
         notes = cls()
         try:
-            lines = journal.read_bytes().split(b"\n")
+            with open(journal, "rb") as file:
+                while line := file.readline(_MAX_NOTE_BYTES):
+                    notes._take(line)
         except FileNotFoundError:
             return notes
-        noted: dict[int, int] = {}
-        syncing: dict[int, int] = {}
-        durable: dict[int, int] = {}
-        boot = ""
-        for line in lines:
-            try:
-                record: dict[str, Any] = json.loads(line)
-            except ValueError:
-                continue  # empty, or torn by a kill; what it spoke of is fetched again
-            if "artifact" in record:
-                notes.part_size = record["part_size"]
-            elif "lanes" in record:
-                notes.lanes = record["lanes"]
-            elif "boot" in record:
-                if record["boot"] != boot:
-                    noted = dict(durable)
-                boot, syncing = record["boot"], {}
-            elif "part" in record:
-                noted[record["part"]] = record["crc32c"]
-            elif "drop" in record:
-                for known in (noted, syncing, durable):
-                    known.pop(record["drop"], None)
-            elif "syncing" in record:
-                syncing = dict(noted)
-            elif "synced" in record:
-                durable |= syncing
-        notes.done = noted if boot and boot == boot_id() else durable
+        notes.done = notes._noted if notes._boot and notes._boot == boot_id() else notes._durable
         return notes
+
+    def _take(self, line: bytes) -> None:
+        """Take one line; one that is torn by a kill, or damaged, tells nothing."""
+        try:
+            match read_json(line, "journal"):
+                case {"artifact": str(), "part_size": int(size)} if 1 <= size <= _MAX_PART_BYTES:
+                    self.part_size = size
+                case {"lanes": int(lanes)} if lanes >= 1:
+                    self.lanes = lanes
+                case {"boot": str(boot)}:
+                    if boot != self._boot:
+                        self._noted = dict(self._durable)
+                    self._boot, self._syncing = boot, {}
+                case {"part": int(number), "crc32c": int(crc)} if number >= 1 and 0 <= crc < 1 << 32:
+                    self._noted[number] = crc
+                case {"drop": int(number)}:
+                    for known in (self._noted, self._syncing, self._durable):
+                        known.pop(number, None)
+                case {"syncing": _}:
+                    self._syncing = dict(self._noted)
+                case {"synced": _}:
+                    self._durable |= self._syncing
+                case _:
+                    pass
+        except ArtifactInvalid:
+            pass  # what it spoke of is fetched again
 
 
 @contextmanager
@@ -431,6 +443,8 @@ class Landing:
         self._crowd = CrowdLock()
         self._synced = len(stage.done)
         self._prepare()
+        for number in [number for number in stage.done if number > len(plan)]:
+            del stage.done[number]  # a damaged note
         for number in stage.done:
             part = plan.part(number)
             self._checker.recall(part.offset, part.length)

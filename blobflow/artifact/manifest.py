@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from datetime import datetime
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.privacy import MAX_PRIVATE_CHARS, RANGES, PrivateRows
 from blobflow.errors import ArtifactInvalid
+from blobflow.untrusted import UtcTime, as_model, quoted, read_object
 
 FORMAT: Final = "blobflow.artifact/1"
 MANIFEST_NAME: Final = "MANIFEST.json"
@@ -51,7 +51,7 @@ class Manifest(BaseModel):
     format: str = FORMAT
     backend: str = Field(description="Which exporter made it, e.g. `directory`.")
     cursor: JsonValue = Field(default=None, description="Where in the source's history this snapshot stands.")
-    created_at: datetime
+    created_at: UtcTime
     producer: str
     members: ByteCount = Field(description="Rows of the index: files and empty directories.")
     bytes: ByteCount = Field(description="Sum of the sizes of the members.")
@@ -88,24 +88,16 @@ class Manifest(BaseModel):
         """
         if len(data) > MAX_MANIFEST_BYTES:
             raise ArtifactInvalid(f"manifest exceeds {MAX_MANIFEST_BYTES} bytes", actual=len(data))
-        try:
-            document = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ArtifactInvalid(f"manifest is not JSON: {error}") from error
-        found = cast("dict[str, object]", document).get("format") if isinstance(document, dict) else None
+        document = read_object(data, "manifest")
+        found = document.get("format")
         if found != FORMAT:
             raise ArtifactInvalid(
-                f"manifest has format {found!r}, this blobflow reads {FORMAT!r}",
+                f"manifest has format {quoted(found)}, this blobflow reads {FORMAT!r}",
                 hint="a newer blobflow may be needed",
                 expected=FORMAT,
-                actual=str(found),
+                actual=quoted(found),
             )
-        try:
-            return cls.model_validate(document)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(str(step) for step in first["loc"])
-            raise ArtifactInvalid(f"manifest field {field!r}: {first['msg']}", field=field) from error
+        return as_model(cls, document, "manifest")
 
     def encode(self) -> bytes:
         """The JSON document as it is stored; its bytes are the artifact's identity.

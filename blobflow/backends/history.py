@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from blobflow.errors import ArtifactInvalid
+from blobflow.untrusted import UtcTime, read_model
 
 HISTORY_NAME: Final = "history.jsonl"
 
@@ -20,12 +22,12 @@ class HistoryEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    imported_at: datetime
+    imported_at: UtcTime
     artifact_digest: str
     backend: str
     cursor: JsonValue = None
     """Where in the source's history the artifact stands."""
-    created_at: datetime
+    created_at: UtcTime
     """When the artifact was made."""
     key: str | None = None
     """Under which it was published, if the importing process knew."""
@@ -40,8 +42,8 @@ def read_history(mirror: Path) -> list[HistoryEntry]:
     entries: list[HistoryEntry] = []
     for line in data.splitlines():
         try:
-            entries.append(HistoryEntry.model_validate_json(line))
-        except ValidationError:
+            entries.append(read_model(HistoryEntry, line, "line of the history"))
+        except ArtifactInvalid:
             continue
     return entries
 

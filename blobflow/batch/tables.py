@@ -10,7 +10,6 @@ one step. Whoever runs the same file again executes what is in neither, and what
 from __future__ import annotations
 
 import base64
-import binascii
 import fcntl
 import hashlib
 import json
@@ -37,6 +36,7 @@ from blobflow.errors import (
     writing,
 )
 from blobflow.stores.base import ObjectMeta
+from blobflow.untrusted import quoted
 
 FORMAT: Final = "blobflow.batch-results/1"
 SCHEMA: Final = pa.schema(
@@ -64,6 +64,10 @@ _TABLE_ROWS: Final = 1000
 _MAX_LINE_BYTES: Final = 4 * 1024 * 1024
 """A payload of 1 MiB in base64, or with every character escaped, and room for the rest."""
 _SAMPLE: Final = 20
+_UNREADABLE: Final = (pa.ArrowException, KeyError, OSError, TypeError, ValueError)
+"""What pyarrow raises for a file that is no Parquet, or of other columns."""
+_TEXTS: Final = ("kind", "key", "e_tag", "error", "message", "hint", "payload")
+_STATUSES: Final = ("done", "absent", "failed")
 
 OnProgress = Callable[[int, int], None]
 """`on_progress(done, total)` counts operations."""
@@ -222,8 +226,8 @@ class _Source:
                     lines += chunk.count(b"\n")
                     last = chunk[-1:]
             self.count: int = pq.read_metadata(path).num_rows if self._is_table else lines + (last != b"\n")
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UsageError(f"{path} cannot be read as operations: {error}", path=str(path)) from error
+        except _UNREADABLE as error:
+            raise self._unreadable(error) from error
         self.digest = digest.hexdigest()
 
     def __iter__(self) -> Iterator[Operation | BlobflowError]:
@@ -238,10 +242,16 @@ class _Source:
                     while not line.endswith(b"\n") and (line := file.readline(_MAX_LINE_BYTES)):
                         pass  # the rest of a line that is too long to be one
             return
-        with pq.ParquetFile(self._path) as table:
-            known = [name for name in ("op", "key", "payload", "metadata") if name in table.schema_arrow.names]
-            for batch in table.iter_batches(batch_size=256, columns=known):
-                yield from batch.to_pylist(maps_as_pydicts="strict")
+        try:
+            with pq.ParquetFile(self._path) as table:
+                known = [name for name in ("op", "key", "payload", "metadata") if name in table.schema_arrow.names]
+                for batch in table.iter_batches(batch_size=256, columns=known):
+                    yield from batch.to_pylist(maps_as_pydicts="strict")
+        except _UNREADABLE as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> UsageError:
+        return UsageError(f"{self._path} cannot be read as operations: {quoted(error)}", path=str(self._path))
 
     def _operation(self, index: int, entry: Any) -> Operation | BlobflowError:
         def refuse(reason: str) -> InvalidOperation:
@@ -255,7 +265,7 @@ class _Source:
         if isinstance(entry, bytes):
             try:
                 entry = json.loads(entry)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return refuse("it is not JSON")
         if not isinstance(entry, dict):
             return refuse("it is not an object")
@@ -266,9 +276,9 @@ class _Source:
         if not isinstance(key, str):
             return refuse("it has no key")
         if kind not in ("get", "delete"):
-            return refuse(f"{kind!r} is no op")
+            return refuse(f"{quoted(kind)} is no op")
         if given:
-            return refuse(f"a {kind} has no {min(given)!r}")
+            return refuse(f"a {kind} has no {quoted(min(given))}")
         return Get(key) if kind == "get" else Delete(key)
 
     def _insert(
@@ -277,13 +287,13 @@ class _Source:
         payload, encoded = given.pop("payload", None), given.pop("payload_base64", None)
         metadata = given.pop("metadata", None)
         if given:
-            return refuse(f"an insert has no {min(given)!r}")
+            return refuse(f"an insert has no {quoted(min(given))}")
         if (payload is None) == (encoded is None):
             return refuse("an insert has either a payload or a payload_base64")
         if isinstance(encoded, str):
             try:
                 payload = base64.b64decode(encoded, validate=True)
-            except binascii.Error:
+            except ValueError:
                 return refuse("its payload_base64 is none")
         if isinstance(payload, str):
             payload = payload.encode("utf-8", "surrogatepass")
@@ -369,34 +379,56 @@ class _Journal:
 
     def _of_table(self) -> Iterator[dict[str, Any]]:
         try:
-            table = pq.ParquetFile(self._table)
-        except (pa.ArrowInvalid, OSError) as error:
+            with pq.ParquetFile(self._table) as table:
+                if table.schema_arrow.remove_metadata() != SCHEMA:
+                    raise TypeError("another schema")
+                about: dict[bytes, bytes] = table.schema_arrow.metadata or {}
+                self._check(about.get(b"blobflow.operations_sha256", b"").decode("ascii", "replace"))
+                for batch in table.iter_batches(batch_size=256):
+                    for row in batch.to_pylist():
+                        if row["payload"] is not None:
+                            row["payload"] = base64.b64encode(row["payload"]).decode()
+                        yield {name: value for name, value in row.items() if name == "kind" or value is not None}
+        except _UNREADABLE as error:
             raise ResultsConflict(f"{self._table} is not a table of results", path=str(self._table)) from error
-        with table:
-            about: dict[bytes, bytes] = table.schema_arrow.metadata or {}
-            self._check(about.get(b"blobflow.operations_sha256", b"").decode())
-            for batch in table.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
-                    if row["payload"] is not None:
-                        row["payload"] = base64.b64encode(row["payload"]).decode()
-                    yield {name: value for name, value in row.items() if name == "kind" or value is not None}
 
     def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Offset and content of each whole line after the first."""
         self._file.seek(0)
         self._end = len(self._file.readline())
         while (line := self._file.readline()).endswith(b"\n"):
-            yield self._end, self._parsed(line)
+            yield self._end, self._row_in(line)
             self._end += len(line)
 
     def _parsed(self, line: bytes) -> dict[str, Any]:
         try:
             parsed = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             parsed = None
         if not isinstance(parsed, dict):
             raise ResultsConflict(f"{self._path} is no journal of results", path=str(self._path))
         return cast("dict[str, Any]", parsed)
+
+    def _row_in(self, line: bytes) -> dict[str, Any]:
+        """A row as it was written: what else stands there was written by somebody else."""
+        row = self._parsed(line)
+        numbers = [row.get("index"), row.get("size", 0)]
+        right = (
+            all(type(number) is int and 0 <= number < 1 << 63 for number in numbers)
+            and all(isinstance(row.get(name, ""), str | None) for name in _TEXTS)
+            and {"kind", *(("error", "message") if row.get("status") == "failed" else ())} <= row.keys()
+            and row.get("status") in _STATUSES
+            and isinstance(row.get("retryable", False), bool)
+            and row.keys() <= set(SCHEMA.names)
+        )
+        try:
+            base64.b64decode(row.get("payload") or "", validate=True)
+            "".join(row.get(name) or "" for name in _TEXTS).encode()
+        except (TypeError, ValueError):
+            right = False
+        if not right:
+            raise ResultsConflict(f"{self._path} is no journal of results", path=str(self._path))
+        return row
 
     def _learn(self, row: dict[str, Any]) -> bool:
         """Note what a row says; whether it need not be executed again."""
@@ -413,7 +445,8 @@ class _Journal:
             self.failed += 1
         else:
             self.done.add(row["index"])
-        self._rows.append(json.dumps({n: value for n, value in row.items() if n == "kind" or value is not None}))
+        kept = {n: _told(value) for n, value in row.items() if n == "kind" or value is not None}
+        self._rows.append(json.dumps(kept))
         if len(self._rows) >= _FLUSH_ROWS or time.monotonic() - self._flushed_at >= _FLUSH_S:
             self._flush()
 
@@ -452,8 +485,8 @@ class _Journal:
 
     def _row_at(self, offset: int) -> dict[str, Any]:
         self._file.seek(offset)
-        row = self._parsed(self._file.readline())
-        if "payload" in row:
+        row = self._row_in(self._file.readline())
+        if row.get("payload") is not None:
             row["payload"] = base64.b64decode(row["payload"])
         return row
 
@@ -464,11 +497,16 @@ class _Journal:
             self._file.close()
 
 
+def _told(value: Any) -> Any:
+    """What a table can hold of a value: a key that was refused may have been no text at all."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
 def _count(counts: _Counts, row: dict[str, Any]) -> None:
     counts.statuses[row["status"]] += 1
     counts.kinds[row["kind"] or "invalid"] += 1
     if row["status"] == "failed":
-        counts.retryable = counts.retryable and row["retryable"]
+        counts.retryable = counts.retryable and row.get("retryable", False)
         if len(counts.failures) < _SAMPLE:
             counts.failures.append(
                 Failure(row["index"], row["kind"], row.get("key"), row["error"], row["message"], row["retryable"])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from blobflow.errors import UsageError
+from blobflow.errors import ArtifactInvalid, UsageError
+from blobflow.untrusted import Counter, read_model
 
 CHECKPOINT_VERSION: Final = 1
 
@@ -19,13 +20,15 @@ class TransferCheckpoint(BaseModel):
 
     model_config = ConfigDict(extra="ignore", validate_assignment=True)
 
-    version: int = CHECKPOINT_VERSION
+    version: Counter = CHECKPOINT_VERSION
     session_id: str
     digest: str = Field(default="", description="Expected `sha256:<hex>` of the whole; empty if unknown.")
-    total_size: int | None = Field(default=None, ge=0, description="Bytes; None for a stream of unknown length.")
-    offset: int = Field(default=0, ge=0, description="Bytes acknowledged by the target.")
-    chunks_completed: int = Field(default=0, ge=0)
-    prefix_crc32c: int = Field(default=0, ge=0, description="CRC32C of the bytes before `offset`.")
+    total_size: int | None = Field(
+        default=None, ge=0, lt=1 << 63, description="Bytes; None for a stream of unknown length."
+    )
+    offset: int = Field(default=0, ge=0, lt=1 << 63, description="Bytes acknowledged by the target.")
+    chunks_completed: int = Field(default=0, ge=0, lt=1 << 63)
+    prefix_crc32c: int = Field(default=0, ge=0, lt=1 << 32, description="CRC32C of the bytes before `offset`.")
     upload_session_url: str | None = Field(default=None, description="The target's own name for the session, if any.")
     source_version: str | None = Field(default=None, description="Of a pinned source, which must still have it.")
 
@@ -68,9 +71,9 @@ class TransferCheckpoint(BaseModel):
             UsageError: not a checkpoint, or written by a newer version whose meaning is unknown here.
         """
         try:
-            checkpoint = cls.model_validate_json(text)
-        except ValidationError as error:
-            raise UsageError(f"not a checkpoint: {error.errors(include_url=False)[0]['msg']}") from error
+            checkpoint = read_model(cls, text, "checkpoint")
+        except ArtifactInvalid as error:
+            raise UsageError(f"not a checkpoint: {error.message}") from error
         if checkpoint.version > CHECKPOINT_VERSION:
             raise UsageError(
                 f"the checkpoint has version {checkpoint.version}, this blobflow reads up to {CHECKPOINT_VERSION}",
@@ -89,13 +92,13 @@ class TransferRecord(BaseModel):
     key: str
     artifact_digest: str
     upload_id: str | None = None
-    part_size: int
-    parts_total: int
-    parts_done: int
-    bytes_done: int
-    bytes_total: int
-    parts_resumed: int = Field(default=0, description="Of `parts_done`, what the store or the stage held before.")
-    bytes_resumed: int = Field(default=0, description="Of `bytes_done`, likewise.")
+    part_size: Counter
+    parts_total: Counter
+    parts_done: Counter
+    bytes_done: Counter
+    bytes_total: Counter
+    parts_resumed: Counter = Field(default=0, description="Of `parts_done`, what the store or the stage held before.")
+    bytes_resumed: Counter = Field(default=0, description="Of `bytes_done`, likewise.")
     state: Literal["running", "done", "failed"]
 
     def to_json_dict(self) -> dict[str, Any]:

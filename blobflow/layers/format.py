@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import Any, Final
 
 import zstandard
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
@@ -34,6 +34,7 @@ from blobflow.config import MIB
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import ArtifactInvalid, UsageError
 from blobflow.layers.names import layer_key
+from blobflow.untrusted import as_model, read_object
 
 FORMAT: Final = "blobflow.layer/1"
 CONTENT_TYPE: Final = "application/zstd"
@@ -219,14 +220,12 @@ class LayerMeta(BaseModel):
         Raises:
             ArtifactInvalid: not of this format, or it contradicts itself.
         """
-        try:
-            document: Any = json.loads(data)
-            if not isinstance(document, dict) or document.get("format") != FORMAT:  # pyright: ignore[reportUnknownMemberType]
-                raise ArtifactInvalid(f"not the metadata of a layer of format {FORMAT!r}")
-            meta = cls.model_validate(document)
-        except (ValueError, RecursionError) as error:
-            said = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
-            raise ArtifactInvalid(f"the metadata of a layer is damaged: {said}") from error
+        if len(data) > MAX_META_BYTES:
+            raise ArtifactInvalid(f"the metadata of a layer exceeds {MAX_META_BYTES} bytes", actual=len(data))
+        document = read_object(data, "metadata of a layer")
+        if document.get("format") != FORMAT:
+            raise ArtifactInvalid(f"not the metadata of a layer of format {FORMAT!r}")
+        meta = as_model(cls, document, "the metadata of a layer is damaged:")
         manifest = Manifest.parse(meta.manifest_bytes)
         plan = plan_of(meta.manifest_bytes, meta.frame_size)
         if (layer_digest(manifest), plan.head, plan.size, len(plan)) != (
@@ -244,6 +243,8 @@ def plan_of(manifest_bytes: bytes, frame_size: int) -> FramePlan:
     own = manifest_entry_length(len(manifest_bytes))
     size = own + manifest.body.size
     head = own + member_length(INDEX_NAME, manifest.index.size)
+    if head > size:
+        raise ArtifactInvalid("the manifest of a layer speaks of an index that is larger than the body it lies in")
     return FramePlan(head, size, frame_size)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import random
+import re
 import ssl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 from urllib.parse import urlencode, urlsplit
 
 from blobflow import errors
@@ -17,6 +17,7 @@ from blobflow.activity import Activity, doing
 from blobflow.checksum import Buffer
 from blobflow.config import MIB
 from blobflow.errors import (
+    ArtifactInvalid,
     BlobflowError,
     ChecksumMismatch,
     OffsetRegressionError,
@@ -31,13 +32,18 @@ from blobflow.mirror.sending import DEFAULT_CHUNK_BYTES, Snapshot
 from blobflow.stores.base import Body
 from blobflow.stores.retry import DEFAULT_PATIENCE_S
 from blobflow.stores.s3_wire import Answer, Wire, WireError
+from blobflow.untrusted import plain, read_object
 from blobflow.version import __version__
 
 log = logging.getLogger(__name__)
 
 REQUEST_BYTES: Final = 64 * MIB
 """Of a snapshot in one request: each is acknowledged, and lets the caller see progress."""
-_MAX_ANSWER_BYTES: Final = 16 * MIB
+_MAX_ANSWER_BYTES: Final = 8 * MIB
+"""A list of 20,000 snapshots."""
+_MAX_FIELDS: Final = 20
+_FIELD: Final = re.compile(r"[a-z][a-z0-9_]{0,40}")
+_LARGEST: Final = 1 << 64
 _FIRST_WAIT_S: Final = 0.25
 _LONGEST_WAIT_S: Final = 20.0
 
@@ -141,6 +147,8 @@ class MirrorClient:
             try:
                 at = at or self.status(snapshot.id)
                 offset: int = at["bytes_done"]
+                if offset > total:
+                    raise self._strange()
                 held = offset if held is None else held
                 if on_progress is not None:
                     on_progress(total if at["complete"] else offset, total)
@@ -163,11 +171,11 @@ class MirrorClient:
 
     def status(self, snapshot: SnapshotId) -> dict[str, Any]:
         """What the receiver has of a snapshot: docs/mirror.md, "Requests"."""
-        return self._call("GET", f"/v1/snapshot?{urlencode(snapshot._asdict())}")
+        return self._standing(snapshot, self._call("GET", f"/v1/snapshot?{urlencode(snapshot._asdict())}"))
 
     def snapshots(self) -> list[dict[str, Any]]:
         """All that the receiver has."""
-        return self._call("GET", "/v1/snapshots")["snapshots"]
+        return self._listed(self._call("GET", "/v1/snapshots"))
 
     def abort(self, snapshot: SnapshotId) -> None:
         """Have the receiver drop what it has of a snapshot that is not complete."""
@@ -196,7 +204,39 @@ class MirrorClient:
                 yield envelope.head()
                 yield envelope.data
 
-        return self._call("POST", "/v1/frames", Body(size, frames))["snapshots"][-1]
+        found = self._listed(self._call("POST", "/v1/frames", Body(size, frames)))
+        at = self._standing(snapshot.id, found[-1] if found else {})
+        if not at["complete"] and at["bytes_done"] <= offset:
+            # What takes no byte makes no progress, however politely it answers.
+            raise StoreUnavailable(
+                f"{self.url} acknowledges nothing of {snapshot.id} beyond byte {at['bytes_done']}",
+                operation="push",
+                offset=offset,
+            )
+        return at
+
+    def _listed(self, document: dict[str, Any]) -> list[dict[str, Any]]:
+        found: Any = document.get("snapshots")
+        if not isinstance(found, list) or not all(isinstance(one, dict) for one in cast("list[Any]", found)):
+            raise self._strange()
+        return cast("list[dict[str, Any]]", found)
+
+    def _standing(self, snapshot: SnapshotId, document: dict[str, Any]) -> dict[str, Any]:
+        """Where the receiver stands, if that is what it tells, and it speaks of this snapshot."""
+        done, complete = document.get("bytes_done"), document.get("complete")
+        named = {name: document.get(name) for name in SnapshotId._fields}
+        if type(done) is not int or not 0 <= done < 1 << 64 or type(complete) is not bool:
+            raise self._strange()
+        if named != snapshot._asdict():
+            raise self._strange()
+        return document
+
+    def _strange(self) -> StoreUnavailable:
+        return StoreUnavailable(
+            f"{self.url} gave an answer that no receiver of this version gives",
+            hint="see that the URL is that of `blobflow mirror serve`, of this version or a newer one",
+            operation="push",
+        )
 
     def _call(self, method: str, target: str, body: Body | None = None) -> dict[str, Any]:
         def headers() -> dict[str, str]:
@@ -224,8 +264,8 @@ class MirrorClient:
                 raise TimedOut(f"{self.url} is silent", operation=method, timeout_s=error.timeout_s) from error
             raise StoreUnavailable(f"{self.url} does not answer: {error}", operation=method) from error
         try:
-            document: dict[str, Any] = json.loads(text)
-        except ValueError:
+            document = read_object(text, "answer")
+        except ArtifactInvalid:
             document = {}
         if answer.status != 200 or not document:
             raise self._failure(answer, document)
@@ -233,7 +273,8 @@ class MirrorClient:
 
     def _failure(self, answer: Answer, document: dict[str, Any]) -> BlobflowError:
         """The error that the receiver raised, as far as it is one of ours."""
-        told: dict[str, Any] = document.get("error") or {}
+        told: Any = document.get("error")
+        told = dict(cast("dict[str, Any]", told)) if isinstance(told, dict) else {}
         if answer.status == 401:
             return StoreConfigurationError(f"{self.url} refuses the token", operation="push", status=401)
         kind = getattr(errors, str(told.pop("type", "")), None)
@@ -241,8 +282,23 @@ class MirrorClient:
             passing = answer.status >= 500 or answer.status in (408, 429)
             kind = StoreUnavailable if passing else StoreConfigurationError
             return kind(f"{self.url} answered {answer.status}", operation="push", status=answer.status)
-        message, hint = str(told.pop("message", "")), str(told.pop("hint", ""))
-        return kind(f"{self.url}: {message}", hint=hint, **told)
+        message, hint = plain(str(told.pop("message", ""))), plain(str(told.pop("hint", "")))
+        return kind(f"{self.url}: {message}", hint=hint, **_fields_of(told))
+
+
+def _fields_of(told: dict[str, Any]) -> dict[str, Any]:
+    """The facts of an error that a receiver tells, as far as they are of a kind that errors have."""
+    fields: dict[str, Any] = {}
+    for name, value in list(told.items())[:_MAX_FIELDS]:
+        if not _FIELD.fullmatch(name) or name == "self":
+            continue
+        if isinstance(value, str):
+            fields[name] = plain(value)
+        elif isinstance(value, int | float) and -_LARGEST < value < _LARGEST:
+            fields[name] = value
+    if not isinstance(fields.get("retry_after_s", 0), int | float):
+        del fields["retry_after_s"]
+    return fields
 
 
 class _Tries:

@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 from blobflow.checksum import Buffer, crc32c
 from blobflow.config import MIB
 from blobflow.errors import ChecksumMismatch, IntegrityError, ObjectTooLarge, RefusedError
+from blobflow.untrusted import quoted
 
 MAGIC: Final = b"BFMS"
 VERSION: Final = 1
@@ -50,14 +51,14 @@ class SnapshotId(NamedTuple):
         for what, name in (("source", self.source), ("database", self.database)):
             if not _ID.fullmatch(name):
                 raise RefusedError(
-                    f"{name[:200]!r} is not the id of a {what}",
+                    f"{quoted(name)} is not the id of a {what}",
                     hint="ids are 1 to 128 letters, digits, '.', '_' and '-', and begin with a letter or digit",
                     what=what,
                 )
         if not 0 <= self.position < 1 << 64:
-            raise RefusedError(f"position {self.position} is not a number of 64 bits", what="position")
+            raise RefusedError(f"position {quoted(self.position)} is not a number of 64 bits", what="position")
         if not _DIGEST.fullmatch(self.digest):
-            raise RefusedError(f"{self.digest[:200]!r} is not a digest: 'sha256:' and 64 digits", what="digest")
+            raise RefusedError(f"{quoted(self.digest)} is not a digest: 'sha256:' and 64 digits", what="digest")
         return self
 
     def __str__(self) -> str:

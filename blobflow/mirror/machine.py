@@ -39,6 +39,7 @@ from blobflow.errors import (
     SizeMismatch,
 )
 from blobflow.mirror.envelope import SnapshotEnvelope, SnapshotId
+from blobflow.untrusted import read_object
 
 JOURNAL_FORMAT: Final = "blobflow.mirror-journal/1"
 REPORT_EVERY_BYTES: Final = MIB
@@ -261,7 +262,7 @@ def restore(
     for record, end in _records(journal):
         try:
             state = _replayed(state, record, partial_bytes=partial_bytes or 0, committed=committed)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):  # of the right checksum, and another shape
             break
         length = end
     return state, length
@@ -271,8 +272,9 @@ def identify(journal: bytes) -> SnapshotId | None:
     """The snapshot that a journal belongs to, if it can be read."""
     for record, _ in _records(journal):
         try:
-            return SnapshotId(*(record[name] for name in SnapshotId._fields)).checked()
-        except (KeyError, TypeError, BlobflowError):
+            source, database, position, digest = (record[name] for name in SnapshotId._fields)
+            return SnapshotId(_text(source), _text(database), _number(position), _text(digest)).checked()
+        except (KeyError, TypeError, ValueError, BlobflowError):
             break
     return None
 
@@ -332,22 +334,41 @@ def _records(journal: bytes) -> Iterable[tuple[dict[str, Any], int]]:
         if not line.endswith(b"\n") or told != b"%08x" % crc32c(text[:-1]):
             return
         end += len(line)
-        yield json.loads(text), end
+        try:
+            record = read_object(text, "record")
+        except BlobflowError:
+            return
+        yield record, end
 
 
 def _replayed(state: SessionState, record: dict[str, Any], *, partial_bytes: int, committed: bool) -> SessionState:
     if "format" in record:
         if record["format"] != JOURNAL_FORMAT:
             raise ValueError("of another format")
-        total, crc = int(record["total_bytes"]), int(record["total_crc32c"])
+        total, crc = _number(record["total_bytes"]), _number(record["total_crc32c"], 1 << 32)
         begun = SessionState(state.id, total, crc, begun=True)
         return replace(begun, offset=total, crc=crc, durable=total, committed=True) if committed else begun
     if not state.begun:
         raise ValueError("no header")
     if "following" in record:
         return replace(state, following=committed, cursor=record["following"])
-    offset = int(record["offset"])
+    offset, crc = _number(record["offset"]), _number(record["crc32c"], 1 << 32)
     if committed or offset > partial_bytes:
         return state
-    first = Chunk(0, *record["first"]) if record["first"] else None
-    return replace(state, offset=offset, durable=offset, crc=int(record["crc32c"]), first=first)
+    first = None
+    if record["first"]:
+        length, first_crc = record["first"]
+        first = Chunk(0, _number(length), _number(first_crc, 1 << 32))
+    return replace(state, offset=offset, durable=offset, crc=crc, first=first)
+
+
+def _number(value: object, limit: int = 1 << 64) -> int:
+    if not isinstance(value, int) or not 0 <= value < limit:
+        raise ValueError("not a number of that many bits")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value

@@ -15,7 +15,7 @@ import threading
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -52,6 +52,7 @@ from blobflow.stores.base import (
     check_key,
     plain,
 )
+from blobflow.untrusted import bounded_time, utc_time
 
 _log = logging.getLogger(__name__)
 
@@ -468,7 +469,7 @@ def _meta(key: str, info: dict[str, Any]) -> ObjectMeta:
 def _time(value: Any) -> datetime | None:
     """A moment as fsspec's file systems tell it: aware datetimes, naive ones in UTC, or seconds."""
     if isinstance(value, datetime):
-        return value if value.tzinfo else value.replace(tzinfo=timezone.utc)
+        return bounded_time(value)
     if isinstance(value, int | float):
-        return datetime.fromtimestamp(value, tz=timezone.utc)
+        return utc_time(value)
     return None

@@ -46,6 +46,7 @@ from typing_extensions import override
 from blobflow.checksum import Buffer, crc32c
 from blobflow.durable import copy_bytes
 from blobflow.errors import (
+    ArtifactInvalid,
     ChecksumMismatch,
     InvalidKey,
     NoSuchUpload,
@@ -76,6 +77,7 @@ from blobflow.stores.base import (
     check_key,
     plain,
 )
+from blobflow.untrusted import bounded_time, read_object, utc_time
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +87,8 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 _READ_BYTES = 1024 * 1024
+_MAX_INTENT_BYTES = 64 * 1024
+_MAX_PARTS = 10_000
 _PART_LOCKS = 64
 _MKDIR_ATTEMPTS = 32
 """Each one lost means that another process deleted the last neighbour in the same instant."""
@@ -273,7 +277,7 @@ class LocalStore(Store):
         if part_size < 1:
             raise UsageError(f"part_size {part_size} is not positive", key=key)
         upload_id = uuid.uuid4().hex
-        created = _datetime(self._now_ns())
+        created = _datetime(self._now_ns()) or datetime.now(timezone.utc)
         intent = {"key": key, "part_size": part_size, "created": created.isoformat()}
         with _translated("create_multipart", key), self._own("tmp") as tmp, self._own("uploads") as uploads:
             with tmp.below(upload_id, make=True) as fresh:
@@ -323,8 +327,7 @@ class LocalStore(Store):
             for upload_id in self._upload_ids():
                 intent = self._read_intent(upload_id)
                 if intent is not None and intent["key"].startswith(prefix):
-                    initiated = datetime.fromisoformat(intent["created"])
-                    found.append(UploadMeta(intent["key"], upload_id, initiated))
+                    found.append(UploadMeta(intent["key"], upload_id, intent["created"]))
         return sorted(found, key=lambda upload: (upload.key.encode(), upload.initiated, upload.upload_id))
 
     @override
@@ -739,8 +742,13 @@ class LocalStore(Store):
             return None
         try:
             with self._own("uploads", make=False) as uploads, uploads.below(upload_id) as upload:
-                return json.loads(upload.read("upload.json")) if upload.has("payload") else None
+                return _upload_intent(upload.read("upload.json", _MAX_INTENT_BYTES)) if upload.has("payload") else None
         except FileNotFoundError:
+            return None
+        except ArtifactInvalid as error:
+            # It was whole when the upload began, so it was damaged since; nobody can take the upload up any more.
+            _log.warning("store.upload_damaged upload_id=%s error=%s", upload_id, error)
+            self._drop_upload(upload_id)
             return None
         except RefusedError as error:
             if upload_id not in str(error.path):
@@ -798,7 +806,10 @@ class LocalStore(Store):
                 except FileNotFoundError:
                     self._journals.pop(upload_id, None)
                     raise _no_such_upload(key, upload_id) from None
-                intent = json.loads(os.pread(guard, 64 * 1024, 0))
+                try:
+                    intent = _upload_intent(os.pread(guard, _MAX_INTENT_BYTES, 0))
+                except ArtifactInvalid as error:
+                    raise _no_such_upload(key, upload_id) from error
             if intent["key"] != key:
                 raise _no_such_upload(key, upload_id)
             yield _Upload(key, upload_id, upload, intent["part_size"], self._journals)
@@ -843,13 +854,17 @@ class _Upload:
                 # Every reading appends to a copy of what an earlier one left, from where that one ended.
                 state = self.journals.get(self.upload_id, _JournalState({}, 0))
                 parts = dict(state.parts)
-                tail = bytearray()
-                while block := os.pread(fd, _READ_BYTES, state.read_to + len(tail)):
+                read_to, tail = state.read_to, bytearray()
+                while block := os.pread(fd, _READ_BYTES, read_to + len(tail)):
                     tail += block
-                whole = tail.rfind(b"\n") + 1
-                for line in tail[:whole].split(b"\n"):
-                    _replay(parts, line)
-                self.journals[self.upload_id] = _JournalState(parts, state.read_to + whole)
+                    whole = tail.rfind(b"\n") + 1
+                    for line in tail[:whole].split(b"\n"):
+                        _replay(parts, line)
+                    if not whole and len(tail) >= _READ_BYTES:
+                        whole = len(tail)  # no record is that long
+                    read_to += whole
+                    del tail[:whole]
+                self.journals[self.upload_id] = _JournalState(parts, read_to)
                 return parts
             finally:
                 os.close(fd)
@@ -899,13 +914,34 @@ class _Upload:
         os.fdatasync(journal)
 
 
+def _upload_intent(data: bytes) -> dict[str, Any]:
+    """The contents of `upload.json`, of which `created` is a time.
+
+    Raises:
+        ArtifactInvalid: it is damaged.
+    """
+    intent: dict[str, Any] = read_object(data, "upload.json")
+    key, part_size = intent.get("key"), intent.get("part_size")
+    try:
+        created = bounded_time(datetime.fromisoformat(str(intent.get("created"))))
+    except ValueError:
+        created = None
+    if not isinstance(key, str) or not _is_key(key) or not isinstance(part_size, int) or created is None:
+        raise ArtifactInvalid("upload.json is damaged")
+    if not 1 <= part_size < 1 << 50:
+        raise ArtifactInvalid("upload.json has an impossible part size")
+    return {**intent, "created": created}
+
+
 def _replay(parts: dict[int, PartMeta], line: bytes | bytearray) -> None:
     try:
-        record = json.loads(line)
-    except ValueError:
+        record = read_object(bytes(line), "journal")
+    except ArtifactInvalid:
         return  # empty, or the torn record of a process that died: that part was not acknowledged
-    number, size, checksum = record["part"], record["size"], record["crc32c"]
-    if size is None:
+    number, size, checksum = (record.get(name) for name in ("part", "size", "crc32c"))
+    if not isinstance(number, int) or not 1 <= number <= _MAX_PARTS:
+        return  # damaged, as everything that does not fit: that part is sent again
+    if size is None or not (isinstance(size, int) and isinstance(checksum, int)):
         parts.pop(number, None)
     else:
         parts[number] = _part(number, size, checksum)
@@ -954,8 +990,8 @@ def _meta(key: str, status: os.stat_result) -> ObjectMeta:
     return ObjectMeta(key, status.st_size, _e_tag(status), _datetime(status.st_mtime_ns))
 
 
-def _datetime(nanoseconds: int) -> datetime:
-    return datetime.fromtimestamp(nanoseconds / 1e9, tz=timezone.utc)
+def _datetime(nanoseconds: int) -> datetime | None:
+    return utc_time(nanoseconds / 1e9)
 
 
 def _is_key(path: str) -> bool:

@@ -21,9 +21,15 @@ from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
 from blobflow.stores.base import PartMeta
+from blobflow.untrusted import bounded_time
 
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 """Twice what a page of a thousand keys takes whose every byte is escaped."""
+_MAX_ELEMENTS = 100_000
+"""A page of a thousand entries has some 15,000; each costs 300 bytes of memory, and four in the document."""
+_MAX_DEPTH = 32
+_MAX_TEXT = 64 * 1024
+"""Characters of one element: names, tokens and keys have at most a few thousand."""
 
 
 class MalformedAnswer(Exception):
@@ -177,8 +183,14 @@ def error_in(document: bytes) -> tuple[str, str]:
 
 
 def quoted(e_tag: str) -> str:
-    """Entity tags with their quotes, which some servers leave out in some answers."""
-    return e_tag if not e_tag or e_tag.endswith('"') else f'"{e_tag}"'
+    """Entity tags with their quotes, which some servers leave out in some answers; empty for what is no entity tag.
+
+    It goes back to the server in a header, where RFC 9110 (8.8.3) allows what it allows here.
+    """
+    e_tag = e_tag.strip(" \t\r\n")
+    if not re.fullmatch(r"[\x21-\x7e\x80-\xff ]{1,1024}", e_tag):
+        return ""
+    return e_tag if e_tag.endswith('"') else f'"{e_tag}"'
 
 
 def write_crc32c(crc: int) -> str:
@@ -197,15 +209,15 @@ def read_crc32c(value: str | None) -> int | None:
 
 @lru_cache(maxsize=64)  # objects that are written together have the same
 def read_time(value: str | None) -> datetime | None:
-    """A time as bodies (ISO 8601) or headers (RFC 9110) have it; None if it is neither."""
+    """A time as bodies (ISO 8601) or headers (RFC 9110) have it; None if it is neither, or no time that can be told."""
     iso = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(?:Z|[+-]00:?00)", (value or "").strip())
     try:
         if iso is None:
-            return parsedate_to_datetime(value or "")
-        seconds = datetime.fromisoformat(iso[1]).replace(tzinfo=timezone.utc)
-    except (TypeError, ValueError):
+            return bounded_time(parsedate_to_datetime(value or ""))
+        seconds = bounded_time(datetime.fromisoformat(iso[1]).replace(tzinfo=timezone.utc))
+    except (TypeError, ValueError, OverflowError, IndexError):
         return None
-    return seconds + timedelta(seconds=float(iso[2] or 0))
+    return seconds and seconds + timedelta(seconds=float(iso[2] or 0))
 
 
 # Documents
@@ -222,9 +234,10 @@ def _read(document: bytes, *known: str) -> Element:
     parser = expat.ParserCreate("UTF-8")  # whatever a declaration says: S3 writes nothing else
     parser.buffer_text = True
     # Without a namespace separator expat gives names as they are written, with the prefix that few servers write.
-    parser.StartElementHandler = builder.start
-    parser.EndElementHandler = builder.end
-    parser.CharacterDataHandler = builder.data
+    bounds = _Bounds(builder)
+    parser.StartElementHandler = bounds.start
+    parser.EndElementHandler = bounds.end
+    parser.CharacterDataHandler = bounds.data
     parser.StartDoctypeDeclHandler = _refuse_doctype
     try:
         # AWS sends blanks while it is busy: they should come behind the declaration, and do not everywhere.
@@ -253,6 +266,33 @@ _ENDED_EARLY = frozenset(
 )
 
 
+class _Bounds:
+    """Builds the tree as long as it is of a size that an answer may have."""
+
+    def __init__(self, builder: TreeBuilder) -> None:
+        self._builder = builder
+        self._elements = self._depth = self._text = 0
+
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
+        self._elements += 1
+        self._depth += 1
+        self._text = 0
+        if self._elements > _MAX_ELEMENTS or self._depth > _MAX_DEPTH or len(attributes) > _MAX_DEPTH:
+            raise MalformedAnswer("XML with more elements than any answer has")
+        self._builder.start(tag, attributes)
+
+    def data(self, text: str) -> None:
+        self._text += len(text)
+        if self._text > _MAX_TEXT:
+            raise MalformedAnswer("XML with more text in an element than any answer has")
+        self._builder.data(text)
+
+    def end(self, tag: str) -> None:
+        self._depth -= 1
+        self._text = 0
+        self._builder.end(tag)
+
+
 def _refuse_doctype(*_: object) -> None:
     raise MalformedAnswer("XML with a DOCTYPE, which no answer has")
 
@@ -265,13 +305,13 @@ def _key_reader(root: Element) -> Callable[[str], str]:
 def _text(parent: Element, name: str) -> str:
     text = parent.findtext(name)
     if not text:
-        raise MalformedAnswer(f"{name} is missing in {parent.tag}")
+        raise MalformedAnswer(f"{name} is missing in {parent.tag[:100]}")
     return text
 
 
 def _number(parent: Element, name: str) -> int:
     text = _text(parent, name).strip()
-    if not re.fullmatch(r"[0-9]{1,19}", text):
+    if not re.fullmatch(r"[0-9]{1,19}", text) or int(text) >= 1 << 63:
         raise MalformedAnswer(f"{name} is no number")
     return int(text)
 
