@@ -285,7 +285,9 @@ def pull_into(
 @click.command(cls=Command)
 @click.argument("key")
 @click.option("--deep", "mode", flag_value="deep", help="Read and check every byte.")
-@click.option("--shallow", "mode", flag_value="shallow", help="Check sizes, manifests and what the store attests.")
+@click.option(
+    "--shallow", "mode", flag_value="shallow", help="Compare sizes, manifests and the checksum that the store attests."
+)
 @click.option(
     "--sample",
     type=SampleType(),
@@ -301,10 +303,16 @@ def verify(
     sample: tuple[int, int] | None,
     digest: str | None,
 ) -> None:
-    """Prove that the artifact under KEY is whole.
+    """Check that the artifact under KEY is whole, and say what is known then in one word.
+
+    proven: every byte was read and held to digests that are bound to the artifact digest. sampled: a share was.
+    attested: only the server's checksum agrees, which somebody who may write to the store can forge. unproven: nothing
+    of the content was checked.
 
     Without --deep or --shallow every byte is read, except where the store itself attests the checksum of the payload.
+    Exit code 0 means that nothing wrong was found; what was looked at, the word says.
     """
+    from blobflow.transport import PROOF_MEANS
     from blobflow.transport import verify as verify_artifact
 
     with settings.open_store() as store, show_progress() as progress:
@@ -321,6 +329,7 @@ def verify(
         {
             "status": result.status,
             "mode": result.mode_used,
+            "proof": result.proof,
             "key": key,
             "store": store.url,
             "artifact_digest": result.artifact_digest,
@@ -332,7 +341,8 @@ def verify(
             "members": result.manifest.members,
             "seconds": result.seconds,
         },
-        f"verified {key}  {result.artifact_digest}",
+        f"{result.proof} {key}  {result.artifact_digest}",
+        f"{result.proof}: {PROOF_MEANS[result.proof]}",
         f"{members_of(result.manifest)}; {result.mode_used}: read {human_size(result.bytes_read)} of"
         f" {human_size(result.bytes_total)} in {result.seconds:.1f} s",
     )

@@ -534,8 +534,8 @@ class ArtifactPipelineComponent(_StoreComponent):
     verify_mode: Annotated[
         VerifyMode,
         _described(
-            "shallow compares sizes, manifests and the store's checksum, deep reads every byte, auto is deep except"
-            " where the store attests a checksum."
+            "deep reads every byte (proven), shallow compares sizes, manifests and the store's checksum (attested, or"
+            " unproven where it has none), auto is deep except where the store attests a checksum."
         ),
     ] = "auto"
     deps: Annotated[Sequence[dg.ResolvedAssetKey], _described("Keys of assets that the export waits for.")] = ()

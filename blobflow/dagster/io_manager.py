@@ -112,8 +112,8 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
     verify_mode: Literal["shallow", "auto", "deep"] = Field(
         default="shallow",
         description="Of what was uploaded, before the ref names it: `shallow` compares sizes, manifests and the store's"
-        " own checksum, `deep` reads every byte back, `auto` does so where the store attests no checksum. Consumers"
-        " verify every byte in any case.",
+        " own checksum (`attested`, or `unproven` where it has none), `deep` reads every byte back (`proven`), `auto`"
+        " does so where the store attests no checksum. Consumers verify every byte in any case.",
     )
     cache_max_bytes: int | None = Field(
         default=CACHE_BYTES,
@@ -190,7 +190,7 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
             stored, facts = value, {md.STATUS: "referenced", md.BYTES_SENT: 0, md.BYTES_RESUMED: 0}
         else:
             stored, facts = self._upload(context, store, home, value, journal)
-        proven = verify(
+        verified = verify(
             store,
             stored.key,
             mode=self.verify_mode,
@@ -205,7 +205,7 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         except LeaseLost as lost:
             context.log.warning("output.superseded ref=%s key=%s reason=%r", home.ref, stored.key, lost.message)
             facts[md.STATUS] = "superseded"
-        manifest, uri = proven.manifest, f"{store.url}/{stored.key}"
+        manifest, uri = verified.manifest, f"{store.url}/{stored.key}"
         context.log.info(
             "output.done status=%s uri=%s ref=%s bytes_sent=%d bytes_resumed=%d",
             *(facts[md.STATUS], uri, home.ref, facts[md.BYTES_SENT], facts[md.BYTES_RESUMED]),
@@ -219,10 +219,11 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
             md.BACKEND: manifest.backend,
             md.CREATED_AT: dg.MetadataValue.timestamp(manifest.created_at),
             **md.cursor(manifest.cursor),
-            md.SIZE: proven.bytes_total,
+            md.SIZE: verified.bytes_total,
             md.MEMBERS: manifest.members,
-            md.VERIFY_MODE: proven.mode_used,
-            md.VERIFY_SECONDS: round(proven.seconds, 3),
+            md.PROOF: verified.proof,
+            md.VERIFY_MODE: verified.mode_used,
+            md.VERIFY_SECONDS: round(verified.seconds, 3),
             **facts,
         }
 

@@ -69,6 +69,8 @@ CHECKPOINT: Final = "blobflow/checkpoint"
 THROUGHPUT: Final = "blobflow/throughput_mb_per_s"
 CHECKPOINTS: Final = "blobflow/checkpoints_saved"
 VERIFY_MODE: Final = "blobflow/verify_mode"
+PROOF: Final = "blobflow/proof"
+"""What is known after a verification: `attested`, `unproven`, `sampled` or `proven`."""
 BYTES_VERIFIED: Final = "blobflow/bytes_verified"
 
 EXPORT_SECONDS: Final = "blobflow/export_seconds"

@@ -57,7 +57,7 @@ from blobflow.retention import name_artifact
 from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S, content_key, kept_alive, round_number
 from blobflow.stores import Store
 from blobflow.stores.base import check_readable, key_segment
-from blobflow.transport import VerifyMode, download, read_manifest_bytes, upload, verify
+from blobflow.transport import PROOF_MEANS, VerifyMode, download, read_manifest_bytes, upload, verify
 from blobflow.transport.books import transfer_id
 
 CHECK_NAME: Final = "verified"
@@ -136,8 +136,9 @@ def artifact_pipeline(
             is as fast on one machine, which it can fill by itself.
         schedule: Cron string; see `export_schedule`.
         ref: None: no ref is moved.
-        verify_mode: `shallow` compares sizes, manifests and the store's own checksum, `deep` reads every byte, `auto`
-            is deep except where the store attests a checksum.
+        verify_mode: `deep` reads every byte (`proven`), `shallow` compares sizes, manifests and the store's own
+            checksum (`attested`, or `unproven` where it has none), `auto` is deep except where the store attests a
+            checksum. The check `verified` says which of these words is true.
         deps: Assets that the export waits for.
         freshness_policy: Of the mirror: how old it may be before the UI and alerts say so. It is materialized in every
             run, also where the content has not changed.
@@ -367,7 +368,11 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
             return UploadHandle(snapshot.key, digest, snapshot.scratch, status, metadata, snapshot.round_number)
 
     check_spec = dg.AssetCheckSpec(
-        CHECK_NAME, asset=spec.key, blocking=True, description="The artifact in the store is whole."
+        CHECK_NAME,
+        asset=spec.key,
+        blocking=True,
+        description="Nothing is wrong with the artifact in the store, as far as it was looked at: the evaluation says"
+        " whether it is proven, sampled, attested or unproven.",
     )
 
     @plan.op("verify", out={"result": dg.Out(), CHECK_NAME: dg.Out(is_required=False)})
@@ -397,6 +402,7 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                 **uploaded.metadata,
                 md.SIZE: result.bytes_total,
                 md.ARTIFACT_DIGEST: result.artifact_digest,
+                md.PROOF: result.proof,
                 md.VERIFY_SECONDS: round(result.seconds, 3),
             }
             if (ref := plan.ref_name(context)) is not None:
@@ -405,8 +411,8 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                 metadata[md.REF] = ref
             _discard(Path(uploaded.scratch), context)
             context.log.info(
-                "verify.done mode=%s bytes_read=%d seconds=%.1f uri=%s",
-                *(result.mode_used, result.bytes_read, result.seconds, uploaded.metadata[md.URI]),
+                "verify.done proof=%s mode=%s bytes_read=%d seconds=%.1f uri=%s",
+                *(result.proof, result.mode_used, result.bytes_read, result.seconds, uploaded.metadata[md.URI]),
             )
             yield dg.MaterializeResult(
                 asset_key=spec.key,
@@ -418,7 +424,12 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                         passed=True,
                         asset_key=spec.key,
                         check_name=CHECK_NAME,
-                        metadata={md.VERIFY_MODE: result.mode_used, md.BYTES_VERIFIED: result.bytes_read},
+                        description=f"{result.proof}: {PROOF_MEANS[result.proof]}",
+                        metadata={
+                            md.PROOF: result.proof,
+                            md.VERIFY_MODE: result.mode_used,
+                            md.BYTES_VERIFIED: result.bytes_read,
+                        },
                     )
                 ],
             )

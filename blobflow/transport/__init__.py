@@ -27,17 +27,19 @@ from blobflow.transport.lanes import (
     fetch_lane,
     send_parts,
 )
-from blobflow.transport.reading import DownloadResult, VerifyMode, VerifyResult, download, verify
+from blobflow.transport.reading import PROOF_MEANS, DownloadResult, Proof, VerifyMode, VerifyResult, download, verify
 from blobflow.transport.uploading import UploadResult, upload
 
 __all__ = [
     "MANIFEST_SUFFIX",
+    "PROOF_MEANS",
     "ArtifactEntry",
     "CopyResult",
     "DownloadResult",
     "DownloadTicket",
     "LaneResult",
     "ProgressEvent",
+    "Proof",
     "UploadResult",
     "UploadTicket",
     "VerifyMode",

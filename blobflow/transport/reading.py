@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import Manifest
@@ -28,6 +28,18 @@ if TYPE_CHECKING:
 
 VerifyMode: TypeAlias = Literal["auto", "shallow", "deep"]
 
+Proof: TypeAlias = Literal["attested", "unproven", "sampled", "proven"]
+"""What is known after a verification; nothing that is stored in a bucket can make one word of another."""
+
+PROOF_MEANS: Final[Mapping[Proof, str]] = {
+    "attested": "sizes, manifests and the server's own checksum agree: this finds accidents, but not the work of"
+    " somebody who may write to the store",
+    "unproven": "sizes and manifests agree: nothing of the content was checked",
+    "sampled": "a share of the content was read and held to its digests",
+    "proven": "every byte was read and held to digests that are bound to the artifact digest",
+}
+"""A word, and what it says."""
+
 
 @dataclass(frozen=True)
 class VerifyResult:
@@ -38,6 +50,8 @@ class VerifyResult:
     artifact_digest: str
     manifest: Manifest
     mode_used: Literal["shallow", "deep", "sample"]
+    proof: Proof
+    """What is known now; see `PROOF_MEANS`."""
     bytes_total: int
     bytes_read: int
     seconds: float
@@ -71,12 +85,19 @@ def verify(
     on_progress: OnProgress | None = None,
     on_checkpoint: OnRecord | None = None,
 ) -> VerifyResult:
-    """Prove that the artifact under `key` is whole.
+    """Check that the artifact under `key` is whole; the result's `proof` says what is known then.
+
+    | mode | proof | holds against |
+    |---|---|---|
+    | `deep` | `proven` | everybody who cannot forge the digest that you expected |
+    | `sample` | `sampled` | accidents and tampering, with the probability that the share gives |
+    | `shallow`, a CRC32C is attested | `attested` | accidents; whoever may write to the store can forge a CRC32C |
+    | `shallow`, none is attested | `unproven` | nobody |
 
     Args:
         mode: `shallow` compares sizes, the embedded manifest with the sibling, and the CRC32C of the whole payload if
-            the store attests one: computed by itself, as the probe has shown (`Abilities.attests_crc32c`). `deep`
-            reads every byte and holds every member to its SHA-256. `auto` is shallow where there is an attested
+            the store attests one: computed by itself, as this user's probe has shown (`Abilities.attests_crc32c`).
+            `deep` reads every byte and holds every member to its SHA-256. `auto` is shallow where there is an attested
             CRC32C, and deep everywhere else.
         sample: `(n, t)` reads the n-th of t slices of the members, as `deep` reads them all, and compares the rest as
             `shallow` does: an artifact that is too large to be read every day is read once in t days.
@@ -106,12 +127,15 @@ def verify(
             actual=attested,
         )
     mode_used: Literal["shallow", "deep", "sample"]
+    proof: Proof
     if mode == "shallow" or (mode == "auto" and attested is not None and sample is None):
         mode_used = "shallow"
+        proof = "unproven" if attested is None else "attested"
         remote.check_embedded()
         bytes_read = len(remote.head)
     else:
         mode_used = "sample" if sample else "deep"
+        proof = "sampled" if sample and sample[1] > 1 else "proven"
         bytes_read = _read_members(remote, sample or (1, 1), profile or ChunkProfile(), on_progress, on_checkpoint)
     return VerifyResult(
         status="verified",
@@ -119,6 +143,7 @@ def verify(
         artifact_digest=remote.digest,
         manifest=remote.manifest,
         mode_used=mode_used,
+        proof=proof,
         bytes_total=remote.payload.size,
         bytes_read=bytes_read,
         seconds=time.monotonic() - started,
