@@ -41,6 +41,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from pydantic import BaseModel, ConfigDict, JsonValue
 from typing_extensions import override
 
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import Sha256Digest
 from blobflow.errors import (
     ArtifactInvalid,
@@ -67,7 +68,8 @@ LEASE_SUFFIX: Final = ".lease.json"
 MAX_HISTORY: Final = 20
 """Earlier places a ref remembers: two nights of hourly rounds, and far below `_MAX_BYTES` with the longest keys."""
 
-_MAX_BYTES: Final = 64 * 1024
+_MAX_BYTES: Final = MAX_MANIFEST_BYTES + 64 * 1024
+"""A lease remembers the cursor of its last round, which may be as long as a manifest has room for."""
 _REF_ATTEMPTS: Final = 20
 _WRITE_ATTEMPTS: Final = 5
 """Of one change of a lease that is refused although nobody has changed it, as S3 does with a 409."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 from pydantic import JsonValue
 
 from blobflow.artifact.crowd import CrowdLock
-from blobflow.artifact.limits import MAX_MANIFEST_BYTES
+from blobflow.artifact.limits import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Tally, over_the_limit
 from blobflow.artifact.manifest import (
     DATA_NAME,
     INDEX_NAME,
@@ -309,7 +309,12 @@ def write_artifact(
     from blobflow.artifact.index import encode_origins
     from blobflow.artifact.tarmap import TarMap
 
+    tally = Tally()
+    for path, size in zip(index.paths, index.sizes, strict=True):
+        tally.add(path, size)
     index_bytes = index.encode()
+    if len(index_bytes) > MAX_INDEX_BYTES:
+        raise over_the_limit("bytes in its index", MAX_INDEX_BYTES)
     index_crc = crc32c(index_bytes)
     created_at = created_at or datetime.now(timezone.utc)
     # The layout of the body does not depend on the size of the manifest, so any size gives the body's checksum.

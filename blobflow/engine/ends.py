@@ -38,7 +38,7 @@ from blobflow.errors import (
     writing,
 )
 from blobflow.private import open_own
-from blobflow.stores.base import Body, ObjectMeta, PartMeta, Store, check_key, check_readable
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, Store, check_key, check_object_size, check_readable
 
 log = logging.getLogger(__name__)
 
@@ -371,6 +371,7 @@ class ObjectTarget(SessionTarget):
             self._store.abort_multipart(self._key, self._session.upload_id)
         checkpoint.restart()
         self._refuse_existing()
+        check_object_size(self._store, self._key, checkpoint.total_size or 0)
         part_size = self._part_size(checkpoint.total_size, chunk_size)
         upload_id = self._store.create_multipart(self._key, part_size=part_size, content_type=self._content_type)
         self._session = _Session(upload_id, part_size)

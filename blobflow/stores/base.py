@@ -88,6 +88,8 @@ class Abilities:
     max_parts: int = 10_000
     max_put_size: int | None = None
     """Bytes of an object that is put in a single request; None: no limit that is known."""
+    max_object_size: int | None = None
+    """Bytes of any object, as its provider says; None: as many as `max_parts` of `max_part_size` have."""
     ranges: bool = True
     """A range of an object can be read. Without, nothing that is sent can be read back as artifacts are."""
     attests_crc32c: bool = False
@@ -123,6 +125,23 @@ def check_put_size(store: Store, key: str, size: int) -> None:
             hint="`blobflow probe` shows why; use another server, or divide the source",
             store=store.url,
             ability="multipart uploads",
+            key=key,
+        )
+
+
+def check_object_size(store: Store, key: str, size: int) -> None:
+    """Refuse an object that is larger than its store takes any, before a byte of it is sent.
+
+    Raises:
+        Unsupported: naming both sizes.
+    """
+    limit = store.abilities.max_object_size
+    if limit is not None and size > limit:
+        raise Unsupported(
+            f"{key!r} has {size} bytes, and {store.url} takes objects of at most {limit}",
+            hint="divide the source, or use another provider",
+            store=store.url,
+            ability=f"objects of {size} bytes",
             key=key,
         )
 

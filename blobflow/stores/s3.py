@@ -72,7 +72,7 @@ from blobflow.stores.s3_errors import (
     refuses_checksums,
     translate,
 )
-from blobflow.stores.s3_options import S3Options
+from blobflow.stores.s3_options import S3Options, largest_object
 from blobflow.stores.s3_wire import Answer, WireError
 from blobflow.stores.s3_xml import (
     MAX_ANSWER_BYTES,
@@ -138,6 +138,7 @@ class S3Store(Store):
             max_part_size=MAX_PART_BYTES,
             max_parts=MAX_PARTS,
             max_put_size=MAX_PUT_BYTES,
+            max_object_size=options.max_object_size or largest_object(options.endpoint_url),
         )
         self._access: Access | None = None
         # One lock per process: the parent's may be held, by a thread that does not exist here, when it forks.

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from blobflow.stores.base import check_key
+
+_TIB: Final = 1024**4
+_LARGEST_OBJECTS: Final = {
+    "r2.cloudflarestorage.com": 5 * _TIB - 5 * 1024**3,
+    "storage.googleapis.com": 5 * _TIB,
+    "backblazeb2.com": 10 * 10**12,
+    "digitaloceanspaces.com": 5 * _TIB,
+    "wasabisys.com": 5 * _TIB,
+}
+"""Bytes of the largest object by domain, as the providers' own pages say; AWS takes 10,000 parts of 5 GiB."""
+
+
+def largest_object(endpoint_url: str | None) -> int | None:
+    """Bytes of the largest object that a provider takes; None where nothing but the number of parts limits it."""
+    host = urlsplit(endpoint_url or "").hostname or ""
+    return next((size for domain, size in _LARGEST_OBJECTS.items() if f".{host}".endswith(f".{domain}")), None)
 
 
 class S3Options(BaseModel):
@@ -36,6 +53,11 @@ class S3Options(BaseModel):
         default=False,
         description="Send the MD5 of every object and part along. For servers that ignore CRC32C, as the probe tells; "
         "costs a second reading of the source and 1.5 s of processor time per GiB.",
+    )
+    max_object_size: int | None = Field(
+        default=None,
+        gt=0,
+        description="Bytes of the largest object that the server takes; known for some providers by their address.",
     )
     connect_timeout: float = Field(default=10.0, gt=0, description="Seconds for a connection to be made.")
     idle_timeout: float = Field(default=120.0, gt=0, description="Seconds without a single byte before giving up.")

@@ -37,7 +37,7 @@ from blobflow.errors import (
     UploadIncomplete,
     UsageError,
 )
-from blobflow.stores.base import ObjectMeta, Store, check_readable
+from blobflow.stores.base import ObjectMeta, Store, check_object_size, check_readable
 from blobflow.transport.books import Books, OnProgress, OnRecord
 from blobflow.transport.catalog import check_artifact_key
 from blobflow.transport.reading import failures_noted, land_parts, landing_plan
@@ -158,6 +158,7 @@ def begin_upload(
     errand = _errand(store, key, artifact, profile, overwrite=overwrite)
 
     def claim(replaces: str | None) -> UploadTicket:
+        check_object_size(store, key, errand.payload.payload_size)
         upload = MultipartUpload(errand, replaces, owner=_OWNER)
         upload_id, plan = upload.claim()
         if not upload.is_new:

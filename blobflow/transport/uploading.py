@@ -33,7 +33,16 @@ from blobflow.errors import (
     UploadIncomplete,
 )
 from blobflow.intent import IntentKeeper
-from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store, check_put_size, check_readable
+from blobflow.stores.base import (
+    Body,
+    ObjectMeta,
+    PartMeta,
+    PutMode,
+    Store,
+    check_object_size,
+    check_put_size,
+    check_readable,
+)
 from blobflow.transport.books import Books, OnProgress, OnRecord, transfer_id
 from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key, read_manifest_bytes
 from blobflow.transport.remote import payload_size
@@ -165,6 +174,7 @@ def run(errand: Errand, multipart: type[MultipartUpload] | None = None) -> Uploa
 
     def way(replaces: str | None) -> UploadResult:
         check_readable(errand.store)
+        check_object_size(errand.store, errand.key, errand.payload.payload_size)
         kind = (multipart or MultipartUpload) if errand.store.abilities.multipart else _StreamUpload
         return kind(errand, replaces).run(started)
 
@@ -397,8 +407,10 @@ class _StreamUpload(_Upload):
             crc = 0
             for chunk in source.chunks(0, source.size, memoryview(bytearray(self.profile.chunk_size))):
                 crc = crc32c(chunk, crc)
-                if books.bytes_moved + len(chunk) == source.size and crc != expected:
-                    raise self.differs(crc)
+                if books.bytes_moved + len(chunk) == source.size:
+                    if crc != expected:
+                        raise self.differs(crc)
+                    self.clear_the_way()  # looked at before the transfer, and once more before it replaces anything
                 yield chunk
                 books.moved(len(chunk))
                 books.tick()
