@@ -33,6 +33,10 @@ NAME_LENGTH: Final = 255
 """MySQL indexes no longer column of four-byte characters by default."""
 _BUSY_S: Final = 30
 """How long SQLite waits for another writer, whose transaction is one statement."""
+_SQLITE_OPTIONS: Final = frozenset(
+    {"timeout", "isolation_level", "detect_types", "check_same_thread", "cached_statements"}
+)
+"""What Python's driver takes; more with `uri=true`."""
 _LIBPQ: Final = {
     "connect_timeout": 10,
     "keepalives_idle": 10,
@@ -59,8 +63,14 @@ class SqlTable:
     def __init__(self, url: str, table: Table, *, operation: str, wal: bool = False) -> None:
         try:
             parsed = make_url(url)
-            self.url = parsed.render_as_string(hide_password=True)
-            """For people; without the password."""
+            unknown = sorted(parsed.query.keys() - _SQLITE_OPTIONS)
+            if parsed.get_backend_name() == "sqlite" and unknown and "uri" not in parsed.query:
+                raise StoreConfigurationError(
+                    f"the URL of an SQLite database has an option that SQLite does not know: {', '.join(unknown)}",
+                    hint="take it out of the URL; an SQLite database has no password",
+                )
+            self.url = _shown(parsed)
+            """For people; without the password, and without the query, which may hold one."""
             self._engine = create_engine(
                 parsed,
                 poolclass=NullPool,
@@ -68,11 +78,12 @@ class SqlTable:
                 connect_args=_connect_options(parsed),
                 hide_parameters=True,
             )
-        except (ArgumentError, NoSuchModuleError) as error:
+        except (ArgumentError, NoSuchModuleError, ValueError):
+            # Not `from`: what SQLAlchemy says may repeat the URL.
             raise StoreConfigurationError(
                 "not the URL of a SQL database that SQLAlchemy knows",
                 hint="e.g. sqlite:////var/lib/leases.db or postgresql+psycopg2://user@host/db",
-            ) from error
+            ) from None
         except ModuleNotFoundError as error:
             raise StoreConfigurationError(
                 f"the driver {error.name} of {self.url} is not installed", hint=f"pip install {error.name}"
@@ -99,7 +110,7 @@ class SqlTable:
         what = f"{self._operation} {name!r}: {self.url}"
         try:
             self._make()
-            with self._engine.connect() as connection:
+            with self._connect() as connection:
                 yield connection
         except (OperationalError, InterfaceError, InternalError) as error:
             raise StoreUnavailable(
@@ -115,21 +126,37 @@ class SqlTable:
                 key=name,
             ) from error
 
+    def _connect(self) -> Connection:
+        try:
+            return self._engine.connect()
+        except (TypeError, ValueError):
+            # The driver's own. Not `from`: it may repeat what it does not take.
+            raise StoreConfigurationError(
+                f"{self._operation}: the driver of {self.url} does not take the options in its query",
+                hint="look at the query of the URL",
+                operation=self._operation,
+            ) from None
+
     def _make(self) -> None:
         if self._is_made:
             return
         if self._wal:
-            with self._engine.connect() as connection:
+            with self._connect() as connection:
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         try:
-            with self._engine.connect() as connection:
+            with self._connect() as connection:
                 connection.execute(CreateTable(self._table, if_not_exists=True))
         except (IntegrityError, ProgrammingError):
             # Postgres: another one made it at this moment, between our look and our attempt; or only the type of its
             # rows, which is a duplicate object then. Whatever else it was fails again.
-            with self._engine.connect() as connection:
+            with self._connect() as connection:
                 connection.execute(CreateTable(self._table, if_not_exists=True))
         self._is_made = True
+
+
+def _shown(url: URL) -> str:
+    """A URL for people; of its query only that there is one."""
+    return url.set(query={}).render_as_string(hide_password=True) + ("?..." if url.query else "")
 
 
 def _connect_options(url: URL) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from blobflow import errors
 from blobflow.activity import Activity, doing
 from blobflow.checksum import Buffer
 from blobflow.config import MIB
+from blobflow.credentials import cleaned
 from blobflow.errors import (
     ArtifactInvalid,
     BlobflowError,
@@ -96,7 +97,7 @@ class MirrorClient:
         self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
         self._host = parts.netloc
         self._base = parts.path.rstrip("/")
-        self._token = token
+        self._token = cleaned(token, "token of the receiver")
         self._patience_s = patience_s
         self._sleep = sleep
         self._clock = clock

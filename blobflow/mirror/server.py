@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from blobflow.credentials import cleaned
 from blobflow.errors import (
     BlobflowError,
     DiskFull,
@@ -182,6 +183,7 @@ def mirror_app(
     Raises:
         UsageError: the token is too short to keep anybody out.
     """
+    token = cleaned(token, "token")
     if len(token) < MIN_TOKEN_CHARACTERS:
         raise UsageError(f"the token has fewer than {MIN_TOKEN_CHARACTERS} characters")
     return Starlette(routes=_Api(receiver, token, max_frame_bytes, max_pushes, idle_timeout_s).routes())

@@ -82,7 +82,7 @@ def _open(url: str, options: dict[str, Any]) -> Store:
     scheme, rest = match[1].lower(), match[2]
     if rest is None:
         raise _invalid(
-            url, "'//' is missing after the scheme", hint=f"{_HINT}; a path that contains ':' starts with './'"
+            _hidden(url), "'//' is missing after the scheme", hint=f"{_HINT}; a path that contains ':' starts with './'"
         )
     _refuse_secrets(scheme, rest)
     if scheme in _MISTAKEN_SCHEMES:
@@ -148,6 +148,12 @@ def _refuse_secrets(scheme: str, rest: str) -> None:
             "it contains credentials",
             hint="give them as options or in the environment; a URL appears in logs",
         )
+
+
+def _hidden(url: str) -> str:
+    """What may be shown of a URL that is none: nothing in front of an `@`."""
+    _, at, rest = url.rpartition("@")
+    return f"...{at}{rest.partition('?')[0]}" if at else url.partition("?")[0]
 
 
 def _refuse_unknown(kind: str, options: dict[str, Any], known: Collection[str]) -> None:

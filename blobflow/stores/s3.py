@@ -119,6 +119,9 @@ ABORT_ROUNDS = 5
 RUN_BYTES = 1024**2
 """What is handed out of an answer at once: small enough for the processor's cache, and few system calls."""
 
+_SKEW_S = 60.0
+"""Less is not why a request is refused: S3 takes a quarter of an hour."""
+
 _EMPTY = {"Content-Length": "0"}
 
 
@@ -149,6 +152,9 @@ class S3Store(Store):
         self._bare_if_match = False
         self._software = ""
         self._answered = ("", 0.0)
+        self._region: str | None = None
+        """Where the bucket is, once a server has said that it is elsewhere."""
+        self._skew_s = 0.0
 
     @property
     @override
@@ -482,17 +488,18 @@ class S3Store(Store):
         # Not encoding-type: Ceph 16 encodes these keys then, and does not say so.
         query = {"uploads": "", "max-uploads": str(PAGE), "prefix": self._prefix + prefix}
         found: dict[tuple[str, str], UploadMeta] = {}
+        seen: set[tuple[str, str]] = set()
         while True:
             page = self._ask(Call("list uploads", prefix or None), "GET", "", query, read=read_uploads)
-            known = len(found)
             for entry in page.entries:
                 key = self._relative(entry.key)
                 if key is not None and key.startswith(prefix):
                     found[entry.key, entry.upload_id] = UploadMeta(key, entry.upload_id, entry.initiated)
             if page.next_markers is None:
                 return [found[name] for name in sorted(found)]
-            if len(found) == known:
+            if page.next_markers in seen:  # a page of nothing but foreign uploads is no standstill
                 raise self._not_understood(Call("list uploads", prefix or None), "the list stands still")
+            seen.add(page.next_markers)
             query["key-marker"], query["upload-id-marker"] = page.next_markers
 
     @override
@@ -622,7 +629,8 @@ class S3Store(Store):
                     if access is not None:
                         access.close()  # only the child's copies of the descriptors; the parent's live on
                     try:
-                        access = self._access = Access(self.options)
+                        options = self.options.model_copy(update={"region": self._region or self.options.region})
+                        access = self._access = Access(options, skew_s=self._skew_s)
                     except (*BOTOCORE_ERRORS, ValueError, OSError) as error:
                         raise translate(error, Call("connect to", self.options.bucket)) from error
         return access
@@ -672,7 +680,7 @@ class S3Store(Store):
                 call = replace(call, offset=(call.offset or 0) + error.moved)
             raise self.failed(error, call) from error
         except (Refusal, *BOTOCORE_ERRORS) as error:
-            raise self.failed(error, call) from error
+            raise self.failed(error, call, access) from error
 
     def _ask(
         self,
@@ -782,14 +790,40 @@ class S3Store(Store):
         self._software = headers.get("server", self._software)
         self._answered = (headers.get("date", ""), time.monotonic())
 
-    def failed(self, error: Exception, call: Call) -> BlobflowError:
-        """Our error for one of the wire, of the server or of botocore; stale credentials are dropped."""
+    def failed(self, error: Exception, call: Call, access: Access | None = None) -> BlobflowError:
+        """Our error for one of the wire, of the server or of botocore.
+
+        Stale credentials are dropped, another region and the server's clock are taken up: the next attempt, which the
+        error asks for, is made with what was learned.
+
+        Args:
+            access: What the refused request was sent by.
+        """
         refusal = Refusal.by(error)
         if refusal is not None and refusal.code in STALE_CREDENTIALS:
             if self.options.explicit:
                 return StoreConfigurationError(f"{call}: {refusal}", hint=HINTS["ExpiredToken"], status=refusal.status)
             self.close()  # not for good: the next call connects anew, with new credentials from the chain
+        if refusal is not None and access is not None and (learned := self._learn(refusal, access)):
+            return StoreUnavailable(
+                f"{call}: {refusal}; {learned}", operation=call.operation, key=call.key, status=refusal.status
+            )
         return translate(error, call)
+
+    def _learn(self, refusal: Refusal, access: Access) -> str:
+        """What a refusal says about how to ask, which the next attempt does; empty where it says nothing new."""
+        region, skew_s = refusal.region, refusal.clock_skew_s()
+        if region is not None and region != access.region:
+            _log.info("s3.region store=%s signed=%s actual=%s", self.url, access.region, region)
+            self._region = region
+            if self._access is access:  # else another thread has learned it before
+                self.close()
+            return f"the bucket is in region {region}"
+        if skew_s is not None and abs(skew_s - access.skew_s) > _SKEW_S:
+            _log.warning("s3.clock store=%s ahead_s=%.0f", self.url, skew_s)
+            self._skew_s = access.skew_s = skew_s
+            return f"the server's clock is {skew_s:+.0f} s from this machine's"
+        return ""
 
 
 def _written(query: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ import os
 import re
 import ssl
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
@@ -27,6 +28,8 @@ import botocore.httpsession
 import botocore.utils
 from pydantic import SecretStr
 
+from blobflow.credentials import cleaned, endpoint_fault
+from blobflow.errors import StoreConfigurationError
 from blobflow.stores.s3_options import S3Options
 from blobflow.stores.s3_signing import Signer
 from blobflow.stores.s3_wire import Wire
@@ -56,6 +59,8 @@ class Access:
 
     Attributes:
         pid: The process that it belongs to.
+        region: What requests are signed for.
+        skew_s: Seconds by which the server's clock is ahead of ours; signatures are dated by it.
         endpoint: Scheme and host, without credentials.
         server: The same without the bucket, where that stands in the host.
         wire: The connections.
@@ -64,8 +69,9 @@ class Access:
         BotoCoreError, ValueError, OSError: something is configured that cannot be.
     """
 
-    def __init__(self, options: S3Options) -> None:
+    def __init__(self, options: S3Options, *, skew_s: float = 0.0) -> None:
         options = from_variables(options)
+        self.skew_s = skew_s
         self.pid = os.getpid()
         self._anonymous = options.anonymous
         # What is explicit at a given endpoint needs no session, whose import alone costs 0.02 s and 5 MiB.
@@ -74,11 +80,15 @@ class Access:
         if region is None and not options.explicit and session is not None:
             region = session.get_config_variable("region") or os.environ.get("AWS_REGION")
         region = region or "us-east-1"
-        address = plain_address(options, options.endpoint_url or _configured_endpoint(options, session), region)
+        if options.addressing_style == "auto" and not options.explicit and session is not None:
+            options = options.model_copy(update={"addressing_style": _configured_style(session)})
+        endpoint = options.endpoint_url or _configured_endpoint(options, session)
+        address = plain_address(options, endpoint, region)
         if address is None:
             session = session or _session(options)
             address = prepared_address(options, session, region)
         self._credentials = _credentials(options, session)
+        self.region = address.region
         self._signer = Signer(address.service, address.region)
         parts = urlsplit(address.url)
         self._host = parts.netloc
@@ -131,8 +141,17 @@ class Access:
             return given
         if self._credentials is None:
             raise botocore.exceptions.NoCredentialsError
-        frozen = self._credentials.get_frozen_credentials()
-        return self._signer.sign(method, target, given, payload, frozen, botocore.auth.get_current_datetime())
+        now = botocore.auth.get_current_datetime() + timedelta(seconds=self.skew_s)
+        return self._signer.sign(method, target, given, payload, self._keys(), now)
+
+    def _keys(self) -> _Fixed:
+        """The credentials that are valid now, cleaned: files that they come from end with a newline."""
+        found = self._credentials.get_frozen_credentials()
+        return _Fixed(
+            cleaned(found.access_key, "access key id"),
+            cleaned(found.secret_key, "secret access key"),
+            cleaned(found.token, "session token"),
+        )
 
     def identity(self) -> str:
         """Whose requests these are: the access key id that is valid now; empty for nobody's.
@@ -140,7 +159,7 @@ class Access:
         Raises:
             BotoCoreError, ClientError: no credentials at the moment.
         """
-        return self._credentials.get_frozen_credentials().access_key if self._credentials else ""
+        return self._keys().access_key if self._credentials else ""
 
     def close(self) -> None:
         """Close the idle connections; requests under way end first."""
@@ -179,16 +198,35 @@ def _session(options: S3Options) -> Any:
     return session
 
 
+def _configured_style(session: Any) -> str:
+    """The `addressing_style` that the configuration file names in the profile's section `s3`."""
+    section = session.get_scoped_config().get("s3")
+    style = section.get("addressing_style") if isinstance(section, dict) else None
+    return style if style in ("path", "virtual") else "auto"
+
+
 def _configured_endpoint(options: S3Options, session: Any) -> str | None:
     """The endpoint that environment or profile name, as botocore finds it.
 
     None also where a profile has a section of services: then it takes a client to find out.
+
+    Raises:
+        StoreConfigurationError: it cannot be used.
     """
     if options.explicit or session.get_config_variable("ignore_configured_endpoint_urls"):
         return None
     variable = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     profile = {} if variable else session.get_scoped_config()
-    return variable or (None if "services" in profile else profile.get("endpoint_url")) or None
+    return _usable(variable or (None if "services" in profile else profile.get("endpoint_url")) or None)
+
+
+def _usable(endpoint: str | None) -> str | None:
+    if endpoint is not None and (fault := endpoint_fault(endpoint)):
+        raise StoreConfigurationError(
+            f"the endpoint in AWS_ENDPOINT_URL or in the AWS configuration cannot be used: {fault}",
+            hint="use http://host:port or https://host:port",
+        )
+    return endpoint
 
 
 def from_variables(options: S3Options) -> S3Options:
@@ -211,7 +249,7 @@ def from_variables(options: S3Options) -> S3Options:
     token = given.get("AWS_SECURITY_TOKEN") or given.get("AWS_SESSION_TOKEN")
     bundle = given.get("AWS_CA_BUNDLE")
     found = {
-        "endpoint_url": endpoint,
+        "endpoint_url": _usable(endpoint),
         "region": options.region or given.get("AWS_DEFAULT_REGION") or given.get("AWS_REGION"),
         "access_key_id": key,
         "secret_access_key": SecretStr(secret),
@@ -273,7 +311,22 @@ def prepared_address(options: S3Options, session: Any, region: str) -> Address:
 
     It prepares a request, which is caught before it is sent. (A presigned URL would not do: for most regions it names
     the global endpoint.)
+
+    Raises:
+        StoreConfigurationError: the endpoint that is configured cannot be used.
     """
+    try:
+        return _address_of_client(options, session, region)
+    except ValueError as error:
+        if "endpoint" not in str(error).lower():
+            raise
+        # Not `from`: the message repeats the URL.
+        raise StoreConfigurationError(
+            "the endpoint in the AWS configuration cannot be used", hint="use http://host:port or https://host:port"
+        ) from None
+
+
+def _address_of_client(options: S3Options, session: Any, region: str) -> Address:
     import botocore.config
 
     style = options.addressing_style

@@ -9,9 +9,12 @@ credentials and addresses.
 
 from __future__ import annotations
 
+import re
 import ssl
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
 import botocore.exceptions
@@ -32,9 +35,10 @@ from blobflow.errors import (
     TimedOut,
     Unsupported,
     UploadIncomplete,
+    setting,
 )
 from blobflow.stores.s3_wire import Answer, WireError
-from blobflow.stores.s3_xml import error_in
+from blobflow.stores.s3_xml import error_in, region_in
 
 _ERROR_BODY_BYTES = 64 * 1024
 
@@ -59,17 +63,40 @@ class Call:
 class Refusal(Exception):
     """An answer that says no."""
 
-    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str]) -> None:
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str], region: str = "") -> None:
         super().__init__(f"{status} {code}: {message}")
         self.status = status
         self.code = code
         self.message = message
         self.headers = headers
+        self._region = region
 
     @classmethod
     def by_answer(cls, answer: Answer) -> Refusal:
         """Reads the error document."""
-        return cls(answer.status, *error_in(answer.read(_ERROR_BODY_BYTES)), answer.headers)
+        return cls.of(answer.status, answer.read(_ERROR_BODY_BYTES), answer.headers)
+
+    @classmethod
+    def of(cls, status: int, document: bytes, headers: Mapping[str, str]) -> Refusal:
+        """The refusal that an answer is."""
+        return cls(status, *error_in(document), headers, region_in(document))
+
+    @property
+    def region(self) -> str | None:
+        """The region that the server says the bucket is in, where the one that was signed for is wrong."""
+        if self.code not in _WRONG_REGION and self.status not in (301, 307, 308, 400):
+            return None
+        named = self.headers.get("x-amz-bucket-region") or self._region
+        return named if re.fullmatch("[a-z0-9-]{1,40}", named) else None
+
+    def clock_skew_s(self) -> float | None:
+        """How far the server's clock is ahead of ours, if that may be why it refuses (a HEAD has no body to say so)."""
+        if self.code != "RequestTimeTooSkewed" and (self.status != 403 or self.code):
+            return None
+        try:
+            return parsedate_to_datetime(self.headers.get("date", "")).timestamp() - time.time()
+        except (TypeError, ValueError, OverflowError):
+            return None
 
     @classmethod
     def by(cls, error: BaseException | None) -> Refusal | None:
@@ -87,6 +114,7 @@ class Refusal(Exception):
             "" if code.isdigit() else code,  # botocore's stand-in where there is no body, as after a HEAD
             said.get("Message") or "",
             about.get("HTTPHeaders", {}),
+            str(said.get("Region") or ""),
         )
 
 
@@ -170,9 +198,12 @@ def _translate_refusal(refusal: Refusal, call: Call, about: dict[str, Any]) -> B
         case _ if code in _WRONG_DIGEST:
             return ChecksumMismatch(said, what=str(call))
         case _ if code in _WRONG_REGION or status in (301, 307, 308):
-            region = refusal.headers.get("x-amz-bucket-region")
-            hint = f"the bucket is in region {region}: configure that" if region else "configure the bucket's region"
-            return StoreConfigurationError(said, hint=hint, **about)
+            wanted = setting("region", refusal.region) if refusal.region else setting("region")
+            return StoreConfigurationError(said, hint=f"name the bucket's region: {wanted}", **about)
+        case _ if "content-md5" in refusal.message.lower() and status in (400, 411):
+            return StoreConfigurationError(
+                said, hint=f"this bucket takes nothing without an MD5: use {setting('content_md5')}", **about
+            )
         case _ if code in _SLOW_DOWN or status in (429, 503):
             return SlowDown(said, retry_after_s=_seconds(refusal.headers.get("retry-after")), **about)
         case _ if status in (405, 501):
@@ -199,7 +230,8 @@ def refuses_checksums(error: BaseException | None) -> bool:
     refusal = Refusal.by(error)
     if refusal is None or refusal.code in _WRONG_DIGEST:
         return False
-    return refusal.status == 501 or (refusal.status == 400 and "checksum" in refusal.message.lower())
+    message = refusal.message.lower()
+    return refusal.status == 501 or (refusal.status == 400 and "checksum" in message and "content-md5" not in message)
 
 
 def changed(key: str | None, expected: str | None, actual: str | None) -> ObjectChanged:

@@ -18,7 +18,6 @@ from blobflow.stores.s3_access import Access
 from blobflow.stores.s3_errors import BOTOCORE_ERRORS, Call, Refusal
 from blobflow.stores.s3_loop_wire import LoopWire, WholeAnswer
 from blobflow.stores.s3_wire import WireError
-from blobflow.stores.s3_xml import error_in
 
 
 class S3Coroutines(Coroutines):
@@ -75,21 +74,21 @@ class S3Coroutines(Coroutines):
     async def _exchange(
         self, call: Call, method: str, headers: Mapping[str, str], body: bytes = b"", *, limit: int = 0
     ) -> WholeAnswer:
+        access = self._store.connected()
         try:
-            access = self._store.connected()
             target = access.target(self._store.full_key(call.key or ""))
             answer = await self._wire_of(access).request(
                 method, target, lambda: access.signed(method, target, headers), body, limit=limit
             )
             self._store.heard(answer.headers)
             if answer.status >= 300:
-                raise Refusal(answer.status, *error_in(answer.body), answer.headers)
+                raise Refusal.of(answer.status, answer.body, answer.headers)
         except WireError as error:
             if body or error.moved:
                 call = replace(call, offset=error.moved)
             raise self._store.failed(error, call) from error
         except (Refusal, *BOTOCORE_ERRORS) as error:
-            raise self._store.failed(error, call) from error
+            raise self._store.failed(error, call, access) from error
         return answer
 
     def _wire_of(self, access: Access) -> LoopWire:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from blobflow.credentials import cleaned, endpoint_fault
+from blobflow.errors import StoreConfigurationError, setting
 from blobflow.stores.base import check_key
 
 _TIB: Final = 1024**4
@@ -33,7 +35,7 @@ class S3Options(BaseModel):
     are not consulted; without them botocore's usual chain applies, refreshable credentials included.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     bucket: str = Field(min_length=1, description="Name of an existing bucket; it is never created.")
     prefix: str = Field(default="", description="Put before every key, with a `/` between.")
@@ -45,7 +47,8 @@ class S3Options(BaseModel):
     anonymous: bool = Field(default=False, description="Sign nothing, for public buckets.")
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         default="auto",
-        description="Bucket in the path or in the host name; auto is path for an endpoint_url, else botocore's choice.",
+        description="Bucket in the path or in the host name; auto is what the AWS configuration says, else path for an"
+        " endpoint_url, else botocore's choice.",
     )
     accelerate: bool = Field(default=False, description="Through AWS's edge locations (S3 Transfer Acceleration).")
     verify: bool | str = Field(default=True, description="Check TLS certificates; a path names a CA bundle.")
@@ -62,6 +65,30 @@ class S3Options(BaseModel):
     connect_timeout: float = Field(default=10.0, gt=0, description="Seconds for a connection to be made.")
     idle_timeout: float = Field(default=120.0, gt=0, description="Seconds without a single byte before giving up.")
     max_connections: int = Field(default=32, ge=1, description="Connections kept open between requests.")
+
+    @field_validator("access_key_id")
+    @classmethod
+    def _clean_id(cls, value: str | None) -> str | None:
+        return cleaned(value, "access key id")
+
+    @field_validator("secret_access_key")
+    @classmethod
+    def _clean_secret(cls, value: SecretStr | None) -> SecretStr | None:
+        return value and SecretStr(cleaned(value.get_secret_value(), "secret access key"))
+
+    @field_validator("session_token")
+    @classmethod
+    def _clean_token(cls, value: SecretStr | None) -> SecretStr | None:
+        return value and SecretStr(cleaned(value.get_secret_value(), "session token"))
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _is_endpoint(cls, value: str | None) -> str | None:
+        if value is not None and (fault := endpoint_fault(value)):
+            raise StoreConfigurationError(
+                f"{setting('endpoint_url')} cannot be used: {fault}", hint="use http://host:port or https://host:port"
+            )
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> S3Options:

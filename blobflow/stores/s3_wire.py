@@ -26,6 +26,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from typing_extensions import override
 
 from blobflow.activity import moved
+from blobflow.credentials import header_value
 from blobflow.errors import SizeMismatch
 from blobflow.stores.base import Body
 
@@ -197,9 +198,10 @@ class Wire:
         Raises:
             WireError: no connection, or it broke or went silent before the head of the answer.
             SizeMismatch: the body is not as long as it says.
+            UsageError: a header cannot be sent; its value is not shown.
         """
         timeout_s = self._idle_timeout_s if idle_timeout_s is None else idle_timeout_s
-        given = headers()  # before there is a connection to lose: credentials may fail
+        given = sendable(headers())  # before there is a connection to lose: credentials may fail
         connection = self._take()
         reused = connection is not None
         try:
@@ -208,7 +210,7 @@ class Wire:
             if not (reused and idempotent and isinstance(error.__cause__, BROKEN)):
                 raise
             _log.debug("stale_connection origin=%s error=%s", self._origin, error)
-        return self._attempt(self._connection(), method, target, headers(), body, timeout_s)
+        return self._attempt(self._connection(), method, target, sendable(headers()), body, timeout_s)
 
     def close(self) -> None:
         """Close the idle connections; those in use are closed when they come back."""
@@ -268,7 +270,7 @@ class Wire:
             for name, value in headers.items():
                 connection.putheader(name, value)
             connection.endheaders()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise WireError(error, 0, waiting_s) from error
 
     def _send_body(self, connection: http.client.HTTPConnection, body: Body, timeout_s: float) -> int:
@@ -357,6 +359,15 @@ class Wire:
             connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout_s)
         connection.response_class = _Response
         return connection
+
+
+def sendable(headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers without white space around their values.
+
+    Raises:
+        UsageError: naming one that cannot be sent; not its value, which may be a secret.
+    """
+    return {name: header_value(name, value) for name, value in headers.items()}
 
 
 def read_head(first: bytes, lines: Sequence[bytes]) -> tuple[int, int, dict[str, str]]:

@@ -179,6 +179,13 @@ def error_in(document: bytes) -> tuple[str, str]:
     return (html.unescape(code[1]) if code else "", html.unescape(message[1]) if message else "")
 
 
+def region_in(document: bytes) -> str:
+    """The region that an error document names as the right one; empty where it does not."""
+    text = document.decode("utf-8", "replace")
+    found = re.search(r"<Region>\s*([^<]{1,100}?)\s*</Region>", text) or re.search(r"expecting '([^']{1,100})'", text)
+    return found[1] if found else ""
+
+
 # Values, which headers have too
 
 
@@ -234,14 +241,17 @@ def _read(document: bytes, *known: str) -> Element:
     parser = expat.ParserCreate("UTF-8")  # whatever a declaration says: S3 writes nothing else
     parser.buffer_text = True
     # Without a namespace separator expat gives names as they are written, with the prefix that few servers write.
+    # AWS sends blanks while it is busy: they should come behind the declaration, and do not everywhere.
+    given = document.lstrip()
+    readable = _without_controls(given)
     bounds = _Bounds(builder)
     parser.StartElementHandler = bounds.start
     parser.EndElementHandler = bounds.end
-    parser.CharacterDataHandler = bounds.data
+    is_same = readable == given
+    parser.CharacterDataHandler = bounds.data if is_same else lambda text: bounds.data(text.translate(_CONTROLS))
     parser.StartDoctypeDeclHandler = _refuse_doctype
     try:
-        # AWS sends blanks while it is busy: they should come behind the declaration, and do not everywhere.
-        parser.Parse(document.lstrip(), True)
+        parser.Parse(readable, True)
         root = builder.close()
     except expat.ExpatError as error:
         raise MalformedAnswer(f"no XML: {error}", ended_early=error.code in _ENDED_EARLY) from error
@@ -291,6 +301,25 @@ class _Bounds:
         self._depth -= 1
         self._text = 0
         self._builder.end(tag)
+
+
+_STAND_INS_AT = 0xF0000
+"""A private plane of Unicode, for characters that XML 1.0 has no way to write."""
+_CONTROLS = {_STAND_INS_AT + code: code for code in range(0x20)}
+_CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]|&#(?:0*([0-9]{1,2})|x0*([0-9a-fA-F]{1,2}));")
+
+
+def _without_controls(document: bytes) -> bytes:
+    """The document with stand-ins for control characters, or as it is.
+
+    S3 keys may hold them, and servers write them as they are. One such key must not hide all the others.
+    """
+
+    def stand_in(found: re.Match[bytes]) -> bytes:
+        code = found[0][0] if len(found[0]) == 1 else int(found[1] or found[2], 10 if found[1] else 16)
+        return chr(_STAND_INS_AT + code).encode() if code < 0x20 and code not in (9, 10, 13) else found[0]
+
+    return _CONTROL.sub(stand_in, document)
 
 
 def _refuse_doctype(*_: object) -> None:

@@ -175,6 +175,30 @@ def test_secrets_reach_the_store_and_nothing_else(place, moto_s3: S3Endpoint, mo
             assert secret.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.parametrize("field", ["access_key_id", "secret_access_key", "session_token"])
+def test_a_spoiled_secret_fails_the_run_at_once_and_is_left_nowhere(place: Place, monkeypatch, field: str):
+    """A line break in the middle: the step fails for good, by the name of the secret, and no file or event shows it."""
+    secret = "s3cr3t-nobody-may-see"
+    keys = dict.fromkeys(("access_key_id", "secret_access_key", "session_token"), "x") | {field: f"{secret}\nx"}
+    for name, value in keys.items():
+        monkeypatch.setenv(f"ORDERS_{name.upper()}", value)
+    variables = {name: dg.EnvVar(f"ORDERS_{name.upper()}") for name in keys}
+    resource = place.resource(store="s3://bucket", endpoint_url="http://127.0.0.1:1", **variables)
+    result = place.run(resource=resource)
+
+    _, message, metadata = failure(result)
+    assert metadata[md.ERROR] == "StoreConfigurationError"
+    assert field.replace("_", " ") in message
+    assert not [event for event in result.all_events if event.event_type_value == "STEP_UP_FOR_RETRY"]
+    for event in result.all_events:
+        assert secret not in repr(event)
+    for entry in place.instance.all_logs(result.run_id):
+        assert secret not in entry.to_json()
+    for path in place.home.rglob("*"):
+        if path.is_file():
+            assert secret.encode() not in path.read_bytes(), path
+
+
 def test_the_password_of_the_leases_is_not_told(place: Place, monkeypatch: pytest.MonkeyPatch):
     """A database that does not answer is named in the failure without its password."""
     secret = "s3cr3t-nobody-may-see"

@@ -120,6 +120,31 @@ def test_what_takes_rules_is_left_to_botocore(endpoint: str | None, options: dic
 
 
 @pytest.mark.usefixtures("no_client")
+@pytest.mark.parametrize(
+    ("configured", "option", "expected"),
+    [
+        ("virtual", "auto", "https://bucket.s3.example.test/k"),
+        ("path", "auto", "https://s3.example.test/bucket/k"),
+        ("auto", "auto", "https://s3.example.test/bucket/k"),
+        ("virtual", "path", "https://s3.example.test/bucket/k"),
+        ("path", "virtual", "https://bucket.s3.example.test/k"),
+    ],
+)
+@pytest.mark.parametrize("where", ["option", "variable", "profile"])
+def test_the_addressing_style_of_the_configuration_counts_at_an_endpoint_too(
+    environment: pytest.MonkeyPatch, tmp_path: Path, where: str, configured: str, option: str, expected: str
+) -> None:
+    """As for AWS itself, wherever the endpoint is named; the option has the last word."""
+    endpoint = "https://s3.example.test"
+    lines = ["[default]", f"endpoint_url = {endpoint}" if where == "profile" else ""]
+    (tmp_path / "config").write_text("\n".join([*lines, "s3 =", f"    addressing_style = {configured}", ""]))
+    if where == "variable":
+        environment.setenv("AWS_ENDPOINT_URL", endpoint)
+    given = {"endpoint_url": endpoint} if where == "option" else {}
+    assert url_of(addressing_style=option, **given) == expected
+
+
+@pytest.mark.usefixtures("no_client")
 def test_an_endpoint_needs_no_client(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Options, either variable and the profile name an endpoint without a client, in this order of precedence."""
     (tmp_path / "config").write_text(

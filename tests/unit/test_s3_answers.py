@@ -7,6 +7,8 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from botocore.credentials import ReadOnlyCredentials
 from pydantic import SecretStr, ValidationError
 
 from blobflow.checksum import combine_all, crc32c
+from blobflow.cli.words import as_option
 from blobflow.errors import (
     BlobflowError,
     ChecksumMismatch,
@@ -32,6 +35,7 @@ from blobflow.errors import (
 from blobflow.stores.base import Body, PartMeta, PutMode
 from blobflow.stores.retry import RetryingStore
 from blobflow.stores.s3 import S3Options, S3Store
+from blobflow.stores.s3_errors import Call, Refusal
 from tests.servers import Peer, S3Endpoint, scripted_server
 
 SECRET = "a-secret-that-must-never-show"
@@ -127,12 +131,106 @@ def test_a_refusal_means_the_same_everywhere(
         assert "as the server says" in str(by_get.value)
 
 
-def test_the_region_to_configure_is_named(open_s3: Callable[..., S3Store]) -> None:
-    """A bucket of another region is a configuration error whose hint names that region."""
-    moved = refuses(301, "PermanentRedirect", x_amz_bucket_region="eu-central-1")
+WRONG_REGION = (
+    "<Error><Code>AuthorizationHeaderMalformed</Code><Message>the region 'us-east-1' is wrong; expecting 'eu-west-3'"
+    "</Message><Region>eu-west-3</Region></Error>"
+)
+
+
+def scope(request: Request) -> str:
+    """The region that a request was signed for."""
+    return request[1]["authorization"].split("/")[2]
+
+
+@pytest.mark.parametrize(
+    ("moved", "region"),
+    [
+        (refuses(301, "PermanentRedirect", x_amz_bucket_region="eu-central-1"), "eu-central-1"),
+        (lambda peer: peer.answer(400, b"", x_amz_bucket_region="eu-central-1"), "eu-central-1"),
+        (answers(WRONG_REGION, 400), "eu-west-3"),
+        (answers(WRONG_REGION.replace("<Region>eu-west-3</Region>", ""), 400), "eu-west-3"),
+    ],
+    ids=["header of a redirect", "header alone", "body", "words of the message"],
+)
+def test_the_region_that_the_server_names_is_followed(
+    moved: Callable[[Peer], None], region: str, open_s3: Callable[..., S3Store]
+) -> None:
+    """The next attempt, which the error asks for, is signed for it, and so is everything after it."""
+    first, second = Script(moved), Script(answers("x"), answers("y"))
+    with scripted_server(first, second) as url:
+        store = RetryingStore(open_s3(url), sleep=lambda _: None)
+        assert store.get("k", max_bytes=1).data == b"x"
+        assert store.get("k", max_bytes=1).data == b"y"
+    assert scope(first.requests[0]) == "us-east-1"
+    assert [scope(request) for request in second.requests] == [region, region]
+
+
+def test_a_region_that_is_refused_as_it_was_named_is_final(open_s3: Callable[..., S3Store]) -> None:
+    """Signed for the very region that the server names: then it is the configuration, and the hint names the option."""
+    moved = refuses(301, "PermanentRedirect", x_amz_bucket_region="us-east-1")
     with scripted_server(Script(moved)) as url, pytest.raises(StoreConfigurationError) as wrong:
-        open_s3(url).get("k", max_bytes=1)
-    assert "eu-central-1" in wrong.value.hint
+        RetryingStore(open_s3(url), sleep=lambda _: None).get("k", max_bytes=1)
+    assert 'region="us-east-1"' in wrong.value.hint
+
+
+def test_threads_that_meet_the_wrong_region_together_all_follow(open_s3: Callable[..., S3Store]) -> None:
+    """What one has learned is not held against the others, whose requests were under way."""
+    store = open_s3("http://127.0.0.1:1")
+    access = store.connected()
+    refusal = Refusal(301, "PermanentRedirect", "", {"x-amz-bucket-region": "eu-central-1"})
+    for _ in range(2):
+        assert isinstance(store.failed(refusal, Call("get", "k"), access), StoreUnavailable)
+    assert store.connected().region == "eu-central-1"
+
+
+@pytest.mark.parametrize("code", ["RequestTimeTooSkewed", ""])
+@pytest.mark.parametrize("skew_s", [-7200, 5400])
+def test_a_clock_that_is_off_is_made_up_for(skew_s: int, code: str, open_s3: Callable[..., S3Store]) -> None:
+    """A request that is refused for its date is signed again with the server's; a HEAD's refusal has no code."""
+    date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=skew_s), usegmt=True)
+    script = Script(refuses(403, code, date=date) if code else answers("", 403, date=date), answers("x"))
+    with scripted_server(script) as url:
+        assert RetryingStore(open_s3(url), sleep=lambda _: None).get("k", max_bytes=1).data == b"x"
+    signed = [datetime.strptime(headers["x-amz-date"], "%Y%m%dT%H%M%S%z") for _, headers, _ in script.requests]
+    assert abs((signed[1] - signed[0]).total_seconds() - skew_s) < 30
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("InvalidRequest", "Missing required header for this request: Content-MD5"),
+        ("InvalidRequest", "Content-MD5 OR x-amz-checksum- HTTP header is required for Put Object requests"),
+        ("MissingContentMD5", "Content-MD5 is required"),
+    ],
+)
+def test_a_bucket_that_asks_for_md5_names_the_option(code: str, message: str, open_s3: Callable[..., S3Store]) -> None:
+    """The remedy is one option, in the words of the surface; the request is not repeated without checksums."""
+    with scripted_server(Script(refuses(400, code, message))) as url, pytest.raises(StoreConfigurationError) as asked:
+        open_s3(url).put("k", b"x")
+    assert "use --content-md5" in asked.value.to_dict(as_option)["hint"]
+
+
+@pytest.mark.parametrize("foreign", ["&#x1;", "&#1;", "\x01", "&#x1F;"])
+def test_a_foreign_upload_with_a_control_character_hides_no_other(
+    foreign: str, open_s3: Callable[..., S3Store]
+) -> None:
+    """XML has no way to write it, servers write it all the same: it is passed over, and paged past."""
+
+    def page(key: str, upload_id: str, more: str) -> str:
+        return (
+            f"<ListMultipartUploadsResult>{more}<Upload><Key>{key}</Key><UploadId>{upload_id}</UploadId></Upload>"
+            "</ListMultipartUploadsResult>"
+        )
+
+    more = (
+        f"<IsTruncated>true</IsTruncated><NextKeyMarker>a{foreign}b</NextKeyMarker>"
+        "<NextUploadIdMarker>1</NextUploadIdMarker>"
+    )
+    script = Script(answers(page(f"a{foreign}b", "1", more)), answers(page("ours", "2", "")))
+    with scripted_server(script) as url:
+        assert [(each.key, each.upload_id) for each in open_s3(url).list_uploads()] == [("ours", "2")]
+    marker = "%1F" if "1F" in foreign else "%01"
+    assert f"key-marker=a{marker}b" in script.requests[1][0]
 
 
 def test_retry_after_is_handed_on(open_s3: Callable[..., S3Store]) -> None:
