@@ -475,6 +475,7 @@ class _Trial:
         if self._store.exists(key):
             raise _No("the object was there before the upload was completed")
         self._store.complete_multipart(key, upload_id, [part])
+        self._uploads.remove((key, upload_id))
         if self._content(key) != _FIRST:
             raise _No("the object has other bytes than its part")
         return "the object appeared with complete"
@@ -572,6 +573,7 @@ class _Trial:
         except IntegrityError:
             outcome = "refused"
             self._store.complete_multipart(key, upload_id, [part._replace(crc32c=right)])
+        self._uploads.remove((key, upload_id))
         told = self._store.head(key).crc32c
         if told is None:
             raise _No("HEAD tells no CRC32C of the whole object")

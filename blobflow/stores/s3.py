@@ -290,7 +290,7 @@ class S3Store(Store):
             raise
         size = headers.get("content-length", "")
         if not re.fullmatch(r"[0-9]{1,19}", size):
-            raise StoreUnavailable(f"{call}: the answer tells no size", operation=call.operation, key=key)
+            raise self._not_understood(call, "it tells no size")
         return _meta(key, int(size), headers)
 
     def _reason(self, refused: Call) -> BlobflowError:
@@ -710,7 +710,7 @@ class S3Store(Store):
             size, document = answer.length, answer.read(MAX_ANSWER_BYTES)
             answered = answer.headers
         if len(document) == MAX_ANSWER_BYTES:
-            raise StoreUnavailable(f"{call}: the answer does not end", operation=call.operation, key=call.key)
+            raise self._not_understood(call, f"it has more than {MAX_ANSWER_BYTES} bytes and does not end")
         if size is not None and len(document) < size:
             raise cut_short(call, len(document), size)
         try:

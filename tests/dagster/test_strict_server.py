@@ -128,7 +128,7 @@ def test_an_io_manager_keeps_and_loads_directories(place: StrictPlace):
     def report(model: Path) -> None:
         assert read_tree(model) == TREE
 
-    manager = ArtifactIOManager(blobflow=place.resource(), scratch_dir=str(place.scratch))
+    manager = ArtifactIOManager(blobflow=place.resource())
     result = dg.materialize([model, report], instance=place.instance, resources={"io_manager": manager})
     assert result.success
     (made,) = result.asset_materializations_for_node("model")

@@ -745,8 +745,8 @@ class BeginsUnseen(LocalStore):
     """Begins uploads, and answers in a way that cannot be understood."""
 
     @override
-    def create_multipart(self, key: str, *, part_size: int, content_type: str = "") -> str:
-        super().create_multipart(key, part_size=part_size)
+    def create_multipart(self, key: str, *, part_size: int, **more: Any) -> str:
+        super().create_multipart(key, part_size=part_size, **more)
         raise Unsupported("the answer cannot be understood")
 
 

@@ -359,7 +359,7 @@ def test_a_document_is_read_up_to_a_limit(open_s3: Callable[..., S3Store], monke
             while True:
                 peer.send(b"400\r\n" + b"<Key>" * 204 + b"<Key" + b"\r\n")
 
-    with scripted_server(endless) as url, pytest.raises(StoreUnavailable, match="does not end"):
+    with scripted_server(endless) as url, pytest.raises(Unsupported, match="does not end"):
         list(open_s3(url).list())
 
 
@@ -469,14 +469,14 @@ def test_a_missing_entity_tag_is_refused(open_s3: Callable[..., S3Store]) -> Non
             store.put("k", b"x")
 
 
-def test_a_head_without_a_size_is_unavailable(open_s3: Callable[..., S3Store]) -> None:
+def test_a_head_without_a_size_is_not_understood(open_s3: Callable[..., S3Store]) -> None:
     """An answer that does not say how large the object is says nothing."""
 
     def sizeless(peer: Peer) -> None:
         peer.request()
         peer.send(b"HTTP/1.1 200 -\r\netag: x\r\n\r\n")
 
-    with scripted_server(sizeless) as url, pytest.raises(StoreUnavailable, match="tells no size"):
+    with scripted_server(sizeless) as url, pytest.raises(Unsupported, match="tells no size"):
         open_s3(url).head("k")
 
 
