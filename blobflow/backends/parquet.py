@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import Field, JsonValue
 from typing_extensions import override
@@ -20,6 +22,9 @@ from blobflow.backends.files import unsupported
 from blobflow.backends.versions import VersionedImporter
 from blobflow.errors import LEAVE_IT_OUT, ArtifactInvalid, RefusedError, setting
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 BACKEND: Final = "parquet"
 SUFFIXES: Final = (".parquet", ".parq", ".pq")
 
@@ -27,15 +32,26 @@ _BESIDE: Final = ("_", ".")
 """What names of files begin with that writers of datasets put beside the data: `_SUCCESS`, `_metadata`, `.crc`."""
 
 
+_ENCRYPTED: Final = b"PARE"
+"""The end of a file whose footer is encrypted: https://parquet.apache.org/docs/file-format/data-pages/encryption/."""
+
+
 class _NoFooterError(Exception):
-    """The end of a file is no footer of Parquet's."""
+    """The end of a file is no footer of Parquet's, or one that only a key opens."""
+
+    def __init__(self, reason: str, *, encrypted: bool = False) -> None:
+        super().__init__(reason)
+        self.encrypted = encrypted
 
 
 class ParquetExporter(DirectoryExporter):
     """Exports a dataset of Parquet files, in one directory or partitioned into many.
 
     The footer of every file is read. The cursor tells the rows and files of the dataset and the SHA-256 of its schema,
-    column by column as `name: type`.
+    column by column as `name: type`, where the type is that of the values, however they are encoded.
+
+    Directories that begin with `_` or `.` belong to the writers and not to the dataset (`_temporary/`, `_delta_log/`):
+    they are left out, and named in the result. Those with a `=` are partitions, whatever they begin with.
     """
 
     schemas: Literal["one", "any"] = Field(
@@ -46,6 +62,10 @@ class ParquetExporter(DirectoryExporter):
     @override
     def backend(self) -> str:
         return BACKEND
+
+    @override
+    def _leaves_out(self, name: str, *, is_directory: bool) -> bool:
+        return is_directory and name.startswith(_BESIDE) and "=" not in name
 
     @override
     def _cursor(self, root: Path, paths: Iterable[str]) -> JsonValue:
@@ -64,6 +84,12 @@ class ParquetExporter(DirectoryExporter):
             try:
                 count, schema = _footer(root, path)
             except _NoFooterError as error:
+                if error.encrypted:
+                    raise unsupported(
+                        path,
+                        "its footer is encrypted, so that its schema and rows cannot be checked without the key",
+                        f"move the dataset as a tree of files, which backend 'directory' does, or {LEAVE_IT_OUT}",
+                    ) from error
                 raise unsupported(
                     path, f"its footer cannot be read: {error}", f"repair it, or {LEAVE_IT_OUT}"
                 ) from error
@@ -134,17 +160,54 @@ def _is_data(path: str) -> bool:
 
 
 def _footer(root: Path, path: str) -> tuple[int, str]:
-    """The number of rows of a file, and its columns, one a line."""
+    """The number of rows of a file, and its columns, one a line.
+
+    Raises:
+        _NoFooterError: it has none, or an encrypted one.
+    """
     # Not at the top: pyarrow costs 0.3 s, and a pipeline is defined more often than it is run.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with open_regular(root, path) as file, pq.ParquetFile(file) as parquet:
-            schema = parquet.schema_arrow
-            return parquet.metadata.num_rows, "".join(f"{field.name}: {field.type}\n" for field in schema)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise _NoFooterError(str(error)) from error
+    with open_regular(root, path) as file:
+        try:
+            with pq.ParquetFile(file) as parquet:
+                columns = (f"{field.name}: {_kind(field.type)}\n" for field in parquet.schema_arrow)
+                return parquet.metadata.num_rows, "".join(columns)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise _NoFooterError(str(error), encrypted=_ends_with(file, _ENCRYPTED)) from error
+
+
+def _ends_with(file: io.FileIO, end: bytes) -> bool:
+    size = os.fstat(file.fileno()).st_size
+    return os.pread(file.fileno(), len(end), max(0, size - len(end))) == end
+
+
+def _kind(kind: pa.DataType) -> str:
+    """The type of a column's values: the same whether they are kept in a dictionary, or with large offsets.
+
+    Parquet knows neither; Arrow writes down beside its schema which of its own types the column came from.
+    """
+    import pyarrow as pa
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _kind(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _kind(kind.storage_type)
+    if types.is_large_string(kind) or types.is_string_view(kind):
+        return "string"
+    if types.is_large_binary(kind) or types.is_binary_view(kind):
+        return "binary"
+    if types.is_map(kind):
+        return f"map<{_kind(kind.key_type)}, {_kind(kind.item_type)}>"
+    if types.is_fixed_size_list(kind):
+        return f"list<{_kind(kind.value_type)}>[{kind.list_size}]"
+    if types.is_list(kind) or types.is_large_list(kind):
+        return f"list<{_kind(kind.value_type)}>"
+    if types.is_struct(kind):
+        return f"struct<{', '.join(f'{field.name}: {_kind(field.type)}' for field in kind)}>"
+    return str(kind)
 
 
 def _fingerprint(schemas: Iterable[str]) -> str:

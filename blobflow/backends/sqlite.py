@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sqlite3
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
@@ -45,6 +46,17 @@ _STEP_INSTRUCTIONS: Final = 10_000_000
 """Of SQLite's machine between two signs of life while a database is checked: a few tenths of a second."""
 
 
+_COPY_BYTES: Final = 1 << 20
+_WAL_VERSIONS: Final = slice(18, 20)
+"""Where a database's header says whether it is in WAL mode (https://www.sqlite.org/fileformat.html)."""
+_ALL: Final = 2**31 - 1
+"""Rows that a check may complain of."""
+_MISSING: Final = re.compile(
+    r"no such collation sequence: (?P<collation>.+)|(?:unknown|no such) function: (?P<function>.+?)(?:\(\))?"
+)
+_BROKEN_CONSTRAINT: Final = re.compile(r"(?:NULL|TEXT|NUMERIC|non-\w+) value in |CHECK constraint failed in ")
+"""What a check says of rows that the file holds well, and the schema does not allow."""
+_NOT_WRITABLE: Final = ("unable to open database file", "attempt to write a readonly database")
 _BUSY: Final = ("database is locked", "database table is locked", "database schema is locked")
 
 
@@ -94,24 +106,51 @@ class SqliteExporter(KnownFields):
 
         def write(data: Path) -> JsonValue:
             target = data / DATABASE_NAME
-            with (
-                writing(dest),
-                _errors_of(path),
-                closing(_connect(path, "mode=ro", timeout_s=self.busy_timeout_s)) as source,
-                closing(_connect(target, "mode=rwc")) as copy,
-            ):
-                # The transaction begins with the first read, and pins the state for the whole of the export.
-                source.execute("BEGIN")
-                source.execute("SELECT 1 FROM sqlite_master").fetchone()
-                cursor = self._cursor(source)
-                copy.execute("PRAGMA synchronous=OFF")  # an unfinished artifact is thrown away as a whole
-                source.backup(copy, pages=_STEP_PAGES, progress=alive)
-                # Of a source in WAL mode the copy would be, too, and make files beside it when it is opened.
-                copy.execute("PRAGMA journal_mode=DELETE")
-                _check(copy, path, alive, UnsupportedSource)
-            return cursor
+            with writing(dest), _errors_of(path):
+                try:
+                    return self._backup(path, target, alive)
+                except sqlite3.OperationalError as error:
+                    if not _lies_still(path, error):
+                        raise
+                    log.info("sqlite.copied path=%s reason=%s", path, error)
+                    target.unlink(missing_ok=True)
+                    return self._copy(path, target, alive)
 
         return export_files(dest, backend=BACKEND, write=write, on_progress=on_progress)
+
+    def _backup(self, path: Path, target: Path, alive: Callable[..., None]) -> JsonValue:
+        """Let SQLite copy the database while others write to it; the cursor."""
+        with (
+            closing(_connect(path, "mode=ro", timeout_s=self.busy_timeout_s)) as source,
+            closing(_connect(target, "mode=rwc")) as copy,
+        ):
+            # The transaction begins with the first read, and pins the state for the whole of the export.
+            source.execute("BEGIN")
+            source.execute("SELECT 1 FROM sqlite_master").fetchone()
+            cursor = self._cursor(source)
+            copy.execute("PRAGMA synchronous=OFF")  # an unfinished artifact is thrown away as a whole
+            source.backup(copy, pages=_STEP_PAGES, progress=alive)
+            # Of a source in WAL mode the copy would be, too, and make files beside it when it is opened.
+            copy.execute("PRAGMA journal_mode=DELETE")
+            _check(copy, path, alive, UnsupportedSource)
+        return cursor
+
+    def _copy(self, path: Path, target: Path, alive: Callable[..., None]) -> JsonValue:
+        """Copy a database to which nobody writes, and let SQLite apply the log beside it to the copy; the cursor."""
+        files = [Path(f"{path}{suffix}") for suffix in ("", "-wal") if os.path.exists(f"{path}{suffix}")]
+        before = [_version(file) for file in files]
+        for file in files:
+            with open(file, "rb") as original, open(f"{target}{str(file)[len(str(path)) :]}", "xb") as copy:
+                while chunk := original.read(_COPY_BYTES):
+                    copy.write(chunk)
+                    alive()
+        if before != [_version(file) for file in files]:
+            raise TransferBusy(f"somebody writes to {path}", path=str(path))
+        with closing(_connect(target, "mode=rw")) as connection:
+            cursor = self._cursor(connection)
+            connection.execute("PRAGMA journal_mode=DELETE")
+            _check(connection, path, alive, UnsupportedSource)
+        return cursor
 
     def _cursor(self, source: sqlite3.Connection) -> JsonValue:
         if self.cursor_query is None:
@@ -261,8 +300,30 @@ def _writers_held_off(database: Path) -> Generator[None]:
         yield
 
 
+def _lies_still(path: Path, error: sqlite3.Error) -> bool:
+    """Whether the database is in WAL mode in a directory where SQLite cannot make the file that readers share.
+
+    Whoever writes to it makes that file; so nobody does, at least not on this machine.
+    """
+    if str(error) not in _NOT_WRITABLE or os.path.exists(f"{path}-journal"):
+        return False
+    with open(path, "rb") as file:
+        header = file.read(_WAL_VERSIONS.stop)
+    return header[_WAL_VERSIONS] == b"\2\2" and not os.access(path.parent, os.W_OK, effective_ids=True)
+
+
+def _version(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
 def _check(connection: sqlite3.Connection, path: Path, alive: Callable[[], None], damaged: type[BlobflowError]) -> None:
-    """Let SQLite prove that the database is whole; what `alive` raises meanwhile ends it, and comes out here."""
+    """Let SQLite prove that the database is whole; what `alive` raises meanwhile ends it, and comes out here.
+
+    Rows that break a constraint are the application's business: it may have had none when it wrote them. Where an index
+    or a column needs a collation or a function of the application, the other tables are checked in full, and these by
+    their pages, rows and counts, which needs neither.
+    """
     failures: list[BaseException] = []
 
     def on_step() -> int:
@@ -276,15 +337,56 @@ def _check(connection: sqlite3.Connection, path: Path, alive: Callable[[], None]
     try:
         # cell_size_check: look for damage before it can do harm (https://www.sqlite.org/security.html).
         connection.execute("PRAGMA cell_size_check=ON")
-        found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        connection.execute("PRAGMA ignore_check_constraints=ON")
+        found = _damage(connection)
     except sqlite3.Error:
         if failures:
             raise failures[0] from None
         raise
     finally:
         connection.set_progress_handler(None, 0)
-    if found != "ok":
+    if found is not None:
         raise damaged(f"database {path} is damaged: {found}", path=str(path), reason=found)
+
+
+def _damage(connection: sqlite3.Connection) -> str | None:
+    """The first damage that SQLite finds; None if there is none."""
+    try:
+        return _first_damage(connection, f"integrity_check({_ALL})")
+    except sqlite3.Error as error:
+        if not _MISSING.fullmatch(str(error)):
+            raise
+        log.info("sqlite.needs_application error=%s", error)
+    for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+        try:
+            found = _first_damage(connection, f"""integrity_check("{table.replace('"', '""')}")""")
+        except sqlite3.Error as error:
+            if not _MISSING.fullmatch(str(error)):
+                raise
+            found = None
+        if found is not None:
+            return found
+    named: set[str] = set()
+    while True:
+        try:
+            return _first_damage(connection, f"quick_check({_ALL})")
+        except sqlite3.Error as error:
+            missing = _MISSING.fullmatch(str(error))
+            if missing is None or missing[0] in named:
+                raise
+            named.add(missing[0])
+            # They only have to exist: a quick check compares and computes nothing.
+            if missing["collation"]:
+                connection.create_collation(missing["collation"], lambda one, other: (one > other) - (one < other))
+            else:
+                connection.create_function(missing["function"], -1, lambda *_: None, deterministic=True)
+
+
+def _first_damage(connection: sqlite3.Connection, pragma: str) -> str | None:
+    for (found,) in connection.execute(f"PRAGMA {pragma}"):
+        if found != "ok" and not _BROKEN_CONSTRAINT.match(found):
+            return found
+    return None
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:

@@ -1,9 +1,15 @@
 """Parquet datasets: what their footers say is checked at both ends."""
 
+# pyright: basic
+# pyarrow has no type stubs.
+
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from blobflow import Artifact, ParquetExporter, ParquetImporter, export_artifact, import_artifact
@@ -65,6 +71,97 @@ def test_files_of_one_dataset_have_one_schema(dataset: Path, tmp_path: Path):
     assert isinstance(one, dict)
     assert isinstance(two, dict)
     assert (two["rows"], two["schema_sha256"] != one["schema_sha256"]) == (6, True)
+
+
+def test_how_values_are_encoded_is_no_part_of_the_schema(dataset: Path, tmp_path: Path):
+    """Pandas writes categories, polars large strings, Spark lists of its own naming: one dataset, whoever appends."""
+    strings = pa.array(["y"])
+    variants = {
+        "plain": strings,
+        "categories": strings.dictionary_encode(),
+        "large": strings.cast(pa.large_string()),
+        "view": strings.cast(pa.string_view()),
+    }
+    for name, column in variants.items():
+        write_parquet(dataset / f"{name}.parquet", {"id": [1], "name": column})
+    artifact = exported(dataset, tmp_path / "artifact")
+    assert isinstance(artifact.manifest.cursor, dict)
+    assert artifact.manifest.cursor["rows"] == 9
+    import_artifact(artifact, ParquetImporter(path=tmp_path / "mirror"))
+
+    nested = tmp_path / "nested"
+    nested.mkdir()
+    values = [[{"a": "x", "b": {"k": b"v"}}]]
+    for name, text, data, listed in (
+        ("plain", pa.string(), pa.binary(), pa.list_),
+        ("large", pa.large_string(), pa.large_binary(), pa.large_list),
+        ("dictionary", pa.dictionary(pa.int8(), pa.string()), pa.binary(), pa.list_),
+    ):
+        inner = pa.struct([pa.field("a", text, nullable=name == "plain"), pa.field("b", pa.map_(pa.string(), data))])
+        column = pa.array([[{"a": "x", "b": [("k", b"v")]}]], listed(pa.field(name, inner)))
+        write_parquet(nested / f"{name}.parquet", {"values": column})
+    assert exported(nested, tmp_path / "other").manifest.members == len(values) * 3
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (pa.string(), pa.binary()),
+        (pa.list_(pa.string()), pa.list_(pa.int64())),
+        (pa.struct([("a", pa.string())]), pa.struct([("b", pa.string())])),
+        (pa.timestamp("us"), pa.timestamp("us", "UTC")),
+        (pa.decimal128(5, 2), pa.decimal128(6, 2)),
+    ],
+    ids=str,
+)
+def test_other_values_are_another_schema(one: pa.DataType, other: pa.DataType, tmp_path: Path):
+    """What readers would get to see is compared, at whatever depth."""
+    (tmp_path / "dataset").mkdir()
+    for i, kind in enumerate((one, other)):
+        write_parquet(tmp_path / "dataset" / f"{i}.parquet", {"a": pa.array([None], kind)})
+    with pytest.raises(UnsupportedSource, match=r"'1\.parquet' cannot be exported: it has another schema"):
+        exported(tmp_path / "dataset", tmp_path / "artifact")
+
+
+def test_directories_of_the_writers_are_left_out_and_named(dataset: Path, tmp_path: Path):
+    """What Spark did not finish and what Delta keeps beside it is not data; a partition may begin with `_`."""
+    for name in ("_temporary/0/part-9.parquet", "_delta_log/0.json", "year=2026/.ipynb_checkpoints/x.parquet"):
+        (dataset / name).parent.mkdir(parents=True)
+        (dataset / name).write_bytes(b"not whole")
+    (dataset / "_region=eu").mkdir()
+    write_parquet(dataset / "_region=eu" / "part-0.parquet", {"id": [9], "name": ["z"]})
+    result = export_artifact(ParquetExporter(path=dataset), tmp_path / "artifact")
+    assert result.left_out == ("_delta_log/", "_temporary/", "year=2026/.ipynb_checkpoints/")
+    assert isinstance(result.artifact.manifest.cursor, dict)
+    assert (result.artifact.manifest.cursor["rows"], result.artifact.manifest.cursor["files"]) == (6, 3)
+    import_artifact(result.artifact, ParquetImporter(path=tmp_path / "mirror"))
+    assert not list((tmp_path / "mirror").glob("current/_delta_log"))
+
+
+def test_an_encrypted_footer_needs_a_key_and_no_repair(dataset: Path, tmp_path: Path):
+    """The message says what it is, and the remedy works: as a tree of files the dataset travels as it is."""
+    import pyarrow.parquet.encryption as encryption
+
+    class Keys(encryption.KmsClient):
+        """Keeps keys in the clear."""
+
+        def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> bytes:
+            return base64.b64encode(key_bytes)
+
+        def unwrap_key(self, wrapped_key: bytes, master_key_identifier: str) -> bytes:
+            return base64.b64decode(wrapped_key)
+
+    factory = encryption.CryptoFactory(lambda _: Keys())
+    configuration = encryption.EncryptionConfiguration(footer_key="footer", column_keys={"data": ["id"]})
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), configuration)
+    table = pa.table({"id": [1]})
+    with pq.ParquetWriter(dataset / "secret.parquet", table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    with pytest.raises(UnsupportedSource, match=r"'secret\.parquet' cannot be exported: its footer is enc") as refusal:
+        exported(dataset, tmp_path / "artifact")
+    assert ("repair" in refusal.value.hint, "backend 'directory'" in refusal.value.hint) == (False, True)
+    plain = export_artifact(dataset, tmp_path / "artifact").artifact
+    assert "secret.parquet" in plain.index.paths
 
 
 def test_a_mirror_may_insist_on_a_schema(dataset: Path, tmp_path: Path):

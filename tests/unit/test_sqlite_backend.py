@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
+import tempfile
 import threading
-from contextlib import closing
+from collections.abc import Generator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,160 @@ def ids(path: Path) -> tuple[int, int]:
     """Count and newest id of the events; they are the same in every whole state."""
     with closing(connect(path)) as db:
         return db.execute("SELECT count(*), max(id) FROM events").fetchone()
+
+
+def by_name(one: str, other: str) -> int:
+    return (one.lower() > other.lower()) - (one.lower() < other.lower())
+
+
+def applied(path: Path, *statements: str) -> Path:
+    """A database that an application with a collation and a function of its own has made, 100 rows in table `t`."""
+    with closing(connect(path)) as db:
+        db.create_collation("BY_NAME", by_name)
+        db.create_function("twice", 1, lambda value: 2 * (value or 0), deterministic=True)
+        db.execute("CREATE TABLE plain (id INTEGER PRIMARY KEY, content TEXT)")
+        db.execute("CREATE INDEX plain_content ON plain (content)")
+        for statement in statements:
+            db.execute(statement)
+        db.execute("BEGIN")
+        db.executemany("INSERT INTO t (name, size) VALUES (?, ?)", [(f"Name {i}", i) for i in range(100)])
+        db.executemany("INSERT INTO plain (content) VALUES (?)", [(f"content {i}",) for i in range(100)])
+        db.execute("COMMIT")
+    return path
+
+
+APPLICATIONS = {
+    "a collation in an index": ("CREATE TABLE t (name, size)", "CREATE INDEX i ON t (name COLLATE BY_NAME)"),
+    "a collation of the key": ("CREATE TABLE t (name TEXT COLLATE BY_NAME PRIMARY KEY, size) WITHOUT ROWID",),
+    "a function in an index": (
+        "CREATE TABLE t (name, size)",
+        "CREATE INDEX i ON t (twice(size)) WHERE twice(size) > 9",
+    ),
+    "a function in a CHECK": ("CREATE TABLE t (name, size CHECK (twice(size) >= 0))",),
+    "a function in a column": ("CREATE TABLE t (name, size, double GENERATED ALWAYS AS (twice(size)) NOT NULL)",),
+    "both": (
+        "CREATE TABLE t (name TEXT COLLATE BY_NAME UNIQUE, size, double AS (twice(size)) STORED)",
+        "CREATE INDEX i ON t (double, twice(size) COLLATE BY_NAME)",
+    ),
+}
+
+
+@pytest.mark.parametrize("statements", APPLICATIONS.values(), ids=APPLICATIONS.keys())
+def test_a_sound_database_needs_no_application_to_be_moved(statements: tuple[str, ...], tmp_path: Path):
+    """Collations and functions that only its application has do not make it a damaged one, at either end."""
+    source = applied(tmp_path / "orders.db", *statements)
+    artifact = exported(source, tmp_path / "artifact", cursor_query="SELECT count(*) FROM plain")
+    importer = SqliteImporter(path=tmp_path / "mirror")
+    import_artifact(artifact, importer)
+    with closing(connect(importer.database)) as db:
+        db.create_collation("BY_NAME", by_name)
+        db.create_function("twice", 1, lambda value: 2 * (value or 0), deterministic=True)
+        assert db.execute("SELECT count(*) FROM t WHERE name = 'Name 7'").fetchone() == (1,)
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+
+
+@pytest.mark.parametrize("statements", APPLICATIONS.values(), ids=APPLICATIONS.keys())
+def test_damage_is_found_beside_what_needs_the_application(statements: tuple[str, ...], tmp_path: Path):
+    """The other tables are checked in full (a row that is missing in an index), and these by their pages."""
+    source = applied(tmp_path / "orders.db", *statements)
+    with closing(connect(source)) as db:
+        # The indexes of two tables that differ in their rows alone change places.
+        db.execute("CREATE TABLE other (id INTEGER PRIMARY KEY, content TEXT)")
+        db.execute("CREATE INDEX other_content ON other (content)")
+        db.executemany("INSERT INTO other (content) VALUES (?)", [(f"other {i}",) for i in range(100)])
+        db.execute("PRAGMA writable_schema=ON")
+        roots = dict(
+            db.execute("SELECT name, rootpage FROM sqlite_master WHERE name IN ('other_content', 'plain_content')")
+        )
+        for name, root in zip(roots, reversed(roots.values()), strict=True):
+            db.execute("UPDATE sqlite_master SET rootpage = ? WHERE name = ?", (root, name))
+    with pytest.raises(UnsupportedSource, match="is damaged: row 1 missing from index"):
+        exported(source, tmp_path / "artifact", cursor_query="SELECT 1")
+
+    broken = applied(tmp_path / "broken.db", *statements)
+    with closing(connect(broken)) as db:
+        root = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 't'").fetchone()[0]
+        size = db.execute("PRAGMA page_size").fetchone()[0]
+    with open(broken, "r+b") as file:
+        file.seek((root - 1) * size + 8)
+        file.write(os.urandom(200))
+    with pytest.raises(UnsupportedSource, match=r"broken\.db is damaged|broken\.db cannot be read"):
+        exported(broken, tmp_path / "other", cursor_query="SELECT 1")
+
+
+def test_rows_older_than_a_constraint_are_no_damage(tmp_path: Path):
+    """A NULL in a column that became NOT NULL, a row that a later CHECK forbids: they travel as they are."""
+    source = filled(tmp_path / "orders.db")
+    with closing(connect(source)) as db:
+        db.execute("CREATE TABLE legacy (name TEXT)")
+        db.executemany("INSERT INTO legacy VALUES (?)", [(None,), ("",), ("x",)] * 200)
+        db.execute("PRAGMA writable_schema=ON")
+        changed = "CREATE TABLE legacy (name TEXT NOT NULL CHECK (length(name) > 0))"
+        db.execute("UPDATE sqlite_master SET sql = ? WHERE name = 'legacy'", (changed,))
+    importer = SqliteImporter(path=tmp_path / "mirror")
+    import_artifact(exported(source, tmp_path / "artifact"), importer)
+    with closing(connect(importer.database)) as db:
+        assert db.execute("SELECT count(*) FROM legacy WHERE typeof(name) = 'null'").fetchone() == (200,)
+    with open(source, "r+b") as file:
+        file.seek(-1024, os.SEEK_END)
+        file.write(os.urandom(1024))
+    with pytest.raises(UnsupportedSource, match=r"orders\.db"):
+        exported(source, tmp_path / "again")
+
+
+@contextmanager
+def read_only_directory() -> Generator[Path]:
+    """A directory that `forbid_writing` makes read-only, even for root, and one beside it, into which one can write."""
+    home = Path(tempfile.mkdtemp())
+    is_root = os.geteuid() == 0
+    try:
+        (home / "source").mkdir()
+        (home / "own").mkdir()
+        home.chmod(0o755)
+        yield home / "source"
+    finally:
+        if is_root:
+            os.seteuid(0)
+        (home / "source").chmod(0o755)
+        shutil.rmtree(home)
+
+
+def forbid_writing(directory: Path) -> None:
+    """From now on, this process reads the directory and writes to its sibling `own`."""
+    for file in directory.iterdir():
+        file.chmod(0o444)
+    directory.chmod(0o555)
+    if os.geteuid() == 0:
+        nobody = 65534
+        os.chown(directory.parent / "own", nobody, nobody)
+        os.seteuid(nobody)
+
+
+@pytest.mark.parametrize("left", ["log", "empty log", "no log"])
+def test_a_wal_database_in_a_read_only_directory_is_exported(left: str):
+    """A snapshot of a file system is read-only and holds a log beside the database: what it says counts as well."""
+    with read_only_directory() as source:
+        live = filled(source / "live.db", 50, mode="WAL")
+        with closing(connect(live)) as db:
+            add(db, 7)
+            for suffix in ("", "-wal"):
+                shutil.copyfile(f"{live}{suffix}", f"{source}/orders.db{suffix}")
+        if left != "log":
+            with closing(connect(source / "orders.db")) as db:
+                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                if left == "empty log":
+                    shutil.copyfile(source / "orders.db", source / "copy.db")
+                    (source / "copy.db-wal").touch()
+        database = source / ("copy.db" if left == "empty log" else "orders.db")
+        Path(f"{database}-shm").unlink(missing_ok=True)
+        forbid_writing(source)
+        before = sorted(os.listdir(source))
+
+        artifact = exported(database, source.parent / "own" / "artifact")
+        assert ids(artifact.data / DATABASE_NAME) == (57, 57)
+        assert artifact.manifest.cursor == 57
+        assert sorted(os.listdir(artifact.data)) == [DATABASE_NAME]
+        assert sorted(os.listdir(source)) == before
 
 
 def exported(path: Path, dest: Path, **options: object) -> Artifact:
