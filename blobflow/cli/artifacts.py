@@ -371,8 +371,8 @@ def copy(
 ) -> None:
     """Copy the artifact under KEY from one store to another, by default under the same key.
 
-    Nothing is written to local disk. What was copied is proven before it becomes visible. Run it again after a crash,
-    on any machine: parts that the target holds are not sent again. --store is not used.
+    Nothing is written to local disk. What was copied is held to the manifest's checksum before it becomes visible. Run
+    it again after a crash, on any machine: parts that the target holds are not sent again. --store is not used.
     """
     from blobflow.transport import copy_artifact
 

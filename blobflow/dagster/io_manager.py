@@ -49,7 +49,7 @@ from blobflow.retention import name_artifact
 from blobflow.rounds import content_key, round_number
 from blobflow.scratch import scratch_directory
 from blobflow.stores import Store
-from blobflow.stores.base import key_segment
+from blobflow.stores.base import check_readable, key_segment
 from blobflow.transport import ProgressEvent, upload, verify
 
 CACHE_BYTES: Final = 20 << 30
@@ -231,6 +231,7 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         self, context: dg.OutputContext, store: Store, home: "_Home", directory: Path, journal: StepJournal | None
     ) -> tuple[ArtifactRef, dict[str, Any]]:
         """Bring a directory into the store under the key of its content; where it is now, and what that took."""
+        check_readable(store)  # not only after everything was hashed
         with self._as_artifact(context, directory, journal) as (artifact, facts):
             result = upload(
                 store,

@@ -1,7 +1,7 @@
 """Copy: an artifact from store to store, without a local disk, with the same claim, proof and publication as an upload.
 
 Parts stream through this process: a ranged GET of the pinned source, a PUT of the part. Where both stores have one
-server (and one identity there), it copies the payload by itself, and what it made is proven before the manifest makes
+server (and one identity there), it copies the payload by itself, and what it made is checked before the manifest makes
 it visible.
 """
 
@@ -43,7 +43,7 @@ class CopyResult:
     """Of the artifact that is now under the key; with `unchanged` it may be an older one of equal content."""
     manifest: Manifest
     server_side: bool
-    """The server copied the payload; its bytes did not pass through here, except to be proven."""
+    """The server copied the payload; its bytes did not pass through here, except to be checked."""
     bytes_total: int
     bytes_received: int
     bytes_sent: int
@@ -67,7 +67,7 @@ def copy_artifact(
 ) -> CopyResult:
     """Bring the artifact `source_key` of one store under `target_key` of another, or of the same one.
 
-    The payload is proven by its CRC32C before the sibling manifest, which comes last, makes it visible: a damaged
+    The payload is held to its CRC32C before the sibling manifest, which comes last, makes it visible: a damaged
     source is refused. (Who does not trust the source's manifest either reads every SHA-256 with `verify`.)
 
     May be called again after a crash, from any machine: parts that the target holds are not sent again, nor fetched
@@ -75,15 +75,15 @@ def copy_artifact(
     also if it was uploaded and not copied.
 
     Within one store, and between buckets or prefixes of one S3 endpoint with the same credentials, the server copies
-    the payload by itself, in one step that begins anew after a crash. Its result is proven by the checksum that the
-    store attests, else by reading it back. A copy that replaces another artifact is streamed all the same: its bytes
-    have to be proven before the old payload goes.
+    the payload by itself, in one step that begins anew after a crash. Its result is held to the checksum that the
+    store attests; where it attests none, it is read back. A copy that replaces another artifact is streamed all the
+    same: its bytes have to be checked before the old payload goes.
 
     Memory: `profile.chunk_size * profile.workers` bytes.
 
     Args:
         overwrite: Replace another artifact under the key. Readers see the old, the new, or a retryable error.
-        expected_digest: Refuse every artifact but this one. What lands under its manifest is still proven by CRC32C
+        expected_digest: Refuse every artifact but this one. What lands under its manifest is still checked by CRC32C
             here, and by SHA-256 where it is read.
         on_progress: Called in the calling thread about twice a second; raising from it stops the copy cleanly.
         on_checkpoint: Called in the calling thread after each saved checkpoint, at the end and on failure.
@@ -226,7 +226,7 @@ class _ServerCopy(MultipartUpload):
     """The payload is copied by the server that source and target share; where it refuses, the parts are sent.
 
     It is claimed like an upload, with an upload id that holds no part: whoever takes the intent up sends the parts,
-    or has the server copy again. The upload is aborted only when the copy is proven, because without it an object
+    or has the server copy again. The upload is aborted only when the copy is checked, because without it an object
     that begins with the right manifest counts as complete.
     """
 

@@ -33,7 +33,7 @@ from blobflow.dagster import metadata as md
 from blobflow.lease import read_ref
 from blobflow.stores import Store
 from blobflow.testing import read_tree, write_tree
-from tests.dagster.kit import MIRROR, REMOTE, SMALL, FaultyResource, Place, facts
+from tests.dagster.kit import MIRROR, REMOTE, SMALL, FaultyResource, Place, facts, failure
 from tests.faults.test_proof import forged
 from tests.kit import TREE, keys
 from tests.strict_s3 import Rules, StrictS3
@@ -58,9 +58,15 @@ class StrictPlace(Place):
 
 
 @pytest.fixture
-def place(tmp_path: Path, instance: dg.DagsterInstance) -> Iterator[StrictPlace]:
+def rules() -> Rules:
+    """Those of the server; a test may have others."""
+    return Rules(min_part_size=1)
+
+
+@pytest.fixture
+def place(tmp_path: Path, instance: dg.DagsterInstance, rules: Rules) -> Iterator[StrictPlace]:
     FaultyResource.script(lambda _: None)
-    with StrictS3(Rules(min_part_size=1)) as server:
+    with StrictS3(rules) as server:
         endpoint = server.endpoint
         place = StrictPlace(tmp_path, instance)
         place.settings = {
@@ -205,3 +211,30 @@ def test_batches_run_on_it(place: StrictPlace):
     result = dg.materialize([asset], instance=place.instance, resources={"blobflow": place.resource()})
     assert result.success
     assert [check.passed for check in result.get_asset_check_evaluations()] == [True]
+
+
+@pytest.mark.parametrize("rules", [Rules(lists_parts=False)])
+def test_a_pipeline_works_without_a_list_of_parts(place: StrictPlace):
+    """On a server that lists no parts a pipeline sends its artifact in one request."""
+    assert place.run().success
+    assert FaultyResource.count("create_multipart") == 0
+    assert read_tree(place.current) == TREE
+
+
+@pytest.mark.parametrize("rules", [Rules(lists_parts=False)])
+def test_lanes_without_a_list_of_parts_fail_before_the_first_byte(place: StrictPlace):
+    """Lanes need parts: the step fails for good, and says that one lane would do."""
+    step, message, metadata = failure(place.run(place.pipeline(lanes=2)))
+    assert step == "orders__remote.upload.plan"
+    assert "multipart uploads" in message
+    assert "one lane" in metadata[md.HINT]
+    assert [key for key in keys(place.bucket) if key.startswith("orders/") and key.endswith(".tar")] == []
+
+
+@pytest.mark.parametrize("rules", [Rules(gives_ranges=False)])
+def test_a_pipeline_to_a_server_that_ignores_ranges_fails_before_its_export(place: StrictPlace):
+    """What nobody could read is refused by the first step, before the source is read."""
+    step, message, _ = failure(place.run())
+    assert step == "orders__snapshot.export"
+    assert "cannot be read in ranges" in message
+    assert not place.scratch.exists()
