@@ -27,7 +27,7 @@ $(READY): requirements.lock pyproject.toml
 
 # The demo's runs are kept, so that `make ui` shows them. dg warns unless it runs in the activated project environment.
 DG := DAGSTER_HOME=$(CURDIR)/.blobflow/dagster VIRTUAL_ENV=$(CURDIR)/.venv PATH=$(CURDIR)/$(BIN):$$PATH dg
-.blobflow/dagster/dagster.yaml: docs/dagster.yaml
+.blobflow/dagster/dagster.yaml: examples/dagster.yaml
 	@mkdir -p $(@D)
 	@cp $< $@
 

@@ -55,7 +55,7 @@ class Project:
     """Where the project's pyproject.toml lies."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """Environment variables."""
-    instance_yaml: str = (ROOT / "docs" / "dagster.yaml").read_text(encoding="utf-8")
+    instance_yaml: str = (ROOT / "examples" / "dagster.yaml").read_text(encoding="utf-8")
 
     def __post_init__(self) -> None:
         (self.home / "dagster").mkdir(parents=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -354,7 +355,8 @@ def test_a_backfill_brings_every_partition(tmp_path: Path):
 
 # The instance
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "dagster.yaml"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "dagster.yaml"
 
 
 def test_the_example_of_an_instance_is_one(tmp_path: Path):
@@ -365,6 +367,25 @@ def test_the_example_of_an_instance_is_one(tmp_path: Path):
         assert instance.run_monitoring_enabled
         assert instance.get_settings("run_monitoring")["free_slots_after_run_end_seconds"] == 60
         assert instance.freshness_enabled
+
+
+def test_final_errors_are_not_retried_as_runs_wherever_an_instance_is_shown():
+    """There is one `dagster.yaml`, and the lines of it that a page shows are as they are there."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    assert [name for name in files if name.endswith("dagster.yaml")] == ["examples/dagster.yaml"]
+    whole = yaml.safe_load(EXAMPLE.read_text())
+    assert whole["run_retries"] == {"enabled": True, "max_retries": 3, "retry_on_asset_or_op_failure": False}
+    shown = [
+        yaml.safe_load(block)
+        for name in files
+        if name.endswith(".md")
+        for block in re.findall(r"^```yaml[^\n]*\n(.*?)^```$", (ROOT / name).read_text(), re.DOTALL | re.MULTILINE)
+        if re.search(r"^run_(retries|monitoring):", block, re.MULTILINE)
+    ]
+    assert len(shown) == 1  # the tutorial's
+    for settings in shown:
+        assert settings["run_retries"] == whole["run_retries"]
+        assert all(values.items() <= whole[name].items() for name, values in settings.items())
 
 
 def test_the_example_has_postgres_without_secrets():
