@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -49,6 +50,11 @@ REPLACED_NAME: Final = "replaced"
 """A file in a stage that has taken in what was at its destination, until that has been looked at once more."""
 
 _JOURNAL_NAME: Final = "journal"
+_MOVING_NAME: Final = "moving"
+"""A file in a stage inside its destination: all of it is proven, and its entries are being moved out."""
+_MOVED: Final = (DATA_NAME, INDEX_NAME, MANIFEST_NAME)
+"""The entries, in the order in which they are moved: an artifact is there when its manifest is."""
+_OF_THE_FILE_SYSTEM: Final = "lost+found"
 _LANE_PREFIX: Final = "lane-"
 _LOCK_NAME: Final = "lock"
 """A file, because network file systems pass flock(2) on to their server for files only."""
@@ -78,7 +84,38 @@ def check_destination(dest: Path) -> None:
         empty = False
     # A link, wherever it leads, cannot be replaced by a directory in one step.
     if not empty or dest.is_symlink():
-        raise DestinationNotEmpty(f"destination {dest} exists and is not an empty directory", path=str(dest))
+        raise _not_empty(dest)
+
+
+def _not_empty(dest: Path) -> DestinationNotEmpty:
+    return DestinationNotEmpty(f"destination {dest} exists and is not an empty directory", path=str(dest))
+
+
+def is_fixed(dest: Path) -> bool:
+    """Whether a directory cannot be replaced: it is a mount point, or nothing may be renamed in its parent."""
+    try:
+        with Opened(dest) as here:
+            parent = os.open(dest.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                if _mount_of(here) != _mount_of(parent):
+                    return True
+                above, own = os.fstat(parent), os.fstat(here)
+            finally:
+                os.close(parent)
+    except OSError:  # absent, or not a directory
+        return False
+    user = os.geteuid()
+    kept = bool(above.st_mode & stat.S_ISVTX) and user not in (0, above.st_uid, own.st_uid)
+    return kept or not os.access(dest.parent, os.W_OK | os.X_OK, effective_ids=True)
+
+
+def _mount_of(descriptor: int) -> str:
+    """What tells the mounts of this process apart; bind mounts of one file system are several."""
+    try:
+        with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as file:
+            return next((line for line in file if line.startswith("mnt_id:")), "")
+    except FileNotFoundError:  # no /proc
+        return str(os.fstat(descriptor).st_dev)
 
 
 def fsync_directory(path: Path) -> None:
@@ -113,6 +150,10 @@ class Stage:
 
     `<stage>/artifact` becomes the destination, `<stage>/journal` remembers the finished parts. One process holds it
     alone (`held`), or lanes hold it together (`lane`), each with a journal `<stage>/lane-<number>`.
+
+    Where the destination cannot be replaced (`is_fixed`), the stage lies inside it, and the entries of the artifact are
+    moved out one by one, the manifest last: an artifact without one is not there. `<stage>/moving` says that this has
+    begun, so that it is continued after a crash.
     """
 
     def __init__(self, dest: Path, artifact_digest: str) -> None:
@@ -120,7 +161,10 @@ class Stage:
         self.artifact_digest = artifact_digest
         name = f"{dest.name}-{artifact_digest.removeprefix('sha256:')}"
         # Destination names may be as long as the file system allows, so the stage's name is a hash of it.
-        self.path = dest.parent / f"{STAGE_PREFIX}{hashlib.sha256(os.fsencode(name)).hexdigest()[:24]}"
+        self.is_inside = is_fixed(dest)
+        """Whether it lies in its destination, and not beside it."""
+        self._parent = dest if self.is_inside else dest.parent
+        self.path = self._parent / f"{STAGE_PREFIX}{hashlib.sha256(os.fsencode(name)).hexdigest()[:24]}"
         self.tree = self.path / _TREE_NAME
         self.part_size: int | None = None
         """Part size of the parts in the journal; None in a fresh stage."""
@@ -282,11 +326,9 @@ class Stage:
                 self.move()
             except OSError as error:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise DestinationNotEmpty(
-                        f"destination {self.dest} exists and is not an empty directory", path=str(self.dest)
-                    ) from error
+                    raise _not_empty(self.dest) from error
                 raise
-            fsync_directory(self.dest.parent)
+            fsync_directory(self._parent)
         try:
             self.discard()
         except OSError as error:  # what had to be done is done; `sweep` removes the rest
@@ -294,11 +336,34 @@ class Stage:
 
     def check_destination(self) -> None:
         """Refuse a destination that must not be replaced; see `check_destination`."""
-        check_destination(self.dest)
+        if not self.is_inside:
+            check_destination(self.dest)
+            return
+        ours = {name for name in _MOVED if self.is_moving and not os.path.lexists(self.tree / name)}
+        foreign = set(os.listdir(self.dest)) - ours - {_OF_THE_FILE_SYSTEM}
+        if any(not name.startswith(STAGE_PREFIX) for name in foreign):
+            raise DestinationNotEmpty(
+                f"destination {self.dest} exists and is not an empty directory", path=str(self.dest)
+            )
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether a process was killed while it published a stage inside its destination: `publish` goes on."""
+        return self.is_inside and (self.path / _MOVING_NAME).exists()
 
     def move(self) -> None:
-        """Make the tree the destination, in one step."""
-        os.rename(self.tree, self.dest)
+        """Make the tree the destination, in one step; or the destination's entries, one by one, the manifest last."""
+        if not self.is_inside:
+            os.rename(self.tree, self.dest)
+            return
+        (self.path / _MOVING_NAME).touch()
+        fsync_directory(self.path)
+        for name in _MOVED:
+            if os.path.lexists(self.tree / name):
+                if os.path.lexists(self.dest / name):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.dest / name))
+                os.rename(self.tree / name, self.dest / name)
+                fsync_directory(self.dest)
 
     def sweep(self) -> None:
         """Remove what a process left that published the stage and could not, or did not live to, remove it."""

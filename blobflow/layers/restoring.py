@@ -20,7 +20,7 @@ from blobflow.artifact.artifact import write_durably
 from blobflow.artifact.landing import REPLACED_NAME, Landing, Stage, check_destination, fsync_directory
 from blobflow.artifact.manifest import DATA_NAME
 from blobflow.config import ChunkProfile
-from blobflow.errors import BlobflowError, DestinationNotEmpty, setting, writing
+from blobflow.errors import BlobflowError, DestinationNotEmpty, RefusedError, setting, writing
 from blobflow.layers.format import manifest_digest
 from blobflow.layers.remote import RemoteLayer
 from blobflow.layers.state import Restored
@@ -101,13 +101,13 @@ def land_layer(
         TransferBusy: another process lands the same layer at the same place.
     """
     started = time.monotonic()
+    stage = _LayerStage(dest, manifest_digest(layer.meta), layer.meta.digest, replaceable, on_swap)
+    stage.check_destination()
     remote = layer.artifact()
     layout = remote.open_layout()
     # Whole frames: nothing is decompressed twice.
     frame_size = layer.meta.frame_size
     part_size = max(1, profile.chunk_size // frame_size) * frame_size
-    stage = _LayerStage(dest, remote.digest, layer.meta.digest, replaceable, on_swap)
-    stage.check_destination()
     with stage.held():
         if stage.part_size is None:
             stage.clear()
@@ -165,6 +165,13 @@ class _LayerStage(Stage):
 
     @override
     def check_destination(self) -> None:
+        if self.is_inside:
+            raise RefusedError(
+                f"{self.dest} is a mount point, or lies in a directory that cannot be written to: a layer cannot appear"
+                " there in one step",
+                hint=f"restore it to a new directory inside, such as {self.dest / 'restored'}",
+                path=str(self.dest),
+            )
         try:
             check_destination(self.dest)
         except DestinationNotEmpty:

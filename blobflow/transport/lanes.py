@@ -352,7 +352,7 @@ def begin_download(
         TransferBusy: somebody is landing the artifact there; it may be lanes that were divided earlier.
         DestinationNotEmpty, ArtifactNotFound, IntegrityError, HostileArtifact: as `download`.
     """
-    from blobflow.artifact.landing import Stage, check_destination
+    from blobflow.artifact.landing import Stage
 
     if lanes < 1:
         raise UsageError(f"{lanes} lanes move nothing")
@@ -360,14 +360,19 @@ def begin_download(
     dest = Path(dest).absolute()
     remote = RemoteArtifact.open(store, key, expected_digest)
     size = remote.payload.size
+    stage = Stage(dest, remote.digest)
+    there = DownloadTicket(key, remote.digest, lanes, profile.chunk_size, 0, size)
     try:
-        check_destination(dest)
+        stage.check_destination()
     except DestinationNotEmpty:
         if not _is_there(dest, remote.digest):
             raise
-        return DownloadTicket(key, remote.digest, lanes, profile.chunk_size, 0, size)
+        return there
     layout = remote.open_layout()
-    with Stage(dest, remote.digest).held() as stage:
+    with stage.held():
+        if stage.is_moving:
+            stage.publish()
+            return there
         if stage.part_size is None:
             stage.begin(profile.chunk_size)
         plan = landing_plan(layout, stage)
@@ -396,7 +401,7 @@ def fetch_lane(
         ObjectChanged, DigestMismatch: the artifact was replaced meanwhile.
         DestinationNotEmpty, IntegrityError, HostileArtifact: as `download`.
     """
-    from blobflow.artifact.landing import Landing, Stage, check_destination
+    from blobflow.artifact.landing import Landing, Stage
 
     started = time.monotonic()
     if not 0 <= lane < ticket.lanes:
@@ -405,15 +410,16 @@ def fetch_lane(
         return LaneResult("unchanged", 0, 0, 0, time.monotonic() - started)
     profile = profile or ChunkProfile()
     dest = Path(dest).absolute()
+    stage = Stage(dest, ticket.artifact_digest)
     try:
-        check_destination(dest)
+        stage.check_destination()
     except DestinationNotEmpty:
         if not _is_there(dest, ticket.artifact_digest):
             raise
         return LaneResult("unchanged", 0, 0, 0, time.monotonic() - started)
     remote = RemoteArtifact.open(store, ticket.key, ticket.artifact_digest)
     layout = remote.open_layout()
-    with Stage(dest, remote.digest).lane(lane, ticket.lanes) as stage:
+    with stage.lane(lane, ticket.lanes):
         landing = Landing(stage, layout, landing_plan(layout, stage), digests=profile.verify_digest)
         parts = [part for part in landing.plan if (part.number - 1) % ticket.lanes == lane]
         books = remote.books(landing.plan, profile, "download", landing.sync, on_progress, on_checkpoint)

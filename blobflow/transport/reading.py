@@ -241,6 +241,9 @@ def download(
     May be called again after a crash: it fetches what is missing. Until it returns, nothing is at `dest`. If `dest`
     holds this very artifact already, its members are verified in place and nothing is fetched (`unchanged`).
 
+    A `dest` that cannot be replaced, because it is a mount point or because its parent cannot be written to, gets the
+    artifact's entries one by one, the manifest last, after all of it is proven in a hidden directory inside.
+
     Args:
         dest: A path that does not exist or is an empty directory; its parents are made.
         expected_digest: The artifact that is expected.
@@ -255,24 +258,29 @@ def download(
         ObjectChanged: it was replaced meanwhile; try again.
         TransferBusy: another process lands the same artifact at the same place.
     """
-    from blobflow.artifact.landing import Landing, Stage, check_destination
+    from blobflow.artifact.landing import Landing, Stage
 
     started = time.monotonic()
     profile = profile or ChunkProfile()
     dest = Path(dest).absolute()
     remote = RemoteArtifact.open(store, key, expected_digest)
+    stage = Stage(dest, remote.digest)
     try:
-        check_destination(dest)
+        stage.check_destination()
     except DestinationNotEmpty:
         if not _holds(dest, remote.digest):
             raise
-        Stage(dest, remote.digest).sweep()
+        stage.sweep()
         seconds = time.monotonic() - started
         return DownloadResult(
             "unchanged", key, dest, remote.digest, remote.manifest, remote.payload.size, 0, 0, seconds
         )
     layout = remote.open_layout()
-    with Stage(dest, remote.digest).held() as stage:
+    with stage.held():
+        if stage.is_moving:
+            stage.publish()
+            size, seconds = remote.payload.size, time.monotonic() - started
+            return DownloadResult("downloaded", key, dest, remote.digest, remote.manifest, size, 0, size, seconds)
         if stage.part_size is None:
             stage.begin(profile.chunk_size)
         landing = Landing(stage, layout, landing_plan(layout, stage), digests=profile.verify_digest)
