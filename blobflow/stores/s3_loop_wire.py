@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import re
 import socket
 import ssl
 from collections.abc import Callable, Mapping
@@ -20,7 +19,10 @@ from typing_extensions import override
 
 from blobflow.stores.s3_wire import (
     BROKEN,
+    MAX_CHUNK_LINE_BYTES,
+    MAX_HEAD_BYTES,
     MAX_LINE_BYTES,
+    Chunks,
     WireError,
     body_length,
     closes,
@@ -54,7 +56,7 @@ class LoopWire:
         origin: `http://host[:port]` or `https://host[:port]`.
         tls: Context for https.
         connect_timeout_s: For a connection to be made.
-        idle_timeout_s: For a single byte to move on one that is waited for.
+        idle_timeout_s: For a single byte of a body to move on one that is waited for, and for a whole head to come.
     """
 
     def __init__(
@@ -173,6 +175,11 @@ class _Connection(asyncio.BufferedProtocol):
         self._waiting: asyncio.Future[WholeAnswer] | None = None
         self._received = bytearray()
         self._head: tuple[int, dict[str, str], int | None] | None = None
+        self._framing = 0
+        """Bytes so far that are no body: of heads, or of trailers."""
+        self._chunks: Chunks | None = None
+        self._body = bytearray()
+        """Of a chunked body, what came so far."""
         self._method = ""
         self._limit = 0
         self._keep = True
@@ -194,6 +201,8 @@ class _Connection(asyncio.BufferedProtocol):
             raise WireError(gone, 0) from gone
         self._waiting = self._loop.create_future()
         self._method, self._limit, self._head = method, limit, None
+        self._framing, self._chunks = 0, None
+        self._body.clear()
         self._moved_at, self._unsent = self._loop.time(), 0
         self._transport.write(head.encode("latin-1") + body)
         return await self._waiting
@@ -238,9 +247,12 @@ class _Connection(asyncio.BufferedProtocol):
             self._wire.forget(self)
             return
         self._received += self._wire.buffer[:nbytes]
-        self._moved_at = self._loop.time()
+        before = len(self._body)
         try:
             self._advance(at_end=False)
+            # Bytes alone prove nothing: heads and what stands between the bytes of a body could go on for ever.
+            if self._head is not None and (self._chunks is None or len(self._body) > before):
+                self._moved_at = self._loop.time()
         except http.client.HTTPException as error:
             self._fail(error)
 
@@ -266,47 +278,55 @@ class _Connection(asyncio.BufferedProtocol):
     def _advance(self, *, at_end: bool) -> None:
         while self._head is None:
             end = self._received.find(b"\r\n\r\n")
+            if self._framing + (end if end >= 0 else len(self._received)) > MAX_HEAD_BYTES:
+                raise http.client.LineTooLong("head")
             if end < 0:
-                if len(self._received) > MAX_LINE_BYTES:
-                    raise http.client.LineTooLong("head")
                 return
+            self._framing += end
             first, *lines = bytes(self._received[:end]).split(b"\r\n")
             del self._received[: end + 4]
             version, status, fields = read_head(first, lines)
             if status >= 200:  # not "go on"
                 length = body_length(status, self._method, fields)
                 self._head = (status, fields, length)
+                self._chunks = Chunks() if length is None and is_chunked(fields) else None
+                self._framing = 0
                 self._keep = not closes(version, fields) and (length is not None or is_chunked(fields))
         status, fields, length = self._head
         limit = self._limit if status < 300 else MAX_LINE_BYTES
         if length is not None and (len(self._received) >= length or length > limit):
             self._keep = self._keep and len(self._received) == length
             self._end(status, fields, bytes(self._received[:length] if length <= limit else b""), length)
-        elif length is None and is_chunked(fields):
-            body, whole = _unchunked(self._received)
-            if whole or len(body) > limit:
-                self._keep = self._keep and whole
-                self._end(status, fields, body[: limit + 1], None)
+        elif self._chunks is not None:
+            self._unchunk(self._chunks)
+            if self._chunks.ended or len(self._body) > limit:
+                self._keep = self._keep and self._chunks.ended and not self._received
+                self._end(status, fields, bytes(self._body[: limit + 1]), None)
         elif length is None and (at_end or len(self._received) > limit):
             self._end(status, fields, bytes(self._received[: limit + 1]), None)
+
+    def _unchunk(self, chunks: Chunks) -> None:
+        """Move what was received of a chunked body to `_body`, without what stands between."""
+        while not chunks.ended:
+            if chunks.left:
+                taken = self._received[: chunks.left]
+                if not taken:
+                    return
+                self._body += taken
+                chunks.took(len(taken))
+                del self._received[: len(taken)]
+                self._framing = 0
+                continue
+            end = self._received.find(b"\r\n")
+            if (end if end >= 0 else len(self._received)) > MAX_CHUNK_LINE_BYTES or self._framing > MAX_HEAD_BYTES:
+                raise http.client.LineTooLong("chunk")
+            if end < 0:
+                return
+            chunks.line(bytes(self._received[:end]))
+            del self._received[: end + 2]
+            self._framing += end + 2
 
     def _end(self, status: int, fields: dict[str, str], body: bytes, length: int | None) -> None:
         self._received.clear()
         assert self._waiting is not None
         self._waiting.set_result(WholeAnswer(status, fields, body, length))
-
-
-def _unchunked(received: bytearray) -> tuple[bytes, bool]:
-    """The body in what was received of a chunked one, and whether that is all of it, and nothing more."""
-    body, at = bytearray(), 0
-    while (end := received.find(b"\r\n", at)) >= 0:
-        digits = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?", received[at:end])
-        if digits is None:
-            raise http.client.HTTPException("this is not the size of a chunk")
-        size, at = int(digits[1], 16), end + 2
-        if size == 0:
-            # Trailers, if any, end with an empty line.
-            return bytes(body), bytes(received[at:]) == b"\r\n" or received.endswith(b"\r\n\r\n")
-        body += received[at : at + size]
-        at += size + 2
-    return bytes(body), False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import http.client
+import io
 import logging
 import re
 import select
@@ -18,9 +19,10 @@ import sys
 import termios
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from typing_extensions import override
@@ -42,6 +44,10 @@ DRAIN_BYTES = 64 * 1024
 MAX_FIELDS = 100
 MAX_LINE_BYTES = 64 * 1024
 """As in `http.client`."""
+MAX_HEAD_BYTES = 128 * 1024
+"""Of an answer, with all that comes before it (`100 Continue`, hints for browsers), or of the trailers after it."""
+MAX_CHUNK_LINE_BYTES = 4 * 1024
+"""A size, and extensions that nobody uses."""
 
 _NO_MESSAGE = http.client.HTTPMessage()
 
@@ -142,7 +148,7 @@ class Wire:
         origin: `http://host[:port]` or `https://host[:port]`.
         tls: Context for https; None is Python's default.
         connect_timeout_s: For a connection to be made.
-        idle_timeout_s: For a single byte to move on it.
+        idle_timeout_s: For a single byte of a body to move on it, and for a whole head to come.
         max_idle: Connections kept while nobody uses them; how many are in use is up to the callers' threads.
         proxy: URL of an HTTP proxy to go through; the scheme may be missing.
 
@@ -386,19 +392,32 @@ def read_head(first: bytes, lines: Sequence[bytes]) -> tuple[int, int, dict[str,
         name, colon, value = line.decode("latin-1").partition(":")
         if not colon or name != name.strip():  # RFC 9112 lets nobody fold lines any more
             raise http.client.HTTPException("a line of the head is no field")
-        fields.setdefault(name.lower(), value.strip())
+        known = fields.setdefault(name.lower(), value.strip())
+        if name.lower() in _FRAMING and known != value.strip():
+            raise http.client.HTTPException(f"the head has two fields {name[:40]} that differ")
     return 10 + int(status[1]), int(status[2]), fields
 
 
+_FRAMING = frozenset({"content-length", "transfer-encoding"})
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: .*?)?(?:\r?\n)?", re.DOTALL)
 
 
 def body_length(status: int, method: str | None, fields: Mapping[str, str]) -> int | None:
-    """Bytes of an answer's body; None if they come in chunks, or to the end of the connection."""
+    """Bytes of an answer's body; None if they come in chunks, or to the end of the connection.
+
+    Raises:
+        http.client.HTTPException: the head says something that is no length, or an encoding that is none of ours.
+    """
     if status in (204, 304) or method == "HEAD":
         return 0
-    length = fields.get("content-length", "")
-    return int(length) if re.fullmatch("[0-9]{1,19}", length) and not is_chunked(fields) else None
+    if is_chunked(fields):
+        return None
+    if fields.get("transfer-encoding", "").lower() not in ("", "identity"):
+        raise http.client.HTTPException("the body comes in an encoding that was not asked for")
+    length = fields.get("content-length")
+    if length is not None and not re.fullmatch("[0-9]{1,19}", length):
+        raise http.client.HTTPException("the Content-Length is not a number of bytes")
+    return None if length is None else int(length)
 
 
 def is_chunked(fields: Mapping[str, str]) -> bool:
@@ -412,9 +431,119 @@ def closes(version: int, fields: Mapping[str, str]) -> bool:
     return "close" in connection or (version == 10 and "keep-alive" not in connection)
 
 
+class Chunks:
+    """Where in a chunked body its reader is: what stands between the bytes of the body comes in here, line by line.
+
+    Attributes:
+        left: Bytes of the present chunk still to come; if there are none, a line comes next.
+        ended: The body and its trailers are at their end.
+    """
+
+    def __init__(self) -> None:
+        self.left = 0
+        self.ended = False
+        self._expects: Literal["size", "end of chunk", "trailer"] = "size"
+        self._trailers = 0
+
+    def took(self, count: int) -> None:
+        """So many bytes of the present chunk were read."""
+        self.left -= count
+
+    def line(self, line: bytes) -> None:
+        """A line, without its end.
+
+        Raises:
+            http.client.HTTPException: it is none that may come here.
+        """
+        if self._expects == "size":
+            digits = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?", line, re.DOTALL)
+            if digits is None:
+                raise http.client.HTTPException("this is not the size of a chunk")
+            self.left = int(digits[1], 16)
+            self._expects = "end of chunk" if self.left else "trailer"
+        elif self._expects == "end of chunk":
+            if line:
+                raise http.client.HTTPException("a chunk is longer than it says")
+            self._expects = "size"
+        elif line:
+            self._trailers += 1
+            if self._trailers > MAX_FIELDS:
+                raise http.client.HTTPException(f"the body has more than {MAX_FIELDS} trailers")
+        else:
+            self.ended = True
+
+
+class _Reader(io.RawIOBase):
+    """A socket's bytes. What is no body has to come to an end: in so many bytes, and before an instant.
+
+    Bytes alone prove nothing: a head that goes on for ever never falls silent.
+    """
+
+    def __init__(self, opened: socket.socket) -> None:
+        self._socket = opened
+        self._raw = cast("io.RawIOBase", opened.makefile("rb", buffering=0))
+        self._timeout_s = opened.gettimeout()
+        self._ends_at: float | None = None
+        self._left = 0
+
+    @contextmanager
+    def framing(self) -> Generator[None]:
+        """In the block comes what is no body; one after the other may be silent for the idle timeout."""
+        # More than a head: what is read at once may hold some of the body.
+        self._left = 2 * MAX_HEAD_BYTES
+        self._timeout_s = self._socket.gettimeout()
+        self._ends_at = None if self._timeout_s is None else time.monotonic() + self._timeout_s
+        try:
+            yield
+        finally:
+            self._ends_at, self._left = None, 0
+
+    @override
+    def readinto(self, buffer: Any, /) -> int | None:
+        if self._ends_at is None:
+            return self._raw.readinto(buffer)
+        left_s = self._ends_at - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("the head of an answer, or what stands between its bytes, does not end")
+        self._socket.settimeout(left_s)
+        try:
+            count = self._raw.readinto(buffer)
+        finally:
+            self._socket.settimeout(self._timeout_s)
+        self._left -= count or 0
+        if self._left < 0:
+            raise http.client.LineTooLong("head")
+        return count
+
+    @override
+    def readable(self) -> bool:
+        return True
+
+    @override
+    def close(self) -> None:
+        if not self.closed:
+            self._raw.close()
+        super().close()
+
+
 class _Response(http.client.HTTPResponse):
     fields: dict[str, str]
     _method: str | None
+
+    def __init__(self, opened: socket.socket, debuglevel: int = 0, method: str | None = None, url: str | None = None):
+        super().__init__(opened, debuglevel, method, url)
+        self.fp.close()
+        self._reader = _Reader(opened)
+        self.fp = io.BufferedReader(self._reader)
+        self._chunks: Chunks | None = None
+
+    def _read_status(self) -> tuple[str, int, str]:
+        """The status of a proxy that opens a tunnel, which `http.client` asks for; the fields are read away here."""
+        with self._reader.framing():
+            version, status, _ = self._final_head()
+        self.fp.close()
+        self.fp = cast("io.BufferedReader", io.BytesIO())
+        return f"HTTP/1.{version % 10}", status, ""
 
     @override
     def begin(self) -> None:
@@ -423,17 +552,23 @@ class _Response(http.client.HTTPResponse):
         `http.client` itself has this done by the standard library's mail parser, which takes a quarter of the time of a
         small request, and takes the end of the connection for the end of the head.
         """
-        version, status, fields = self._head()
-        while status < 200:  # "go on", and hints for browsers
-            version, status, fields = self._head()
+        with self._reader.framing():
+            version, status, fields = self._final_head()
         self.fields, self.headers, self.msg = fields, _NO_MESSAGE, _NO_MESSAGE
         self.version, self.status, self.code = version, status, status
-        self.chunked = is_chunked(fields)
-        self.chunk_left = None
         self.will_close = closes(version, fields)
         self.length = body_length(status, self._method, fields)
+        self.chunked = self.length is None and is_chunked(fields)
+        self._chunks = Chunks() if self.chunked else None
         if self.length is None and not self.chunked:
             self.will_close = True  # the end of the connection is that of the body
+
+    def _final_head(self) -> tuple[int, int, dict[str, str]]:
+        """The head of the answer itself: not "go on", nor hints for browsers."""
+        version, status, fields = self._head()
+        while status < 200:
+            version, status, fields = self._head()
+        return version, status, fields
 
     def _head(self) -> tuple[int, int, dict[str, str]]:
         """The next head on the connection: version, status, fields."""
@@ -455,10 +590,33 @@ class _Response(http.client.HTTPResponse):
 
     def receive_into(self, view: memoryview) -> int:
         """Put what arrives next into `view`; waits for the first byte, not for all, so that silence has an offset."""
-        if self.length is None or self.chunked:
+        if self._chunks is not None:
+            return self._receive_chunk(self._chunks, view)
+        if self.length is None:
             return self.readinto(view)
         received = self.fp.readinto1(view[: self.length]) if self.length else 0
         self.length -= received
+        return received
+
+    def _receive_chunk(self, chunks: Chunks, view: memoryview) -> int:
+        if not chunks.left and not chunks.ended:
+            with self._reader.framing():
+                while not chunks.left and not chunks.ended:
+                    line = self.fp.readline(MAX_CHUNK_LINE_BYTES)
+                    if not line.endswith(b"\n"):
+                        raise (
+                            http.client.LineTooLong("chunk")
+                            if len(line) == MAX_CHUNK_LINE_BYTES
+                            else http.client.RemoteDisconnected("the connection ended before the end of the body")
+                        )
+                    chunks.line(line.removesuffix(b"\n").removesuffix(b"\r"))
+        if chunks.ended:
+            self.close()  # as `http.client` does at the end of a body: the connection goes on
+            return 0
+        received = self.fp.readinto1(view[: chunks.left])
+        if not received:
+            raise http.client.IncompleteRead(b"", chunks.left)
+        chunks.took(received)
         return received
 
 
