@@ -19,8 +19,9 @@ from blobflow.config import ChunkProfile
 from blobflow.errors import BlobflowError
 from blobflow.lease import Lease, Leases, RefState, StoreLeases, fence_ref, newest_round
 from blobflow.retention import name_artifact
-from blobflow.stores.base import Store
+from blobflow.stores.base import Store, check_key
 from blobflow.transport import ProgressEvent, UploadResult, upload
+from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,17 @@ class RoundResult:
     upload: UploadResult
     generation: int
     ref: RefState | None
+
+
+def check_name(name: str) -> str:
+    """`name` itself, if keys of contents (`content_key`) may begin with it: known before there is any content.
+
+    Raises:
+        InvalidKey: naming the rule that is broken.
+    """
+    longest = f"{name}/{'0' * 16}-{'0' * 8}-{'0' * 8}.tar"
+    check_key(check_artifact_key(longest) + MANIFEST_SUFFIX)
+    return name
 
 
 def content_key(name: str, artifact: Artifact) -> str:

@@ -46,13 +46,20 @@ from blobflow.dagster.resource import BlobflowResource, Configured
 from blobflow.errors import ArtifactNotFound, LeaseLost, TransferBusy, UsageError
 from blobflow.lease import Lease, Leases, read_ref
 from blobflow.retention import name_artifact
-from blobflow.rounds import content_key, round_number
+from blobflow.rounds import check_name, content_key, round_number
 from blobflow.scratch import scratch_directory
 from blobflow.stores import Store
 from blobflow.stores.base import check_readable, key_segment
 from blobflow.transport import ProgressEvent, upload, verify
 
 CACHE_BYTES: Final = 20 << 30
+
+_PARTITION_TAGS: Final = (
+    "dagster/partition",
+    "dagster/asset_partition_range_start",
+    "dagster/asset_partition_range_end",
+)
+"""Of a run: its partition, or the ends of its range of them."""
 
 _TICKET_TTL_S: Final = 10.0
 """Of a lease that is held for three requests."""
@@ -138,7 +145,11 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
     _cache: ArtifactCache | None = PrivateAttr(default=None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Learn which run this is."""
+        """Learn which run this is; refuse it if its partitions cannot be keys, before they are computed."""
+        for tag in _PARTITION_TAGS if context.run is not None else ():
+            if (partition := context.run.tags.get(tag)) is not None:
+                with io_manager_errors(RunFence(None, None)):
+                    check_name(key_segment(partition))
         self._instance = context.instance
         self._run_id = context.run.run_id if context.run is not None else None
 

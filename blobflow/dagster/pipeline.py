@@ -54,7 +54,7 @@ from blobflow.errors import (
 )
 from blobflow.lease import Lease, Leases, check_round, read_ref
 from blobflow.retention import name_artifact
-from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S, content_key, kept_alive, round_number
+from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S, check_name, content_key, kept_alive, round_number
 from blobflow.stores import Store
 from blobflow.stores.base import check_readable, key_segment
 from blobflow.transport import PROOF_MEANS, VerifyMode, download, read_manifest_bytes, upload, verify
@@ -246,8 +246,9 @@ def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
     def export(context: dg.OpExecutionContext):
         with plan.step(context) as (blobflow, journal):
             prefix = plan.prefix(context)
+            check_name(prefix)  # not only after the export, as what follows
             store = blobflow.get_store()
-            check_readable(store)  # not only after the export
+            check_readable(store)
             scratch = blobflow.scratch_path(plan.name, _segment(context), context.run_id)
             progress = journal.watch("export")
             lease = _take_round(blobflow.get_leases(store), prefix, plan.ttl_s)

@@ -916,3 +916,25 @@ def test_the_example_of_the_documentation_runs(place: Place, tmp_path: Path, mon
     assert result.output_for_node("scores") == 1_000_000
     made = facts(result, dg.AssetKey("model"))
     assert result.output_for_node("announcement") == {"key": made[md.KEY], "digest": made[md.ARTIFACT_DIGEST]}
+
+
+@pytest.mark.parametrize("how", ["partition", "range"])
+def test_a_partition_that_cannot_be_a_key_is_refused_before_the_asset_is_computed(place: Place, how: str):
+    """Hours of computation are not lost to a name; Dagster says which rule it breaks."""
+    computed: list[str] = []
+    names = ["a", "p" * 300]
+
+    @dg.asset(
+        io_manager_key="artifacts",
+        partitions_def=dg.StaticPartitionsDefinition(names),
+        backfill_policy=dg.BackfillPolicy.single_run(),
+    )
+    def model() -> None:
+        computed.append("model")
+
+    tags = {"dagster/asset_partition_range_start": names[0], "dagster/asset_partition_range_end": names[1]}
+    result = run(place, model, partition=names[1]) if how == "partition" else run(place, model, tags=tags)
+    assert not result.success
+    assert computed == []
+    said = [str(event.event_specific_data) for event in result.all_events if event.is_failure or event.is_step_failure]
+    assert any("a segment is longer than 255 bytes" in each for each in said)

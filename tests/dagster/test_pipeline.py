@@ -319,6 +319,23 @@ def test_partitions_have_keys_refs_and_mirrors_of_their_own(place):
     assert facts(again, MIRROR)[md.STATUS] == "unchanged"
 
 
+def test_a_partition_that_cannot_be_a_key_is_refused_before_the_export(place):
+    """The run fails at once, names the rule, and neither exporter nor store has seen anything of it."""
+    partition = "p" * 300
+    exported: list[str] = []
+
+    def exporter(key: str) -> DirectoryExporter:
+        exported.append(key)
+        return DirectoryExporter(path=place.source)
+
+    pipeline = place.pipeline(partitions_def=dg.StaticPartitionsDefinition([partition]), exporter=exporter)
+    result = place.run(pipeline, partition_key=partition)
+    assert not result.success
+    assert "a segment is longer than 255 bytes" in failure(result)[1]
+    assert exported == []
+    assert keys(place) == []
+
+
 @pytest.mark.parametrize("partition", ["..", ".", "%2F", "-"])
 def test_no_partition_key_leaves_the_scratch_directory(place, partition):
     """Partition keys are data: none of them becomes a path of its own choosing."""
