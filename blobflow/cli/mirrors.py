@@ -8,18 +8,21 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from blobflow.cli.artifacts import pull_into
 from blobflow.cli.progress import processed, show_progress, transferred
-from blobflow.cli.settings import BACKENDS, PATH, CommandGroup, DigestType, Settings
+from blobflow.cli.settings import BACKENDS, PATH, SIZE, CommandGroup, DigestType, DurationType, Settings
 from blobflow.cli.words import from_before, human_size, members_of, table
 from blobflow.errors import NotFoundError
 
 if TYPE_CHECKING:
     from blobflow.mirror import ReceiverStatus, SnapshotId
+
+
+_TOKEN_VARIABLE: Final = "BLOBFLOW_MIRROR_TOKEN"
 
 
 @click.group(cls=CommandGroup)
@@ -36,25 +39,85 @@ def mirror() -> None:
 @click.option("--port", type=click.IntRange(0, 65535), default=8337, show_default=True, help="0 takes a free one.")
 @click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="PEM; makes it https.")
 @click.option("--tls-key", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="Its private key.")
+@click.option(
+    "--tokens",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="Tokens by sender, a line each: SOURCE DATABASE TOKEN, where * is any. Nobody sees or touches another's.",
+)
+@click.option("--max-snapshot", type=SIZE, metavar="SIZE", help="Refuse larger snapshots.")
+@click.option("--max-total", type=SIZE, metavar="SIZE", help="Of all snapshots together; more are refused.")
+@click.option(
+    "--max-sessions",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Snapshots of one source under way at the same time.",
+)
+@click.option(
+    "--expire-after",
+    type=DurationType(),
+    default="7d",
+    show_default=True,
+    metavar="DURATION",
+    help="Drop what nobody has continued for so long.",
+)
+@click.option(
+    "--max-connections",
+    type=click.IntRange(min=1),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="At the same time, with and without a token.",
+)
 @click.pass_obj
 def mirror_serve(
-    settings: Settings, directory: Path, host: str, port: int, tls_cert: str | None, tls_key: str | None
+    settings: Settings,
+    directory: Path,
+    host: str,
+    port: int,
+    tls_cert: str | None,
+    tls_key: str | None,
+    tokens: str | None,
+    max_snapshot: int | None,
+    max_total: int | None,
+    max_sessions: int,
+    expire_after: float,
+    max_connections: int,
 ) -> None:
     """Receive snapshots in DIR until a signal ends it.
+
+    With --tokens, BLOBFLOW_MIRROR_TOKEN need not be set; if it is, its bearer may do everything.
 
     What arrived is kept: a receiver that is killed goes on at the last checkpoint when it is started again.
     """
     try:
-        from blobflow.mirror.server import MirrorServer
+        from blobflow.mirror.door import Door
+        from blobflow.mirror.server import MirrorServer, read_senders
     except ModuleNotFoundError as error:
         raise click.UsageError(f"{error.name} is not installed: pip install 'blobflow[mirror]'") from error
     from blobflow.mirror import MirrorReceiver
 
-    token = _mirror_token()
-    with MirrorReceiver(directory) as receiver:
+    senders = read_senders(tokens) if tokens else []
+    token = _mirror_token() if not senders or os.environ.get(_TOKEN_VARIABLE) else None
+    with MirrorReceiver(
+        directory,
+        max_snapshot_bytes=max_snapshot,
+        max_total_bytes=max_total,
+        max_sessions=max_sessions,
+        expire_after_s=expire_after,
+    ) as receiver:
         try:
             server = MirrorServer(
-                receiver, host=host, port=port, certificate=tls_cert, private_key=tls_key, token=token
+                receiver,
+                host=host,
+                port=port,
+                certificate=tls_cert,
+                private_key=tls_key,
+                door=Door(max_connections=max_connections),
+                token=token,
+                senders=senders,
             )
         except OSError as error:
             raise click.UsageError(f"cannot listen on {host} port {port}: {error.strerror}") from error
@@ -232,7 +295,7 @@ def _show_snapshots(settings: Settings, directory: Path, snapshots: Mapping[Snap
 
 
 def _mirror_token() -> str:
-    token = os.environ.get("BLOBFLOW_MIRROR_TOKEN")
+    token = os.environ.get(_TOKEN_VARIABLE)
     if not token:
         raise click.UsageError("no token: set BLOBFLOW_MIRROR_TOKEN")
     return token

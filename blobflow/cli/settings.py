@@ -148,6 +148,9 @@ class _Size(click.ParamType[int]):
         return size
 
 
+SIZE: Final = _Size()
+
+
 class DurationType(click.ParamType[float]):
     """Seconds, as a number or with a unit."""
 
@@ -215,9 +218,9 @@ def shared_options() -> list[click.Parameter]:
             type=click.Choice(["datacenter", "tactical", "edge"]),
             help="How a transfer is cut and paced.  [default: tactical]",
         ),
-        option("--chunk-size", type=_Size(), metavar="SIZE", help="For example 64MiB, instead of the profile's."),
+        option("--chunk-size", type=SIZE, metavar="SIZE", help="For example 64MiB, instead of the profile's."),
         option("--workers", type=click.IntRange(1, 256), metavar="N", help="Chunks in flight, likewise."),
-        option("--bwlimit", type=_Size(), metavar="RATE", help="Payload bytes per second, for example 10MiB."),
+        option("--bwlimit", type=SIZE, metavar="RATE", help="Payload bytes per second, for example 10MiB."),
         option("--json", is_flag=True, help="One JSON document on standard output."),
         option("-v", "--verbose", count=True, help="Log to standard error, and show tracebacks; -vv for more."),
     ]

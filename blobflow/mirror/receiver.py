@@ -16,17 +16,20 @@ import hashlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple, overload
 
 from blobflow.checksum import Buffer
 from blobflow.config import MIB
 from blobflow.errors import (
+    AtCapacity,
     BlobflowError,
+    DiskFull,
     ObjectTooLarge,
     SessionPoisoned,
     TransferBusy,
@@ -65,6 +68,8 @@ class _Slot:
 
     files: _Files
     lock: threading.Lock = field(default_factory=threading.Lock)
+    users: int = 0
+    """Who holds the lock or waits for it: a slot that nobody uses, and that knows nothing, is dropped."""
     state: SessionState | None = None
     """None: what lies on disk decides."""
     poison: str = ""
@@ -84,6 +89,12 @@ class MirrorReceiver:
             outside of all locks. What it raises reaches the caller of `handle`; the chunk was taken nevertheless.
         checkpoint_bytes: Bytes between two checkpoints, which is what has to be sent again after a crash, at most.
         max_snapshot_bytes: A snapshot that is declared larger is refused.
+        max_total_bytes: Of all snapshots together, by what they are declared with; the next one is refused until
+            others were removed.
+        max_sessions: Incomplete snapshots of one source; the next one is refused until one of them is complete,
+            dropped or expired.
+        expire_after_s: An incomplete snapshot that nobody has continued for so long is dropped.
+        clock: Seconds since the epoch; the modification times of files are compared with it.
 
     Raises:
         TransferBusy: another receiver uses the directory.
@@ -96,11 +107,23 @@ class MirrorReceiver:
         on_progress: Callable[[SnapshotId, ReceiverStatus], None] | None = None,
         checkpoint_bytes: int = DEFAULT_CHECKPOINT_BYTES,
         max_snapshot_bytes: int | None = None,
+        max_total_bytes: int | None = None,
+        max_sessions: int | None = None,
+        expire_after_s: float | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._directory = _snapshots_of(data_dir)
         self._on_progress = on_progress
         self._checkpoint_bytes = checkpoint_bytes
         self._max_snapshot_bytes = max_snapshot_bytes
+        self._max_total_bytes = max_total_bytes
+        self._max_sessions = max_sessions
+        self._expire_after_s = expire_after_s
+        self._clock = clock
+        self._expired_at = float("-inf")
+        self._beginning: dict[SnapshotId, int] = {}
+        """Bytes of snapshots that were admitted and may not be on disk yet: two must not take the same room."""
+        self._admission = threading.Lock()
         self._slots: dict[SnapshotId, _Slot] = {}
         self._guard = threading.Lock()
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -125,13 +148,13 @@ class MirrorReceiver:
                 an `OffsetRegressionError` then asks for.
             SessionPoisoned: an earlier chunk ended in an unexpected error; go on at `expected`, or at 0.
         """
-        slot = self._slot(envelope.id)
+        envelope.id.checked()
         if self._max_snapshot_bytes is not None and envelope.total_bytes > self._max_snapshot_bytes:
             raise ObjectTooLarge(
                 f"{envelope.id} has {envelope.total_bytes} bytes, {self._max_snapshot_bytes} are allowed",
                 limit=self._max_snapshot_bytes,
             )
-        with slot.lock:
+        with self._acting(envelope.id) as slot:
             before = self._loaded(slot, envelope.id)
             poison, slot.poison = slot.poison, ""
             if poison and envelope.offset:
@@ -140,7 +163,9 @@ class MirrorReceiver:
                     expected=before.offset,
                 )
             step = machine.receive(before, envelope, checkpoint_bytes=self._checkpoint_bytes)
-            self._perform(slot, step)
+            begins = any(isinstance(action, machine.Begin) for action in step.actions)
+            with self._admitted(envelope) if begins else nullcontext():
+                self._perform(slot, step)
         after = step.state
         if after.committed and not before.committed:
             log.info("mirror.committed %s bytes=%d crc32c=%08x", _about(after.id), after.total_bytes, after.crc)
@@ -149,15 +174,13 @@ class MirrorReceiver:
 
     def status(self, snapshot: SnapshotId) -> ReceiverStatus | None:
         """How far a snapshot is, and so where a sender goes on; None if there is nothing of it."""
-        slot = self._slot(snapshot)
-        with slot.lock:
+        with self._acting(snapshot) as slot:
             state = self._loaded(slot, snapshot)
             return state.status if state.begun else None
 
     def committed(self, snapshot: SnapshotId) -> Committed | None:
         """The snapshot, if it is complete."""
-        slot = self._slot(snapshot)
-        with slot.lock:
+        with self._acting(snapshot) as slot:
             return Committed(snapshot, slot.files.snapshot) if self._loaded(slot, snapshot).committed else None
 
     def follow(self, snapshot: SnapshotId, cursor: Cursor) -> None:
@@ -166,8 +189,7 @@ class MirrorReceiver:
         Raises:
             IntegrityError: the snapshot is not complete.
         """
-        slot = self._slot(snapshot)
-        with slot.lock:
+        with self._acting(snapshot) as slot:
             machine.follow(self._loaded(slot, snapshot), cursor)  # refuses what is not complete
             step = slot.files.follow(snapshot, cursor)
             slot.state = step.state
@@ -176,8 +198,7 @@ class MirrorReceiver:
 
     def abort(self, snapshot: SnapshotId) -> None:
         """Drop what is there of a snapshot that is not complete; may be called again, and in any state."""
-        slot = self._slot(snapshot)
-        with slot.lock:
+        with self._acting(snapshot) as slot:
             slot.poison = ""
             self._perform(slot, machine.abort(self._loaded(slot, snapshot)))
         log.info("mirror.aborted %s", _about(snapshot))
@@ -215,12 +236,95 @@ class MirrorReceiver:
             states = [slot.state for slot in self._slots.values()]
         return f"<MirrorReceiver {'; '.join(str(state) for state in states if state and state.begun) or 'idle'}>"
 
-    def _slot(self, snapshot: SnapshotId) -> _Slot:
+    def expire(self, *, every_s: float = 60.0) -> list[SnapshotId]:
+        """Drop the incomplete snapshots that nobody has continued for `expire_after_s`, and name them.
+
+        Args:
+            every_s: Not more often than that; what is called sooner does nothing.
+        """
+        now = self._clock()
+        if self._expire_after_s is None or now - self._expired_at < every_s:
+            return []
+        self._expired_at = now
+        gone: list[SnapshotId] = []
+        for snapshot, files, state in _states(self._directory.parent):
+            if not state.committed and now - files.changed_at() > self._expire_after_s:
+                with self._acting(snapshot, wait=False) as slot:
+                    # Looked at again: it may have been continued, or completed, since.
+                    if slot is not None and now - files.changed_at() > self._expire_after_s:
+                        slot.poison = ""
+                        self._perform(slot, machine.abort(self._loaded(slot, snapshot)))
+                        gone.append(snapshot)
+        for snapshot in gone:
+            log.warning("mirror.expired %s", _about(snapshot))
+        return gone
+
+    @contextmanager
+    def _admitted(self, envelope: SnapshotEnvelope) -> Generator[None]:
+        """The beginning of a snapshot, if there is room for it.
+
+        Raises:
+            DiskFull: all snapshots together would be larger than is allowed.
+            AtCapacity: as many of this source are under way as are allowed.
+        """
+        if self._max_total_bytes is None and self._max_sessions is None:
+            yield
+            return
+        self.expire()
+        with self._admission:
+            self._admit(envelope)
+            self._beginning[envelope.id] = envelope.total_bytes
+        try:
+            yield
+        finally:
+            with self._admission:
+                del self._beginning[envelope.id]
+
+    def _admit(self, envelope: SnapshotEnvelope) -> None:
+        others = {snapshot: state for snapshot, _, state in _states(self._directory.parent)}
+        others |= {snapshot: SessionState(snapshot, total) for snapshot, total in self._beginning.items()}
+        others.pop(envelope.id, None)
+        held = sum(state.total_bytes for state in others.values())
+        if self._max_total_bytes is not None and held + envelope.total_bytes > self._max_total_bytes:
+            raise DiskFull(
+                f"{envelope.id} has {envelope.total_bytes} bytes, and {max(0, self._max_total_bytes - held)} of the"
+                f" {self._max_total_bytes} that this receiver may hold are free",
+                hint="import and prune older snapshots there, or allow the receiver more",
+                limit=self._max_total_bytes,
+            )
+        open_ones = sum(not state.committed and state.id.source == envelope.id.source for state in others.values())
+        if self._max_sessions is not None and open_ones >= self._max_sessions:
+            raise AtCapacity(
+                f"{open_ones} snapshots of {envelope.id.source} are under way, as many as are allowed",
+                hint="finish or abort one of them; those that nobody continues expire",
+                limit=self._max_sessions,
+            )
+
+    @overload
+    def _acting(self, snapshot: SnapshotId) -> AbstractContextManager[_Slot]: ...
+    @overload
+    def _acting(self, snapshot: SnapshotId, *, wait: Literal[False]) -> AbstractContextManager[_Slot | None]: ...
+    @contextmanager
+    def _acting(self, snapshot: SnapshotId, *, wait: bool = True) -> Generator[_Slot | None]:
+        """Be the only actor of a snapshot; None: somebody else is, and it is not waited for.
+
+        What is asked about snapshots that are not there leaves nothing in memory.
+        """
         snapshot.checked()
         with self._guard:
-            if snapshot not in self._slots:
-                self._slots[snapshot] = _Slot(_Files.of(self._directory, snapshot))
-            return self._slots[snapshot]
+            slot = self._slots.setdefault(snapshot, _Slot(_Files.of(self._directory, snapshot)))
+            slot.users += 1
+        locked = slot.lock.acquire(blocking=wait)
+        try:
+            yield slot if locked else None
+        finally:
+            if locked:
+                slot.lock.release()
+            with self._guard:
+                slot.users -= 1
+                known = slot.poison or (slot.state is not None and slot.state.begun)
+                if not slot.users and not known:
+                    del self._slots[snapshot]
 
     def _loaded(self, slot: _Slot, snapshot: SnapshotId) -> SessionState:
         if self._lock_file < 0:
@@ -346,6 +450,14 @@ class _Files:
             with _doing("truncate partial file", self.partial):
                 os.truncate(self.partial, state.offset)
         return state
+
+    def changed_at(self) -> float:
+        """When something of it arrived last; seconds since the epoch."""
+        times = [0.0]
+        for path in (self.journal, self.partial):
+            with suppress(FileNotFoundError):
+                times.append(path.stat().st_mtime)
+        return max(times)
 
     def follow(self, snapshot: SnapshotId, cursor: Cursor) -> Step:
         """Note that a complete snapshot was imported. Other processes may do so at the same time."""
