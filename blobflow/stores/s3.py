@@ -429,7 +429,7 @@ class S3Store(Store):
 
     def _create(self, call: Call, headers: Mapping[str, str]) -> str:
         # Repeated unseen, it would leave an upload that nobody knows.
-        return self._ask(
+        upload_id = self._ask(
             call,
             "POST",
             self.full_key(call.key or ""),
@@ -438,6 +438,9 @@ class S3Store(Store):
             read=read_upload_id,
             idempotent=False,
         )
+        if not upload_id:
+            raise StoreUnavailable(f"no upload id returned for {call.key!r}", operation=call.operation, key=call.key)
+        return upload_id
 
     @override
     def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
@@ -716,7 +719,7 @@ class S3Store(Store):
         try:
             return read(document)
         except MalformedAnswer as error:
-            if size is None and error.ended_early:
+            if error.ended_early and (size is None or document):
                 raise cut_short(call, len(document), None) from error
             raise self._not_understood(call, str(error)) from error
         except ErrorAnswer as error:

@@ -154,11 +154,11 @@ def read_parts(document: bytes) -> PartPage:
 
 
 def read_upload_id(document: bytes) -> str:
-    """The upload id that CreateMultipartUpload gives.
+    """The upload id that CreateMultipartUpload gives; empty where there is none.
 
     Raises: MalformedAnswer, ErrorAnswer.
     """
-    return _text(_read(document, "UploadId"), "UploadId")
+    return _read(document, "UploadId").findtext("UploadId") or ""
 
 
 def read_made(document: bytes) -> Made:

@@ -173,7 +173,6 @@ def test_what_is_no_answer_is_refused(read: Callable[[bytes], object], document:
         (read_uploads, "<IsTruncated>true</IsTruncated><NextKeyMarker>k</NextKeyMarker>"),
         (read_parts, "<Part><PartNumber>one</PartNumber><ETag>t</ETag><Size>1</Size></Part>"),
         (read_parts, "<Part><PartNumber>1</PartNumber><Size>1</Size></Part>"),
-        (read_upload_id, "<Key>k</Key>"),
     ],
 )
 def test_an_entry_without_what_it_must_have_is_refused(read: Callable[[bytes], object], document: str) -> None:
