@@ -45,6 +45,7 @@ from blobflow.dagster.automation import export_schedule
 from blobflow.dagster.mirror import artifact_mirror
 from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, artifact_pipeline
 from blobflow.dagster.resource import BlobflowResource, ProfileConfig
+from blobflow.dagster.sensors import Announce
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
 from blobflow.errors import UsageError, expanded
 from blobflow.fields import check_names
@@ -626,6 +627,13 @@ class ArtifactMirrorComponent(_StoreComponent):
             " of its own."
         ),
     ] = "latest"
+    announce: Annotated[
+        Announce,
+        _described(
+            "Without a ref: verified, what a ref `latest` of the pipeline names or has named; or published, every"
+            " complete artifact, verified or not."
+        ),
+    ] = "verified"
     digest: Annotated[str | None, _described("Refuse every artifact but this one (sha256:...).")] = None
     minimum_interval_seconds: Annotated[int, _described("Seconds between two looks into the store.")] = 30
     running: Annotated[
@@ -638,6 +646,7 @@ class ArtifactMirrorComponent(_StoreComponent):
         mirror = artifact_mirror(
             importer=self.importer,
             ref=self.ref,
+            announce=self.announce,
             digest=self.digest,
             minimum_interval_seconds=self.minimum_interval_seconds,
             running=self.running,

@@ -21,7 +21,7 @@ from blobflow.dagster.automation import mirror_condition
 from blobflow.dagster.failures import as_dagster_error
 from blobflow.dagster.handles import RemoteHandle, check_pinned
 from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, artifact_pipeline
-from blobflow.dagster.sensors import artifact_partitions, manifest_sensor, ref_sensor
+from blobflow.dagster.sensors import Announce, artifact_partitions, manifest_sensor, ref_sensor
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
 from blobflow.errors import BlobflowError, NotFoundError
 from blobflow.lease import read_ref
@@ -63,6 +63,7 @@ def artifact_mirror(
     importer: Importer | Callable[[str], Importer],
     *,
     ref: str | None = "latest",
+    announce: Announce = "verified",
     digest: str | None = None,
     lanes: int = 1,
     freshness_policy: dg.FreshnessPolicy | None = None,
@@ -82,6 +83,7 @@ def artifact_mirror(
     Args:
         name: Of the publishing pipeline: what its keys begin with.
         importer: Of the target; without a ref it may be a function of the partition key, which is the artifact's key.
+        announce: Without a ref: of which artifacts the sensor tells; see `manifest_sensor`.
         digest: Refuse every artifact but this one (`sha256:...`), whoever writes to the store. A single run is held to
             one by the config `digest` of its first step.
         lanes: Among how many steps each download is divided; see `artifact_pipeline`.
@@ -140,7 +142,7 @@ def artifact_mirror(
             default_status=status,
             minimum_interval_seconds=minimum_interval_seconds,
         )
-        sensors = [manifest_sensor(name, partitions_def=partitions, **follow), automation]
+        sensors = [manifest_sensor(name, partitions_def=partitions, announce=announce, **follow), automation]
     return ArtifactMirror(name, remote, mirror, job, sensors, references_key, references)
 
 

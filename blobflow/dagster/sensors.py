@@ -2,7 +2,7 @@
 
 | sensor | follows | tells of it |
 |---|---|---|
-| `manifest_sensor` | every artifact below a prefix | an event and a dynamic partition for each |
+| `manifest_sensor` | every verified artifact below a prefix | an event and a dynamic partition for each |
 | `ref_sensor` | one ref, e.g. `orders/latest` | an event whenever it is moved |
 
 Dagster's event log is the journal: what the last event says of an artifact is what is known of it. The cursor only says
@@ -11,6 +11,7 @@ is not recorded twice, and a run that it did not come to request is requested by
 """
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotInTime
@@ -19,7 +20,7 @@ from datetime import timezone
 from itertools import pairwise
 from statistics import quantiles
 from time import monotonic
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import dagster as dg
 
@@ -33,6 +34,7 @@ from blobflow.errors import (
     BlobflowError,
     InvalidKey,
     ObjectNotFound,
+    RefusedError,
     ReplacementInProgress,
     StoreUnavailable,
     TemporaryError,
@@ -42,6 +44,9 @@ from blobflow.lease import read_ref
 from blobflow.stores import ObjectMeta, Store, StoredObject
 from blobflow.transport import MANIFEST_SUFFIX, read_manifest_bytes
 from blobflow.transport.remote import payload_size
+
+Announce: TypeAlias = Literal["verified", "published"]
+"""Which artifacts a sensor tells of: those that a ref names or has named, or all that are complete."""
 
 Target: TypeAlias = Any
 """What `dg.sensor` takes as its `target`: a job, assets, or a selection of assets."""
@@ -71,6 +76,8 @@ _NAMED: Final = 5
 """Artifacts that a message names; the log names all."""
 _QUOTED: Final = 200
 """Characters of what a manifest says: anybody may have written it, and it may have a megabyte."""
+_ANY: Final = "any"
+"""In the place of a digest: nobody asks whether the artifact was verified."""
 _DATA_VERSION: Final = "dagster/data_version"
 _RUN_KEY: Final = "dagster/run_key"
 _SENSOR_NAME: Final = "dagster/sensor_name"
@@ -92,11 +99,18 @@ def manifest_sensor(
     target: Target = None,
     max_runs: int = MAX_RUNS,
     page_size: int = PAGE_SIZE,
+    announce: Announce = "verified",
+    ref: str = "latest",
     minimum_interval_seconds: int = 30,
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
     resource_key: str = "blobflow",
 ) -> dg.SensorDefinition:
-    """A sensor that tells of the artifacts below a prefix, whoever brought them there.
+    """A sensor that tells of the artifacts below a prefix that were verified, whoever brought them there.
+
+    A pipeline moves its ref to an artifact when it has verified it. So what the ref names, or is known to have named
+    before (it remembers 20 places), is verified; it is looked for in the directory of the artifact's key and in those
+    above. With `announce="published"` the sensor tells of every complete artifact: of one whose verification is still
+    under way, or has failed, and of those that no ref ever names.
 
     Tick by tick it goes through the keys, a page each, and then begins anew. So it finds what is new wherever it sorts,
     what was replaced and what is gone, and a store of N artifacts is gone through in N / `page_size` ticks.
@@ -104,6 +118,7 @@ def manifest_sensor(
     | in the store | in Dagster |
     |---|---|
     | a new artifact | a materialization of the external asset, and a partition: its key |
+    | one that no ref has named yet | nothing, unless `announce="published"`; the next round looks again |
     | another artifact under the same key | a materialization |
     | an artifact that is gone | the partition is removed; its events stay |
     | a manifest that cannot be read | nothing; the tick's message and log name it, and the next round tries again |
@@ -120,6 +135,8 @@ def manifest_sensor(
         max_runs: Runs requested per tick, at most 50. The artifacts after them wait for the next tick.
         page_size: Artifacts looked at per tick, at most 1,000; fewer if to look at them and to record what is new
             would take longer than 20 s, as quickly as Dagster recorded the last ones.
+        announce: `verified`: what the ref names or has named. `published`: all.
+        ref: Last segment of the refs that are moved after a verification, as the `ref` of `artifact_pipeline`.
         minimum_interval_seconds: Between ticks.
         resource_key: Under which the `BlobflowResource` is found.
 
@@ -136,11 +153,13 @@ def manifest_sensor(
         partitions_def=partitions_def or artifact_partitions(name),
         max_runs=0 if target is None else max_runs,
         page_size=page_size,
+        ref=ref if announce == "verified" else None,
     )
+    which = "verified artifacts" if plan.ref else "published artifacts, verified or not,"
 
     @dg.sensor(
         name=plan.sensor_name,
-        description=f"Tells of the artifacts below {plan.prefix!r}.",
+        description=f"Tells of the {which} below {plan.prefix!r}.",
         target=target,
         required_resource_keys={resource_key},
         minimum_interval_seconds=minimum_interval_seconds,
@@ -304,6 +323,8 @@ class _Plan:
     max_runs: int
     """0: no runs."""
     page_size: int
+    ref: str | None
+    """Last segment of the refs that name what was verified; None: everything is told of."""
 
     @property
     def partitions_name(self) -> str:
@@ -334,6 +355,10 @@ class _Known(NamedTuple):
 
     digest: str | None
     e_tag: str | None
+
+
+class _NotVerifiedError(RefusedError):
+    """No ref has named the artifact so far. Field: key."""
 
 
 class _Step(NamedTuple):
@@ -367,6 +392,9 @@ class _Tick:
         self._gone: list[str] = []
         self._runs: list[dg.RunRequest] = []
         self._unreadable: list[str] = []
+        self._unverified = 0
+        self._named_in: dict[str, Future[dict[str, set[str]]]] = {}
+        self._lock = threading.Lock()
         self._trouble: BlobflowError | None = None
 
     def run(self) -> dg.SensorResult:
@@ -404,6 +432,8 @@ class _Tick:
             f"{len(self._events)} new or replaced",
             f"{len(self._gone)} gone",
         ]
+        if self._unverified:
+            parts.append(f"{self._unverified} not verified yet: no ref {self._plan.ref!r} has named them")
         if self._unreadable:
             named = ", ".join(self._unreadable[:_NAMED])
             more = len(self._unreadable) - _NAMED
@@ -495,6 +525,9 @@ class _Tick:
 
     def _read(self, step: _Step) -> StoredObject | BlobflowError:
         try:
+            # What is gone needs no ref to be told of.
+            if step.e_tag is not None and not self._digests_named(str(step.key)):
+                return _NotVerifiedError(f"no ref names {step.key!r}", key=step.key)
             return self._store.get(step.at, max_bytes=MAX_MANIFEST_BYTES)
         except ObjectNotFound:
             try:
@@ -505,9 +538,42 @@ class _Tick:
         except BlobflowError as error:
             return error
 
+    def _digests_named(self, key: str) -> set[str]:
+        """The artifacts that were verified under a key; what is announced as published counts as well.
+
+        Raises:
+            BlobflowError: a ref cannot be read.
+        """
+        if self._plan.ref is None:
+            return {_ANY}
+        parts = key.split("/")
+        directories = ["/".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
+        return {digest for directory in directories for digest in self._named(directory).get(key, ())}
+
+    def _named(self, directory: str) -> dict[str, set[str]]:
+        """The digests by the keys that the ref in a directory names or has named; it is read once in a tick."""
+        with self._lock:
+            named = self._named_in.get(directory)
+            is_mine = named is None
+            if named is None:
+                named = self._named_in[directory] = Future()
+        if is_mine:
+            try:
+                state = read_ref(self._store, f"{directory}/{self._plan.ref}")
+                found: dict[str, set[str]] = {}
+                for entry in state.entries() if state else ():
+                    found.setdefault(entry.key, set()).add(entry.manifest_sha256)
+                named.set_result(found)
+            except BaseException as error:  # noqa: BLE001 - it is raised below, to all that wait
+                named.set_exception(error)
+        return named.result()
+
     def _take_up(self, key: str, outcome: StoredObject | BlobflowError, known: _Known | None) -> bool:
         """False: it wants a run, and this tick may request no more of them."""
         if isinstance(outcome, ReplacementInProgress):
+            return True
+        if isinstance(outcome, _NotVerifiedError):
+            self._unverified += 1
             return True
         if isinstance(outcome, ArtifactNotFound | InvalidKey):
             if key in self._partitions:
@@ -517,6 +583,10 @@ class _Tick:
             if isinstance(outcome, BlobflowError):
                 raise outcome
             found = _Artifact.read(self._store, key, outcome.data)
+            is_known = known is not None and known.digest == found.digest
+            if not is_known and not self._digests_named(key) & {found.digest, _ANY}:
+                self._unverified += 1
+                return True
             if _NOT_IN_PARTITION_KEYS in key:
                 raise ArtifactInvalid(f"Dagster takes no partition key with {_NOT_IN_PARTITION_KEYS!r}", key=key)
         except BlobflowError as error:
@@ -524,10 +594,11 @@ class _Tick:
             self._unreadable.append(f"{key!r} ({reason})")
             self._context.log.warning("manifest.unreadable key=%s error=%s", key, reason)
             return True
-        if known is None or known.digest != found.digest:
+        if not is_known:
             if self._plan.max_runs and not self._request_run(key, found.digest):
                 return False
-            also = {md.MANIFEST_E_TAG: outcome.meta.e_tag}
+            announced = "verified" if self._plan.ref else "published"
+            also = {md.MANIFEST_E_TAG: outcome.meta.e_tag, md.ANNOUNCED: announced}
             self._events.append(found.event(self._plan.asset_key, also, partition=key))
         self._add(key)
         return True

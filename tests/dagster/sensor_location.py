@@ -24,6 +24,7 @@ def definitions() -> dg.Definitions:
         return dg.Definitions()
     sensor = manifest_sensor(
         "orders",
+        announce="published",
         target=mirror if os.environ.get("SENSOR_RUNS") else None,
         minimum_interval_seconds=1,
         default_status=dg.DefaultSensorStatus.RUNNING,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from tests.servers import S3Endpoint
 REMOTE = dg.AssetKey(["orders", "remote"])
 LONG = (pytest.mark.slow, pytest.mark.timeout(900))
 PARTITIONS = artifact_partitions("orders")
+published_sensor = partial(manifest_sensor, announce="published")
+"""How it tells is the same whichever it tells of; what it waits for has tests of its own."""
 
 
 @dg.asset(key=["orders", "mirror"], deps=[REMOTE], partitions_def=PARTITIONS)
@@ -85,7 +88,7 @@ class Daemon:
 
     instance: dg.DagsterInstance
     home: Path
-    sensor: dg.SensorDefinition = field(default_factory=lambda: manifest_sensor("orders"))
+    sensor: dg.SensorDefinition = field(default_factory=lambda: published_sensor("orders"))
     cursor: str | None = None
     reserved: tuple[list[dg.RunRequest], str | None] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -204,6 +207,98 @@ def test_an_artifact_becomes_an_event_and_a_partition(daemon: Daemon, tmp_path: 
     assert daemon.partitions() == ["orders/a.tar"]
 
 
+def test_an_artifact_is_announced_when_a_ref_has_named_it(daemon: Daemon):
+    """Not before its pipeline has verified it; and once that has, also where the ref has moved on meanwhile."""
+    daemon.sensor = manifest_sensor("orders")
+    keys = publish(daemon.store, range(4))
+    result = daemon.tick()
+    assert (daemon.partitions(), daemon.events()) == ([], [])
+    assert "4 not verified yet: no ref 'latest' has named them" in result.skip_message
+
+    for number in (0, 2):
+        move_ref(daemon.store, "orders/latest", keys[number], artifact_digest(manifest(number)))
+    assert "2 not verified yet" in daemon.tick().skip_message
+    assert daemon.partitions() == [keys[0], keys[2]]
+    assert {event.metadata[md.ANNOUNCED].value for event in daemon.events()} == {"verified"}
+    daemon.tick()
+    assert len(daemon.events()) == 2
+
+
+def test_a_replacement_is_announced_when_a_ref_has_named_it(daemon: Daemon):
+    """The ref names another artifact under the same key: what lies there now is not verified yet."""
+    daemon.sensor = manifest_sensor("orders")
+    (key,) = publish(daemon.store, [1])
+    move_ref(daemon.store, "orders/latest", key, artifact_digest(manifest(1)))
+    daemon.tick()
+    publish(daemon.store, [1], content=100)
+    assert "1 not verified yet" in daemon.tick().skip_message
+    assert (daemon.partitions(), len(daemon.events())) == ([key], 1)
+    move_ref(daemon.store, "orders/latest", key, artifact_digest(manifest(101)))
+    daemon.tick()
+    assert [(event.tags or {})["dagster/data_version"] for event in daemon.events()] == [
+        artifact_digest(manifest(1)),
+        artifact_digest(manifest(101)),
+    ]
+
+
+def test_what_was_announced_and_is_gone_needs_no_ref_to_go(daemon: Daemon):
+    """Its partition is removed, whatever the refs name by then."""
+    daemon.sensor = manifest_sensor("orders")
+    keys = publish(daemon.store, range(2))
+    for number in (0, 1):
+        move_ref(daemon.store, "orders/latest", keys[number], artifact_digest(manifest(number)))
+    daemon.tick()
+    daemon.store.delete(keys[0] + ".manifest.json")
+    daemon.tick()
+    assert daemon.partitions() == [keys[1]]
+
+
+@pytest.mark.parametrize(
+    ("ref", "named"), [("orders/eu/latest", True), ("orders/latest", True), ("orders/us/latest", False)]
+)
+def test_the_ref_of_a_partition_or_of_the_whole_counts(daemon: Daemon, ref: str, named: bool):
+    """It lies in the directory of the key or above, and is read once in a tick, however many artifacts are there."""
+    daemon.sensor = manifest_sensor("orders")
+    keys = [f"orders/eu/{number}.tar" for number in range(40)]
+    for number, key in enumerate(keys):
+        daemon.store.put(key + ".manifest.json", manifest(number))
+    move_ref(daemon.store, ref, keys[3], artifact_digest(manifest(3)))
+    FaultyResource.script(lambda _: None)
+    daemon.tick()
+    assert daemon.partitions() == ([keys[3]] if named else [])
+    assert FaultyResource.count("get") == 2 + named
+
+
+def test_a_ref_that_cannot_be_read_stops_the_tick_or_is_named(daemon: Daemon):
+    """A store that is down is asked again from the same place; a damaged ref is named, and announces nothing."""
+    daemon.sensor = manifest_sensor("orders")
+    keys = publish(daemon.store, range(2))
+    move_ref(daemon.store, "orders/latest", keys[1], artifact_digest(manifest(1)))
+    down = StoreUnavailable("the store is down", key="orders/latest.ref.json")
+    FaultyResource.script(lambda request: FailBefore(down) if ".ref.json" in str(request) else None)
+    result = daemon.tick()
+    assert "the store is down" in result.skip_message
+    assert daemon.partitions() == []
+    FaultyResource.script(lambda _: None)
+    daemon.tick()
+    assert daemon.partitions() == [keys[1]]
+
+    daemon.store.put("orders/latest.ref.json", b"not a ref")
+    message = daemon.tick().skip_message
+    assert "1 unreadable: 'orders/000000.tar' (object 'orders/latest.ref.json' is not a RefState" in message
+    assert daemon.partitions() == [keys[1]]
+
+
+def test_a_sensor_that_announces_what_is_published_says_so(daemon: Daemon):
+    """In its description, and in every event."""
+    daemon.sensor = published_sensor("orders")
+    assert "published artifacts, verified or not," in str(daemon.sensor.description)
+    publish(daemon.store, [1])
+    daemon.tick()
+    (event,) = daemon.events()
+    assert event.metadata[md.ANNOUNCED].value == "published"
+
+
 def test_what_is_known_is_neither_told_nor_fetched_again(daemon: Daemon):
     """A round over known artifacts costs a listing: no manifest is fetched, nothing is recorded."""
     publish(daemon.store, range(5))
@@ -228,7 +323,7 @@ def test_only_whole_artifacts_below_the_prefix_count(daemon: Daemon):
 
 def test_what_appears_before_the_cursor_is_found_in_the_next_round(daemon: Daemon):
     """Keys that sort before the place that the walk has reached are not missed."""
-    daemon.sensor = manifest_sensor("orders", page_size=2)
+    daemon.sensor = published_sensor("orders", page_size=2)
     publish(daemon.store, [3, 4, 5, 6])
     daemon.tick()
     publish(daemon.store, [0])
@@ -283,7 +378,7 @@ def test_a_bucket_is_followed_as_a_directory_is(daemon: Daemon, moto_s3: S3Endpo
         "access_key_id": moto_s3.access_key_id,
         "secret_access_key": moto_s3.secret_access_key,
     }
-    daemon.sensor = manifest_sensor("orders", page_size=2)
+    daemon.sensor = published_sensor("orders", page_size=2)
     with closing(BlobflowResource(**daemon.settings).get_store()) as store:
         keys = publish(store, range(5))
         for _ in range(3):
@@ -302,7 +397,7 @@ def test_gone_artifacts_do_not_fill_a_page_forever(daemon: Daemon):
     daemon.tick()
     for number in range(18):
         daemon.store.delete(key_of(number) + ".manifest.json")
-    daemon.sensor = manifest_sensor("orders", page_size=5)
+    daemon.sensor = published_sensor("orders", page_size=5)
     for left in (15, 10, 5, 2):
         daemon.tick()
         assert len(daemon.partitions()) == left
@@ -393,7 +488,7 @@ def test_many_unreadable_manifests_are_counted(daemon: Daemon):
 
 def test_a_store_that_is_down_costs_a_tick(daemon: Daemon):
     """The tick is skipped with the error and its hint, and the next one goes on from the same place."""
-    daemon.sensor = manifest_sensor("orders", page_size=2)
+    daemon.sensor = published_sensor("orders", page_size=2)
     publish(daemon.store, range(4))
     daemon.tick()
     before = str(daemon.cursor).split()[2]
@@ -433,7 +528,7 @@ def test_a_manifest_that_cannot_be_fetched_now_is_fetched_by_the_next_tick(daemo
 def test_a_wrong_configuration_fails_the_tick(daemon: Daemon):
     """What waiting does not mend is a failure with the hint; Dagster keeps the cursor of a failed tick."""
     FaultyResource.script(lambda _: FailBefore(StoreConfigurationError("no such bucket", hint="make it")))
-    for daemon.sensor in (manifest_sensor("orders"), ref_sensor("orders")):
+    for daemon.sensor in (published_sensor("orders"), ref_sensor("orders")):
         with pytest.raises(dg.Failure, match="no such bucket"):
             daemon.evaluate()
 
@@ -531,7 +626,7 @@ def test_what_is_gone_takes_its_time_as_well(daemon: Daemon, monkeypatch: pytest
 def test_runs_take_their_time_as_well(running_daemon: Daemon, monkeypatch: pytest.MonkeyPatch):
     """Where Dagster needs a second to create a run, a tick requests fewer of them than it may."""
     daemon = running_daemon
-    daemon.sensor = manifest_sensor("orders", target=mirror)
+    daemon.sensor = published_sensor("orders", target=mirror)
     slow = daemon.takes = SlowDagster(monkeypatch, event=0.01, partition=0.01, run=0.5)
     found = daemon.instance.get_run_records
     created: dict[str, datetime] = {}
@@ -591,7 +686,7 @@ def test_a_store_that_hangs_ends_the_tick(daemon: Daemon, monkeypatch: pytest.Mo
 
 def test_the_cursor_is_small_for_the_longest_key(daemon: Daemon):
     """A key of 900 bytes, whatever its characters, fits into a cursor below 1 KB, and the walk goes on behind it."""
-    daemon.sensor = manifest_sensor("orders", page_size=1)
+    daemon.sensor = published_sensor("orders", page_size=1)
     long = "orders/" + "/".join('é"' * 80 for _ in range(3)) + "/" + "\\" * 100
     daemon.store.put(long + ".manifest.json", manifest(1))
     publish(daemon.store, [1])
@@ -618,7 +713,7 @@ def run_keys_of(numbers: Sequence[int]) -> list[str]:
 
 def test_with_a_target_every_artifact_gets_one_run(running_daemon: Daemon):
     """At most 50 per tick, keyed by artifact and digest; the others wait, and nothing is run twice."""
-    running_daemon.sensor = manifest_sensor("orders", target=mirror)
+    running_daemon.sensor = published_sensor("orders", target=mirror)
     publish(running_daemon.store, range(70))
     first = running_daemon.tick()
     assert [(r.run_key, r.partition_key) for r in first.run_requests][:2] == [
@@ -632,7 +727,7 @@ def test_with_a_target_every_artifact_gets_one_run(running_daemon: Daemon):
 
 def test_a_replaced_artifact_is_run_again(running_daemon: Daemon):
     """Another digest under the same key has another run key."""
-    running_daemon.sensor = manifest_sensor("orders", target=mirror, max_runs=2)
+    running_daemon.sensor = published_sensor("orders", target=mirror, max_runs=2)
     publish(running_daemon.store, [1])
     running_daemon.tick()
     publish(running_daemon.store, [1], content=100)
@@ -645,7 +740,7 @@ def test_a_replaced_artifact_is_run_again(running_daemon: Daemon):
 def test_a_daemon_killed_anywhere_misses_nothing_and_repeats_nothing(running_daemon: Daemon, target, seed):
     """Killed after any write and started again, over and over: one event, one partition and one run each."""
     chance = random.Random(seed)
-    running_daemon.sensor = manifest_sensor("orders", target=target, max_runs=7, page_size=20)
+    running_daemon.sensor = published_sensor("orders", target=target, max_runs=7, page_size=20)
     keys = publish(running_daemon.store, range(40))
     for _ in range(200):
         try:
@@ -670,7 +765,7 @@ def test_a_daemon_killed_anywhere_misses_nothing_and_repeats_nothing(running_dae
 def test_limits_that_dagster_cannot_bear_are_refused(options):
     """A mistake shows when the code location is loaded."""
     with pytest.raises(UsageError, match="is not between"):
-        manifest_sensor("orders", **options)
+        published_sensor("orders", **options)
 
 
 @pytest.mark.slow
@@ -682,7 +777,7 @@ def test_many_manifests_are_found_page_by_page(daemon: Daemon, monkeypatch):
     directory.mkdir(parents=True)
     for n in range(number):
         (directory / f"{n:06}.tar.manifest.json").write_bytes(content)
-    daemon.sensor = manifest_sensor("orders", page_size=1000)
+    daemon.sensor = published_sensor("orders", page_size=1000)
     monkeypatch.setattr("blobflow.dagster.sensors.BUDGET_S", 3600.0)  # pages are what is counted here, not seconds
     for tick in range(number // 1000 + 1):
         result = daemon.evaluate()
