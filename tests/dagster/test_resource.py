@@ -106,8 +106,9 @@ def test_the_endpoint_that_was_misspelt_is_not_aws():
 @pytest.mark.parametrize("field", ["store", "endpoint_url", "secret_access_key", "leases"])
 def test_a_receiver_takes_no_store_and_no_keys(field: str):
     """Its directory is the store; what would be ignored is refused."""
+    given: dict[str, Any] = {"directory": "/srv/receiver", field: "x"}
     with pytest.raises(UsageError, match=f"ReceiverResource has no field '{field}'"):
-        ReceiverResource(directory="/srv/receiver", **{field: "x"})
+        ReceiverResource(**given)
 
 
 def test_two_profiles_are_refused():
