@@ -171,12 +171,13 @@ class Cursor:
             raise OSError(errno.ESTALE, "the directory was moved away", level.name)
         return level.name
 
-    def go(self, path: str, *, make: bool = False) -> int:
+    def go(self, path: str, *, make: bool = False, mode: int = 0o777) -> int:
         """Go to a directory of the tree by the shortest way, and return its descriptor.
 
         Args:
             path: From the root, without a `/` at either end; empty is the root.
             make: Make the directories that are missing.
+            mode: Of those, before the umask.
         """
         wanted = path.split("/") if path else []
         common = 0
@@ -191,7 +192,7 @@ class Cursor:
         for name in wanted[common:]:
             if make:
                 with suppress(FileExistsError):
-                    os.mkdir(name, dir_fd=self.descriptor)
+                    os.mkdir(name, mode, dir_fd=self.descriptor)
             self.enter(name)
         return self.descriptor
 

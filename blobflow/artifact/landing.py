@@ -22,10 +22,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from blobflow.artifact.artifact import write_durably
 from blobflow.artifact.checker import PayloadChecker, Place
 from blobflow.artifact.crowd import CrowdLock
-from blobflow.artifact.index import EXECUTABLE_MODE
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
+from blobflow.artifact.members import permissions, visit_members
 from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
 from blobflow.checksum import combine_all, crc32c
 from blobflow.engine.plan import Part, TransferPlan
@@ -519,19 +520,19 @@ class Landing:
 
     def _prepare(self) -> None:
         """Make every directory, and the files that have no bytes to wait for."""
-        index, data = self._index, self.stage.tree / DATA_NAME
+        index, private, data = self._index, self.layout.private, self.stage.tree / DATA_NAME
         with writing(self.stage.dest):
-            data.mkdir(exist_ok=True)
+            if private.covers(len(index)):
+                self.stage.tree.chmod(0o700)
+                data.mkdir(0o700, exist_ok=True)
+            else:
+                data.mkdir(exist_ok=True)
             with Opened(data) as root, Cursor(root) as cursor:
-                last = ""
-                for path, size, mode in zip(index.paths, index.sizes, index.modes, strict=True):
-                    parent, _, name = path.rpartition("/")  # of a directory, itself: its path ends in a slash
-                    if parent != last:
-                        cursor.go(parent, make=True)
-                        last = parent
-                    if name and not size:
+                for row, _, name in visit_members(cursor, index.paths, private):
+                    if name and not index.sizes[row]:
                         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-                        os.close(os.open(name, flags, _permissions(mode), dir_fd=cursor.descriptor))
+                        mode = permissions(index.modes[row], private=row in private)
+                        os.close(os.open(name, flags, mode, dir_fd=cursor.descriptor))
 
     def land(self, part: Part, data: memoryview) -> int:
         """Check the bytes of a part and write them; returns their CRC32C.
@@ -598,8 +599,8 @@ class Landing:
                 actual=actual,
             )
         with writing(self.stage.dest):
-            (self.stage.tree / INDEX_NAME).write_bytes(index_bytes)
-            (self.stage.tree / MANIFEST_NAME).write_bytes(manifest_bytes)
+            for name, content in ((INDEX_NAME, index_bytes), (MANIFEST_NAME, manifest_bytes)):
+                write_durably(self.stage.tree / name, content, private=bool(self.layout.private))
         self.stage.publish()
 
     def forget(self, error: DigestMismatch) -> None:
@@ -676,6 +677,7 @@ class _Writer:
     def __init__(self, data: Path, layout: TarMap) -> None:
         self._data = data
         self._index = layout.index
+        self._private = layout.private
         self._root_descriptor = -1
         self._parent: str = ""
         self._parent_descriptor = -1
@@ -707,7 +709,7 @@ class _Writer:
             os.ftruncate(self._descriptor, size)
 
     def _open(self, directory: int, name: str, member: int, *, fresh: bool) -> int:
-        mode = _permissions(self._index.modes[member])
+        mode = permissions(self._index.modes[member], private=member in self._private)
         if not fresh:
             try:
                 return self._sized(os.open(name, _OPEN_FILE, dir_fd=directory), member)
@@ -771,8 +773,3 @@ def _write_all(descriptor: int, offset: int, data: memoryview) -> None:
         count = os.pwrite(descriptor, data, offset)
         data = data[count:]
         offset += count
-
-
-def _permissions(mode: int) -> int:
-    """What the umask is applied to: the archive decides about the execute bit, the user about everything else."""
-    return 0o777 if mode == EXECUTABLE_MODE else 0o666

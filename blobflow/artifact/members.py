@@ -5,14 +5,51 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Final
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
+from blobflow.artifact.privacy import PrivateRows
 from blobflow.checksum import EMPTY_SHA256
 from blobflow.errors import DigestMismatch, SourceChanged, reading
-from blobflow.trees import open_below
+from blobflow.trees import Cursor, open_below
+
+_EXECUTABLE_MODE: Final = 0o755
+
+
+def visit_members(cursor: Cursor, paths: Sequence[str], private: PrivateRows) -> Iterator[tuple[int, str, str]]:
+    """Stand in the directory of each member in turn, which is made if it is missing.
+
+    Directories with nothing but private members in them are private.
+
+    Gives:
+        The row of the member, its path, and its name in that directory; an empty directory is that directory itself,
+        and has no name there.
+    """
+    mode = 0o777
+    if private:
+        mode = 0o700
+        for row, path in enumerate(paths):
+            if row not in private:
+                cursor.go(path.rpartition("/")[0], make=True)
+    last = ""
+    for row, path in enumerate(paths):
+        parent, _, name = path.rpartition("/")
+        if parent != last:
+            cursor.go(parent, make=True, mode=mode)
+            last = parent
+        yield row, path, name
+
+
+def permissions(mode: int, *, private: bool) -> int:
+    """What a member may be made with, before the umask.
+
+    Args:
+        mode: Of its row in the index.
+    """
+    return (0o777 if mode == _EXECUTABLE_MODE else 0o666) & (0o700 if private else 0o777)
 
 
 def verify_members(artifact: Artifact, *, on_progress: Callable[[int, int], None] | None = None) -> None:

@@ -31,6 +31,7 @@ from pydantic import ConfigDict, Field, JsonValue
 from typing_extensions import override
 
 from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.privacy import directory_is_private, file_is_private
 from blobflow.backends.base import ExportResult, OnProgress
 from blobflow.backends.files import export_files
 from blobflow.backends.versions import VersionedImporter
@@ -305,8 +306,11 @@ class AppendLog:
         records = sorted(replay.state.values(), key=lambda record: record.seq)
         path = self.path / f"{replay.cursor:020}.log.jsonl"
         partial = self.path / f".{path.name}.partial"
+        before = _newest(self.path)
         with writing(self.path):
-            file = open(partial, "wb", buffering=0)  # noqa: SIM115 - it becomes the log's own
+            # Not readable by more people than the file that it replaces: that may be a private one, from elsewhere.
+            mode = before.stat().st_mode & 0o666 if before else 0o666
+            file = open(partial, "wb", buffering=0, opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115 - it becomes the log's own
             try:
                 head = _sealed({"log": _FORMAT, "base": replay.cursor, "records": len(records)})
                 _write_all(file, head + b"".join(map(_encode, records)))
@@ -390,16 +394,15 @@ class AppendLogExporter(KnownFields):
             DestinationNotEmpty: `dest` holds something.
             DiskFull: there is no room at `dest`.
         """
+        path = expanded(self.path)
+        with _open_newest(path) as stream:
+            private = file_is_private(os.fstat(stream.fileno()).st_mode) or directory_is_private(path.stat().st_mode)
 
-        def write(data: Path) -> JsonValue:
-            with (
-                _open_newest(expanded(self.path)) as stream,
-                writing(dest),
-                open(data / Path(stream.name).name, "wb") as copy,
-            ):
-                return _replay(stream, on_line=copy.write).cursor
+            def write(data: Path) -> JsonValue:
+                with writing(dest), open(data / Path(stream.name).name, "wb") as copy:
+                    return _replay(stream, on_line=copy.write).cursor
 
-        return export_files(dest, backend=BACKEND, write=write, on_progress=on_progress)
+            return export_files(dest, backend=BACKEND, write=write, on_progress=on_progress, private=private)
 
 
 class AppendLogImporter(VersionedImporter):

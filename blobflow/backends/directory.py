@@ -8,6 +8,7 @@ import stat
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Final, Literal
 
@@ -18,6 +19,7 @@ from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
 from blobflow.artifact.limits import Tally
 from blobflow.artifact.manifest import DATA_NAME
 from blobflow.artifact.members import open_regular
+from blobflow.artifact.privacy import PrivateRows, directory_is_private, encode, file_is_private
 from blobflow.backends.base import ExportResult, OnProgress
 from blobflow.backends.files import all_or_nothing, copy_still, link_member, place_members, unsupported
 from blobflow.backends.patterns import ExcludePatterns
@@ -56,13 +58,15 @@ class Scan:
         self.inodes = array("Q")
         self.mtimes_ns = array("q")
         self.ctimes_ns = array("q")
+        self.private = bytearray()
+        """Whether others than its owner are kept from reading it: 0 or 1."""
         self.excluded = 0
         self.unmatched: tuple[str, ...] = ()
         self.left_out: list[str] = []
         self.symlinks_skipped = 0
         self._tally = Tally()
 
-    def append(self, path: str, size: int, mode: int, status: os.stat_result) -> None:
+    def append(self, path: str, size: int, mode: int, status: os.stat_result, *, private: bool) -> None:
         """Add an entry; `sort` follows when all are there.
 
         Raises:
@@ -77,6 +81,7 @@ class Scan:
         self.inodes.append(status.st_ino)
         self.mtimes_ns.append(status.st_mtime_ns)
         self.ctimes_ns.append(status.st_ctime_ns)
+        self.private.append(private)
 
     def sort(self) -> None:
         """Bring the entries into the order of their paths."""
@@ -85,6 +90,7 @@ class Scan:
         self.paths = [self.paths[i] for i in order]
         for column in (self.sizes, self.modes, self.inodes, self.mtimes_ns, self.ctimes_ns):
             column[:] = array(column.typecode, map(column.__getitem__, order))
+        self.private[:] = bytes(map(self.private.__getitem__, order))
 
 
 class DirectoryExporter(KnownFields):
@@ -166,7 +172,7 @@ class DirectoryExporter(KnownFields):
             with writing(dest):
                 dest.mkdir(parents=True, exist_ok=True)
             paths = found.paths
-            data = self._materialise(paths, root, dest / DATA_NAME)
+            data = self._materialise(found, root, dest / DATA_NAME)
             if self.mode == "copy":
                 found = _scan_of_copies(data, found)
             total = sum(found.sizes)
@@ -183,7 +189,9 @@ class DirectoryExporter(KnownFields):
             cursor = self._cursor(data, paths)
             origins = (found.inodes, found.mtimes_ns) if self.mode == "reference" else None
             with writing(dest):
-                artifact = write_artifact(dest, index, backend=self.backend, cursor=cursor, origins=origins)
+                artifact = write_artifact(
+                    dest, index, backend=self.backend, cursor=cursor, origins=origins, private=encode(found.private)
+                )
         return ExportResult(
             artifact=artifact,
             members=len(index),
@@ -223,20 +231,25 @@ class DirectoryExporter(KnownFields):
         with reading(str(root)), Opened(root) as top, Cursor(top) as cursor:
             # For each directory from the root to the cursor, the path that its members have in front of their names,
             # and the names of the directories below it that are still to be read.
-            prefixes, pending = [""], [self._look(cursor, "", found, patterns, str(root))]
+            # And whether one of these directories keeps others out than its owner.
+            prefixes, hidden = [""], [directory_is_private(os.fstat(top).st_mode)]
+            pending = [self._look(cursor, "", found, patterns, str(root), hidden=hidden[-1])]
             while pending:
                 if not pending[-1]:
                     pending.pop()
                     prefixes.pop()
+                    hidden.pop()
                     if pending:
                         cursor.leave()
                     continue
-                name, is_link = pending[-1].pop()
+                name, is_link, is_hidden = pending[-1].pop()
                 prefix = f"{prefixes[-1]}{name}/"
                 with reading(prefix):
                     cursor.enter(name, follow=is_link)
+                    closed = directory_is_private(os.fstat(cursor.descriptor).st_mode)
                 prefixes.append(prefix)
-                pending.append(self._look(cursor, prefix, found, patterns, str(root)))
+                hidden.append(hidden[-1] or is_hidden or closed)
+                pending.append(self._look(cursor, prefix, found, patterns, str(root), hidden=hidden[-1]))
         found.sort()
         found.unmatched = patterns.unmatched
         found.left_out.sort()
@@ -248,12 +261,19 @@ class DirectoryExporter(KnownFields):
         return False
 
     def _look(
-        self, cursor: Cursor, prefix: str, found: Scan, patterns: ExcludePatterns, root: str
-    ) -> list[tuple[str, bool]]:
-        """Add the files of the cursor's directory, and return the directories below it, and which of them are links."""
+        self, cursor: Cursor, prefix: str, found: Scan, patterns: ExcludePatterns, root: str, *, hidden: bool
+    ) -> list[tuple[str, bool, bool]]:
+        """Add the files of the cursor's directory, and find the directories below it.
+
+        Args:
+            hidden: Whether only the owner comes there.
+
+        Returns:
+            Their names, which of them are links, and which of these lead to where only the owner comes.
+        """
         from blobflow.artifact.index import EXECUTABLE_MODE, FILE_MODE, path_fault
 
-        below: list[tuple[str, bool]] = []
+        below: list[tuple[str, bool, bool]] = []
         kept = 0
         with reading(prefix or root), os.scandir(cursor.descriptor) as listed:
             entries = list(listed)
@@ -268,28 +288,29 @@ class DirectoryExporter(KnownFields):
                 continue
             if fault := path_fault(path):
                 raise unsupported(path, fault, f"rename it, or {LEAVE_IT_OUT}")
-            is_link = entry.is_symlink()
+            is_link, is_hidden = entry.is_symlink(), hidden
             if is_link:
                 if self.symlinks == "skip":
                     found.symlinks_skipped += 1
                     continue
-                self._check_link(cursor, entry.name, path, root)
+                is_hidden |= self._check_link(cursor, entry.name, path, root)
             kept += 1
             with reading(path):
                 is_directory, status = entry.is_dir(), entry.stat()
             if is_directory:
-                below.append((entry.name, is_link))
+                below.append((entry.name, is_link, is_hidden))
                 continue
             if not stat.S_ISREG(status.st_mode):
                 raise unsupported(path, "it is a device, socket or pipe", LEAVE_IT_OUT)
             mode = EXECUTABLE_MODE if status.st_mode & stat.S_IXUSR else FILE_MODE
-            found.append(path, status.st_size, mode, status)
+            found.append(path, status.st_size, mode, status, private=is_hidden or file_is_private(status.st_mode))
         if not kept and prefix:
             with reading(prefix):
-                found.append(prefix, 0, EXECUTABLE_MODE, os.fstat(cursor.descriptor))
+                found.append(prefix, 0, EXECUTABLE_MODE, os.fstat(cursor.descriptor), private=hidden)
         return below
 
-    def _check_link(self, cursor: Cursor, name: str, path: str, root: str) -> None:
+    def _check_link(self, cursor: Cursor, name: str, path: str, root: str) -> bool:
+        """Refuse a link that must not be followed; whether only the owner comes to where it leads."""
         if self.symlinks == "refuse":
             remedies = f"{setting('symlinks', 'skip')}, {setting('symlinks', 'follow')}, or {LEAVE_IT_OUT}"
             raise unsupported(path, "it is a symbolic link", remedies)
@@ -308,14 +329,21 @@ class DirectoryExporter(KnownFields):
             raise unsupported(path, f"it is a symbolic link to {real}, outside of the source", LEAVE_IT_OUT)
         if (status.st_dev, status.st_ino) in cursor.identities:
             raise unsupported(path, "it is a symbolic link to a directory above it", LEAVE_IT_OUT)
+        with reading(path):
+            above = takewhile(lambda directory: directory != Path(root), Path(real).parents)
+            return any(directory_is_private(directory.stat().st_mode) for directory in above)
 
-    def _materialise(self, paths: Sequence[str], root: Path, data: Path) -> Path:
+    def _materialise(self, found: Scan, root: Path, data: Path) -> Path:
         """Put the members under `data` as the mode says, and return the directory to read them from."""
         if self.mode == "reference":
             with writing(data):
                 data.symlink_to(root)
             return root
-        place_members(paths, root, data, link_member if self.mode == "link" else copy_still)
+        if self.mode == "link":
+            # The links have the modes of their files: what keeps others out is the directory.
+            place_members(found.paths, root, data, link_member, closed=any(found.private))
+        else:
+            place_members(found.paths, root, data, copy_still, PrivateRows(encode(found.private)))
         return data
 
 
@@ -331,9 +359,9 @@ def _scan_of_copies(data: Path, found: Scan) -> Scan:
     """What the copies hold of what the scan found in the source, which was perhaps written to since."""
     copies = Scan()
     with Opened(data) as root:
-        for path, mode in zip(found.paths, found.modes, strict=True):
+        for path, mode, private in zip(found.paths, found.modes, found.private, strict=True):
             status = os.stat(path, dir_fd=root)
-            copies.append(path, 0 if path.endswith("/") else status.st_size, mode, status)
+            copies.append(path, 0 if path.endswith("/") else status.st_size, mode, status, private=bool(private))
     copies.excluded, copies.symlinks_skipped = found.excluded, found.symlinks_skipped
     copies.unmatched, copies.left_out = found.unmatched, found.left_out
     return copies

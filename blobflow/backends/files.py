@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from pydantic import JsonValue
 from blobflow.artifact.artifact import write_artifact
 from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
 from blobflow.artifact.manifest import DATA_NAME
-from blobflow.artifact.members import open_regular
+from blobflow.artifact.members import open_regular, visit_members
+from blobflow.artifact.privacy import PrivateRows, encode
 from blobflow.backends.base import ExportResult, OnProgress
 from blobflow.durable import copy_bytes
 from blobflow.errors import (
@@ -66,7 +66,12 @@ def all_or_nothing(dest: Path) -> Generator[None]:
 
 
 def export_files(
-    dest: Path, *, backend: str, write: Callable[[Path], JsonValue], on_progress: OnProgress | None = None
+    dest: Path,
+    *,
+    backend: str,
+    write: Callable[[Path], JsonValue],
+    on_progress: OnProgress | None = None,
+    private: bool = False,
 ) -> ExportResult:
     """Make an artifact in `dest` of the files that `write` puts into a directory; on failure `dest` is as before.
 
@@ -74,6 +79,7 @@ def export_files(
 
     Args:
         write: Gets the empty directory of the members, and returns the cursor.
+        private: Whether others than its owner are kept from reading the source.
 
     Raises:
         DestinationNotEmpty: `dest` holds something.
@@ -88,7 +94,8 @@ def export_files(
     with all_or_nothing(dest):
         data = dest / DATA_NAME
         with writing(dest):
-            data.mkdir(parents=True)
+            dest.mkdir(parents=True, exist_ok=True)
+            data.mkdir(0o700 if private else 0o777)
         cursor = write(data)
         paths = sorted(os.listdir(data))
         sizes = [(data / path).stat().st_size for path in paths]
@@ -108,7 +115,9 @@ def export_files(
         for path, hashed in zip(paths, hashes, strict=True):
             index.append(Member(path, hashed.size, FILE_MODE, 0, hashed.sha256, hashed.crc32c))
         with writing(dest):
-            artifact = write_artifact(dest, index, backend=backend, cursor=cursor)
+            artifact = write_artifact(
+                dest, index, backend=backend, cursor=cursor, private=encode(private for _ in paths)
+            )
     return ExportResult(
         artifact=artifact,
         members=len(index),
@@ -119,15 +128,27 @@ def export_files(
     )
 
 
-Place: TypeAlias = Callable[[int, str, int, str], object]
-"""`place(root, path, directory, name)` makes the file `name` in an open directory from that at `path` below another."""
+_NO_ROWS: Final = PrivateRows()
+
+Place: TypeAlias = Callable[[int, str, int, str, bool], object]
+"""`place(root, path, directory, name, private)` makes a file in an open directory from that at `path` below another."""
 
 
-def place_members(paths: Sequence[str], root: Path, data: Path, place: Place) -> None:
+def place_members(
+    paths: Sequence[str],
+    root: Path,
+    data: Path,
+    place: Place,
+    private: PrivateRows = _NO_ROWS,
+    *,
+    closed: bool = False,
+) -> None:
     """Bring the members at `paths`, which are sorted, from `root` to `data`.
 
     Args:
         place: `link_member`, `copy_member` or `copy_still`.
+        private: The members that only their owner may read.
+        closed: Whether nobody else may enter `data`.
 
     Raises:
         DiskFull, RefusedError: `data` cannot be written.
@@ -135,15 +156,17 @@ def place_members(paths: Sequence[str], root: Path, data: Path, place: Place) ->
         Unsupported: `data` cannot hold hard links to the members.
     """
     with writing(data):
-        data.mkdir()
+        data.mkdir(0o700 if closed or private.covers(len(paths)) else 0o777)
     with Opened(os.path.realpath(root)) as source, Opened(data) as top, Cursor(top) as cursor:
-        for path in paths:
-            parent, _, name = path.rpartition("/")  # of a directory, itself: its path ends in a slash
-            with writing(data / path):
-                directory = cursor.go(parent, make=True)
+        members = visit_members(cursor, paths, private)
+        while True:
+            with writing(data):
+                row, path, name = next(members, (-1, "", ""))
+            if row < 0:
+                return
             if name:
                 with _placing(path, data / path):
-                    place(source, path, directory, name)
+                    place(source, path, cursor.descriptor, name, row in private)
 
 
 @contextmanager
@@ -165,19 +188,20 @@ def _placing(path: str, target: Path) -> Generator[None]:
             raise
 
 
-def link_member(root: int, path: str, directory: int, name: str) -> None:
+def link_member(root: int, path: str, directory: int, name: str, private: bool) -> None:
     """Make a hard link; see `Place`. Of a symbolic link, one to the file that it leads to."""
+    del private
     os.link(path, name, src_dir_fd=root, dst_dir_fd=directory)
 
 
-def copy_member(root: int, path: str, directory: int, name: str) -> None:
-    """Copy a file, with its times and permission bits; see `Place`."""
-    with _copying(root, path, directory, name) as (original, copy):
+def copy_member(root: int, path: str, directory: int, name: str, private: bool) -> None:
+    """Copy a file, with its times, and its permission bits as far as the umask allows; see `Place`."""
+    with _copying(root, path, directory, name, private=private) as (original, copy):
         copy_bytes(original, copy)
-        _keep_attributes(os.fstat(original), copy)
+        _keep_times(os.fstat(original), copy)
 
 
-def copy_still(root: int, path: str, directory: int, name: str) -> None:
+def copy_still(root: int, path: str, directory: int, name: str, private: bool) -> None:
     """`copy_member` of a file as it was at one moment.
 
     A file that is written to while it is copied is copied again, after pauses that grow to about ten seconds in all.
@@ -185,14 +209,14 @@ def copy_still(root: int, path: str, directory: int, name: str) -> None:
     Raises:
         SourceBusy: it was written to during every attempt.
     """
-    with _copying(root, path, directory, name) as (original, copy):
+    with _copying(root, path, directory, name, private=private) as (original, copy):
         for pause_s in _PAUSES_S:
             before, now_ns = os.fstat(original), time.time_ns()
             copied = copy_bytes(original, copy)
             after = os.fstat(original)
             is_fresh = 0 <= now_ns - before.st_ctime_ns < _TICK_NS
             if (copied, *_version(before)) == (after.st_size, *_version(after)) and not is_fresh:
-                _keep_attributes(after, copy)
+                _keep_times(after, copy)
                 return
             os.ftruncate(copy, 0)
             time.sleep(pause_s)
@@ -206,12 +230,14 @@ def copy_still(root: int, path: str, directory: int, name: str) -> None:
 
 
 @contextmanager
-def _copying(root: int, path: str, directory: int, name: str) -> Generator[tuple[int, int]]:
+def _copying(root: int, path: str, directory: int, name: str, *, private: bool) -> Generator[tuple[int, int]]:
     # Non-blocking, so that a pipe that took a file's place cannot hang the copy.
     original = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=root)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        copy = os.open(name, flags, 0o600, dir_fd=directory)
+        # With its permissions from the beginning: nobody can open it who may not read it in the end.
+        mode = os.fstat(original).st_mode & (0o700 if private else 0o777)
+        copy = os.open(name, flags, mode, dir_fd=directory)
         try:
             yield original, copy
         finally:
@@ -220,8 +246,7 @@ def _copying(root: int, path: str, directory: int, name: str) -> Generator[tuple
         os.close(original)
 
 
-def _keep_attributes(status: os.stat_result, copy: int) -> None:
-    os.fchmod(copy, stat.S_IMODE(status.st_mode))
+def _keep_times(status: os.stat_result, copy: int) -> None:
     os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 

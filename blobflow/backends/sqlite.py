@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, JsonValue
 from typing_extensions import override
 
 from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.privacy import file_is_private
 from blobflow.backends.base import ExportResult, OnProgress
 from blobflow.backends.files import export_files
 from blobflow.backends.versions import VersionedImporter
@@ -98,7 +99,8 @@ class SqliteExporter(KnownFields):
         path = expanded(self.path).absolute()
         if not path.is_file():
             raise NotFoundError(f"database {self.path} does not exist", path=str(self.path))
-        size = path.stat().st_size
+        status = path.stat()
+        size = status.st_size
 
         def alive(*_: int) -> None:
             if on_progress:
@@ -116,7 +118,9 @@ class SqliteExporter(KnownFields):
                     target.unlink(missing_ok=True)
                     return self._copy(path, target, alive)
 
-        return export_files(dest, backend=BACKEND, write=write, on_progress=on_progress)
+        return export_files(
+            dest, backend=BACKEND, write=write, on_progress=on_progress, private=file_is_private(status.st_mode)
+        )
 
     def _backup(self, path: Path, target: Path, alive: Callable[..., None]) -> JsonValue:
         """Let SQLite copy the database while others write to it; the cursor."""

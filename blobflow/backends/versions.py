@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
@@ -15,7 +14,7 @@ from typing import Final, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, field_validator
 
-from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.artifact import Artifact, write_durably
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.members import verify_members
 from blobflow.backends.base import ImportResult, OnProgress
@@ -153,10 +152,11 @@ class VersionedImporter(KnownFields, ABC):
         else:
             partial = version.with_name(f".{version.name}.partial")
             remove_tree(partial)
-            partial.mkdir()
-            place_members(artifact.index.paths, artifact.data, partial / DATA_NAME, copy_member)
-            for name in (INDEX_NAME, MANIFEST_NAME):
-                shutil.copy2(artifact.path / name, partial / name)
+            private = artifact.layout.private
+            partial.mkdir(0o700 if private.covers(len(artifact.index)) else 0o777)
+            place_members(artifact.index.paths, artifact.data, partial / DATA_NAME, copy_member, private)
+            write_durably(partial / INDEX_NAME, artifact.index_bytes, private=bool(private))
+            write_durably(partial / MANIFEST_NAME, artifact.manifest_bytes, private=bool(private))
             sync_tree(partial)
             os.rename(partial, version)
             if consume:

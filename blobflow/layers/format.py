@@ -272,6 +272,11 @@ def layer_digest(manifest: Manifest) -> str:
     return "sha256:" + hashlib.sha256(content.encode()).hexdigest()
 
 
+def tree_digest(manifest: Manifest) -> str:
+    """What a directory can be compared by, whatever the umask it was restored under: no file of it is private or not."""
+    return layer_digest(manifest.model_copy(update={"private": None}))
+
+
 def as_layer(artifact: Artifact) -> Artifact:
     """The same members behind a manifest that says nothing of time and host."""
     anywhere = artifact.manifest.model_copy(update={"created_at": _EPOCH, "producer": _PRODUCER})

@@ -18,10 +18,10 @@ from typing_extensions import override
 
 from blobflow.artifact.artifact import write_durably
 from blobflow.artifact.landing import REPLACED_NAME, Landing, Stage, check_destination, fsync_directory
-from blobflow.artifact.manifest import DATA_NAME
+from blobflow.artifact.manifest import DATA_NAME, Manifest
 from blobflow.config import ChunkProfile
 from blobflow.errors import BlobflowError, DestinationNotEmpty, RefusedError, setting, writing
-from blobflow.layers.format import manifest_digest
+from blobflow.layers.format import LayerMeta, manifest_digest, tree_digest
 from blobflow.layers.remote import RemoteLayer
 from blobflow.layers.state import Restored
 from blobflow.transport.books import Books, OnProgress, OnRecord
@@ -43,7 +43,7 @@ class Replaceable:
     earlier: Restored | None
     overwrite: bool
     digest_of: Callable[[Path], str | None]
-    """The digest of the layer that a directory holds now; None for what no layer can hold."""
+    """What a directory holds now (`tree_digest`); None for what no layer can hold."""
 
     def admits(self, status: os.stat_result) -> bool:
         """Whether it is that directory, whatever is in it."""
@@ -55,7 +55,7 @@ class Replaceable:
         Raises:
             DestinationNotEmpty: it was changed since.
         """
-        if self.earlier is not None and not self.overwrite and self.digest_of(dest) != self.earlier.digest:
+        if self.earlier is not None and not self.overwrite and self.digest_of(dest) != self.earlier.content:
             raise DestinationNotEmpty(
                 f"{dest} was changed since a layer was restored there",
                 hint=f"sync it, or replace it with {setting('overwrite')}",
@@ -131,7 +131,7 @@ def land_layer(
 
 def sweep(dest: Path, layer: RemoteLayer, replaceable: Replaceable) -> Path | None:
     """Remove what a restore left that was killed after its last step; returns what was kept of it (see `Landed`)."""
-    stage = _LayerStage(dest, manifest_digest(layer.meta), layer.meta.digest, replaceable, lambda _: None)
+    stage = _LayerStage(dest, manifest_digest(layer.meta), layer.meta, replaceable, lambda _: None)
     stage.sweep()
     return stage.kept
 
@@ -152,13 +152,14 @@ class _LayerStage(Stage):
         self,
         dest: Path,
         artifact_digest: str,
-        layer_digest: str,
+        layer: LayerMeta,
         replaceable: Replaceable,
         on_swap: Callable[[Restored], None],
     ) -> None:
         super().__init__(dest, artifact_digest)
         self.kept: Path | None = None
-        self._layer_digest = layer_digest
+        self._layer = layer
+        self._tree = tree_digest(Manifest.parse(layer.manifest_bytes))
         self._replaceable = replaceable
         self._on_swap = on_swap
         self._note = self.path / REPLACED_NAME
@@ -192,7 +193,9 @@ class _LayerStage(Stage):
         if replaces:
             self._replaceable.check(self.dest)
         status = members.stat()
-        new = Restored(path=str(self.dest), device=status.st_dev, inode=status.st_ino, digest=self._layer_digest)
+        new = Restored(
+            path=str(self.dest), device=status.st_dev, inode=status.st_ino, digest=self._layer.digest, tree=self._tree
+        )
         self._on_swap(new)
         self.forget_all()  # what lies here after the exchange is another tree
         if replaces:
@@ -221,7 +224,7 @@ class _LayerStage(Stage):
             status = directory.stat(follow_symlinks=False)
             if _is_directory(status, exchange.new):  # killed before the exchange: it is not anybody's yet
                 continue
-            if not _is_directory(status, exchange.old) or not self._holds(directory, exchange.old.digest):
+            if not _is_directory(status, exchange.old) or not self._holds(directory, exchange.old.content):
                 self.kept = _set_aside(directory, self.dest)
                 log.warning("layer.kept path=%s replaced=%s", self.kept, self.dest)
         self._note.unlink()

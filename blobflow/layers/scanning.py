@@ -25,6 +25,7 @@ from typing import Final
 from blobflow.artifact.artifact import REFERENCE_NAME, Artifact
 from blobflow.artifact.hashing import FileHash
 from blobflow.artifact.landing import try_flock
+from blobflow.artifact.privacy import encode
 from blobflow.backends.base import OnProgress
 from blobflow.backends.directory import DirectoryExporter, Scan
 from blobflow.errors import BlobflowError, TransferBusy, writing
@@ -140,9 +141,8 @@ class _Known:
     def covers(self, found: Scan) -> bool:
         """Whether a scan finds nothing else."""
         paths = self.artifact.index.paths
-        return found.paths == paths and all(
-            path.endswith("/") or self._is_as_it_was(i, found, i) for i, path in enumerate(paths)
-        )
+        same = found.paths == paths and encode(found.private) == self.artifact.manifest.private
+        return same and all(path.endswith("/") or self._is_as_it_was(i, found, i) for i, path in enumerate(paths))
 
     def hash_of(self, found: Scan, i: int) -> FileHash | None:
         """The hash of entry `i` of a scan, if that is a file that is as it was."""

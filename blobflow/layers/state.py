@@ -50,6 +50,13 @@ class Restored(BaseModel):
     device: int
     inode: int
     digest: Sha256Digest
+    tree: Sha256Digest | None = None
+    """What its files hold; None: as `digest`, in rows of earlier versions."""
+
+    @property
+    def content(self) -> str:
+        """What its files hold, whoever may read them; see `tree_digest`."""
+        return self.tree or self.digest
 
 
 class SyncState(BaseModel):

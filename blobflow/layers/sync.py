@@ -36,6 +36,7 @@ from blobflow.layers.format import (
     as_layer,
     layer_digest,
     manifest_digest,
+    tree_digest,
 )
 from blobflow.layers.names import CONTAINERS, container_name, container_ref, layer_key
 from blobflow.layers.remote import RemoteLayer
@@ -346,9 +347,9 @@ class LayerSync:
             if directory != dest:
                 with self._cache(dest).held() as cache:
                     if (known := cache.found_again(directory)) is not None:
-                        return layer_digest(known.manifest)
+                        return tree_digest(known.manifest)
             with self._cache(directory).held() as cache:
-                digest = layer_digest(cache.scan(self._on_scan).manifest)
+                digest = tree_digest(cache.scan(self._on_scan).manifest)
                 if directory != dest:
                     remove_tree(cache.path)  # nobody comes back there
                 return digest

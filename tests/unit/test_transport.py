@@ -1253,7 +1253,7 @@ def test_a_finished_download_is_unchanged(artifact: Artifact, store: LocalStore,
 
 @pytest.mark.seed("1.17")
 def test_nothing_but_contents_and_execute_bits_is_adopted(store: LocalStore, tmp_path: Path):
-    """The umask decides about permissions, now decides about times."""
+    """The umask decides about permissions, but for what was private; now decides about times."""
     source = write_tree(tmp_path / "s" / "source", {"run": Executable("x"), "plain": "y", "private": "z"})
     (source / "private").chmod(0o600)
     (source / "run").chmod(0o4755)
@@ -1268,7 +1268,7 @@ def test_nothing_but_contents_and_execute_bits_is_adopted(store: LocalStore, tmp
     assert {name: (data / name).stat().st_mode & 0o7777 for name in os.listdir(data)} == {
         "run": 0o750,
         "plain": 0o640,
-        "private": 0o640,
+        "private": 0o600,
     }
     assert (data / "plain").stat().st_mtime > 1e9
     assert data.stat().st_mode & 0o777 == 0o750
