@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, Protocol
 
 from pydantic import JsonValue
 
@@ -130,8 +130,11 @@ def export_files(
 
 _NO_ROWS: Final = PrivateRows()
 
-Place: TypeAlias = Callable[[int, str, int, str, bool], object]
-"""`place(root, path, directory, name, private)` makes a file in an open directory from that at `path` below another."""
+
+class Place(Protocol):
+    """Makes the file `name` in an open directory from the file at `path` below another one."""
+
+    def __call__(self, root: int, path: str, directory: int, name: str, *, private: bool) -> None: ...
 
 
 def place_members(
@@ -166,7 +169,7 @@ def place_members(
                 return
             if name:
                 with _placing(path, data / path):
-                    place(source, path, cursor.descriptor, name, row in private)
+                    place(source, path, cursor.descriptor, name, private=row in private)
 
 
 @contextmanager
@@ -188,20 +191,20 @@ def _placing(path: str, target: Path) -> Generator[None]:
             raise
 
 
-def link_member(root: int, path: str, directory: int, name: str, private: bool) -> None:
+def link_member(root: int, path: str, directory: int, name: str, *, private: bool) -> None:
     """Make a hard link; see `Place`. Of a symbolic link, one to the file that it leads to."""
     del private
     os.link(path, name, src_dir_fd=root, dst_dir_fd=directory)
 
 
-def copy_member(root: int, path: str, directory: int, name: str, private: bool) -> None:
+def copy_member(root: int, path: str, directory: int, name: str, *, private: bool) -> None:
     """Copy a file, with its times, and its permission bits as far as the umask allows; see `Place`."""
     with _copying(root, path, directory, name, private=private) as (original, copy):
         copy_bytes(original, copy)
         _keep_times(os.fstat(original), copy)
 
 
-def copy_still(root: int, path: str, directory: int, name: str, private: bool) -> None:
+def copy_still(root: int, path: str, directory: int, name: str, *, private: bool) -> None:
     """`copy_member` of a file as it was at one moment.
 
     A file that is written to while it is copied is copied again, after pauses that grow to about ten seconds in all.

@@ -273,7 +273,7 @@ def layer_digest(manifest: Manifest) -> str:
 
 
 def tree_digest(manifest: Manifest) -> str:
-    """What a directory can be compared by, whatever the umask it was restored under: no file of it is private or not."""
+    """What a directory can be compared by, whatever umask it was restored under: who may read a file does not count."""
     return layer_digest(manifest.model_copy(update={"private": None}))
 
 

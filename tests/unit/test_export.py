@@ -294,7 +294,7 @@ def test_a_write_in_the_same_tick_of_the_clock_is_not_missed(tmp_path: Path, mon
     monkeypatch.setattr(files.os, "fstat", same_times)
     monkeypatch.setattr(files.time, "time_ns", iter((status.st_ctime_ns + 1, status.st_ctime_ns + 10**9)).__next__)
     with Opened(source) as root, Opened(tmp_path) as directory:
-        files.copy_still(root, "a", directory, "copy")
+        files.copy_still(root, "a", directory, "copy", private=False)
     assert (tmp_path / "copy").read_text() == "other"
 
 
