@@ -101,7 +101,7 @@ def land_layer(
         TransferBusy: another process lands the same layer at the same place.
     """
     started = time.monotonic()
-    stage = _LayerStage(dest, manifest_digest(layer.meta), layer.meta.digest, replaceable, on_swap)
+    stage = _LayerStage(dest, manifest_digest(layer.meta), layer.meta, replaceable, on_swap)
     stage.check_destination()
     remote = layer.artifact()
     layout = remote.open_layout()
