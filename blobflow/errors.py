@@ -514,7 +514,7 @@ def _source_error(error: OSError, path: str) -> BlobflowError:
         OsFault.DAMAGED: f"look after the disk, or {LEAVE_IT_OUT}",
         OsFault.NAME_TOO_LONG: f"shorten the path, or {LEAVE_IT_OUT}",
     }
-    return _error_anywhere(error, message, {"path": shown}) or UnsupportedSource(
+    return error_anywhere(error, message, {"path": shown}) or UnsupportedSource(
         message, hint=remedies.get(fault, LEAVE_IT_OUT), path=shown, reason=_reason(error)
     )
 
@@ -531,7 +531,7 @@ def _destination_error(error: OSError, path: Path) -> BlobflowError:
         OsFault.DAMAGED: "look after the disk, or name a directory on another one",
         OsFault.NAME_TOO_LONG: "name a directory with a shorter path",
     }
-    return _error_anywhere(error, message, {"path": str(path)}) or RefusedError(
+    return error_anywhere(error, message, {"path": str(path)}) or RefusedError(
         message, hint=remedies.get(fault, "name a directory that can be written to"), path=str(path)
     )
 
@@ -546,10 +546,10 @@ def _store_error(error: OSError, doing: str, fields: dict[str, Any]) -> Blobflow
         return StoreConfigurationError(message, hint=hint, **fields)
     if fault is OsFault.LATER:
         return StoreUnavailable(message, **fields)
-    return _error_anywhere(error, message, fields) or StoreUnavailable(message, **fields)
+    return error_anywhere(error, message, fields) or StoreUnavailable(message, **fields)
 
 
-def _error_anywhere(error: OSError, message: str, fields: dict[str, Any]) -> BlobflowError | None:
+def error_anywhere(error: OSError, message: str, fields: dict[str, Any]) -> BlobflowError | None:
     """The error that is the same for sources, destinations and stores; None where they differ."""
     fault = os_fault(error)
     if fault is OsFault.NO_ROOM:

@@ -12,14 +12,15 @@ import signal
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
-from typing import NoReturn
+from typing import NoReturn, TextIO, cast
 
 import click
 
 from blobflow.cli.commands import cli
 from blobflow.cli.settings import Settings
+from blobflow.cli.streams import OutputLost, Tolerant
 from blobflow.cli.words import as_option
-from blobflow.errors import BlobflowError
+from blobflow.errors import BlobflowError, error_anywhere
 
 __all__ = ["main", "run"]
 
@@ -32,15 +33,28 @@ _LARGE_BYTES = 128 * 1024
 
 def main() -> NoReturn:
     """The console script: run the command line and exit with its code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            # A path that is not valid Unicode must not be what makes a report fail.
-            stream.reconfigure(errors="backslashreplace")
+    _have_streams()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and means it
             signal.signal(number, _stop)
     _keep_the_heap_small()
     sys.exit(run(sys.argv[1:]))
+
+
+def _have_streams() -> None:
+    """Standard streams that may be written to, whatever the caller closed."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file of ours would get its number, and everybody's messages
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A path that is not valid Unicode must not be what makes a report fail.
+            stream.reconfigure(errors="backslashreplace")
+    sys.stderr = cast("TextIO", Tolerant(sys.stderr))
 
 
 def _keep_the_heap_small() -> None:
@@ -65,9 +79,10 @@ def run(arguments: Sequence[str]) -> int:
     settings = Settings(json="--json" in arguments)
     try:
         return _run(arguments, settings)
-    except BrokenPipeError:
-        # Whoever reads our output has seen enough. Nothing may be left for the interpreter to flush at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OutputLost as lost:
+        # Whoever reads our output may have seen enough.
+        if not isinstance(lost.__cause__, BrokenPipeError):
+            settings.complain(f"standard output cannot be written: {lost}")
         return 1
 
 
@@ -86,11 +101,21 @@ def _run(arguments: Sequence[str], settings: Settings) -> int:
         return settings.stopped(signal.SIGINT)
     except _Stopped as stopped:
         return settings.stopped(stopped.signal)
-    except BrokenPipeError:
+    except OutputLost:
         raise
+    except OSError as error:
+        found = error_anywhere(error, str(error), {"path": error.filename})
+        if found is None:
+            return _unexpected(error, settings)
+        settings.fail(found.to_dict(as_option), error)
+        return found.exit_code
     except Exception as error:  # noqa: BLE001  # the last resort: an operator gets one line, and -v the rest
-        settings.fail({"type": type(error).__name__, "message": str(error), "hint": ""}, error)
-        return 1
+        return _unexpected(error, settings)
+
+
+def _unexpected(error: Exception, settings: Settings) -> int:
+    settings.fail({"type": type(error).__name__, "message": str(error), "hint": ""}, error)
+    return 1
 
 
 class _Stopped(BaseException):

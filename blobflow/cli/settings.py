@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -19,6 +19,7 @@ import click
 from click.core import ParameterSource
 
 from blobflow.activity import Wait, reporting_waits
+from blobflow.cli.streams import OutputLost, show
 from blobflow.cli.words import printable
 from blobflow.errors import BlobflowError, TemporaryError
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 PATH: Final = click.Path(path_type=Path)
 BACKENDS: Final = click.Choice(["append-log", "directory", "parquet", "sqlite"])
 """`blobflow.backends.BACKENDS`, without the import."""
+
+
+_SHOWN: Final = frozenset({"listed", "found", "probed", "empty", "bootstrapping", "following"})
+"""Of documents that are all that their command makes."""
 
 
 @dataclass
@@ -88,25 +93,42 @@ class Settings:
             store.close()
 
     def report(self, document: dict[str, Any], *lines: str) -> None:
-        """The result: the document under `--json`, otherwise the lines."""
-        if self.json:
-            click.echo(json.dumps(document))
-        else:
-            for line in lines:
-                click.echo(printable(line))
+        """The result: the document under `--json`, otherwise the lines.
+
+        Raises:
+            OutputLost: standard output cannot be written, and the command does nothing else. One that did its work
+                has done it, whatever happens to the report.
+        """
+        try:
+            if self.json:
+                show(json.dumps(document))
+            else:
+                for line in lines:
+                    show(printable(line))
+        except OutputLost as lost:
+            if document["status"] in _SHOWN:
+                raise
+            self.complain(f"done ({document['status']}), but standard output cannot be written: {lost}")
 
     def fail(self, document: dict[str, Any], error: Exception | None = None) -> None:
         """The error: as a document on standard output under `--json`, otherwise in words on standard error."""
         if error is not None and self.verbose:
             traceback.print_exception(error)
         if self.json:
-            click.echo(json.dumps({"error": document}))
+            with suppress(OutputLost):
+                show(json.dumps({"error": document}))
             return
         unexpected = error is not None and not isinstance(error, BlobflowError)
         message = f"{document['type']}: {document['message']}" if unexpected else document["message"]
         click.echo(f"Error: {printable(message)}", err=True)
         if document["hint"]:
             click.echo(f"Hint: {printable(document['hint'])}", err=True)
+
+    @staticmethod
+    def complain(message: str) -> None:
+        """A line on standard error."""
+        with suppress(OSError):
+            click.echo(f"Error: {printable(message)}", err=True)
 
     def stopped(self, number: signal.Signals) -> int:
         """Report the signal that ended the command; the exit code that says so."""

@@ -8,8 +8,7 @@ from datetime import datetime
 from shlex import quote
 from typing import TYPE_CHECKING, Any, Final
 
-import click
-
+from blobflow.cli.streams import show
 from blobflow.errors import Value
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on a terminal; elsewhere a line for each row as it comes, with tabs between the cells."""
     if not sys.stdout.isatty():
         for row in rows:
-            click.echo("\t".join(map(printable, row)))
+            show("\t".join(map(printable, row)))
         return
     from rich.console import Console
     from rich.table import Table
