@@ -42,7 +42,7 @@ from pydantic_core import InitErrorDetails
 from blobflow.backends import BACKENDS, backend_classes
 from blobflow.config import ChunkProfile
 from blobflow.dagster.automation import export_schedule
-from blobflow.dagster.mirror import artifact_mirror
+from blobflow.dagster.mirror import MIRRORS, artifact_mirror
 from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, artifact_pipeline
 from blobflow.dagster.resource import BlobflowResource, ProfileConfig
 from blobflow.dagster.sensors import Announce
@@ -627,6 +627,12 @@ class ArtifactMirrorComponent(_StoreComponent):
             " of its own."
         ),
     ] = "latest"
+    key_prefix: Annotated[
+        Sequence[str],
+        _described(
+            "Of the assets' keys, before the name. Each further mirror of a pipeline in one deployment needs another."
+        ),
+    ] = MIRRORS
     announce: Annotated[
         Announce,
         _described(
@@ -646,6 +652,7 @@ class ArtifactMirrorComponent(_StoreComponent):
         mirror = artifact_mirror(
             importer=self.importer,
             ref=self.ref,
+            key_prefix=self.key_prefix,
             announce=self.announce,
             digest=self.digest,
             minimum_interval_seconds=self.minimum_interval_seconds,

@@ -2,13 +2,15 @@
 
 | asset | materialized by | means |
 |---|---|---|
-| `[name, "remote"]` | a sensor; external | the store has a new artifact |
-| `[name, "mirror"]` | the nodes download, import | the target shows it |
+| `["mirrors", name, "remote"]` | a sensor; external | the store has a new artifact |
+| `["mirrors", name, "mirror"]` | the nodes download, import | the target shows it |
 
-The two deployments share nothing but the store.
+The two deployments share nothing but the store. If they are code locations of one deployment after all, the assets of
+the pipeline are `[name, ...]`, and so are others than these; each further mirror of the same pipeline needs a
+`key_prefix` of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
@@ -27,6 +29,9 @@ from blobflow.errors import BlobflowError, NotFoundError
 from blobflow.lease import read_ref
 from blobflow.stores import Store
 from blobflow.transport import read_manifest_bytes
+
+MIRRORS: Final = ("mirrors",)
+"""What the keys of mirrors begin with, so that they are not those of the pipeline that they follow."""
 
 _DESCRIPTION: Final = "An artifact that another deployment published in the store."
 
@@ -62,6 +67,7 @@ def artifact_mirror(
     name: str,
     importer: Importer | Callable[[str], Importer],
     *,
+    key_prefix: Sequence[str] = MIRRORS,
     ref: str | None = "latest",
     announce: Announce = "verified",
     digest: str | None = None,
@@ -83,6 +89,8 @@ def artifact_mirror(
     Args:
         name: Of the publishing pipeline: what its keys begin with.
         importer: Of the target; without a ref it may be a function of the partition key, which is the artifact's key.
+        key_prefix: Of the assets' keys, before the name, which the pipeline's own assets begin with. A key that a
+            translator gives stays as it is.
         announce: Without a ref: of which artifacts the sensor tells; see `manifest_sensor`.
         digest: Refuse every artifact but this one (`sha256:...`), whoever writes to the store. A single run is held to
             one by the config `digest` of its first step.
@@ -96,7 +104,7 @@ def artifact_mirror(
     """
     references_key = f"{name}_references"
     partitions = artifact_partitions(name) if ref is None else None
-    looks = _MirrorTranslator(translator or BlobflowTranslator(), automatic=ref is None)
+    looks = _MirrorTranslator(translator or BlobflowTranslator(), tuple(key_prefix), automatic=ref is None)
     mirror = artifact_pipeline(
         name,
         _ExportedElsewhere(),
@@ -157,13 +165,16 @@ class _ExportedElsewhere:
 
 @dataclass(frozen=True)
 class _MirrorTranslator(BlobflowTranslator):
-    """Gives the mirror the condition under which it follows, unless it has one."""
+    """Gives the assets their prefix and the mirror the condition under which it follows, unless they have others."""
 
     inner: BlobflowTranslator
+    key_prefix: tuple[str, ...]
     automatic: bool
 
     def get_asset_spec(self, props: BlobflowAssetProps) -> dg.AssetSpec:
         spec = self.inner.get_asset_spec(props)
+        if spec.key.path == [props.pipeline, props.stage]:
+            spec = spec.replace_attributes(key=[*self.key_prefix, *spec.key.path])
         if self.automatic and props.stage == "mirror" and spec.automation_condition is None:
             return spec.replace_attributes(automation_condition=mirror_condition())
         return spec

@@ -2,13 +2,14 @@
 
 | asset | materialized by | means |
 |---|---|---|
-| `[name, "remote"]` | a sensor; external | a new snapshot arrived, whole |
-| `[name, "mirror"]` | the nodes download, import | the target shows it, and the receiver says `Following` |
+| `["mirrors", name, "remote"]` | a sensor; external | a new snapshot arrived, whole |
+| `["mirrors", name, "mirror"]` | the nodes download, import | the target shows it, and the receiver says `Following` |
 
 The receiver (`blobflow mirror serve`) is a process of its own, which works on while this deployment is down. What the
 two share is the receiver's directory.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -19,7 +20,7 @@ from pydantic import Field, JsonValue
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends import Importer, ImportResult, OnProgress
 from blobflow.dagster import metadata as md
-from blobflow.dagster.mirror import ArtifactMirror, artifact_mirror
+from blobflow.dagster.mirror import MIRRORS, ArtifactMirror, artifact_mirror
 from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY
 from blobflow.dagster.resource import TransferResource
 from blobflow.dagster.translator import BlobflowTranslator
@@ -54,6 +55,7 @@ def received_mirror(
     directory: str | Path,
     importer: Importer,
     *,
+    key_prefix: Sequence[str] = MIRRORS,
     database: str | None = None,
     source: str | None = None,
     keep_snapshots: int = KEEP_SNAPSHOTS,
@@ -74,6 +76,7 @@ def received_mirror(
         name: Of the two assets' prefix: letters, digits and `_`.
         directory: The receiver's. Sensors and steps run on its machine.
         importer: Of the target.
+        key_prefix: Of the assets' keys, as that of `artifact_mirror`.
         database: What the senders call it; by default `name`.
         source: Only what comes from there. By default from anywhere, and positions of all sources are compared.
         keep_snapshots: Received artifacts of the same source that stay after an import, the imported one included.
@@ -96,6 +99,7 @@ def received_mirror(
     mirror = artifact_mirror(
         name,
         _FollowingImporter(importer, directory, view, keep_snapshots),
+        key_prefix=key_prefix,
         ref=f"{source}/latest" if source else "latest",
         translator=translator,
         retry_policy=retry_policy,

@@ -31,6 +31,8 @@ STEPS = [
     "orders__mirror.download",
     "orders__mirror.import_",
 ]
+FOLLOWED, FOLLOWING = (dg.AssetKey(["mirrors", "orders", name]) for name in ("remote", "mirror"))
+"""What a mirror without pipeline follows, and the mirror itself."""
 SNAPSHOT, REMOTE, MIRROR = (dg.AssetKey(["orders", stage]) for stage in ("snapshot", "remote", "mirror"))
 
 

@@ -36,7 +36,7 @@ from blobflow.dagster import (
 from blobflow.errors import UsageError
 from blobflow.testing import read_tree, write_tree
 from tests.dagster.backfill_location import REGIONS
-from tests.dagster.kit import MIRROR, REMOTE, SNAPSHOT, Place
+from tests.dagster.kit import FOLLOWING, MIRROR, REMOTE, SNAPSHOT, Place
 from tests.servers import free_port
 
 HOURLY = dg.HourlyPartitionsDefinition("2026-11-20-00:00")
@@ -237,10 +237,10 @@ def test_a_mirror_is_given_its_freshness(place: Place):
     policy = dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=26))
     pipeline = place.pipeline(freshness_policy=policy)
     followed = artifact_mirror("orders", DirectoryImporter(path=place.home / "mirror"), freshness_policy=policy)
-    for assets in (pipeline.assets, [followed.mirror]):
+    for assets, mirror_key in ((pipeline.assets, MIRROR), ([followed.mirror], FOLLOWING)):
         specs = {spec.key: spec.freshness_policy for asset in assets for spec in asset.specs}
-        assert specs == {key: policy if key == MIRROR else None for key in specs}
-        assert MIRROR in specs
+        assert specs == {key: policy if key == mirror_key else None for key in specs}
+        assert mirror_key in specs
 
 
 # Backfills

@@ -21,7 +21,19 @@ from blobflow.dagster import metadata as md
 from blobflow.lease import move_ref
 from blobflow.testing import Tree, read_tree, write_tree
 from blobflow.transport import upload
-from tests.dagster.kit import MIRROR, REMOTE, SNAPSHOT, STEPS, Place, facts, failure, materialization, succeeded
+from tests.dagster.kit import (
+    FOLLOWED,
+    FOLLOWING,
+    MIRROR,
+    REMOTE,
+    SNAPSHOT,
+    STEPS,
+    Place,
+    facts,
+    failure,
+    materialization,
+    succeeded,
+)
 from tests.kit import TREE, artifact_of
 
 PIPELINE, MIRRORED = (
@@ -399,20 +411,20 @@ def publish(place: Place, name: str, tree: Tree) -> str:
 def test_a_mirror_follows_a_ref_of_another_deployment(place, written):
     """The mirror shows what the ref names, needs no upstream run, and says which artifact that is."""
     defs = written.load(written.mirror())
-    assert "there is no ref 'orders/latest'" in failure(written.run(defs, asset_selection=[MIRROR]))[1]
+    assert "there is no ref 'orders/latest'" in failure(written.run(defs, asset_selection=[FOLLOWING]))[1]
 
     first = publish(place, "monday", {"day": "monday"})
-    result = written.run(defs, asset_selection=[MIRROR])
-    assert succeeded(result) == STEPS[3:]
-    made = materialization(result, MIRROR)
+    result = written.run(defs, asset_selection=[FOLLOWING])
+    assert succeeded(result) == [f"mirrors__{step}" for step in STEPS[3:]]
+    made = materialization(result, FOLLOWING)
     assert made is not None
     assert (made.tags or {})["dagster/data_version"] == first
     assert read_tree(place.current) == {"day": "monday"}
 
     publish(place, "tuesday", {"day": "tuesday"})
-    assert written.run(defs, asset_selection=[MIRROR]).success
+    assert written.run(defs, asset_selection=[FOLLOWING]).success
     assert read_tree(place.current) == {"day": "tuesday"}
-    assert not defs.resolve_asset_graph().get(REMOTE).is_executable
+    assert not defs.resolve_asset_graph().get(FOLLOWED).is_executable
 
 
 def test_a_moved_ref_starts_one_run_of_the_mirror(place, written):
@@ -434,7 +446,7 @@ def test_a_moved_ref_starts_one_run_of_the_mirror(place, written):
 
     moved = tick(None)
     assert len(moved.run_requests or []) == 1
-    assert [event.asset_key for event in moved.asset_events] == [REMOTE]
+    assert [event.asset_key for event in moved.asset_events] == [FOLLOWED]
     assert tick(moved.cursor).run_requests == []
 
 
@@ -448,22 +460,31 @@ def test_without_a_ref_every_artifact_has_a_mirror_of_its_own(place, written):
     assert sensors == {"orders_manifest_sensor", "orders_mirror_automation"}
 
     keys = ["orders/monday", "orders/tuesday"]
-    partitions = defs.resolve_asset_graph().get(MIRROR).partitions_def
+    partitions = defs.resolve_asset_graph().get(FOLLOWING).partitions_def
     assert isinstance(partitions, dg.DynamicPartitionsDefinition)
     place.instance.add_dynamic_partitions(partitions.name or "", keys)
     for key in keys:
-        assert written.run(defs, asset_selection=[MIRROR], partition_key=key).success
+        assert written.run(defs, asset_selection=[FOLLOWING], partition_key=key).success
     assert read_tree(place.home / "mirrors" / "orders%2Fmonday" / "current") == {"day": "monday"}
     assert read_tree(place.home / "mirrors" / "orders%2Ftuesday" / "current") == {"day": "tuesday"}
-    assert defs.resolve_asset_graph().get(MIRROR).automation_condition is not None
+    assert defs.resolve_asset_graph().get(FOLLOWING).automation_condition is not None
 
 
 def test_the_download_of_a_mirror_may_have_lanes(place, written):
     """Lanes divide the download of a mirror that has no pipeline of its own."""
     publish(place, "monday", TREE)
-    result = written.run(written.load(written.mirror(lanes=2)), asset_selection=[MIRROR])
+    result = written.run(written.load(written.mirror(lanes=2)), asset_selection=[FOLLOWING])
     assert len([step for step in succeeded(result) if "lane_" in step]) == 2
     assert read_tree(place.current) == TREE
+
+
+def test_a_pipeline_and_its_mirrors_have_keys_that_do_not_collide(place, written):
+    """Two code locations of one deployment, the pipeline here and a mirror there; a third one says where it is."""
+    documents = (written.pipeline(), written.mirror(), written.mirror(key_prefix=["berlin"]))
+    keys = [{spec.key for spec in written.load(document).resolve_all_asset_specs()} for document in documents]
+    assert keys[0] == {SNAPSHOT, REMOTE, MIRROR}
+    assert keys[1] == {FOLLOWED, FOLLOWING}
+    assert keys[2] == {dg.AssetKey(["berlin", "orders", stage]) for stage in ("remote", "mirror")}
 
 
 def test_a_translated_mirror_follows_the_translated_asset(place, written):
@@ -495,5 +516,5 @@ def test_the_mirrors_freshness_is_written_in_hours(written: Yaml, kind: str):
     document = getattr(written, kind)(freshness={"fail_after_hours": 26, "warn_after_hours": 25.5})
     specs = {spec.key: spec.freshness_policy for spec in written.load(document).resolve_all_asset_specs()}
     policy = dg.FreshnessPolicy.time_window(fail_window=timedelta(hours=26), warn_window=timedelta(hours=25.5))
-    assert specs.pop(MIRROR) == policy
+    assert specs.pop(MIRROR if kind == "pipeline" else FOLLOWING) == policy
     assert set(specs.values()) == {None}

@@ -11,7 +11,7 @@ from blobflow import DirectoryImporter, move_ref, upload
 from blobflow.dagster import artifact_mirror
 from blobflow.dagster import metadata as md
 from blobflow.testing import read_tree
-from tests.dagster.kit import MIRROR, Place, facts, failure
+from tests.dagster.kit import FOLLOWING, Place, facts, failure
 from tests.kit import TREE, artifact_of
 
 
@@ -33,7 +33,7 @@ def run(place: Place, *, digest: str | None = None, config: str | None = None, l
     return defs.resolve_job_def("orders_mirror_job").execute_in_process(
         instance=place.instance,
         raise_on_error=False,
-        run_config={"ops": {"orders__mirror": {"ops": {"download": download}}}} if config else {},
+        run_config={"ops": {"mirrors__orders__mirror": {"ops": {"download": download}}}} if config else {},
     )
 
 
@@ -44,7 +44,7 @@ def test_who_writes_the_bucket_cannot_pass_for_a_pinned_artifact(place: Place, h
     """Payload, manifest and ref are forged and agree: a mirror that is held to a digest keeps what it shows."""
     right = publish(place, "right", TREE)
     held: dict[str, Any] = {how: right, "lanes": lanes}
-    assert facts(run(place, **held), MIRROR)[md.ARTIFACT_DIGEST] == right
+    assert facts(run(place, **held), FOLLOWING)[md.ARTIFACT_DIGEST] == right
     forged = publish(place, "forged", {"forged": "file"})
 
     result = run(place, **held)

@@ -33,7 +33,7 @@ from blobflow.mirror.client import MirrorClient
 from blobflow.mirror.receiver import follow_received, read_received
 from blobflow.mirror.server import MirrorServer
 from blobflow.testing import Tree, read_tree
-from tests.dagster.kit import MIRROR, REMOTE, facts, failure
+from tests.dagster.kit import FOLLOWED, FOLLOWING, facts, failure
 from tests.kit import TREE, artifact_of
 
 TOKEN = "a token of the tests"
@@ -136,10 +136,10 @@ def test_what_was_pushed_is_imported_and_followed(site: Site, capsys):
     (result,) = site.follow()
     assert result.success
     assert read_tree(site.shown) == TREE
-    told = facts(result, MIRROR)
+    told = facts(result, FOLLOWING)
     assert (told[md.MIRROR_STATUS], told[md.CURSOR]) == ("Following", 7)
     assert told[md.KEY].startswith("orders/00000000000000000007-")
-    (remote,) = site.instance.fetch_materializations(REMOTE, limit=10).records
+    (remote,) = site.instance.fetch_materializations(FOLLOWED, limit=10).records
     assert remote.asset_materialization is not None
     assert remote.asset_materialization.metadata[md.GENERATION].value == 7
     assert site.status() == {7: Following(7)}
@@ -152,9 +152,9 @@ def test_what_was_pushed_is_imported_and_followed(site: Site, capsys):
     assert read_tree(site.shown) == {"newer": "file"}
     assert not mirror_status(site.home / "mirror", ReceivedStore(site.received), "orders/latest").behind
     assert [entry.key for entry in mirror_history(site.home / "mirror")] == [
-        facts(each, MIRROR)[md.KEY] for each in (result, again)
+        facts(each, FOLLOWING)[md.KEY] for each in (result, again)
     ]
-    assert len(site.instance.fetch_materializations(MIRROR, limit=10).records) == 2
+    assert len(site.instance.fetch_materializations(FOLLOWING, limit=10).records) == 2
 
     capsys.readouterr()
     assert blobflow(["--json", "mirror", "status", str(site.received)]) == 0
@@ -180,7 +180,7 @@ def test_a_database_is_followed_from_its_own_cursor(site: Site):
     site.push(Snapshot.of_artifact(store, "it", source="east", database="orders", position=7))
     site.options["importer"] = SqliteImporter(path=site.home / "mirror")
     (result,) = site.follow()
-    assert facts(result, MIRROR)[md.CURSOR] == "lsn-42"
+    assert facts(result, FOLLOWING)[md.CURSOR] == "lsn-42"
     assert site.status() == {7: Following("lsn-42")}
 
 
@@ -193,7 +193,7 @@ def test_what_is_arriving_is_told_and_starts_nothing(site: Site):
     for repeated in (False, True):
         events = site.tick("orders_arrivals_sensor").asset_events
         assert len(events) == (not repeated)
-    (record,) = site.instance.fetch_observations(MIRROR, limit=10).records
+    (record,) = site.instance.fetch_observations(FOLLOWING, limit=10).records
     told = record.asset_observation
     assert told is not None
     assert told.metadata[md.MIRROR_STATUS].value == "Bootstrapping"
@@ -275,7 +275,7 @@ def test_a_killed_run_is_made_good_by_the_next_one(site: Site, monkeypatch):
     assert read_tree(site.shown) == TREE
     assert isinstance(site.status()[7], Bootstrapping)
     again = site.run()
-    assert facts(again, MIRROR)[md.STATUS] == "unchanged"
+    assert facts(again, FOLLOWING)[md.STATUS] == "unchanged"
     assert site.status() == {7: Following(7)}
 
 
