@@ -2,7 +2,7 @@
 
 Servers that speak S3 differ where it hurts: some replace an object that a conditional put should have spared, some
 repeat a checksum that they were told and never computed. None of them says so. So the first plan for a server is made
-after a probe of some sixty small requests. What did not show is not relied upon. What was found is remembered in a
+after a probe of about seventy small requests. What did not show is not relied upon. What was found is remembered in a
 directory of this user (`blobflow.stores.probe_memory`); a report in the store says it to others, who do not believe it
 but look for themselves. Why it is done this way: docs/design/005-probe.md.
 """
