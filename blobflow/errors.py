@@ -305,6 +305,12 @@ class SourceChanged(RefusedError):
     )
 
 
+class DiskTooSmall(RefusedError):
+    """There is less room than is needed; not a byte was moved. Fields: path, needed, free (bytes)."""
+
+    default_hint = "free some space, or name a place on a larger file system"
+
+
 class PermissionMissing(RefusedError):
     """The batch may not do this. Fields: operation, key, permission."""
 

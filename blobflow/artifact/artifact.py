@@ -299,11 +299,13 @@ def write_artifact(
     created_at: datetime | None = None,
     origins: tuple[Sequence[int], Sequence[int]] | None = None,
     private: str | None = None,
+    holes: int = 0,
 ) -> Artifact:
     """Finish the artifact in `dest`, whose `data` is already there: index first, manifest last.
 
     Args:
         origins: For a reference artifact, inode and mtime (ns) of each member's file.
+        holes: Bytes of the members that took no room at the source.
         private: The rows that only their owner may read; see `blobflow.artifact.privacy`.
     """
     from blobflow.artifact.index import encode_origins
@@ -328,6 +330,7 @@ def write_artifact(
         bytes=index.total_bytes,
         content_digest=index.content_digest(),
         executables_digest=index.executables_digest(),
+        holes=holes or None,
         private=private,
         index=IndexInfo(size=len(index_bytes), sha256=sha256(index_bytes).hex(), crc32c=index_crc),
         body=BodyInfo(size=layout.size - layout.body_start, crc32c=layout.body_crc32c(index_crc)),

@@ -29,12 +29,14 @@ from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.members import permissions, visit_members
 from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
 from blobflow.checksum import combine_all, crc32c
+from blobflow.durable import check_room, too_small
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import (
     ArtifactInvalid,
     ChecksumMismatch,
     DestinationNotEmpty,
     DigestMismatch,
+    DiskTooSmall,
     NotFoundError,
     RefusedError,
     TransferBusy,
@@ -270,6 +272,23 @@ class Stage:
         """Start the journal of a fresh stage."""
         self.part_size = part_size
         self._append([{"artifact": self.artifact_digest, "part_size": part_size}, {"boot": boot_id()}], durable=True)
+
+    def check_room(self, layout: TarMap, plan: TransferPlan, holes: int | None) -> None:
+        """Refuse to land more than there is room for, before the first byte; a fresh stage goes again.
+
+        Args:
+            holes: Bytes of the members that are left as holes.
+
+        Raises:
+            DiskTooSmall: naming what is missing and what is free.
+        """
+        landed = sum(plan.part(number).length for number in self.done)
+        try:
+            check_room(self.path, layout.index.total_bytes - landed - (holes or 0))
+        except DiskTooSmall as error:
+            if not self.done:
+                self.discard()
+            raise too_small(str(self.dest), error.fields["needed"], error.fields["free"]) from None
 
     def forget_all(self) -> None:
         """Forget every part, for good: what follows makes the tree another one."""

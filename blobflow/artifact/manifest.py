@@ -65,6 +65,9 @@ class Manifest(BaseModel):
         pattern=RANGES,
         description="Rows of the index that only their owner may read, e.g. `0-3,7`; None: everybody may read all.",
     )
+    holes: ByteCount | None = Field(
+        default=None, description="Of `bytes`, those that took no room at the source; None: none that count."
+    )
     index: IndexInfo
     body: BodyInfo
 
@@ -108,6 +111,8 @@ class Manifest(BaseModel):
         document: dict[str, Any] = self.model_dump(mode="json")
         if self.private is None:
             del document["private"]  # such a manifest is what earlier versions write, to the byte
+        if self.holes is None:
+            del document["holes"]
         try:
             data = json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
         except ValueError as error:

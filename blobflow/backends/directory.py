@@ -25,6 +25,7 @@ from blobflow.backends.files import all_or_nothing, copy_still, link_member, pla
 from blobflow.backends.patterns import ExcludePatterns
 from blobflow.backends.versions import VersionedImporter
 from blobflow.checksum import EMPTY_SHA256
+from blobflow.durable import check_room, copies_take_room
 from blobflow.errors import (
     LEAVE_IT_OUT,
     NotFoundError,
@@ -40,6 +41,10 @@ from blobflow.fields import KnownFields
 from blobflow.trees import Cursor, Opened
 
 BACKEND: Final = "directory"
+_BLOCK_BYTES: Final = 512
+"""The unit of `st_blocks`."""
+_LEAST_HOLE_BYTES: Final = 64 * 1024
+"""In one file: less is not left out where it lands, either."""
 _LAST_NS: Final = 2**63 - 1
 """What an index can hold; file systems know later times."""
 
@@ -64,6 +69,8 @@ class Scan:
         self.unmatched: tuple[str, ...] = ()
         self.left_out: list[str] = []
         self.symlinks_skipped = 0
+        self.holes = 0
+        """Bytes of the files that take no room."""
         self._tally = Tally()
 
     def append(self, path: str, size: int, mode: int, status: os.stat_result, *, private: bool) -> None:
@@ -77,6 +84,9 @@ class Scan:
             raise unsupported(path, "its modification time is after 2262 or before 1678", "touch it")
         self.paths.append(path)
         self.sizes.append(size)
+        gap = size - status.st_blocks * _BLOCK_BYTES
+        if gap >= _LEAST_HOLE_BYTES:
+            self.holes += gap
         self.modes.append(mode)
         self.inodes.append(status.st_ino)
         self.mtimes_ns.append(status.st_mtime_ns)
@@ -172,6 +182,8 @@ class DirectoryExporter(KnownFields):
             with writing(dest):
                 dest.mkdir(parents=True, exist_ok=True)
             paths = found.paths
+            if self.mode == "copy" and copies_take_room(root, dest):
+                check_room(dest, sum(found.sizes) - found.holes)
             data = self._materialise(found, root, dest / DATA_NAME)
             if self.mode == "copy":
                 found = _scan_of_copies(data, found)
@@ -190,7 +202,13 @@ class DirectoryExporter(KnownFields):
             origins = (found.inodes, found.mtimes_ns) if self.mode == "reference" else None
             with writing(dest):
                 artifact = write_artifact(
-                    dest, index, backend=self.backend, cursor=cursor, origins=origins, private=encode(found.private)
+                    dest,
+                    index,
+                    backend=self.backend,
+                    cursor=cursor,
+                    origins=origins,
+                    private=encode(found.private),
+                    holes=found.holes,
                 )
         return ExportResult(
             artifact=artifact,

@@ -20,6 +20,7 @@ from blobflow.artifact.members import verify_members
 from blobflow.backends.base import ImportResult, OnProgress
 from blobflow.backends.files import copy_member, place_members
 from blobflow.backends.history import HistoryEntry, add_to_history, read_history
+from blobflow.durable import check_room, copies_take_room
 from blobflow.errors import ArtifactNotFound, RefusedError, TransferBusy, UnsupportedSource, expanded, writing
 from blobflow.fields import KnownFields
 from blobflow.trees import remove_tree
@@ -152,6 +153,8 @@ class VersionedImporter(KnownFields, ABC):
         else:
             partial = version.with_name(f".{version.name}.partial")
             remove_tree(partial)
+            if copies_take_room(artifact.data, partial):
+                check_room(partial, artifact.manifest.bytes - (artifact.manifest.holes or 0))
             private = artifact.layout.private
             partial.mkdir(0o700 if private.covers(len(artifact.index)) else 0o777)
             place_members(artifact.index.paths, artifact.data, partial / DATA_NAME, copy_member, private)

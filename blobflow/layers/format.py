@@ -279,7 +279,7 @@ def tree_digest(manifest: Manifest) -> str:
 
 def as_layer(artifact: Artifact) -> Artifact:
     """The same members behind a manifest that says nothing of time and host."""
-    anywhere = artifact.manifest.model_copy(update={"created_at": _EPOCH, "producer": _PRODUCER})
+    anywhere = artifact.manifest.model_copy(update={"created_at": _EPOCH, "producer": _PRODUCER, "holes": None})
     return artifact.adopt(anywhere.encode())
 
 

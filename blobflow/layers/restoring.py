@@ -112,7 +112,9 @@ def land_layer(
         if stage.part_size is None:
             stage.clear()
             stage.begin(part_size)
-        landing = Landing(stage, layout, landing_plan(layout, stage), digests=profile.verify_digest)
+        plan = landing_plan(layout, stage)
+        stage.check_room(layout, plan, _may_be_holes(layer))
+        landing = Landing(stage, layout, plan, digests=profile.verify_digest)
         books: Books = remote.books(landing.plan, profile, "download", landing.sync, on_progress, on_checkpoint)
         with failures_noted(landing, books):
             land_parts(remote, landing, list(landing.plan), books, workers=profile.workers)
@@ -127,6 +129,12 @@ def land_layer(
         seconds=time.monotonic() - started,
         kept=stage.kept,
     )
+
+
+def _may_be_holes(layer: RemoteLayer) -> int:
+    """Bytes that may be left as holes: nothing says how much of what the compression saved was zeros."""
+    lengths = ((layer.meta.plan.frame(number).length, size) for number, size in enumerate(layer.frame_sizes, 1))
+    return sum(max(0, length - size) for length, size in lengths)
 
 
 def sweep(dest: Path, layer: RemoteLayer, replaceable: Replaceable) -> Path | None:

@@ -17,6 +17,7 @@ from enum import Enum
 from typing import NamedTuple, TypeAlias
 
 from blobflow.checksum import Buffer, crc32c
+from blobflow.durable import too_small
 from blobflow.errors import InvalidKey, ObjectNotFound, Unsupported
 
 MAX_KEY_BYTES = 900
@@ -144,6 +145,17 @@ def check_object_size(store: Store, key: str, size: int) -> None:
             ability=f"objects of {size} bytes",
             key=key,
         )
+
+
+def check_room_for(store: Store, size: int) -> None:
+    """Refuse to send more bytes than a store has room for, before the first one.
+
+    Raises:
+        DiskTooSmall: naming both numbers.
+    """
+    free = store.free_bytes()
+    if free is not None and size > free:
+        raise too_small(store.url, size, free)
 
 
 class Server(NamedTuple):
@@ -322,6 +334,10 @@ class Store(ABC):
         No request is sent: it is the time of the last answer, and what has passed since. A server tells it to the
         second.
         """
+        return None
+
+    def free_bytes(self) -> int | None:
+        """Bytes that there is room for; None where nobody can say."""
         return None
 
     @abstractmethod

@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 from typing_extensions import override
 
 from blobflow.checksum import Buffer, crc32c
-from blobflow.durable import copy_bytes
+from blobflow.durable import copy_bytes, free_bytes
 from blobflow.errors import (
     ArtifactInvalid,
     ChecksumMismatch,
@@ -140,6 +140,10 @@ class LocalStore(Store):
     @override
     def server_time_s(self) -> float:
         return self._now_ns() / 1e9
+
+    @override
+    def free_bytes(self) -> int | None:
+        return free_bytes(self.root)
 
     # Objects
 

@@ -54,6 +54,10 @@ class WrappingStore(Store):
         return self.store.server_time_s()
 
     @override
+    def free_bytes(self) -> int | None:
+        return self.store.free_bytes()
+
+    @override
     def put(
         self,
         key: str,

@@ -376,6 +376,7 @@ def begin_download(
         if stage.part_size is None:
             stage.begin(profile.chunk_size)
         plan = landing_plan(layout, stage)
+        stage.check_room(layout, plan, remote.manifest.holes)
         stage.divide(lanes)
     return DownloadTicket(key, remote.digest, lanes, plan.part_size, len(plan), size)
 

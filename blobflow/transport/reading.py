@@ -252,6 +252,7 @@ def download(
             checkpoint, at the end and on failure.
 
     Raises:
+        DiskTooSmall: there is less room than what is still to land needs; nothing was fetched.
         DestinationNotEmpty: `dest` holds something else; it is left alone.
         ArtifactNotFound: nothing under the key.
         IntegrityError, HostileArtifact: the artifact is damaged or dangerous; nothing is at `dest`.
@@ -283,8 +284,9 @@ def download(
             return DownloadResult("downloaded", key, dest, remote.digest, remote.manifest, size, 0, size, seconds)
         if stage.part_size is None:
             stage.begin(profile.chunk_size)
-        landing = Landing(stage, layout, landing_plan(layout, stage), digests=profile.verify_digest)
-        plan = landing.plan
+        plan = landing_plan(layout, stage)
+        stage.check_room(layout, plan, remote.manifest.holes)
+        landing = Landing(stage, layout, plan, digests=profile.verify_digest)
         books = remote.books(plan, profile, "download", landing.sync, on_progress, on_checkpoint)
         with failures_noted(landing, books):
             land_parts(remote, landing, list(plan), books, workers=profile.workers)

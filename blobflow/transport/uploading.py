@@ -42,6 +42,7 @@ from blobflow.stores.base import (
     check_object_size,
     check_put_size,
     check_readable,
+    check_room_for,
 )
 from blobflow.transport.books import Books, OnProgress, OnRecord, transfer_id
 from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key, read_manifest_bytes
@@ -396,6 +397,7 @@ class _StreamUpload(_Upload):
     def run(self, started: float) -> UploadResult:
         source = self.payload.source()
         check_put_size(self.store, self.key, source.size)
+        check_room_for(self.store, source.size)
         plan = TransferPlan(source.size, self.profile.chunk_size)
         books = self.books(plan, None, save=lambda: None)
         books.begin()
@@ -554,6 +556,7 @@ class MultipartUpload(_Upload):
         books.begin()
         try:
             missing = [part for part in plan.missing(self.crcs) if part.number in numbers]
+            check_room_for(self.store, sum(part.length for part in missing if part.number not in unproven))
             self._send(upload_id, plan, books, missing, unproven)
         except NoSuchUpload:
             raise
