@@ -31,7 +31,7 @@ VERSION: Final = 1
 INTERVAL_S: Final = 10.0
 """Seconds between two checkpoints of a running transfer: rows of an event log are never removed."""
 
-_TRANSFER_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_TRANSFER_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,200}")
 
 
 class Checkpoint(BaseModel):

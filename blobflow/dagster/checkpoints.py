@@ -1,5 +1,7 @@
 """Checkpoints of transfers as observations of the asset `blobflow/transfers`, one partition per transfer.
 
+The partition is called after kind and key (`upload-orders_monday_tar-<32 digits>`), and each description names the key.
+
 An observation is stored the moment it is logged (10 ms), is never overwritten, shows in the run's log and in the plots
 of the asset, and any later run finds it by the transfer's id (3 ms): the retry in the same run, the re-execution from
 failure, the run that follows a killed worker, and the run that knows nothing of the one before.
@@ -96,7 +98,7 @@ class ObservationHome:
             dg.AssetObservation(
                 TRANSFERS,
                 partition=record.transfer_id,
-                description=f"{record.kind} {record.state}, {_percent(record):.0f} %",
+                description=f"{record.kind} of {record.key!r} {record.state}, {_percent(record):.0f} %",
                 metadata={
                     md.STATUS: record.state,
                     **transfer_facts(checkpoint),

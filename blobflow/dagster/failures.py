@@ -6,12 +6,17 @@ from typing import Any, Final
 
 import dagster as dg
 
+from blobflow.activity import SILENCE_S, reporting_waits
 from blobflow.dagster import metadata as md
 from blobflow.dagster.fencing import RunFence, StepOrphaned
 from blobflow.errors import BlobflowError, Value
 
 MAX_WAIT_S: Final = 300.0
 """The longest that a step waits for its next attempt, whatever the store asks for."""
+
+
+SILENT_S: float = SILENCE_S
+"""Seconds without progress before a step's log says what it waits for."""
 
 
 def as_dagster_error(
@@ -63,7 +68,7 @@ def dagster_errors(
         facts: How far the step had come.
         fence: Of the step's run; a new one by default.
     """
-    with stopped_for_good(fence or RunFence(context.instance, context.run_id), facts):
+    with waits_logged(context.log), stopped_for_good(fence or RunFence(context.instance, context.run_id), facts):
         try:
             yield
         except BlobflowError as error:
@@ -73,6 +78,16 @@ def dagster_errors(
             if isinstance(raised, dg.RetryRequested):
                 context.log.warning("step.retry wait_s=%.0f error=%r", raised.seconds_to_wait, error.message)
             raise raised from error
+
+
+@contextmanager
+def waits_logged(log: dg.DagsterLogManager) -> Iterator[None]:
+    """While a store does not answer, or every attempt fails, the step's log says so: what, where, why and for how long.
+
+    Retries are on standard error only, where nobody looks who looks at a run.
+    """
+    with reporting_waits(lambda wait: log.warning("step.waits %s", wait), silence_s=SILENT_S):
+        yield
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Any, Final, cast
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
-from blobflow.dagster.failures import io_manager_errors
+from blobflow.dagster.failures import io_manager_errors, waits_logged
 from blobflow.dagster.fencing import RunFence
 from blobflow.dagster.handles import MirrorHandle, RemoteHandle, SnapshotHandle, StagedHandle, UploadHandle
 from blobflow.dagster.lanes import LaneHandle
@@ -67,7 +67,7 @@ class HandoffIOManager(Configured, dg.ConfigurableIOManager):
             dg.Failure: saying what to do, for example with what is neither a handle nor JSON; retries are allowed
                 where they may help.
         """
-        with io_manager_errors(self._fence):
+        with waits_logged(context.log), io_manager_errors(self._fence):
             data = json.dumps(pack(obj)).encode()
             if len(data) > MAX_BYTES:
                 raise UsageError(
@@ -84,7 +84,7 @@ class HandoffIOManager(Configured, dg.ConfigurableIOManager):
         Raises:
             dg.Failure: it was never written, or is no handle of this version; retries are allowed where they may help.
         """
-        with io_manager_errors(self._fence):
+        with waits_logged(context.log), io_manager_errors(self._fence):
             return self._load(context)
 
     def _load(self, context: dg.InputContext) -> Any:

@@ -39,7 +39,7 @@ from blobflow.backends.patterns import ExcludePatterns
 from blobflow.cache import ArtifactCache
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import StepJournal, transfer_journal
-from blobflow.dagster.failures import io_manager_errors
+from blobflow.dagster.failures import io_manager_errors, waits_logged
 from blobflow.dagster.fencing import RunFence
 from blobflow.dagster.progress import ProgressLog
 from blobflow.dagster.resource import BlobflowResource, Configured
@@ -171,7 +171,7 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         """
         what = _name_output(context)
         journal = self._journal(context)
-        with self._errors(journal):
+        with waits_logged(context.log), self._errors(journal):
             values = _values_by_partition(context, what, obj)
             store = self.blobflow.get_store()
             leases = self.blobflow.get_leases(store)
@@ -302,7 +302,7 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         """
         what = _name_input(context)
         journal = self._journal(context)
-        with self._errors(journal):
+        with waits_logged(context.log), self._errors(journal):
             annotation = context.dagster_type.typing_type
             if not context.has_asset_key and get_origin(annotation) is list:
                 # Of outputs that are collected in one input; each of them is loaded by a call of its own.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import Final, Literal, NamedTuple, TypeAlias
@@ -30,9 +31,17 @@ OnProgress: TypeAlias = Callable[[ProgressEvent], None]
 OnRecord: TypeAlias = Callable[[TransferRecord], object]
 
 
+_KEY_CHARACTERS: Final = 100
+"""Of a key, in the name of a transfer, which is that of a file as well."""
+
+
 def transfer_id(store: Store, key: str, digest: str, kind: str) -> str:
-    """The name under which every process finds the same transfer again."""
-    return hashlib.sha256("\n".join((store.url, key, digest, kind)).encode()).hexdigest()[:32]
+    """The name under which every process finds the same transfer again.
+
+    It begins with the kind and the end of the key, for people who look for one of many; the rest makes it the only one.
+    """
+    unique = hashlib.sha256("\n".join((store.url, key, digest, kind)).encode()).hexdigest()[:32]
+    return f"{kind}-{re.sub(r'[^A-Za-z0-9]+', '_', key[-_KEY_CHARACTERS:]).strip('_')}-{unique}"
 
 
 class Books:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import dagster as dg
 import pytest
 
+from blobflow.dagster import ArtifactIOManager, BlobflowResource, failures
 from blobflow.dagster import metadata as md
+from blobflow.dagster.checkpoints import TRANSFERS
 from blobflow.dagster.failures import MAX_WAIT_S, as_dagster_error
 from blobflow.errors import ChecksumMismatch, SlowDown, StoreUnavailable
+from blobflow.stores import Store
+from tests.dagster.kit import Place
+from tests.servers import free_port
+
+SECRET = "not-for-anybody"
 
 POLICY = dg.RetryPolicy(max_retries=2, delay=10)
 
@@ -49,3 +60,59 @@ def test_an_error_that_stays_fails_at_once_with_its_fields():
         md.ERROR_FIELD + "expected": 1,
         md.ERROR_FIELD + "actual": 2,
     }
+
+
+class Impatient(BlobflowResource):
+    """Gives a store up after seconds instead of minutes."""
+
+    def get_store(self, **_: Any) -> Store:
+        return super().get_store(patience_s=3.0)
+
+
+@pytest.mark.filterwarnings("ignore:InitResourceContext.dagster_run is deprecated")  # Dagster's own
+@pytest.mark.parametrize("who", ["a node of a pipeline", "an output of the IO manager"])
+def test_the_event_log_says_what_a_step_waits_for(place: Place, monkeypatch: pytest.MonkeyPatch, who: str):
+    """While a store is down, the run's log names it, its server, the request and the reason."""
+    monkeypatch.setattr(failures, "SILENT_S", 0.5)
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    down = Impatient(
+        store="s3://orders/backup",
+        endpoint_url=endpoint,
+        region="us-east-1",
+        access_key_id="AKIA",
+        secret_access_key=SECRET,
+        scratch_dir=str(place.scratch),
+    )
+
+    @dg.asset(io_manager_key="artifacts")
+    def model() -> Path:
+        return place.source
+
+    if who == "a node of a pipeline":
+        defs = dg.Definitions.merge(
+            place.pipeline(retry_policy=None).definitions, dg.Definitions(resources={"blobflow": down})
+        )
+    else:
+        defs = dg.Definitions([model], resources={"artifacts": ArtifactIOManager(blobflow=down)})
+    result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=place.instance, raise_on_error=False
+    )
+    assert not result.success
+    told = [entry.user_message for entry in place.instance.all_logs(result.run_id)]
+    waits = [line for line in told if line.startswith("step.waits no progress for ")]
+    assert waits
+    assert f"in s3://orders/backup at {endpoint}: " in waits[0]
+    assert "refused" in waits[0].lower()
+    assert SECRET not in "\n".join(told)
+
+
+def test_a_transfer_is_found_by_its_key(place: Place):
+    """Its partition of `blobflow/transfers` is called after kind and key, and each description names the key."""
+    assert place.run().success
+    (key,) = {meta.key for meta in place.store.list() if meta.key.endswith(".tar")}
+    records = place.instance.fetch_observations(TRANSFERS, limit=100).records
+    shown = {str(record.partition_key).rpartition("-")[0] for record in records}
+    plain = re.sub(r"[^A-Za-z0-9]+", "_", key)
+    assert shown == {f"{kind}-{plain}" for kind in ("upload", "verify", "download")}
+    descriptions = [made.description for record in records if (made := record.asset_observation)]
+    assert all(repr(key) in str(description) for description in descriptions)
