@@ -18,6 +18,7 @@ from blobflow.errors import ArtifactNotFound, NotFoundError, expanded
 from blobflow.lease import read_ref
 from blobflow.stores.base import Store
 from blobflow.transport import read_manifest_bytes
+from blobflow.trees import Opened, walk
 
 _BLOCK_BYTES: Final = 512
 """Unit of `st_blocks`, whatever the file system's own (stat(2))."""
@@ -156,12 +157,12 @@ def _has_passed(cursor: JsonValue, shown: Manifest, offered: Manifest | None) ->
 def _bytes_below(directory: Path) -> int:
     """Bytes that files take on disk; parts that are still to come are holes, which take none."""
     total = 0
-    for entry in directory.rglob("*"):
-        try:
-            status = entry.lstat()
-        except OSError:  # it landed, or was imported, at this moment
-            continue
-        total += status.st_blocks * _BLOCK_BYTES if stat.S_ISREG(status.st_mode) else 0
+    try:
+        with Opened(directory) as root:
+            for entry in walk(root):
+                total += entry.status.st_blocks * _BLOCK_BYTES if stat.S_ISREG(entry.status.st_mode) else 0
+    except OSError:  # absent; or it landed, or was imported, at this moment
+        pass
     return total
 
 

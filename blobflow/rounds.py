@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,6 +21,7 @@ from blobflow.retention import name_artifact
 from blobflow.stores.base import Store, check_key
 from blobflow.transport import ProgressEvent, UploadResult, upload
 from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key
+from blobflow.trees import remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,8 @@ def run_export_round(
             raise
         finally:
             if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
+                with suppress(OSError):
+                    remove_tree(scratch)
         try:
             lease.complete(artifact.manifest.cursor)
         except BlobflowError as error:

@@ -13,9 +13,8 @@ its result into metadata; that a step continues where an earlier one stopped is 
 """
 
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -59,6 +58,7 @@ from blobflow.stores import Store
 from blobflow.stores.base import check_readable, key_segment
 from blobflow.transport import PROOF_MEANS, VerifyMode, download, read_manifest_bytes, upload, verify
 from blobflow.transport.books import transfer_id
+from blobflow.trees import remove_tree
 
 CHECK_NAME: Final = "verified"
 DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
@@ -270,7 +270,7 @@ def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
                     # A round that was lost meanwhile ends here: what it exported is not handed on.
                     lease.complete(result.artifact.manifest.cursor)
             except BaseException:
-                shutil.rmtree(scratch, ignore_errors=True)
+                _remove(scratch)
                 if lease is not None:
                     lease.abandon()
                 raise
@@ -633,12 +633,18 @@ def _mark_used(scratch: Path, context: dg.OpExecutionContext) -> None:
         (scratch / f"{_USER_MARK}{context.run_id}").touch()
 
 
+def _remove(scratch: Path) -> None:
+    """Remove a scratch directory as well as it can be done; a later round tries again."""
+    with suppress(OSError):
+        remove_tree(scratch)
+
+
 def _discard(scratch: Path, context: dg.OpExecutionContext) -> None:
     """Remove a scratch directory, unless another run that is not finished needs it."""
     users = {mark.name.removeprefix(_USER_MARK) for mark in scratch.glob(f"{_USER_MARK}*")} - {context.run_id}
     runs = [context.instance.get_run_by_id(user) for user in users]
     if all(run is None or run.is_finished for run in runs):
-        shutil.rmtree(scratch, ignore_errors=True)
+        _remove(scratch)
 
 
 def _discard_all(rounds: Path, context: dg.OpExecutionContext) -> None:

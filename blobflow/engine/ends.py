@@ -20,11 +20,13 @@ from typing_extensions import override
 
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import MIB
+from blobflow.durable import check_room
 from blobflow.engine.checkpoint import TransferCheckpoint
 from blobflow.engine.plan import TransferPlan
 from blobflow.errors import (
     ChecksumMismatch,
     DestinationNotEmpty,
+    DiskTooSmall,
     KeyConflict,
     NoSuchUpload,
     ObjectChanged,
@@ -187,6 +189,7 @@ class FileTarget(SessionTarget):
         DestinationNotEmpty: something is there already.
         RefusedError: what lies under the name of the partial file is not this user's: another one could change it.
         TransferBusy: another process writes the same file.
+        DiskTooSmall: there is less room than the source has bytes, where it says how many.
         DiskFull: there is no room.
     """
 
@@ -218,6 +221,12 @@ class FileTarget(SessionTarget):
                 raise BlockingIOError
             if size < checkpoint.offset:
                 checkpoint.restart()
+            try:
+                check_room(self.path.parent, (checkpoint.total_size or 0) - checkpoint.offset)
+            except DiskTooSmall:
+                if not size:
+                    self._partial.unlink()
+                raise
             with writing(self.path):
                 os.ftruncate(descriptor, checkpoint.offset)
         except BlockingIOError:

@@ -12,12 +12,15 @@ import pytest
 from blobflow import (
     Artifact,
     DirectoryImporter,
+    FileTarget,
     LayerSync,
+    ObjectSource,
     begin_download,
     download,
     durable,
     export_artifact,
     import_artifact,
+    transfer,
     upload,
 )
 from blobflow.durable import free_bytes
@@ -148,6 +151,21 @@ def test_copies_are_refused_before_the_first_byte(artifact: Artifact, room: Call
         import_artifact(artifact, DirectoryImporter(path=tmp_path / "mirror"))
     room(CONTENT + (1 << 20))
     import_artifact(artifact, DirectoryImporter(path=tmp_path / "mirror"))
+
+
+def test_a_transfer_to_a_file_is_refused_before_the_first_byte(
+    store: LocalStore, artifact: Artifact, room: Callable[[int], None], tmp_path: Path
+):
+    """If the source says how large it is; nothing is left beside the file."""
+    (place := tmp_path / "place").mkdir()
+    room(artifact.payload_size - 1)
+    watched = FaultyStore(store)
+    with pytest.raises(DiskTooSmall):
+        transfer(ObjectSource(watched, KEY), FileTarget(place / "target"), SMALL)
+    assert [request.operation for request in watched.log] == ["head"]
+    assert os.listdir(place) == []
+    room(artifact.payload_size)
+    transfer(ObjectSource(store, KEY), FileTarget(place / "target"), SMALL)
 
 
 @pytest.mark.parametrize(
