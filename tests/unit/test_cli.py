@@ -755,9 +755,13 @@ def test_on_a_terminal_ls_and_show_are_tables(
     assert re.search(r"^backend +directory *$", call("show", "a[bold]b").out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("arguments", [["ls"], ["ls", "--json"], ["--help"], ["show", "nowhere", "--json"]])
-def test_a_reader_that_has_gone_is_no_error_message(arguments: list[str], call: Call, source: Path, store: Path):
-    """`blobflow ... | head` ends quietly."""
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["ls"], 1), (["ls", "--json"], 1), (["--help"], 1), (["show", "nowhere", "--json"], 4)]
+)
+def test_a_reader_that_has_gone_is_no_error_message(
+    arguments: list[str], code: int, call: Call, source: Path, store: Path
+):
+    """`blobflow ... | head` ends quietly; an error keeps its exit code."""
     call("push", source, "k")
     reading, writing = os.pipe()
     os.close(reading)
@@ -771,7 +775,7 @@ def test_a_reader_that_has_gone_is_no_error_message(arguments: list[str], call: 
         )
     finally:
         os.close(writing)
-    assert (done.returncode, done.stderr) == (1, b"")
+    assert (done.returncode, done.stderr) == (code, b"")
 
 
 def test_the_version_is_printed_without_loading_what_it_does_not_need():
