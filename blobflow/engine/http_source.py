@@ -185,6 +185,9 @@ class HttpSource(PinnedSource):
                 operation="read",
             )
         if error.timeout_s is not None:
+            if error.connecting:
+                message = f"{self}: no connection to {error.connecting} within {error.timeout_s:g} s"
+                return TimedOut(message, operation="read", offset=offset, timeout_s=error.timeout_s)
             message = f"{self}: no byte for {error.timeout_s:g} s at offset {offset}"
             return TimedOut(message, operation="read", offset=offset, timeout_s=error.timeout_s)
         return StoreUnavailable(f"{self} failed at offset {offset}: {error}", operation="read", offset=offset)

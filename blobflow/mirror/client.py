@@ -262,8 +262,11 @@ class MirrorClient:
                     operation=method,
                 ) from error
             if error.timeout_s is not None:
-                raise TimedOut(f"{self.url} is silent", operation=method, timeout_s=error.timeout_s) from error
-            raise StoreUnavailable(f"{self.url} does not answer: {error}", operation=method) from error
+                what = f"no connection to {error.connecting}" if error.connecting else "no answer"
+                raise TimedOut(
+                    f"{self.url}: {what} for {error.timeout_s:g} s", operation=method, timeout_s=error.timeout_s
+                ) from error
+            raise StoreUnavailable(f"{self.url}: {error}", operation=method) from error
         try:
             document = read_object(text, "answer")
         except ArtifactInvalid:

@@ -811,6 +811,16 @@ class S3Store(Store):
             return StoreUnavailable(
                 f"{call}: {refusal}; {learned}", operation=call.operation, key=call.key, status=refusal.status
             )
+        if refusal is not None and refusal.status == 404 and refusal.code in call.means_no_bucket:
+            # Not the object that was asked for, which may be one of the probe's.
+            return StoreConfigurationError(
+                f"there is no bucket {self.options.bucket!r}" + (f": {refusal.message}" if refusal.message else ""),
+                hint=HINTS["NoSuchBucket"],
+                operation=call.operation,
+                bucket=self.options.bucket,
+                status=404,
+                code="NoSuchBucket",
+            )
         return translate(error, call)
 
     def _learn(self, refusal: Refusal, access: Access) -> str:

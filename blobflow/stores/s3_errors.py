@@ -56,6 +56,11 @@ class Call:
     conditional: bool = False
     """A conditional write: a missing or another object is an answer, not an error."""
 
+    @property
+    def means_no_bucket(self) -> frozenset[str]:
+        """Codes of a 404 that mean that there is no bucket; without one it does where the bucket itself was asked."""
+        return frozenset({"NoSuchBucket", ""} if self.operation in ("list", "list uploads") else {"NoSuchBucket"})
+
     def __str__(self) -> str:
         return self.operation if self.key is None else f"{self.operation} {self.key!r}"
 
@@ -151,6 +156,9 @@ def translate(error: Exception, call: Call) -> BlobflowError:
     if refusal is not None:
         return _translate_refusal(refusal, call, about)
     if isinstance(error, WireError) and error.timeout_s is not None:
+        if error.connecting:
+            message = f"{call}: no connection to {error.connecting} within {error.timeout_s:g} s"
+            return TimedOut(message, timeout_s=error.timeout_s, **about)
         where = "" if call.offset is None else f" at offset {call.offset}"
         return TimedOut(f"{call}: no byte for {error.timeout_s:g} s{where}", timeout_s=error.timeout_s, **about)
     reason = error.__cause__ if isinstance(error, WireError) else error
@@ -187,8 +195,6 @@ def _translate_refusal(refusal: Refusal, call: Call, about: dict[str, Any]) -> B
     match code:
         case "NoSuchUpload":
             return NoSuchUpload(said, key=call.key, upload_id=call.upload_id)
-        case "NoSuchBucket":
-            return StoreConfigurationError(said, hint=HINTS[code], **about)
         case "KeyTooLongError":
             return InvalidKey(said, key=call.key, reason="the server says it is too long")
         case _ if code in STALE_CREDENTIALS:

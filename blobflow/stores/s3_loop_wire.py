@@ -28,6 +28,7 @@ from blobflow.stores.s3_wire import (
     closes,
     is_chunked,
     read_head,
+    refuse_limits,
     sendable,
     unsent_bytes,
 )
@@ -134,8 +135,9 @@ class LoopWire:
         try:
             _, connection = await asyncio.wait_for(making, self._connect_timeout_s)
         except (asyncio.TimeoutError, OSError) as error:
-            cause = error if isinstance(error, OSError) else TimeoutError("no connection")
-            raise WireError(cause, 0, self._connect_timeout_s) from cause
+            cause = error if isinstance(error, OSError) else TimeoutError("no answer")
+            refuse_limits(cause)
+            raise WireError(cause, 0, self._connect_timeout_s, f"{host}:{port}") from cause
         return connection
 
     def forget(self, connection: _Connection) -> None:

@@ -11,6 +11,7 @@ import fcntl
 import http.client
 import io
 import logging
+import os
 import re
 import select
 import socket
@@ -29,7 +30,7 @@ from typing_extensions import override
 
 from blobflow.activity import moved
 from blobflow.credentials import header_value
-from blobflow.errors import SizeMismatch
+from blobflow.errors import OsFault, SizeMismatch, error_anywhere, os_fault
 from blobflow.stores.base import Body
 
 _log = logging.getLogger(__name__)
@@ -61,12 +62,23 @@ class WireError(Exception):
     Attributes:
         moved: Bytes of the body that had moved, in either direction.
         timeout_s: How long it was silent, if that is what happened.
+        connecting: `host:port`, if there was no connection to it.
     """
 
-    def __init__(self, error: Exception, moved: int, timeout_s: float | None = None) -> None:
-        super().__init__(f"{type(error).__name__}: {error}")
+    def __init__(self, error: Exception, moved: int, timeout_s: float | None = None, connecting: str = "") -> None:
+        super().__init__(
+            f"no connection to {connecting}: {_reason(error)}" if connecting else f"{type(error).__name__}: {error}"
+        )
         self.moved = moved
+        self.connecting = connecting
         self.timeout_s = timeout_s if isinstance(error, TimeoutError) else None
+
+
+def _reason(error: Exception) -> str:
+    """Why there is no connection, in the system's words."""
+    if isinstance(error, ConnectionError) and error.errno:
+        return os.strerror(error.errno)  # asyncio has words of its own
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 class Answer:
@@ -261,11 +273,12 @@ class Wire:
         headers: Mapping[str, str],
         timeout_s: float,
     ) -> None:
-        waiting_s = timeout_s
+        waiting_s, connecting = timeout_s, ""
         try:
             if connection.sock is None:
-                waiting_s = self._connect_timeout_s
+                waiting_s, connecting = self._connect_timeout_s, f"{connection.host}:{connection.port}"
                 connection.connect()  # turns Nagle's algorithm off
+                waiting_s, connecting = timeout_s, ""
             opened = _socket(connection)
             if opened.gettimeout() != timeout_s:
                 opened.settimeout(timeout_s)
@@ -277,7 +290,8 @@ class Wire:
                 connection.putheader(name, value)
             connection.endheaders()
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise WireError(error, 0, waiting_s) from error
+            refuse_limits(error)
+            raise WireError(error, 0, waiting_s, connecting) from error
 
     def _send_body(self, connection: http.client.HTTPConnection, body: Body, timeout_s: float) -> int:
         """Send all of the body and return its length. Errors of the body's own source pass through as they are."""
@@ -365,6 +379,16 @@ class Wire:
             connection = http.client.HTTPConnection(host, port, timeout=self._connect_timeout_s)
         connection.response_class = _Response
         return connection
+
+
+def refuse_limits(error: Exception) -> None:
+    """Return unless an error is a limit of this process, which no server lifts.
+
+    Raises:
+        SystemLimit: it is one.
+    """
+    if isinstance(error, OSError) and os_fault(error) is OsFault.OPEN_FILES:
+        raise error_anywhere(error, f"no connection can be opened: {error.strerror}", {}) or error from error
 
 
 def sendable(headers: Mapping[str, str]) -> dict[str, str]:
