@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from blobflow.artifact.tarmap import TarMap
 
 REFERENCE_NAME: Final = "REFERENCE.parquet"
+_MAX_REFERENCE_BYTES: Final = 256 << 20
+"""Two numbers of eight bytes for each of ten million members, and what holds them."""
 
 # The index needs pyarrow (0.3 s to import). An artifact that turns out to be stored already needs only its manifest,
 # so everything that touches the index is imported where it is used.
@@ -113,7 +115,7 @@ class Artifact:
     @cached_property
     def index_bytes(self) -> bytes:
         """The bytes of `INDEX.parquet`, checked against the manifest."""
-        data = _read_own(self.path / INDEX_NAME)
+        data = _read_own(self.path / INDEX_NAME, self.manifest.index.size)
         check_index_bytes(data, self.manifest)
         return data
 
@@ -178,10 +180,11 @@ def _contradiction(what: str, promised: object, actual: object) -> ArtifactInval
     )
 
 
-def _read_own(path: Path) -> bytes:
+def _read_own(path: Path, limit: int) -> bytes:
+    """A file of an artifact; of one that is larger than `limit`, one byte more than that."""
     try:
-        with reading(path):
-            return path.read_bytes()
+        with reading(path), open(path, "rb") as file:
+            return file.read(min(limit, MAX_INDEX_BYTES) + 1)
     except SourceChanged as error:
         raise ArtifactInvalid(f"{path} is missing", hint="export again", path=str(path)) from error
 
@@ -220,7 +223,11 @@ class PayloadSource:
         self._index = artifact.index
         self._crowd = CrowdLock()
         self._root = os.path.realpath(artifact.data)
-        self._origins = decode_origins(_read_own(artifact.path / REFERENCE_NAME)) if artifact.is_reference else None
+        self._origins = (
+            decode_origins(_read_own(artifact.path / REFERENCE_NAME, _MAX_REFERENCE_BYTES), members=len(artifact.index))
+            if artifact.is_reference
+            else None
+        )
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the payload's bytes from `offset`."""

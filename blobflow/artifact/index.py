@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from blobflow.artifact.limits import (
@@ -24,6 +25,7 @@ from blobflow.artifact.limits import (
     MAX_SEGMENT_BYTES,
     ROWS_PER_GROUP,
 )
+from blobflow.artifact.pages import DICTIONARY, PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY, check_footer, pages
 from blobflow.checksum import EMPTY_SHA256, SHA256_BYTES
 from blobflow.errors import ArtifactInvalid, HostileArtifact
 from blobflow.untrusted import quoted
@@ -43,6 +45,17 @@ _SCHEMA = pa.schema(
 )
 _SCHEMA_READ = _SCHEMA.set(0, pa.field("path", pa.dictionary(pa.int32(), pa.string()), nullable=False))
 _ORIGINS = pa.schema([pa.field("inode", pa.uint64()), pa.field("mtime_ns", pa.int64())])
+_ENCODINGS: Final = frozenset({PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY})
+"""Of others a small page may stand for large values: in DELTA_BYTE_ARRAY each repeats a part of the one before."""
+_BATCH_ROWS: Final = 2048
+"""Decoded before they are looked at: 8 MiB with the longest paths."""
+_MAX_GROUPS: Final = 1024
+_MAX_PATH_PAGE_BYTES: Final = 8 << 20
+"""Ours: 1 MiB, and what one more batch of 1,024 values of 4 KiB adds."""
+_MAX_PAGE_BYTES: Final = 3 << 20
+_PAGE_BYTES: Final = 64 * 1024
+_FRAME_BYTES: Final = 64 * 1024
+_ROW_BYTES: Final = 205
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 _UNREADABLE: Final = (pa.ArrowException, KeyError, OSError, TypeError, UnicodeDecodeError)
 """What pyarrow raises for bytes that are no Parquet, or that of other columns than ours."""
@@ -182,22 +195,29 @@ class Index:
                 f"index of {members} members in {len(data)} bytes is over the limit"
                 f" of {MAX_MEMBERS} members in {MAX_INDEX_BYTES} bytes"
             )
+        if len(data) > index_bytes_limit(members):
+            raise ArtifactInvalid(f"an index of {members} members has no {len(data)} bytes")
         index = cls()
+        rules = _Rules(index)
         try:
+            footer = check_footer(data, _MAX_GROUPS)
             # Paths are read as a dictionary: otherwise one long string that stands for every row of a group would be
             # copied 65,536 times.
             file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["path"])
             _check_shape(file, members)
             for group in range(file.num_row_groups):
-                index._extend(file.read_row_group(group, use_threads=False))
+                _check_pages(data, file.metadata.row_group(group), footer)
+                # A few rows at a time, and each is looked at before the next ones are decoded.
+                for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], use_threads=False):
+                    index._extend(batch)
+                    rules.check()
         except _UNREADABLE as error:
             raise ArtifactInvalid(f"index is not readable as Parquet: {quoted(error)}") from error
         if len(index) != members:
             raise ArtifactInvalid(f"index has {len(index)} rows, the manifest says {members}")
-        index.check()
         return index
 
-    def _extend(self, table: pa.Table) -> None:
+    def _extend(self, batch: pa.RecordBatch) -> None:
         for name, values, width in (
             ("size", self.sizes, 8),
             ("mode", self.modes, 4),
@@ -205,18 +225,26 @@ class Index:
             ("sha256", self.sha256s, SHA256_BYTES),
             ("crc32c", self.crcs, 4),
         ):
-            for chunk in table.column(name).chunks:
-                raw = _raw(chunk, width)
-                values.extend(raw) if isinstance(values, bytearray) else values.frombytes(raw)
-        for chunk in table.column("path").chunks:
-            self._paths_bytes += chunk.dictionary.nbytes
-            if self._paths_bytes > MAX_PATHS_BYTES:
-                raise ArtifactInvalid(f"the paths of the index have more than {MAX_PATHS_BYTES} bytes")
-            names = chunk.dictionary.to_pylist()
-            places = chunk.indices.to_pylist()
-            if places and not 0 <= min(places) <= max(places) < len(names):
-                raise ArtifactInvalid("a path of the index points outside of its dictionary")
-            self.paths.extend(names[i] for i in places)
+            raw = _raw(batch.column(name), width)
+            values.extend(raw) if isinstance(values, bytearray) else values.frombytes(raw)
+        paths = batch.column("path")
+        if not len(paths):
+            return
+        if paths.null_count:
+            raise ArtifactInvalid("a column has empty cells")
+        places = pc.call_function("min_max", [paths.indices]).as_py()
+        if not 0 <= places["min"] <= places["max"] < len(paths.dictionary):
+            raise ArtifactInvalid("a path of the index points outside of its dictionary")
+        lengths = pc.call_function("binary_length", [paths.dictionary])
+        if pc.call_function("min_max", [lengths]).as_py()["max"] > MAX_PATH_BYTES:
+            long = next(path for path in paths.dictionary if len(path.as_buffer()) > MAX_PATH_BYTES)
+            shown = bytes(memoryview(long.as_buffer())[: 2 * MAX_PATH_BYTES]).decode("utf-8", "replace")
+            raise _refused(shown, f"it is longer than {MAX_PATH_BYTES} bytes")
+        found = paths.dictionary_decode()
+        self._paths_bytes += found.nbytes
+        if self._paths_bytes > MAX_PATHS_BYTES:
+            raise ArtifactInvalid(f"the paths of the index have more than {MAX_PATHS_BYTES} bytes")
+        self.paths.extend(found.to_pylist())
 
     def check(self) -> None:
         """Refuse rows that must never be written.
@@ -224,36 +252,55 @@ class Index:
         Raises:
             HostileArtifact: naming the path and the rule.
         """
+        _Rules(self).check()
 
-        def refuse(path: str, reason: str) -> HostileArtifact:
-            return HostileArtifact(f"member {quoted(path)} is refused: {reason}", path=path, reason=reason)
 
-        previous = ""
+class _Rules:
+    """Holds the rows of an index to the rules, as they come."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._checked = 0
+        self._previous = ""
         # Files with whose paths the present one begins. In sorted order those that follow a file and begin with its
         # path come without a gap, so that a comparison with these few takes the place of a set of all directories.
-        begun: list[str] = []
-        for i, path in enumerate(self.paths):
+        self._begun: list[str] = []
+
+    def check(self) -> None:
+        """Refuse the first row, of those that came since the last call, that must never be written.
+
+        Raises:
+            HostileArtifact: naming the path and the rule.
+        """
+        index, previous, begun = self._index, self._previous, self._begun
+        for i in range(self._checked, len(index)):
+            path = index.paths[i]
             if fault := path_fault(path):
-                raise refuse(path, fault)
+                raise _refused(path, fault)
             # Code point order is UTF-8 order; strictly ascending also means that no name comes twice.
             if path <= previous:
-                raise refuse(path, "it is a duplicate or out of order")
+                raise _refused(path, "it is a duplicate or out of order")
             previous = path
-            if self.sizes[i] < 0:
-                raise refuse(path, f"its size is {self.sizes[i]}")
-            if self.modes[i] not in (FILE_MODE, EXECUTABLE_MODE):
-                raise refuse(path, f"its mode is {self.modes[i]:o}, neither 644 nor 755")
-            if path.endswith("/") and (self.sizes[i] or self.modes[i] != EXECUTABLE_MODE):
-                raise refuse(path, "a directory has content or another mode than 755")
-            if not self.sizes[i] and (self.crcs[i] or self.sha256_of(i) != EMPTY_SHA256):
-                raise refuse(path, "it is empty, but its checksums are not those of nothing")
+            if index.sizes[i] < 0:
+                raise _refused(path, f"its size is {index.sizes[i]}")
+            if index.modes[i] not in (FILE_MODE, EXECUTABLE_MODE):
+                raise _refused(path, f"its mode is {index.modes[i]:o}, neither 644 nor 755")
+            if path.endswith("/") and (index.sizes[i] or index.modes[i] != EXECUTABLE_MODE):
+                raise _refused(path, "a directory has content or another mode than 755")
+            if not index.sizes[i] and (index.crcs[i] or index.sha256_of(i) != EMPTY_SHA256):
+                raise _refused(path, "it is empty, but its checksums are not those of nothing")
             while begun and not path.startswith(begun[-1]):
                 begun.pop()
             for file in begun:
                 if path[len(file)] == "/":
-                    raise refuse(file, "it is a file and a directory")
+                    raise _refused(file, "it is a file and a directory")
             if not path.endswith("/"):
                 begun.append(path)
+        self._checked, self._previous = len(index), previous
+
+
+def _refused(path: str, reason: str) -> HostileArtifact:
+    return HostileArtifact(f"member {quoted(path)} is refused: {reason}", path=path, reason=reason)
 
 
 def encode_origins(inodes: Sequence[int], mtimes_ns: Sequence[int]) -> bytes:
@@ -263,16 +310,20 @@ def encode_origins(inodes: Sequence[int], mtimes_ns: Sequence[int]) -> bytes:
     return sink.getvalue()
 
 
-def decode_origins(data: bytes) -> tuple[array[int], array[int]]:
+def decode_origins(data: bytes, *, members: int) -> tuple[array[int], array[int]]:
     """The inverse of `encode_origins`.
 
     Raises:
         ArtifactInvalid: not such columns.
     """
     try:
-        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
+        _check_reference_footer(data)
+        file = pq.ParquetFile(pa.BufferReader(data))
+        if file.metadata.num_rows != members:
+            raise ArtifactInvalid("the reference table has another number of rows", hint="export again")
+        table = file.read(use_threads=False)
     except _UNREADABLE as error:
-        raise ArtifactInvalid(f"the reference table is not readable: {error}", hint="export again") from error
+        raise ArtifactInvalid(f"the reference table is not readable: {quoted(error)}", hint="export again") from error
     if table.schema.remove_metadata() != _ORIGINS:
         raise ArtifactInvalid("the reference table has other columns", hint="export again")
     inodes, mtimes_ns = array("Q"), array("q")
@@ -280,6 +331,47 @@ def decode_origins(data: bytes) -> tuple[array[int], array[int]]:
         for chunk in column.chunks:
             values.frombytes(_raw(chunk, values.itemsize))
     return inodes, mtimes_ns
+
+
+def index_bytes_limit(members: int) -> int:
+    """The most bytes that an index of so many members may have: with the longest paths, and nothing compressed."""
+    return min(MAX_INDEX_BYTES, _FRAME_BYTES + members * (MAX_PATH_BYTES + _ROW_BYTES))
+
+
+def _check_pages(data: bytes, group: Any, footer: int) -> None:
+    """Refuse a row group whose pages are larger than its rows can make them; before one of them is decompressed."""
+    decoded = 0
+    for number in range(group.num_columns):
+        column = group.column(number)
+        starts = [column.data_page_offset]
+        if column.has_dictionary_page:
+            starts.append(column.dictionary_page_offset)
+        start, stop = min(starts), min(starts) + column.total_compressed_size
+        if not 4 <= start <= stop <= footer:
+            raise ArtifactInvalid("a column of the index lies outside of its file")
+        is_path = _SCHEMA.names[number] == "path"
+        values = 0
+        for at, page in enumerate(pages(data, start, stop)):
+            width = MAX_PATH_BYTES + 4 if is_path else SHA256_BYTES
+            if page.size > min(_MAX_PATH_PAGE_BYTES if is_path else _MAX_PAGE_BYTES, _PAGE_BYTES + page.values * width):
+                raise ArtifactInvalid(f"a page of the index has {page.size} bytes for {page.values} values")
+            if page.encoding not in _ENCODINGS or (page.kind == DICTIONARY and at):
+                raise ArtifactInvalid("a page of the index is encoded in another way than an index is")
+            values += page.values if page.kind != DICTIONARY else 0
+            decoded += page.size
+        if values != group.num_rows:
+            raise ArtifactInvalid(f"a column of the index has {values} values for {group.num_rows} rows")
+    if decoded > MAX_GROUP_BYTES:
+        raise ArtifactInvalid(
+            f"a row group of the index has {decoded} bytes, over the limit of {MAX_GROUP_BYTES} bytes"
+        )
+
+
+def _check_reference_footer(data: bytes) -> None:
+    try:
+        check_footer(data, _MAX_GROUPS)
+    except ArtifactInvalid as error:
+        raise ArtifactInvalid(f"the reference table is not readable: {error.message}", hint="export again") from error
 
 
 def _check_shape(file: pq.ParquetFile, members: int) -> None:

@@ -131,7 +131,8 @@ class _Known:
         try:
             artifact = Artifact.open(path / "artifact")
             ctimes = array("q", (path / _CTIMES).read_bytes())
-            origins = decode_origins((path / "artifact" / REFERENCE_NAME).read_bytes())
+            reference = (path / "artifact" / REFERENCE_NAME).read_bytes()
+            origins = decode_origins(reference, members=artifact.manifest.members)
             if {len(ctimes), len(origins[0]), len(origins[1])} == {len(artifact.index)}:
                 return cls(artifact, ctimes, origins)
         except (BlobflowError, OSError, ValueError) as error:

@@ -111,13 +111,13 @@ class RemoteArtifact:
 
     def open_layout(self) -> TarMap:
         """Fetch the index and derive the layout of the whole payload from it, everything checked."""
-        from blobflow.artifact.index import MAX_INDEX_BYTES, Index
+        from blobflow.artifact.index import Index, index_bytes_limit
         from blobflow.artifact.tarmap import FILE_MODE, header, member_length
 
         self.check_embedded()
         size = self.manifest.index.size
         length = member_length(INDEX_NAME, size)
-        if size > MAX_INDEX_BYTES or len(self.head) + length > self.payload.size:
+        if size > index_bytes_limit(self.manifest.members) or len(self.head) + length > self.payload.size:
             raise ArtifactInvalid(f"the manifest of {self.key!r} speaks of an index of {size} bytes", key=self.key)
         entry = self.store.get_range(self.key, len(self.head), length, e_tag=self.payload.e_tag)
         expected_header = header(INDEX_NAME, size, FILE_MODE)

@@ -441,7 +441,9 @@ def targets() -> dict[str, Target]:
     return {
         "manifest": Target(Manifest.parse, (_manifest(),)),
         "index": Target(_index, (_members().encode(),)),
-        "origins": Target(decode_origins, (encode_origins(array("Q", [1, 2]), array("q", [3, 4])),)),
+        "origins": Target(
+            lambda data: decode_origins(data, members=2), (encode_origins(array("Q", [1, 2]), array("q", [3, 4])),)
+        ),
         "layer_meta": Target(LayerMeta.parse, (_layer_meta(),)),
         "seek_table": Target(
             lambda data: parse_seek_table(data, _PLAN), (encode_seek_table([50] * len(_PLAN), _PLAN),)

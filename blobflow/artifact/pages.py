@@ -1,0 +1,189 @@
+"""What a Parquet file would cost, found out from its own bytes before anything of it is decoded.
+
+A footer says how large everything is, and a reader believes it: for a file of 10 kB, 64 MiB are decompressed for one
+string, and a list of a million elements is allocated before its first element is read. So the footer's lists are
+counted,
+and the header of every page is read here (Thrift's compact protocol, the fields of parquet.thrift). What a page says of
+its size is true, because a decompressor gets exactly that much room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+from blobflow.errors import ArtifactInvalid
+
+MAGIC: Final = b"PAR1"
+MAX_FOOTER_BYTES: Final = 8 << 20
+"""Ours have at most 20 KB for each of 153 row groups."""
+_MAX_LIST: Final = 64
+"""Elements of a list in a footer that is not the list of row groups: columns, encodings, notes."""
+_MAX_DEPTH: Final = 16
+_MAX_HEADER_BYTES: Final = 64 * 1024
+"""Of a page: it may hold the smallest and the largest value."""
+
+# Types of the compact protocol.
+_TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
+_INTEGERS: Final = (_I16, _I32, _I64)
+
+DATA, DICTIONARY, DATA_V2 = 0, 2, 3
+PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY = 0, 2, 3, 8
+
+
+class Page(NamedTuple):
+    """The header of a page."""
+
+    kind: int
+    encoding: int
+    values: int
+    size: int
+    """Bytes once it is decompressed."""
+
+
+def check_footer(data: bytes | memoryview, max_groups: int) -> int:
+    """Count everything in the footer of a file; returns where it begins.
+
+    Raises:
+        ArtifactInvalid: it is none, or has more row groups than `max_groups`, or any list that no file of ours has.
+    """
+    if len(data) < 12 or data[:4] != MAGIC or data[-4:] != MAGIC:
+        raise _broken("it does not begin and end as Parquet does")
+    size = int.from_bytes(data[-8:-4], "little")
+    start = len(data) - 8 - size
+    if start < 4 or size > MAX_FOOTER_BYTES:
+        raise _broken(f"its footer would have {size} bytes")
+    reader = _Reader(data, start, len(data) - 8)
+    for field, kind in reader.fields():
+        if field == 4 and kind == _LIST:  # FileMetaData.row_groups
+            reader.skip_list(0, max_groups)
+        else:
+            reader.skip(kind)
+    return start
+
+
+def pages(data: bytes | memoryview, start: int, stop: int) -> Iterator[Page]:
+    """The headers of the pages of a column chunk.
+
+    Raises:
+        ArtifactInvalid: between `start` and `stop` there is anything but pages.
+    """
+    while start < stop:
+        reader = _Reader(data, start, min(stop, start + _MAX_HEADER_BYTES))
+        page, compressed = _page(reader)
+        start = reader.position + compressed
+        if start > stop:
+            raise _broken("a page reaches beyond its column")
+        yield page
+
+
+def _page(reader: _Reader) -> tuple[Page, int]:
+    """PageHeader: 1 type, 2 uncompressed_page_size, 3 compressed_page_size, and a struct for each type."""
+    numbers: dict[int, int] = {}
+    inner: dict[int, dict[int, int]] = {}
+    for field, kind in reader.fields():
+        if kind in _INTEGERS:
+            numbers[field] = reader.integer()
+        elif kind == _STRUCT:
+            inner[field] = reader.integers()
+        else:
+            reader.skip(kind)
+    try:
+        kind, size, compressed = numbers[1], numbers[2], numbers[3]
+        # DataPageHeader: 1 num_values, 2 encoding; DictionaryPageHeader: the same; DataPageHeaderV2: 1, 4.
+        told = inner[{DATA: 5, DICTIONARY: 7, DATA_V2: 8}[kind]]
+        values, encoding = told[1], told[4 if kind == DATA_V2 else 2]
+    except KeyError:
+        raise _broken("a page has no header that is known") from None
+    if min(size, compressed, values) < 0:
+        raise _broken("a page has a size below nothing")
+    return Page(kind, encoding, values, size), compressed
+
+
+class _Reader:
+    """Reads Thrift's compact protocol, and keeps nothing but numbers."""
+
+    def __init__(self, data: bytes | memoryview, position: int, stop: int) -> None:
+        self._data = data
+        self.position = position
+        self._stop = stop
+
+    def fields(self, depth: int = 0) -> Iterator[tuple[int, int]]:
+        """Number and type of each field of a struct; the caller reads or skips each before it asks for the next."""
+        if depth > _MAX_DEPTH:
+            raise _broken("its structures are nested too deeply")
+        field = 0
+        while head := self._byte():
+            field = field + (head >> 4) if head >> 4 else self.integer()
+            yield field, head & 15
+
+    def integer(self) -> int:
+        """A number in zigzag."""
+        number = self._varint()
+        return (number >> 1) ^ -(number & 1)
+
+    def integers(self) -> dict[int, int]:
+        """The numbers among the fields of a struct; all else is skipped."""
+        found: dict[int, int] = {}
+        for field, kind in self.fields(1):
+            if kind in _INTEGERS:
+                found[field] = self.integer()
+            else:
+                self.skip(kind, 1)
+        return found
+
+    def skip(self, kind: int, depth: int = 0) -> None:
+        """Pass over a value."""
+        if kind in (_TRUE, _FALSE):
+            return
+        if kind == _BYTE:
+            self._advance(1)
+        elif kind in _INTEGERS:
+            self._varint()
+        elif kind == _DOUBLE:
+            self._advance(8)
+        elif kind == _BINARY:
+            self._advance(self._varint())
+        elif kind in (_LIST, _SET):
+            self.skip_list(depth, _MAX_LIST)
+        elif kind == _STRUCT:
+            for _, inner in self.fields(depth + 1):
+                self.skip(inner, depth + 1)
+        else:
+            raise _broken("it has a value of a type that Parquet does not use")
+
+    def skip_list(self, depth: int, limit: int) -> None:
+        """Pass over a list with at most `limit` elements."""
+        head = self._byte()
+        count = head >> 4 if head >> 4 < 15 else self._varint()
+        if count > limit or depth > _MAX_DEPTH:
+            raise _broken(f"it has a list of {count} elements")
+        for _ in range(count):
+            if head & 15 in (_TRUE, _FALSE):
+                self._advance(1)
+            else:
+                self.skip(head & 15, depth + 1)
+
+    def _varint(self) -> int:
+        number = shift = 0
+        while True:
+            byte = self._byte()
+            number |= (byte & 127) << shift
+            if byte < 128:
+                return number
+            shift += 7
+            if shift > 63:
+                raise _broken("it has a number of more than 64 bits")
+
+    def _byte(self) -> int:
+        self._advance(1)
+        return self._data[self.position - 1]
+
+    def _advance(self, count: int) -> None:
+        self.position += count
+        if self.position > self._stop:
+            raise _broken("it ends inside a structure")
+
+
+def _broken(reason: str) -> ArtifactInvalid:
+    return ArtifactInvalid(f"not a Parquet file that can be trusted: {reason}")

@@ -1,0 +1,231 @@
+"""What an input costs: at most 64 MiB beyond what its valid members take, whatever its numbers claim."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from blobflow.artifact.index import _SCHEMA, Index, Member
+from blobflow.artifact.pages import check_footer, pages
+from blobflow.errors import ArtifactInvalid, HostileArtifact
+from blobflow.untrusted import MAX_JSON_VALUES, read_json
+
+MIB = 1 << 20
+BOUND_MIB = 64
+
+CHILD = """
+import json, sys
+from pathlib import Path
+from tests.fuzz.targets import targets
+from tests.unit.test_hostile_sizes import decode
+from blobflow.errors import BlobflowError
+
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024, int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+what, path, members = sys.argv[1:]
+run = decode(int(members)) if what == "index" else targets()[what].run
+for seed in targets()[what].seeds:  # imports, and what a first call allocates for good
+    try:
+        (decode(3) if what == "index" else run)(seed)
+    except BlobflowError:
+        pass
+data = Path(path).read_bytes()
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()[1]
+try:
+    run(data)
+    outcome, message = "value", ""
+except BlobflowError as error:
+    outcome, message = type(error).__name__, error.message + error.hint
+print(json.dumps({"outcome": outcome, "message": len(message), "mib": peak()[0] - before}))
+"""
+
+
+def decode(members: int) -> Callable[[bytes], Index]:
+    return lambda data: Index.decode(data, members=members)
+
+
+def cost(tmp_path: Path, what: str, data: bytes, members: int = 0) -> dict[str, Any]:
+    """What reading `data` takes in a process of its own, beside the bytes themselves."""
+    (path := tmp_path / "input").write_bytes(data)
+    command = [sys.executable, "-c", CHILD, what, str(path), str(members)]
+    done = subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2], timeout=110)
+    return json.loads(done.stdout)
+
+
+def table(paths: pa.Array, **columns: Any) -> pa.Table:
+    """An index of these paths; all else is the same in each row."""
+    rows = len(paths)
+    values = {
+        "path": paths,
+        "size": pa.repeat(pa.scalar(1, pa.int64()), rows),
+        "mode": pa.repeat(pa.scalar(0o644, pa.uint32()), rows),
+        "mtime_ns": pa.repeat(pa.scalar(0, pa.int64()), rows),
+        "sha256": pa.repeat(pa.scalar(bytes(32), pa.binary(32)), rows),
+        "crc32c": pa.repeat(pa.scalar(0, pa.uint32()), rows),
+        **columns,
+    }
+    return pa.table(values, schema=_SCHEMA.set(0, pa.field("path", paths.type, nullable=False)))
+
+
+def written(found: pa.Table, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    settings: dict[str, Any] = {"compression": "zstd", "row_group_size": 65_536, "store_schema": False, **options}
+    pq.write_table(found, sink, **settings)
+    return sink.getvalue()
+
+
+def with_lying_footer() -> bytes:
+    """The footer says that the column of paths is small; its page is not."""
+    honest = written(table(pa.array(["a" * (32 * MIB)])), use_dictionary=False, write_statistics=False)
+    size = pq.ParquetFile(io.BytesIO(honest)).metadata.row_group(0).column(0).total_uncompressed_size
+
+    def varint(number: int) -> bytes:
+        out = bytearray()
+        number <<= 1
+        while number > 127:
+            out.append(number & 127 | 128)
+            number >>= 7
+        return bytes((*out, number))
+
+    told, lie = varint(size), varint(300)
+    footer = honest.rindex(told)
+    padded = bytes([*(byte | 128 for byte in lie[:-1]), lie[-1] | 128, *([128] * (len(told) - len(lie) - 1)), 0])
+    return honest[:footer] + padded + honest[footer + len(told) :]
+
+
+def bombs() -> dict[str, tuple[Callable[[], bytes], int]]:
+    return {
+        "one path of 64 MiB": (lambda: written(table(pa.array(["a" * (64 * MIB)]))), 1),
+        "twenty paths of 20 MiB": (
+            lambda: written(table(pa.array([chr(97 + i) * (20 * MIB) for i in range(20)])), use_dictionary=False),
+            20,
+        ),
+        "one long path for every row": (
+            lambda: written(table(pa.DictionaryArray.from_arrays(array("i", bytes(4 * 65_536)), ["a" * 4 * MIB]))),
+            65_536,
+        ),
+        "paths that repeat their beginning": (
+            lambda: written(
+                table(pa.array(["a" * (2 * MIB) + f"{i:04}" for i in range(500)])),
+                use_dictionary=False,
+                column_encoding={"path": "DELTA_BYTE_ARRAY"},
+            ),
+            500,
+        ),
+        "a footer that lies": (with_lying_footer, 1),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(bombs()))
+def test_an_index_of_huge_paths_costs_no_more_than_a_small_one(tmp_path: Path, name: str) -> None:
+    """Refused from the sizes of its pages, in few words."""
+    make, members = bombs()[name]
+    found = cost(tmp_path, "index", make(), members)
+    assert found["outcome"] in ("ArtifactInvalid", "HostileArtifact")
+    assert found["message"] < 500
+    assert found["mib"] < BOUND_MIB
+
+
+@pytest.mark.slow
+def test_ten_million_equal_rows_are_refused_at_the_second_one(tmp_path: Path) -> None:
+    """Each row is looked at before the next ones are decoded."""
+    data = written(table(pa.repeat(pa.scalar("a"), 10_000_000)))
+    found = cost(tmp_path, "index", data, 10_000_000)
+    assert found["outcome"] == "HostileArtifact"
+    assert found["mib"] < BOUND_MIB
+
+
+def test_the_first_bad_row_is_the_one_that_is_named() -> None:
+    """However many come after it, in later batches and row groups."""
+    index = Index()
+    for i in range(10_000):
+        index.append(Member(f"{i:06}", 1, 0o644, 0, bytes(32), 0))
+    index.paths[5000], index.paths[9000] = "..", "."
+    with pytest.raises(HostileArtifact) as refusal:
+        Index.decode(index.encode(), members=10_000)
+    assert refusal.value.path == ".."
+
+
+def test_a_list_in_a_footer_is_counted_before_it_is_allocated() -> None:
+    """A million columns that three bytes announce: refused, and so is every other list that is too long."""
+    data = written(table(pa.array(["a"])))
+    assert check_footer(data, 1) < len(data)
+    million = b"\xfc\xc0\x84\x3d"  # of structures
+    for field in range(1, 9):
+        footer = bytes((field << 4 | 9,)) + million
+        with pytest.raises(ArtifactInvalid, match="list of 1000000 elements"):
+            Index.decode(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1", members=1)
+    with pytest.raises(ArtifactInvalid, match="list of 1 elements"):
+        check_footer(data, 0)
+
+
+def test_the_pages_of_an_index_are_all_that_is_in_it() -> None:
+    """Every column is read page by page to its end; its values are as many as its rows."""
+    index = Index()
+    for i in range(70_000):
+        index.append(Member(f"{i:06}", i + 1, 0o644, i, i.to_bytes(32, "big"), i))
+    data = index.encode()
+    file = pq.ParquetFile(io.BytesIO(data))
+    for group in range(file.num_row_groups):
+        about = file.metadata.row_group(group)
+        for number in range(about.num_columns):
+            column = about.column(number)
+            start = min(column.dictionary_page_offset or column.data_page_offset, column.data_page_offset)
+            found = list(pages(data, start, start + column.total_compressed_size))
+            assert sum(page.values for page in found if page.kind == 0) == about.num_rows
+    assert Index.decode(data, members=70_000).paths == index.paths
+
+
+DOCUMENTS: dict[str, tuple[str, bytes]] = {
+    "a manifest of empty lists": (
+        "manifest",
+        b'{"format": "blobflow.artifact/1", "cursor": [' + b"[]," * 340_000 + b"0]}",
+    ),
+    "an intent of empty lists": ("intent", b"[" + b"[]," * 1_390_000 + b"0]"),
+    "an intent of empty texts": ("intent", b"[" + b'"",' * 1_390_000 + b"0]"),
+    "layer metadata of numbers": ("layer_meta", b"[" + b"9," * 2_000_000 + b"0]"),
+    "a receiver that lists nothing": ("receiver", b"\0" + b"[" + b"{}," * 2_700_000 + b"0]"),
+    "a listing of empty elements": ("s3_objects", b"<ListBucketResult>" + b"<a/>" * 2_000_000 + b"</ListBucketResult>"),
+    "a listing of one long text": (
+        "s3_objects",
+        b"<ListBucketResult><a>" + "é€😀".encode() * 900_000 + b"</a></ListBucketResult>",
+    ),
+    "a journal of one line": ("stage_journal", b"1" * (64 * MIB)),
+    "a journal of a store of one line": ("local_parts", b"1" * (64 * MIB)),
+    "an upload of a store": ("local_upload", b"[" * (64 * MIB)),
+    "a ref": ("ref", b"[" * (64 * MIB)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_a_document_costs_no_more_than_it_may(tmp_path: Path, name: str) -> None:
+    """Small bytes that stand for many values, long ones that stand for none: refused, or passed over."""
+    what, data = DOCUMENTS[name]
+    found = cost(tmp_path, what, data)
+    assert found["mib"] < BOUND_MIB
+    assert found["message"] < 500
+
+
+def test_a_document_has_so_many_values_and_no_more() -> None:
+    """Counted outside of strings, where a manifest in an intent has its own."""
+    text = json.dumps("," * (2 * MIB)).encode()
+    assert read_json(text, "document") == "," * (2 * MIB)
+    escaped = json.dumps('"' * MIB).encode()
+    assert read_json(escaped, "document") == '"' * MIB
+    with pytest.raises(ArtifactInvalid, match="values"):
+        read_json(b"[" + b"0000000," * (MAX_JSON_VALUES + 1) + b"0]", "document")
