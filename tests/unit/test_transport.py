@@ -1065,8 +1065,9 @@ def test_hostile_indexes_are_refused_before_anything_is_written(
 
 @pytest.mark.seed("1.17")
 @pytest.mark.parametrize("size", [10 * 2**30, 2**62, 2**63 - 1])
-def test_sizes_that_are_lies_are_refused(size: int, store: LocalStore, tmp_path: Path):
+def test_sizes_that_are_lies_are_refused(size: int, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Ten gigabytes of nothing, or more than exists: refused from the sizes alone, without an overflow."""
+    monkeypatch.setattr("blobflow.artifact.limits.MAX_TOTAL_BYTES", 2**64)  # a writer that does not care
     try:
         manifest, payload = forged(tmp_path / "forged", ("a", size, 0o644))
     except ValueError:  # not even the manifest can say it
