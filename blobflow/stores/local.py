@@ -255,8 +255,8 @@ class LocalStore(Store):
         with _translated("copy", source):
             source_fd = self._open_object(source)
         try:
-            # Not readable by more people than the source is.
-            mode = os.fstat(source_fd).st_mode & _mode(private=False)
+            with _translated("copy", source):  # not readable by more people than the source is
+                mode = os.fstat(source_fd).st_mode & _mode(private=False)
             with self._temporary("copy", target, mode) as (name, fd):
                 with _translated("copy", target):
                     size = os.fstat(source_fd).st_size

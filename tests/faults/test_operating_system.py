@@ -202,8 +202,9 @@ def test_a_file_that_goes_between_listing_and_looking_is_a_busy_source(tmp_path:
     (tmp_path / "target").touch()
 
     class Vanishing(DirectoryExporter):
-        def _check_link(self, cursor: Cursor, name: str, path: str, root: str) -> None:
+        def _check_link(self, cursor: Cursor, name: str, path: str, root: str) -> bool:
             (tmp_path / "target").unlink()
+            return False
 
     with pytest.raises(SourceBusy, match="'gone' cannot be read: No such file"):
         Vanishing(path=source, symlinks="follow").export(tmp_path / "artifact")
