@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotInTime
 from dataclasses import dataclass
-from datetime import timezone
 from itertools import pairwise
 from statistics import quantiles
 from time import monotonic
@@ -288,7 +287,6 @@ class _Artifact:
             ArtifactInvalid: it is none.
         """
         manifest = Manifest.parse(data)
-        created_at = manifest.created_at
         digest = artifact_digest(data)
         facts = {
             md.URI: f"{store.url}/{key}",
@@ -298,9 +296,7 @@ class _Artifact:
             md.ARTIFACT_DIGEST: digest,
             md.CONTENT_DIGEST: manifest.content_digest,
             md.BACKEND: manifest.backend[:_QUOTED],
-            md.CREATED_AT: dg.MetadataValue.timestamp(
-                created_at if created_at.tzinfo else created_at.replace(tzinfo=timezone.utc)
-            ),
+            md.CREATED_AT: dg.MetadataValue.timestamp(manifest.created_at),
         }
         return cls(key, digest, facts)
 

@@ -461,9 +461,9 @@ def test_an_unreadable_manifest_keeps_nobody_waiting(daemon: Daemon, key, conten
 
 
 def test_a_manifest_may_say_anything(daemon: Daemon):
-    """Sizes beyond any disk, times without a zone, a backend with a name of a megabyte: an event is made of it."""
+    """Sizes beyond any disk, a time long past, a backend with a name of a megabyte: an event is made of it."""
     strange = json.loads(manifest(1)) | {
-        "created_at": "0001-01-01T00:00:00",
+        "created_at": "0002-01-02T00:00:00+00:00",
         "backend": "x" * 1_000_000,
         "members": 2**63 - 1,
         "body": {"size": 2**63 - 1, "crc32c": 0},
