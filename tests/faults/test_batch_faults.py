@@ -210,10 +210,10 @@ def test_credentials_that_expire_are_refreshed(strict_s3: StrictS3, stores: Stor
     made: list[Any] = []
     closed = S3Store.failed
 
-    def failed(self: S3Store, error: Exception, call: Any) -> BlobflowError:
+    def failed(self: S3Store, error: Exception, call: Any, access: Any = None) -> BlobflowError:
         made.append(self._access)
         self.options = self.options.model_copy(update={"access_key_id": self.options.access_key_id})
-        return closed(self, error, call)
+        return closed(self, error, call, access)
 
     monkeypatch.setattr(S3Store, "failed", failed)
     monkeypatch.setattr(S3Options, "explicit", property(lambda _: False))
