@@ -8,7 +8,7 @@ PORT ?= 3000
 BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
-FAST := not slow and not rgw and not browser
+FAST := not slow and not rgw and not browser and not foreign
 
 .PHONY: help demo ui test test-all fuzz check format bench docs site lock clean
 .DELETE_ON_ERROR:

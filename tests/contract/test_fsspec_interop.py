@@ -236,4 +236,4 @@ def test_schemes_are_checked_when_the_store_is_made(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
     with pytest.raises(UsageError, match="gs:// needs a package") as refusal:
         FsspecStore("gs://bucket")
-    assert refusal.value.hint == "Install gcsfs to access Google Storage"
+    assert refusal.value.hint == "pip install 'gcsfs'"
