@@ -10,7 +10,7 @@ READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 FAST := not slow and not rgw and not browser and not foreign
 
-.PHONY: help demo ui test test-all fuzz check format bench docs site lock clean
+.PHONY: help demo ui test test-all test-lowest fuzz check format bench docs site lock clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -47,7 +47,7 @@ test: $(READY) ## the tests that need nothing but this checkout
 
 # In CI a missing server or browser is a failure, not a skip.
 test-all: export BLOBFLOW_CI := $(if $(filter true 1,$(CI)),1)
-test-all: $(READY) ## every test, also the slow ones and those that need Ceph or a browser
+test-all: $(READY) ## every test, also the slow ones and those that need Ceph, a browser or a foreign server
 	@$(BIN)/python -m pytest -n $(WORKERS) --maxschedchunk=1 $(PYTEST_ARGS)
 
 # atheris has no wheel for every machine and every Python, so it is not in the lock: it gets an environment beside it,
@@ -65,6 +65,15 @@ $(FUZZ)/.ready: $(READY) tests/fuzz/requirements.txt
 
 fuzz: $(FUZZ)/.ready ## every parser of foreign bytes, FUZZ_SECONDS=600 each (FUZZ_ARGS="--target index" for one)
 	@$(FUZZ)/bin/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
+
+# Without the lock: what `pip install blobflow` may meet at the worst. botocore is held down beside s3fs, which would take
+# the newest. Development tools are at their lowest, too.
+LOWEST := .venv-lowest
+test-lowest: $(READY) ## the unit tests on the lowest version of everything that pyproject.toml asks for
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)
+	@$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[mirror,ui]' \
+	    --group dev 'botocore<1.41'
+	@$(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "$(FAST)" tests/unit $(PYTEST_ARGS)
 
 check: $(READY) ## lint, format, types and the layers of the house
 	@$(BIN)/ruff check

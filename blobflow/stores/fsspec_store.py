@@ -154,6 +154,7 @@ class FsspecStore(Store):
         self._implementation = implementation
         self._memory = "memory" in protocols
         self._webdav = "webdav" in protocols
+        self._sftp = "sftp" in protocols
         self._azure = "az" in protocols  # where a backslash is a slash
         self._appears_on_close = bool(protocols & _APPEAR_ON_CLOSE)
         self._bears_threads = self._memory or bool(getattr(implementation, "async_impl", False))
@@ -218,7 +219,9 @@ class FsspecStore(Store):
                 )
             if not target:
                 return b""
-            cat = partial(_webdav_range, client.connection) if self._webdav else client.connection.cat_file
+            fs = client.connection
+            own = _webdav_range if self._webdav else _sftp_range if self._sftp else None
+            cat = partial(own, fs) if own else fs.cat_file
             data: bytes = client.run(cat, self._path(key), start=offset, end=end, moves=len(target))
             if e_tag is not None:
                 self._check_pin(client, key, e_tag)
@@ -436,6 +439,8 @@ class FsspecStore(Store):
 
     def _write(self, client: Client, operation: str, key: str, path: str, body: Body) -> None:
         handle: Any = client.run(client.connection.open, path, "wb")
+        if self._sftp:
+            handle.set_pipelined(True)  # or each 32 KiB wait for their acknowledgement; close waits for all of them
         buffered = getattr(handle, "blocksize", 0) or 0  # sent by the write that fills it
 
         def write(buffer: Buffer) -> None:
@@ -664,6 +669,12 @@ def _quote_paths(client: Any) -> None:
         return join(quote(path), add_trailing_slash=add_trailing_slash)
 
     client.join_url = join_url
+
+
+def _sftp_range(fs: Any, path: str, *, start: int, end: int) -> bytes:
+    """Bytes of a file, asked for all at once; fsspec's way waits for each 32 KiB before it asks for the next ones."""
+    with fs.open(path, "rb") as file:
+        return b"".join(file.readv([(start, end - start)]))
 
 
 def _webdav_range(fs: Any, path: str, *, start: int, end: int) -> bytes:

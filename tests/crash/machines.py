@@ -28,7 +28,7 @@ PROGRAM = Path(sys.executable).with_name("blobflow")
 class Machine:
     """Somebody's machine: a home and temporary files of its own, and nothing of any other one's environment."""
 
-    def __init__(self, path: Path, place: Place, *options: str) -> None:
+    def __init__(self, path: Path, place: Reachable, *options: str) -> None:
         self.home = path / "home"
         self.tmp = path / "tmp"
         for directory in (self.home, self.tmp):
@@ -87,13 +87,17 @@ def committed(below: Path) -> int:
     return sum(journal.read_bytes().count(b'"part":') for journal in below.glob(".blobflow-download-*/journal"))
 
 
-class Place(Protocol):
-    """Where artifacts are sent to, seen from outside."""
+class Reachable(Protocol):
+    """A store, and what a machine needs in its environment to get there."""
 
     environment: dict[str, str]
 
     @property
     def url(self) -> str: ...
+
+
+class Place(Reachable, Protocol):
+    """Where artifacts are sent to, seen from outside."""
 
     def parts(self, key: str) -> dict[int, int]:
         """The sizes of the parts that are acknowledged, by number, of the upload under way to `key`."""

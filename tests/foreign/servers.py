@@ -136,7 +136,13 @@ class ForeignServer:
                 "AWS_SECRET_ACCESS_KEY": endpoint.secret_access_key,
                 "AWS_DEFAULT_REGION": endpoint.region,
             }
-            return Place(f"s3://{bucket}", environment)
+            options = {
+                "endpoint_url": endpoint.endpoint_url,
+                "access_key_id": endpoint.access_key_id,
+                "secret_access_key": endpoint.secret_access_key,
+                "region": endpoint.region,
+            }
+            return Place(f"s3://{bucket}", environment, options)
         return getattr(self, f"_{self.kind.replace('-', '_')}")(name)
 
     def _sftp(self, name: str) -> Place:
