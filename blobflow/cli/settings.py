@@ -83,8 +83,9 @@ class Settings:
         if _is_s3(self.store):
             # The environment means every S3 client on the machine; to other stores these options are unknown.
             from_environment = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-            profile = self.transfer_profile()
             options["endpoint_url"] = self.endpoint_url or from_environment or None
+        if not re.match("(?i)(?:file|memory):|(?![a-z0-9+.-]+://)", self.store):
+            profile = self.transfer_profile()
             options["idle_timeout"] = max(profile.read_timeout, profile.write_timeout)
         store = open_store(self.store, bandwidth_bytes_per_s=self.bwlimit, **options)
         try:
