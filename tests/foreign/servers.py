@@ -34,6 +34,11 @@ _AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K
 """The one that Azurite's documentation publishes."""
 
 
+_PLAIN_GCS = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+"""Otherwise gcsfs 2026.10 asks another API for the kind of a bucket, over TLS, which no emulator has."""
+os.environ.update(_PLAIN_GCS)  # here as well, before it is imported
+
+
 class Missing(Exception):
     """The server is not to be had on this machine."""
 
@@ -176,11 +181,9 @@ class ForeignServer:
         import requests
 
         requests.post(f"http://{self.address}/storage/v1/b", json={"name": name}, timeout=30).raise_for_status()
-        # gcsfs 2026.10 asks another API for the kind of the bucket, and that one over TLS.
-        environment = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
         options = {"endpoint_url": f"http://{self.address}", "token": "anon", "project": "test"}
         place = _by_options(f"gs://{name}/some/prefix", "GS", options)
-        return Place(place.url, environment | place.environment, options)
+        return Place(place.url, _PLAIN_GCS | place.environment, options)
 
 
 def _by_options(url: str, protocol: str, options: dict[str, Any]) -> Place:
