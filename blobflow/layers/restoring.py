@@ -19,7 +19,7 @@ from typing_extensions import override
 from blobflow.artifact.artifact import write_durably
 from blobflow.artifact.landing import REPLACED_NAME, Landing, Stage, check_destination, fsync_directory
 from blobflow.artifact.manifest import DATA_NAME, Manifest
-from blobflow.config import ChunkProfile
+from blobflow.config import MIB, ChunkProfile
 from blobflow.errors import BlobflowError, DestinationNotEmpty, RefusedError, setting, writing
 from blobflow.layers.format import LayerMeta, manifest_digest, tree_digest
 from blobflow.layers.remote import RemoteLayer
@@ -31,6 +31,8 @@ from blobflow.trees import remove_tree
 log = logging.getLogger(__name__)
 
 _RENAME_EXCHANGE: Final = 2
+_ALLOWANCE_BYTES: Final = 64 * MIB
+"""What any input may take beyond the profile's own memory."""
 _AT_FDCWD: Final = -100
 _ASIDE_NAME_BYTES: Final = 230
 """Of a destination's name in front of `.replaced-1`: names have at most 255 bytes."""
@@ -103,6 +105,7 @@ def land_layer(
     started = time.monotonic()
     stage = _LayerStage(dest, manifest_digest(layer.meta), layer.meta, replaceable, on_swap)
     stage.check_destination()
+    workers = _workers_for(layer, profile)  # before anything of it is decompressed
     remote = layer.artifact()
     layout = remote.open_layout()
     # Whole frames: nothing is decompressed twice.
@@ -117,7 +120,7 @@ def land_layer(
         landing = Landing(stage, layout, plan, digests=profile.verify_digest)
         books: Books = remote.books(landing.plan, profile, "download", landing.sync, on_progress, on_checkpoint)
         with failures_noted(landing, books):
-            land_parts(remote, landing, list(landing.plan), books, workers=profile.workers)
+            land_parts(remote, landing, list(landing.plan), books, workers=workers)
             contents = (remote.manifest_bytes, remote.index_bytes)
             landing.finish(remote.head, remote.payload_crc32c, *contents, books.tick)
     books.done()
@@ -135,6 +138,25 @@ def _may_be_holes(layer: RemoteLayer) -> int:
     """Bytes that may be left as holes: nothing says how much of what the compression saved was zeros."""
     lengths = ((layer.meta.plan.frame(number).length, size) for number, size in enumerate(layer.frame_sizes, 1))
     return sum(max(0, length - size) for length, size in lengths)
+
+
+def _workers_for(layer: RemoteLayer, profile: ChunkProfile) -> int:
+    """How many workers may hold a frame at once, compressed and not, in what the profile allows and 64 MiB.
+
+    Raises:
+        RefusedError: not even one may.
+    """
+    frame = min(layer.meta.frame_size, layer.meta.tar_size)
+    allowed = profile.chunk_size * profile.workers + _ALLOWANCE_BYTES
+    if 2 * frame > allowed:
+        raise RefusedError(
+            f"the layer {layer.meta.key!r} has frames of {frame} bytes: each takes twice that in memory, and"
+            f" {allowed} bytes are allowed",
+            hint=f"if you trust whoever made it, take a profile with {setting('chunk_size', frame)}",
+            key=layer.meta.key,
+            limit=allowed,
+        )
+    return profile.workers if frame <= profile.chunk_size else max(1, min(profile.workers, allowed // (2 * frame)))
 
 
 def sweep(dest: Path, layer: RemoteLayer, replaceable: Replaceable) -> Path | None:

@@ -9,7 +9,8 @@ import sys
 from array import array
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,10 @@ import pytest
 
 from blobflow.artifact.index import _SCHEMA, Index, Member
 from blobflow.artifact.pages import check_footer, pages
-from blobflow.errors import ArtifactInvalid, HostileArtifact
+from blobflow.config import ChunkProfile
+from blobflow.errors import ArtifactInvalid, HostileArtifact, RefusedError
+from blobflow.layers.remote import RemoteLayer
+from blobflow.layers.restoring import _workers_for
 from blobflow.untrusted import MAX_JSON_VALUES, read_json
 
 MIB = 1 << 20
@@ -229,3 +233,17 @@ def test_a_document_has_so_many_values_and_no_more() -> None:
     assert read_json(escaped, "document") == '"' * MIB
     with pytest.raises(ArtifactInvalid, match="values"):
         read_json(b"[" + b"0000000," * (MAX_JSON_VALUES + 1) + b"0]", "document")
+
+
+def test_a_layer_of_huge_frames_is_refused_or_restored_by_fewer_workers() -> None:
+    """A frame is held whole, twice: no more of them at once than the profile's memory and 64 MiB; none beyond that."""
+
+    def workers(frame_size: int, tar_size: int = 1 << 42) -> int:
+        meta = SimpleNamespace(frame_size=frame_size, tar_size=tar_size, key="layer")
+        return _workers_for(cast("RemoteLayer", SimpleNamespace(meta=meta)), ChunkProfile.tactical())
+
+    assert [workers(size * MIB) for size in (2, 8, 12, 24, 48)] == [4, 4, 4, 2, 1]
+    assert workers(2048 * MIB, tar_size=MIB) == 4
+    with pytest.raises(RefusedError, match="frames of 2147483648 bytes") as refusal:
+        workers(2048 * MIB)
+    assert f"chunk_size={2048 * MIB}" in refusal.value.hint
