@@ -373,11 +373,17 @@ class FsspecStore(Store):
     @contextmanager
     def _target(self, client: Client, key: str) -> Generator[str]:
         """A path to write to; what was written appears under the key when the block ends well."""
-        if self._appears_on_close or self._memory or self._in_place(key):
-            yield self._path(key)
+        final = self._path(key)
+        if self._appears_on_close or self._memory:
+            yield final
+            return
+        if self._in_place(key):
+            self._make_parent(client, final)
+            if client.run(client.connection.isdir, final):
+                raise taken(key, self.url)
+            yield final
             return
         temporary = self._temporary()
-        final = self._path(key)
         self._make_parent(client, temporary)
         fs = client.connection
         try:

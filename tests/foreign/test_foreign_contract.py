@@ -48,6 +48,16 @@ class TestForeign(StoreContract):
             assert store.get(key, max_bytes=10).data == str(number).encode(), key
         assert [meta.key for meta in store.list()] == sorted(odd, key=str.encode)
 
+    def test_directories_may_have_odd_names(self, store: Store) -> None:
+        """What is odd in a name is so in the middle of a key as well, also when the object is replaced."""
+        odd = ["a#b/k", "a%41/k", "a;b/k", "a#b/c d/k"] + ["a?b/k"] * (_scheme(store) != "az")
+        for content in (b"first", b"second"):
+            for key in odd:
+                store.put(key, content + key.encode())
+        for key in odd:
+            assert store.get(key, max_bytes=100).data == b"second" + key.encode(), key
+        assert [meta.key for meta in store.list()] == sorted(odd, key=str.encode)
+
     def test_a_put_replaces(self, store: Store) -> None:
         """The second content is the one that is read; whether it has another e_tag depends on the server's clock."""
         if _scheme(store) != "sftp":
