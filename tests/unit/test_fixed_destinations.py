@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from blobflow import Artifact, LayerSync, begin_download, download, fetch_lane, upload
-from blobflow.artifact.landing import STAGE_PREFIX, is_fixed
+from blobflow.artifact.landing import STAGE_PREFIX, Stage, is_fixed
 from blobflow.artifact.members import verify_members
 from blobflow.errors import ArtifactNotFound, DestinationNotEmpty, RefusedError
 from blobflow.stores.local import LocalStore
@@ -90,15 +90,19 @@ def test_a_download_killed_while_its_entries_are_moved_goes_on(
 
     def dies(source: Path, target: Path) -> None:
         nonlocal renamed
-        if renamed == moved:
-            raise Killed
-        assert not is_whole(dest)
+        if Path(target).parent == dest:
+            assert not is_whole(dest)
+            if renamed == moved:
+                raise Killed
+            renamed += 1
         rename(source, target)
-        renamed += 1
+
+    def discard(_: Stage) -> None:
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr("blobflow.artifact.landing.os.rename", dies)
-        patch.setattr("blobflow.artifact.landing.Stage.discard", lambda _: dies(dest, dest))
+        patch.setattr(Stage, "discard", discard)
         with pytest.raises(Killed):
             download(store, KEY, dest, profile=SMALL)
     assert is_whole(dest) == (moved == 3)
