@@ -73,7 +73,7 @@ test-lowest: $(READY) ## the unit tests on the lowest version of everything that
 	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(LOWEST)
 	@$(BIN)/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[mirror,ui]' \
 	    --group dev 'botocore<1.41'
-	@$(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "$(FAST)" tests/unit $(PYTEST_ARGS)
+	@BLOBFLOW_LOWEST=1 $(LOWEST)/bin/python -m pytest -n $(WORKERS) -m "$(FAST)" tests/unit $(PYTEST_ARGS)
 
 check: $(READY) ## lint, format, types and the layers of the house
 	@$(BIN)/ruff check

@@ -54,6 +54,28 @@ def test_the_installed_version_is_the_one_in_the_package():
     assert metadata.version("blobflow") == blobflow.__version__
 
 
+def test_every_lower_bound_is_met_and_under_test_lowest_it_is_what_runs():
+    """What pyproject.toml asks for is installed; `make test-lowest` runs nothing newer, or a bound was never tried."""
+    asked = [
+        *project()["project"]["dependencies"],
+        *project()["project"]["optional-dependencies"]["mirror"],
+        *project()["dependency-groups"]["dev"],
+    ]
+    lowest = os.environ.get("BLOBFLOW_LOWEST") == "1"
+    newer: list[str] = []
+    for requirement in asked:
+        found = re.match(r"([\w.-]+)(?:\[.*?\])?>=([\d.]+)$", requirement)
+        assert found, requirement
+        bound, installed = [
+            [int(number) for number in re.findall(r"\d+", version)][: found[2].count(".") + 1]
+            for version in (found[2], metadata.version(found[1]))
+        ]
+        assert installed >= bound, requirement
+        if lowest and installed > bound:
+            newer.append(requirement)
+    assert newer == []
+
+
 def test_the_package_says_that_it_is_typed():
     """Type checkers read our annotations only where py.typed lies."""
     assert (ROOT / "blobflow" / "py.typed").exists()
