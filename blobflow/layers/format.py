@@ -52,6 +52,8 @@ _PRODUCER: Final = "blobflow.layer/1"
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _SKIPPABLE: Final = 0x184D2A5E
 _SEEKABLE: Final = 0x8F92EAB1
+_RUN: Final = 1
+"""The type of a block that is one byte, repeated."""
 _HEADER: Final = struct.Struct("<II")
 _FOOTER: Final = struct.Struct("<IBI")
 
@@ -97,15 +99,31 @@ def decompress(frame: Buffer, into: memoryview) -> None:
         # The frame says its own size: a lie must not take more memory, or less time, than is due.
         told = zstandard.frame_content_size(frame)
         if told == len(into):
+            _check_whole(frame)
             decompressor: Any = zstandard.ZstdDecompressor()  # its stub leaves the type of a buffer open
             with decompressor.stream_reader(frame) as reader:
                 told = 0  # straight into place: zstd decompresses a frame that fits in one go
                 while told < len(into) and (count := reader.readinto(into[told:])):
                     told += count
+                reader.readinto(bytearray(1))  # to the end of the frame, where its checksum is compared
     except zstandard.ZstdError as error:
         raise ArtifactInvalid(f"a frame of the layer is damaged: {error}") from error
     if told != len(into):
         raise ArtifactInvalid("a frame of the layer has another size than the layout", expected=len(into), actual=told)
+
+
+def _check_whole(frame: Buffer) -> None:
+    """Refuse what is not one frame, its checksum included, and nothing after it (RFC 8878, 3.1.1)."""
+    view = memoryview(frame)
+    position, last = zstandard.frame_header_size(frame), 0
+    while not last:
+        header = int.from_bytes(view[position : position + 3], "little")
+        last, kind, size = header & 1, header >> 1 & 3, header >> 3
+        position += 3 + (1 if kind == _RUN else size)
+        if position > len(view):
+            raise ArtifactInvalid("a frame of the layer is cut off")
+    if not zstandard.get_frame_parameters(frame).has_checksum or position + 4 != len(view):
+        raise ArtifactInvalid("a frame of the layer has no checksum, or something behind it")
 
 
 class FramePlan:

@@ -15,11 +15,13 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from blobflow.artifact.index import _SCHEMA, Index, Member
 from blobflow.artifact.pages import check_footer, pages
 from blobflow.config import ChunkProfile
 from blobflow.errors import ArtifactInvalid, HostileArtifact, RefusedError
+from blobflow.layers.format import Codec, decompress
 from blobflow.layers.remote import RemoteLayer
 from blobflow.layers.restoring import _workers_for
 from blobflow.untrusted import MAX_JSON_VALUES, read_json
@@ -247,3 +249,17 @@ def test_a_layer_of_huge_frames_is_refused_or_restored_by_fewer_workers() -> Non
     with pytest.raises(RefusedError, match="frames of 2147483648 bytes") as refusal:
         workers(2048 * MIB)
     assert f"chunk_size={2048 * MIB}" in refusal.value.hint
+
+
+def test_a_frame_without_its_checksum_or_with_another_one_behind_it_is_refused() -> None:
+    """One whole frame, proven by its own checksum: cut off, left out, changed, or followed by anything, it is none."""
+    content = bytes(range(256)) * 1000 + bytes(300_000)
+    frame = Codec().compress(content)
+    into = memoryview(bytearray(len(content)))
+    decompress(frame, into)
+    assert into == content
+    plain = zstandard.ZstdCompressor(write_checksum=False, write_content_size=True).compress(content)
+    changed = frame[:-1] + bytes((frame[-1] ^ 1,))
+    for wrong in (frame[:-4], frame[:-1], changed, frame + frame, frame + b"x", frame + Codec().compress(b""), plain):
+        with pytest.raises(ArtifactInvalid):
+            decompress(wrong, into)
