@@ -19,7 +19,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -30,9 +29,17 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.config import ChunkProfile
-from blobflow.errors import DiskFull, IntegrityError, NotFoundError, TransferBusy, UnsupportedSource, writing
+from blobflow.errors import (
+    DiskFull,
+    IntegrityError,
+    NotFoundError,
+    RefusedError,
+    TransferBusy,
+    UnsupportedSource,
+    writing,
+)
 from blobflow.gc import DEFAULT_AGE_S, collect_stages
-from blobflow.scratch import hold
+from blobflow.private import PrivateDirectory
 from blobflow.stores.base import Store
 from blobflow.transport import DownloadResult, download, read_manifest
 from blobflow.transport.books import OnProgress, OnRecord
@@ -80,7 +87,7 @@ class ArtifactCache:
         self._max_bytes = max_bytes
         self._check = check
         self._clock = clock
-        self._held: dict[Path, int] = {}
+        self._held: dict[Path, PrivateDirectory] = {}
 
     def __repr__(self) -> str:
         return f"<ArtifactCache {self._root}, {len(self._held)} entries in use>"
@@ -107,10 +114,8 @@ class ArtifactCache:
             ArtifactNotFound, IntegrityError, HostileArtifact, DiskFull: as `download`.
         """
         name = digest.removeprefix("sha256:")[:_NAME_LENGTH]
-        with writing(self._root):
-            self._root.mkdir(parents=True, exist_ok=True)
-        with _alone(self._root / f".{name}.lock", on_wait):
-            found = self._find(name, digest)
+        with _opened(self._root) as root, _alone(root, f".{name}.lock", on_wait):
+            found = self._find(root, name, digest)
             if found is not None:
                 return CachedArtifact(found, None)
 
@@ -125,46 +130,47 @@ class ArtifactCache:
                     on_checkpoint=on_checkpoint,
                 )
 
-            self._clean_up()
+            self._clean_up(root)
             if self._max_bytes is not None:
-                self._shrink_to(self._max_bytes - read_manifest(store, key).bytes)
+                self._shrink_to(root, self._max_bytes - read_manifest(store, key).bytes)
             try:
                 result = fetch()
             except DiskFull:
-                if not self._shrink_to(0):
+                if not self._shrink_to(root, 0):
                     raise
                 result = fetch()
             # Held before it has a stamp: without one, nobody takes it for an entry that may go.
-            held = hold(result.path, shared=True)
+            held = _hold(root, result.path.name, shared=True)
             if held is None:
                 raise TransferBusy(f"{result.path} was removed by somebody when it had landed", path=str(result.path))
-            _write_stamp(result.path)
-            self._use(result.path, held)
+            _write_stamp(held)
+            self._use(held)
             return CachedArtifact(Artifact.open(result.path), result)
 
     def close(self) -> None:
         """Give the entries back; they may go after that."""
         while self._held:
-            os.close(self._held.popitem()[1])
+            self._held.popitem()[1].close()
 
     # Using entries
 
-    def _find(self, name: str, digest: str) -> Artifact | None:
+    def _find(self, root: PrivateDirectory, name: str, digest: str) -> Artifact | None:
         """An entry that is what it should be, held."""
         for entry in sorted(self._root.glob(f"{name}-*")):
-            held = hold(entry, shared=True)
+            held = _hold(root, entry.name, shared=True)
             if held is None:
-                continue  # it is being removed
-            artifact = self._intact(entry, digest)
+                continue  # it is being removed, or another user's
+            artifact = self._intact(held, digest)
             if artifact is not None:
-                self._use(entry, held)
+                self._use(held)
                 return artifact
-            os.close(held)
+            held.close()
             log.warning("cache.entry_changed path=%s", entry)
-            self._remove(entry)  # stays if somebody, perhaps in this process, still uses it
+            self._remove(root, entry)  # stays if somebody, perhaps in this process, still uses it
         return None
 
-    def _intact(self, entry: Path, digest: str) -> Artifact | None:
+    def _intact(self, held: PrivateDirectory, digest: str) -> Artifact | None:
+        entry = held.path
         try:
             artifact = Artifact.open(entry)
             stamp = _read_stamp(entry)
@@ -178,22 +184,22 @@ class ArtifactCache:
             log.warning("cache.entry_damaged path=%s error=%s", entry, error)
             return None
         if stamp is None:  # whoever fetched it was killed when it had landed
-            _write_stamp(entry)
+            _write_stamp(held)
         return artifact
 
-    def _use(self, entry: Path, held: int) -> None:
+    def _use(self, held: PrivateDirectory) -> None:
         """Keep the entry until `close`, and note when it was used."""
         now = self._clock()
-        with writing(entry):
-            os.utime(entry / _STAMP, (now, now))
-        if entry in self._held:
-            os.close(held)
+        with writing(held.path):
+            os.utime(_STAMP, (now, now), dir_fd=held.descriptor, follow_symlinks=False)
+        if held.path in self._held:
+            held.close()
         else:
-            self._held[entry] = held
+            self._held[held.path] = held
 
     # Removing entries
 
-    def _shrink_to(self, limit: int) -> bool:
+    def _shrink_to(self, root: PrivateDirectory, limit: int) -> bool:
         """Remove entries that nobody uses, oldest use first, until all have at most `limit` bytes; whether any went."""
         entries = sorted((entry for entry in self._root.iterdir() if _ENTRY.fullmatch(entry.name)), key=_last_use)
         sizes = {entry: _size(entry) for entry in entries}
@@ -203,40 +209,71 @@ class ArtifactCache:
             if total <= limit:
                 break
             landing = _read_stamp(entry) is None and self._clock() - _last_use(entry) < DEFAULT_AGE_S
-            if not landing and self._remove(entry):
+            if not landing and self._remove(root, entry):
                 log.info("cache.entry_evicted path=%s bytes=%d", entry, sizes[entry])
                 total -= sizes[entry]
                 removed = True
         return removed
 
-    def _remove(self, entry: Path) -> bool:
+    def _remove(self, root: PrivateDirectory, entry: Path) -> bool:
         """Remove an entry unless somebody uses it."""
-        held = hold(entry)
+        held = _hold(root, entry.name)
         if held is None:
             return False
-        try:
+        with held:
             # Whoever is killed here leaves nothing that could be taken for an entry.
-            removed = self._root / f"{_REMOVED_PREFIX}{uuid.uuid4().hex}"
+            removed = f"{_REMOVED_PREFIX}{uuid.uuid4().hex}"
             with writing(entry):
-                os.rename(entry, removed)
-            shutil.rmtree(removed, ignore_errors=True)
-        finally:
-            os.close(held)
+                root.rename(entry.name, removed)
+            with suppress(OSError):  # what stays goes the next time
+                root.remove(removed)
         return True
 
-    def _clean_up(self) -> None:
+    def _clean_up(self, root: PrivateDirectory) -> None:
         """Remove what killed processes left: halves of removed entries, stages that nobody came back for."""
-        for removed in self._root.glob(f"{_REMOVED_PREFIX}*"):
-            shutil.rmtree(removed, ignore_errors=True)
+        for name in root.names():
+            if name.startswith(_REMOVED_PREFIX):
+                with suppress(OSError):
+                    root.remove(name)
         collect_stages(self._root, clock=self._clock)
 
 
 @contextmanager
-def _alone(path: Path, on_wait: Callable[[], None] | None) -> Generator[None]:
-    """Hold the lock file `path`, which is there only meanwhile; waits for whoever holds it."""
+def _opened(path: Path) -> Generator[PrivateDirectory]:
+    """The directory of a cache, made if it is missing."""
+    with writing(path):
+        root = PrivateDirectory.at(path)
+    with root:
+        yield root
+
+
+def _hold(root: PrivateDirectory, name: str, *, shared: bool = False) -> PrivateDirectory | None:
+    """The directory of an entry, held until it is closed; None if somebody else holds it, or it is not one of ours.
+
+    Args:
+        shared: With others that hold it shared, too.
+    """
+    try:
+        entry = root.below(name)
+    except (FileNotFoundError, RefusedError):
+        return None
+    try:
+        # It may have been removed, or replaced, before it was held.
+        if entry.hold(shared=shared) and root.names_file(name, entry.descriptor):
+            return entry
+    except BaseException:
+        entry.close()
+        raise
+    entry.close()
+    return None
+
+
+@contextmanager
+def _alone(root: PrivateDirectory, name: str, on_wait: Callable[[], None] | None) -> Generator[None]:
+    """Hold the lock file `name`, which is there only meanwhile; waits for whoever holds it."""
     while True:
-        with writing(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with writing(root.path):
+            descriptor = root.open(name, os.O_RDWR | os.O_CREAT)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -244,22 +281,15 @@ def _alone(path: Path, on_wait: Callable[[], None] | None) -> Generator[None]:
                 if on_wait:
                     on_wait()
                 fcntl.flock(descriptor, fcntl.LOCK_EX)  # a signal whose handler raises ends the wait
-            if not _is_still(path, descriptor):
+            if not root.names_file(name, descriptor):
                 continue  # whoever held it has removed it, and whoever comes now locks another one
             try:
                 yield
             finally:
-                path.unlink(missing_ok=True)
+                root.unlink(name)
             return
         finally:
             os.close(descriptor)
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _stamp(entry: Path) -> str:
@@ -282,9 +312,13 @@ def _walk(directory: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
             yield path, entry.stat(follow_symlinks=False)
 
 
-def _write_stamp(entry: Path) -> None:
-    with writing(entry):
-        (entry / _STAMP).write_text(_stamp(entry))
+def _write_stamp(entry: PrivateDirectory) -> None:
+    stamp = _stamp(entry.path)
+    with (
+        writing(entry.path),
+        open(entry.open(_STAMP, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w", encoding="ascii") as file,
+    ):
+        file.write(stamp)
 
 
 def _read_stamp(entry: Path) -> str | None:

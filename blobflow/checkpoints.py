@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from blobflow.engine.checkpoint import TransferRecord
 from blobflow.errors import ArtifactInvalid, UsageError, writing
 from blobflow.owner import process_owner
+from blobflow.private import PrivateDirectory
 from blobflow.untrusted import Counter, Timestamp, as_model, read_object
 
 log = logging.getLogger(__name__)
@@ -217,25 +218,25 @@ class LocalHome:
         return f"<LocalHome {self._directory}>"
 
     def read(self, transfer_id: str) -> str | None:
+        path = self._path(transfer_id)
         try:
-            data = self._path(transfer_id).read_bytes()
+            with PrivateDirectory.at(self._directory, make=False) as directory:
+                data = directory.read(path.name)
         except FileNotFoundError:
             return None
         whole = [line for line in data.split(b"\n")[:-1] if line.startswith(b"{") and line.endswith(b"}")]
         return whole[-1].decode(errors="replace") if whole else None
 
     def append(self, checkpoint: Checkpoint) -> None:
-        from blobflow.artifact.landing import fsync_directory
-
         path = self._path(checkpoint.record.transfer_id)
         # The newline before ends a line that somebody was killed in.
         line = f"\n{checkpoint.to_json()}\n".encode()
-        with writing(path):
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with open(path, "ab", buffering=0) as file:
+        with writing(path), PrivateDirectory.at(self._directory) as directory:
+            descriptor = directory.open(path.name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            with open(descriptor, "ab", buffering=0) as file:
                 file.write(line)
                 os.fsync(file.fileno())
-            fsync_directory(self._directory)
+            directory.sync()
 
     def _path(self, transfer_id: str) -> Path:
         if not _TRANSFER_ID.fullmatch(transfer_id):

@@ -12,6 +12,7 @@ that group: several users can use one volume on purpose.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from types import TracebackType
 from typing import Final
 
 from blobflow.errors import RefusedError
-from blobflow.trees import make_directories, remove_tree
+from blobflow.trees import make_directories, remove_entries, remove_tree
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -195,6 +196,22 @@ class PrivateDirectory:
         """Remove an entry and everything below it; absent is fine, links are removed and not followed."""
         remove_tree(name, dir_fd=self.descriptor)
 
+    def clear(self) -> None:
+        """Remove everything in it."""
+        remove_entries(self.descriptor)
+
+    def hold(self, *, shared: bool = False) -> bool:
+        """Hold it until it is closed, or until the process ends, unless another one holds it.
+
+        Args:
+            shared: With others that hold it shared, too.
+        """
+        try:
+            fcntl.flock(self.descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
     def sync(self) -> None:
         """Make the names in it durable."""
         os.fsync(self.descriptor)
@@ -213,7 +230,7 @@ def open_own(
 
     Args:
         flags: Of open(2).
-        mode: Of a file that is made, before the umask.
+        mode: Of a file that is made, before the umask; with O_CREAT, one that is there already is narrowed to it.
         within: An open directory, and the name there; then `path` is for messages only.
         owner: Whose file it may be as well: the owner of its directory.
         shared: Whether the users of its directory trust each other.
@@ -237,7 +254,8 @@ def open_own(
             raise _refused(path, f"it belongs to another user (uid {status.st_uid})")
         if status.st_nlink > 1:
             raise _refused(path, "it has another name elsewhere (a hard link)")
-        if not shared and status.st_uid == os.geteuid() and status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) & ~mode:
+        is_lax = status.st_mode & (stat.S_IRWXG | stat.S_IRWXO) & ~mode
+        if flags & os.O_CREAT and is_lax and not shared and status.st_uid == os.geteuid():
             os.fchmod(descriptor, stat.S_IMODE(status.st_mode) & mode)
         if flags & os.O_TRUNC:
             os.ftruncate(descriptor, 0)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -12,6 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from blobflow.errors import RefusedError, TransferBusy, writing
+from blobflow.private import PrivateDirectory
+from blobflow.trees import make_directories
 
 _PREFIX: Final = ".blobflow-push-"
 _ATTEMPTS: Final = 10
@@ -34,47 +34,37 @@ def scratch_directory(source: Path, parent: Path | None = None) -> Generator[Pat
             f"the directory for temporary files, {parent}, lies inside {source}", hint=remedy, path=str(parent)
         )
     with writing(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-    for leftover in parent.glob(f"{_PREFIX}*"):
-        with suppress(OSError):  # another user's, or another process removes it at this moment
-            if (descriptor := hold(leftover)) is not None:
-                shutil.rmtree(leftover)
-                os.close(descriptor)
-    for _ in range(_ATTEMPTS):
-        with writing(parent):
-            path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        descriptor = hold(path)
-        if descriptor is not None:
+        make_directories(parent)
+        above = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in os.listdir(above):
+            # Another process may remove it at this moment, and another user's is not ours to remove.
+            if name.startswith(_PREFIX):
+                with suppress(OSError, RefusedError), PrivateDirectory.within(above, name, parent / name) as leftover:
+                    _remove(above, name, leftover)
+        for _ in range(_ATTEMPTS):
+            with writing(parent):
+                name = os.path.basename(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+            # Another process may take it for a leftover in the moment before it is held.
             try:
-                yield path
-            finally:
-                shutil.rmtree(path)
-                os.close(descriptor)
-            return
-        # Another process took it for a leftover in the moment before it was held.
+                scratch = PrivateDirectory.within(above, name, parent / name)
+            except FileNotFoundError:
+                continue
+            with scratch:
+                if not scratch.hold() or not os.fstat(scratch.descriptor).st_nlink:
+                    continue
+                try:
+                    yield scratch.path
+                finally:
+                    _remove(above, name, scratch)
+                return
+    finally:
+        os.close(above)
     raise TransferBusy(f"no directory for temporary files stays in {parent}", path=str(parent))
 
 
-def hold(path: Path, *, shared: bool = False) -> int | None:
-    """A descriptor that holds the directory until it is closed, or until the process ends.
-
-    None: somebody else holds it, or has removed or replaced it.
-
-    Args:
-        shared: With others that hold it shared, too.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
+def _remove(above: int, name: str, directory: PrivateDirectory) -> None:
+    """Remove a directory unless another process holds it."""
+    if directory.hold():
+        directory.clear()
+        os.rmdir(name, dir_fd=above)

@@ -497,12 +497,11 @@ def try_flock(descriptor: int, kind: int) -> bool:
 
 def remove_stage(stage: Path) -> None:
     """Drop a stage that the caller holds alone; its lock goes last, because until then nobody else may begin one."""
-    for entry in stage.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            remove_tree(entry)
-        elif entry.name != _LOCK_NAME:
-            entry.unlink()
-    (stage / _LOCK_NAME).unlink()
+    with Opened(stage) as directory:
+        for name in os.listdir(directory):
+            if name != _LOCK_NAME:
+                remove_tree(name, dir_fd=directory)
+        os.unlink(_LOCK_NAME, dir_fd=directory)
     try:
         stage.rmdir()
     except OSError as error:

@@ -24,6 +24,10 @@ Sha256Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 ByteCount = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
+_ABSENT: Final = ("private", "holes")
+"""Fields that a document does not have where they say nothing: it has the bytes that earlier versions give it."""
+
+
 class IndexInfo(BaseModel):
     """Size (bytes) and checksums of `INDEX.parquet`."""
 
@@ -102,19 +106,18 @@ class Manifest(BaseModel):
             )
         return as_model(cls, document, "manifest")
 
+    def document(self) -> dict[str, Any]:
+        """The fields as JSON values. Without private members and holes they are those that earlier versions write."""
+        return self.model_dump(mode="json", exclude={name for name in _ABSENT if getattr(self, name) is None})
+
     def encode(self) -> bytes:
         """The JSON document as it is stored; its bytes are the artifact's identity.
 
         Raises:
             ArtifactInvalid: it would exceed `MAX_MANIFEST_BYTES` (a huge cursor), or the cursor is NaN or infinite.
         """
-        document: dict[str, Any] = self.model_dump(mode="json")
-        if self.private is None:
-            del document["private"]  # such a manifest is what earlier versions write, to the byte
-        if self.holes is None:
-            del document["holes"]
         try:
-            data = json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
+            data = json.dumps(self.document(), ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
         except ValueError as error:
             raise ArtifactInvalid(f"the manifest is no JSON: {error}") from error
         if len(data) > MAX_MANIFEST_BYTES:

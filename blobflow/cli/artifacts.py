@@ -458,7 +458,7 @@ def show(settings: Settings, key: str) -> None:
                 "store": store.url,
                 "artifact_digest": digest,
                 "bytes_total": payload.size,
-                "manifest": manifest.model_dump(mode="json"),
+                "manifest": manifest.document(),
             }
         )
         return

@@ -12,6 +12,7 @@ All three carry the artifact's digest as their data version. The steps only read
 its result into metadata; that a step continues where an earlier one stopped is the core's doing.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -52,13 +53,13 @@ from blobflow.errors import (
     writing,
 )
 from blobflow.lease import Lease, Leases, check_round, read_ref
+from blobflow.private import PrivateDirectory
 from blobflow.retention import name_artifact
 from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S, check_name, content_key, kept_alive, round_number
 from blobflow.stores import Store
 from blobflow.stores.base import check_readable, key_segment
 from blobflow.transport import PROOF_MEANS, VerifyMode, download, read_manifest_bytes, upload, verify
 from blobflow.transport.books import transfer_id
-from blobflow.trees import remove_tree
 
 CHECK_NAME: Final = "verified"
 DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
@@ -628,15 +629,14 @@ def _stored_digest(store: Store, key: str, manifest: Manifest) -> str | None:
 
 def _mark_used(scratch: Path, context: dg.OpExecutionContext) -> None:
     """Say that this run needs the directory, so that no other run takes it for abandoned."""
-    with writing(scratch):
-        scratch.mkdir(parents=True, exist_ok=True)
-        (scratch / f"{_USER_MARK}{context.run_id}").touch()
+    with writing(scratch), PrivateDirectory.at(scratch) as directory:
+        os.close(directory.open(f"{_USER_MARK}{context.run_id}", os.O_WRONLY | os.O_CREAT))
 
 
 def _remove(scratch: Path) -> None:
     """Remove a scratch directory as well as it can be done; a later round tries again."""
-    with suppress(OSError):
-        remove_tree(scratch)
+    with suppress(OSError), PrivateDirectory.at(scratch.parent, make=False) as rounds:
+        rounds.remove(scratch.name)
 
 
 def _discard(scratch: Path, context: dg.OpExecutionContext) -> None:

@@ -29,6 +29,7 @@ from blobflow.artifact.privacy import encode
 from blobflow.backends.base import OnProgress
 from blobflow.backends.directory import DirectoryExporter, Scan
 from blobflow.errors import BlobflowError, TransferBusy, writing
+from blobflow.private import PrivateDirectory
 from blobflow.trees import remove_tree
 
 log = logging.getLogger(__name__)
@@ -63,9 +64,12 @@ class StatCache:
         Raises:
             TransferBusy: another process scans or sends this directory.
         """
-        with writing(self.path):
-            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with (
+            writing(self.path),
+            PrivateDirectory.at(self.path.parent) as home,
+            home.below(self.path.name, make=True) as own,
+        ):
+            lock = own.open("lock", os.O_RDWR | os.O_CREAT)
         try:
             if not try_flock(lock, fcntl.LOCK_EX):
                 raise TransferBusy(

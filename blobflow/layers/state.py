@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -20,6 +21,7 @@ from sqlalchemy.exc import IntegrityError
 
 from blobflow.artifact.manifest import Sha256Digest
 from blobflow.errors import UsageError, writing
+from blobflow.private import PrivateDirectory
 from blobflow.sql import NAME_LENGTH, SqlTable
 
 log = logging.getLogger(__name__)
@@ -91,8 +93,8 @@ class StateTable:
 
     def __init__(self, url: str | Path, scope: str, *, clock: Callable[[], float] = time.time) -> None:
         if isinstance(url, Path):
-            with writing(url):
-                url.parent.mkdir(parents=True, exist_ok=True)
+            with writing(url), PrivateDirectory.at(url.absolute().parent) as home:
+                os.close(home.open(url.name, os.O_RDWR | os.O_CREAT))  # SQLite gives its other files the same mode
             url = f"sqlite:///{url.absolute()}"
         self._table = Table(
             TABLE,

@@ -38,13 +38,12 @@ from blobflow.errors import (
 from blobflow.mirror import machine
 from blobflow.mirror.envelope import SnapshotEnvelope, SnapshotId
 from blobflow.mirror.machine import Cursor, ReceiverStatus, SessionState, Step
+from blobflow.private import PrivateDirectory
+from blobflow.trees import make_directories
 
 log = logging.getLogger(__name__)
 
 DEFAULT_CHECKPOINT_BYTES: Final = 64 * MIB
-
-_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-_WRITE: Final = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,7 @@ class MirrorReceiver:
 
     Raises:
         TransferBusy: another receiver uses the directory.
+        RefusedError: a link or another user's directory lies in the place of its own one.
     """
 
     def __init__(
@@ -126,8 +126,8 @@ class MirrorReceiver:
         self._admission = threading.Lock()
         self._slots: dict[SnapshotId, _Slot] = {}
         self._guard = threading.Lock()
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._lock_file = os.open(self._directory / ".lock", _WRITE, 0o666)
+        with _directory_of(self._directory, make=True) as own:
+            self._lock_file = own.open(".lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -447,9 +447,13 @@ class _Files:
                 snapshot, journal, partial_bytes=partial_bytes, committed=self.snapshot.exists()
             )
         if repair and not state.committed and partial_bytes is not None and partial_bytes > state.offset:
-            with _doing("truncate partial file", self.partial):
-                os.truncate(self.partial, state.offset)
+            with _doing("truncate partial file", self.partial), self._own() as own, _file(own, self.partial) as file:
+                os.ftruncate(file, state.offset)
         return state
+
+    def _own(self, *, make: bool = False) -> AbstractContextManager[PrivateDirectory]:
+        """The directory of the database; whoever follows a link in its place finds nothing of ours."""
+        return _directory_of(self._directory.parent, self._directory.name, make=make)
 
     def changed_at(self) -> float:
         """When something of it arrived last; seconds since the epoch."""
@@ -461,7 +465,7 @@ class _Files:
 
     def follow(self, snapshot: SnapshotId, cursor: Cursor) -> Step:
         """Note that a complete snapshot was imported. Other processes may do so at the same time."""
-        with suppress(FileNotFoundError), _opened(self.journal, _READ) as journal:
+        with suppress(FileNotFoundError), self._own() as own, _file(own, self.journal, os.O_RDONLY) as journal:
             fcntl.flock(journal, fcntl.LOCK_EX)
             # Without repair: what is not complete is the receiver's, which may be writing to it.
             step = machine.follow(self.restore(snapshot, repair=False), cursor)
@@ -472,11 +476,11 @@ class _Files:
 
     def remove(self) -> None:
         """Remove a complete snapshot; then its journal, without which nobody would find it again."""
-        with _doing("remove snapshot", self.snapshot):
-            if self.snapshot.exists():
-                self.snapshot.unlink()
-                self.journal.unlink(missing_ok=True)
-                _sync_directory(self._directory)
+        with _doing("remove snapshot", self.snapshot), suppress(FileNotFoundError), self._own() as own:
+            if own.has(self.snapshot.name):
+                own.unlink(self.snapshot.name)
+                own.unlink(self.journal.name)
+                own.sync()
 
     def perform(self, action: machine.Action) -> None:
         match action:
@@ -492,61 +496,73 @@ class _Files:
                 self._discard()
 
     def _begin(self, record: bytes) -> None:
-        with _doing("make directory", self._directory):
-            if not self._directory.exists():
-                self._directory.mkdir(exist_ok=True)
-                _sync_directory(self._directory.parent)
-        with _doing("begin journal", self.journal):
+        with _doing("make directory", self._directory), self._own(make=True):
+            pass
+        with _doing("begin journal", self.journal), self._own() as own:
             fresh = self.journal.with_suffix(".journal-new")
-            with _opened(fresh, _WRITE | os.O_TRUNC) as file:
+            with _file(own, fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
                 _write_all(file, record, 0)
                 os.fsync(file)
-            os.replace(fresh, self.journal)
-            _sync_directory(self._directory)
+            own.rename(fresh.name, self.journal.name)
+            own.sync()
             self._journal_end = len(record)
-        with _doing("open partial file", self.partial):
-            os.close(os.open(self.partial, _WRITE | os.O_TRUNC, 0o666))
-            _sync_directory(self._directory)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+        with _doing("open partial file", self.partial), self._own() as own, _file(own, self.partial, flags):
+            own.sync()
 
     def _write(self, offset: int, data: Buffer) -> None:
-        with _doing("write partial chunk", self.partial), _opened(self.partial, _WRITE & ~os.O_CREAT) as file:
+        with _doing("write partial chunk", self.partial), self._own() as own, _file(own, self.partial) as file:
             _write_all(file, data, offset)
 
     def _checkpoint(self, record: bytes) -> None:
-        if self.partial.exists():
-            with _doing("sync partial file", self.partial), _opened(self.partial, _READ) as file:
-                os.fdatasync(file)
-        with _doing("append to journal", self.journal), _opened(self.journal, _WRITE & ~os.O_CREAT) as file:
+        with _doing("sync partial file", self.partial), self._own() as own:
+            if own.has(self.partial.name):
+                with _file(own, self.partial, os.O_RDONLY) as file:
+                    os.fdatasync(file)
+        with _doing("append to journal", self.journal), self._own() as own, _file(own, self.journal) as file:
             os.ftruncate(file, self._journal_end)  # of a record that somebody was killed in
             _write_all(file, record, self._journal_end)
             os.fsync(file)
             self._journal_end += len(record)
 
     def _commit(self) -> None:
-        with _doing("sync partial file", self.partial), _opened(self.partial, _READ) as file:
+        reading = os.O_RDONLY
+        with _doing("sync partial file", self.partial), self._own() as own, _file(own, self.partial, reading) as file:
             os.fsync(file)
-        with _doing("rename partial to snapshot", self.snapshot):
-            os.rename(self.partial, self.snapshot)
-            _sync_directory(self._directory)
+        with _doing("rename partial to snapshot", self.snapshot), self._own() as own:
+            own.rename(self.partial.name, self.snapshot.name)
+            own.sync()
 
     def _discard(self) -> None:
-        with _doing("remove partial file", self.partial):
+        with _doing("remove partial file", self.partial), suppress(FileNotFoundError), self._own() as own:
             # The journal first: without it nothing vouches for the rest.
-            for path in (self.journal, self.partial):
-                path.unlink(missing_ok=True)
-            if self._directory.exists():
-                _sync_directory(self._directory)
+            own.unlink(self.journal.name)
+            own.unlink(self.partial.name)
+            own.sync()
         self._journal_end = 0
 
 
-def _sync_directory(path: Path) -> None:
-    with _opened(path, _READ | os.O_DIRECTORY) as descriptor:
-        os.fsync(descriptor)
+@contextmanager
+def _directory_of(received: Path, database: str | None = None, *, make: bool = False) -> Generator[PrivateDirectory]:
+    """The private directory of all received snapshots, or of one database; `received` lies where a user said."""
+    if make:
+        make_directories(received.parent, 0o700)
+    above = os.open(received.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        own = PrivateDirectory.within(above, received.name, received, make=make)
+    finally:
+        os.close(above)
+    with own:
+        if database is None:
+            yield own
+            return
+        with own.below(database, make=make) as below:
+            yield below
 
 
 @contextmanager
-def _opened(path: Path, flags: int) -> Generator[int]:
-    descriptor = os.open(path, flags, 0o666)
+def _file(directory: PrivateDirectory, path: Path, flags: int = os.O_RDWR) -> Generator[int]:
+    descriptor = directory.open(path.name, flags)
     try:
         yield descriptor
     finally:

@@ -276,9 +276,9 @@ def test_a_snapshot_is_durable_before_it_has_its_name(receiver: MirrorReceiver, 
         calls.append("fsync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).suffix)
         real_fsync(descriptor)
 
-    def rename(source: Path, target: Path) -> None:
+    def rename(*arguments: Any, **places: int) -> None:
         calls.append("rename")
-        real_rename(source, target)
+        real_rename(*arguments, **places)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "rename", rename)

@@ -225,10 +225,14 @@ CASES: list[Callable[[Place], set[str]]] = [
     import_copy,
     import_consume,
     import_reference,
+    layer_sync,
+    layer_restore,
+    cache,
+    receive,
     sqlite,
 ]
-ABOUT = {"history.jsonl", ".lock", ".gitignore"}
-"""What a mirror says of itself."""
+ABOUT = {"history.jsonl", ".lock", "web.ref.json"}
+"""What names an artifact, and holds nothing of it."""
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o077], ids=["000", "022", "077"])
