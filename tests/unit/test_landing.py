@@ -375,17 +375,17 @@ def test_a_stage_is_removed_lock_last(tmp_path: Path):
     with Stage(tmp_path / "dest", DIGEST).held() as stage:
         (stage.path / "artifact" / "file").touch()
         (stage.path / "link").symlink_to(tmp_path)
-        real = Path.unlink
+        real = os.unlink
 
-        def unlink(path: Path) -> None:
-            real(path)
-            if path.name == "lock":
+        def unlink(path: str, *, dir_fd: int | None = None) -> None:
+            real(path, dir_fd=dir_fd)
+            if path == "lock":
                 assert list(stage.path.iterdir()) == []
                 with Stage(tmp_path / "dest", DIGEST).held() as other:
                     other.begin(512)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Path, "unlink", unlink)
+            patch.setattr(os, "unlink", unlink)
             remove_stage(stage.path)
     assert tmp_path.is_dir()
     with Stage(tmp_path / "dest", DIGEST).held() as stage:
