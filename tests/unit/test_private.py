@@ -10,8 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from blobflow import MirrorReceiver
+from blobflow.checkpoints import LocalHome, TransferJournal
+from blobflow.engine.checkpoint import TransferRecord
 from blobflow.errors import RefusedError
+from blobflow.layers.state import StateTable
 from blobflow.private import PrivateDirectory
+from blobflow.scratch import scratch_directory
 from blobflow.stores import PutMode
 from blobflow.stores.local import LocalStore
 from blobflow.testing import Fifo, Symlink, Tree, read_tree, write_tree
@@ -201,3 +206,56 @@ def test_the_directories_of_a_store_are_private(tmp_path: Path) -> None:
     assert {name: mode_of(tmp_path / "store" / name) for name in STORE_DIRECTORIES} == dict.fromkeys(
         STORE_DIRECTORIES, 0o700
     )
+
+
+# Everybody else's
+
+
+def _receive(home: Path) -> None:
+    MirrorReceiver(home).close()
+
+
+def _note(home: Path) -> None:
+    record = TransferRecord(
+        transfer_id="t", kind="upload", key="k", artifact_digest="", part_size=1, parts_total=1, parts_done=0,
+        bytes_done=0, bytes_total=1, state="running",
+    )  # fmt: skip
+    TransferJournal(LocalHome(home)).save(record)
+
+
+def _keep_state(home: Path) -> None:
+    StateTable(home / "state.db", "file:///store")
+
+
+PLANTED: list[tuple[str, Callable[[Path], None]]] = [
+    ("recv_snapshots", _receive),
+    ("t.jsonl", _note),
+    ("state.db", _keep_state),
+]
+
+
+@pytest.mark.parametrize(("name", "call"), PLANTED)
+@pytest.mark.parametrize("leads_to", ["old file", "old directory"])
+def test_receivers_journals_and_states_follow_no_link(
+    tmp_path: Path, victim: Path, name: str, call: Callable[[Path], None], leads_to: str
+) -> None:
+    """What is planted under a name that can be foretold is refused, and what it leads to stays as it is."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / name).symlink_to(victim / leads_to)
+    with pytest.raises(RefusedError, match="is not used"):
+        call(home)
+    assert read_tree(victim) == VICTIM
+
+
+def test_leftovers_of_others_are_not_removed(tmp_path: Path, victim: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of scratch directories of killed processes only one's own go; a link that looks like one is left alone."""
+    for name in ("own", "foreign"):
+        write_tree(tmp_path / "tmp" / f".blobflow-push-{name}", {"artifact": {"deep": "x"}})
+    give_away(tmp_path / "tmp" / ".blobflow-push-foreign", monkeypatch)
+    (tmp_path / "tmp" / ".blobflow-push-link").symlink_to(victim)
+    with scratch_directory(tmp_path / "source", tmp_path / "tmp") as scratch:
+        assert mode_of(scratch) == 0o700
+        assert {*os.listdir(tmp_path / "tmp")} == {".blobflow-push-foreign", ".blobflow-push-link", scratch.name}
+    assert not scratch.exists()
+    assert read_tree(victim) == VICTIM
