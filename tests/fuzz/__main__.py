@@ -16,6 +16,7 @@ import random
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +32,7 @@ if atheris is not None and "--in-process" in sys.argv:
         importlib.import_module("tests.fuzz.targets")
 
 from blobflow.errors import BlobflowError
-from tests.fuzz.targets import CORPUS, Target, quotes_too_much, targets
+from tests.fuzz.targets import CORPUS, SCRATCH_VARIABLE, Target, quotes_too_much, targets
 
 KEPT = Path(".fuzz").absolute()
 MEMORY_MIB = 2048
@@ -109,6 +110,10 @@ def main() -> int:
         return 0
     if atheris is None:
         print("blobflow: atheris is not installed here, so the inputs are mutated without coverage", flush=True)
+    scratch = tempfile.TemporaryDirectory(
+        prefix="blobflow-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+    )
+    os.environ[SCRATCH_VARIABLE] = scratch.name
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed: list[str] = []
     waiting = list(names)
@@ -126,6 +131,7 @@ def main() -> int:
             lines = said.decode(errors="replace").splitlines()
             told = "\n".join(line for line in lines if not line.startswith(("INFO:", "WARNING:")))
             print(f"{name} broke the rule:\n{told[-6000:]}", flush=True)
+    scratch.cleanup()
     if failed:
         print(f"what broke it is in {KEPT / 'crashes'}: {', '.join(failed)}", flush=True)
     else:
