@@ -37,6 +37,7 @@ from blobflow.lease import LEASE_SUFFIX, REF_SUFFIX
 from blobflow.stores.base import ObjectMeta, Store, UploadMeta
 from blobflow.stores.probe import TRIAL_PREFIX
 from blobflow.transport import MANIFEST_SUFFIX
+from blobflow.transport.catalog import DAMAGED_SUFFIX
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class _Collection:
                 manifests.add(meta.key.removesuffix(META_SUFFIX) + LAYER_SUFFIX)
             elif meta.key.endswith(INTENT_SUFFIX):
                 intents.append(meta.key.removesuffix(INTENT_SUFFIX))
-            elif meta.key.endswith((LEASE_SUFFIX, REF_SUFFIX)):
+            elif meta.key.endswith((LEASE_SUFFIX, REF_SUFFIX, DAMAGED_SUFFIX)):
                 continue
             elif _TRIAL.fullmatch(meta.key):
                 trials += [meta.key] if self._is_old(meta.last_modified) else []

@@ -37,6 +37,7 @@ from blobflow.intent import SUFFIX as INTENT_SUFFIX
 from blobflow.lease import REF_SUFFIX, RefState, move_ref, read_ref
 from blobflow.stores.base import PutMode, Store
 from blobflow.transport import MANIFEST_SUFFIX, ArtifactEntry, read_manifest_bytes
+from blobflow.transport.catalog import DAMAGED_SUFFIX
 
 _log = logging.getLogger(__name__)
 
@@ -89,12 +90,15 @@ def prune(
     artifacts: list[ArtifactEntry] = []
     refs: list[str] = []
     intents: set[str] = set()
+    damaged: set[str] = set()
     for meta in store.list():  # all of it: a ref may name an artifact anywhere
         key = meta.key.removesuffix(MANIFEST_SUFFIX)
         if meta.key.endswith(REF_SUFFIX):
             refs.append(meta.key.removesuffix(REF_SUFFIX))
         elif meta.key.endswith(INTENT_SUFFIX):
             intents.add(meta.key.removesuffix(INTENT_SUFFIX))
+        elif meta.key.endswith(DAMAGED_SUFFIX):
+            damaged.add(meta.key.removesuffix(DAMAGED_SUFFIX))
         elif key != meta.key and key and not key.endswith("/") and key.startswith(prefix):
             artifacts.append(ArtifactEntry(key, meta.last_modified))
     due = _due(artifacts, keep_last, None if keep_within_s is None else clock() - keep_within_s)
@@ -110,6 +114,8 @@ def prune(
             neighbours = [ref for ref in refs if _directory(ref) == _directory(key)]
             try:
                 gone = _remove(store, key, neighbours)
+                if gone and key in damaged:
+                    store.delete(key + DAMAGED_SUFFIX)
                 (report.removed if gone else report.named).append(key)
             except TemporaryError as error:
                 _log.warning("prune.failed key=%s error=%s", key, error)

@@ -151,3 +151,12 @@ def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return os.stat_result(fields)
 
     monkeypatch.setattr(os, "fstat", foreign)
+
+
+def flip_a_byte(path: Path) -> None:
+    """Damage a payload in the middle, where a member's content lies."""
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))

@@ -13,13 +13,16 @@ import click
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
 from blobflow.cli.settings import BACKENDS, PATH, Command, DigestType, SampleType, Settings
 from blobflow.cli.words import from_before, human_size, human_time, left_out, left_out_facts, members_of, table
-from blobflow.errors import RefusedError, SourceBusy, SourceChanged
+from blobflow.errors import IntegrityError, RefusedError, SourceBusy, SourceChanged
 from blobflow.scratch import scratch_directory
 
 if TYPE_CHECKING:
+    from blobflow.artifact.artifact import Artifact
     from blobflow.backends import Exporter, ExportResult, ImportResult
+    from blobflow.config import ChunkProfile
     from blobflow.stores.base import Store
-    from blobflow.transport import DownloadResult
+    from blobflow.transport import DownloadResult, UploadResult
+    from blobflow.transport.books import OnProgress
 
 
 def _export_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -111,8 +114,15 @@ def export(settings: Settings, source: Path, dest: Path, backend: str | None, **
 @click.argument("key")
 @_export_options
 @click.option("--overwrite", is_flag=True, help="Replace another artifact under KEY.")
+@click.option(
+    "--heal",
+    is_flag=True,
+    help="If KEY holds this content already, read every byte of it, and upload it again if it is damaged.",
+)
 @click.pass_obj
-def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: str | None, **options: Any) -> None:
+def push(
+    settings: Settings, source: Path, key: str, overwrite: bool, heal: bool, backend: str | None, **options: Any
+) -> None:
     """Upload SRC, a directory unless --from says otherwise, or an artifact made by `export`, under KEY.
 
     The files of a directory are read where they are; nothing is copied unless --mode says so. Of a database or a log a
@@ -121,7 +131,7 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
     """
     from blobflow.artifact.artifact import Artifact
     from blobflow.stores.base import check_readable
-    from blobflow.transport import check_artifact_key, upload
+    from blobflow.transport import check_artifact_key
 
     settings.resumes = True
     started = time.monotonic()
@@ -130,6 +140,7 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
         arguments: dict[str, Any] = {
             "profile": settings.transfer_profile(),
             "overwrite": overwrite,
+            "heal": heal,
             "on_progress": transferred(progress),
         }
         exported: ExportResult | None = None
@@ -137,7 +148,7 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
         if Artifact.is_artifact(source):
             if late := ["from"] * bool(backend) + list(given):
                 raise click.UsageError(f"{source} is an artifact already: --{late[0].replace('_', '-')} comes too late")
-            result = upload(store, key, source, **arguments)
+            result, status = _sent(store, key, Artifact.open(source), **arguments)
         else:
             # Wrong credentials, or a server that nobody could read, should not show only after an hour of hashing.
             if not store.exists(key):
@@ -146,13 +157,13 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
             with scratch_directory(source) as scratch:
                 exported = exporter.export(scratch / "artifact", on_progress=processed(progress, "export"))
                 try:
-                    result = upload(store, key, exported.artifact, **arguments)
+                    result, status = _sent(store, key, exported.artifact, **arguments)
                 except SourceChanged as error:  # the next push exports it again
                     raise SourceBusy(error.message, **error.fields) from error
     seconds = time.monotonic() - started
     settings.report(
         {
-            "status": result.status,
+            "status": status,
             "key": key,
             "store": store.url,
             "artifact_digest": result.artifact_digest,
@@ -167,11 +178,39 @@ def push(settings: Settings, source: Path, key: str, overwrite: bool, backend: s
             "checkpoints_saved": result.checkpoints_saved,
             "seconds": seconds,
         },
-        f"{result.status} {key}  {result.artifact_digest}",
+        f"{status} {key}  {result.artifact_digest}",
         f"{members_of(result.manifest)}; sent {human_size(result.bytes_sent)}{from_before(result.bytes_resumed)}"
         f" in {seconds:.1f} s",
         *left_out(left_out_facts(exported)),
     )
+
+
+def _sent(
+    store: Store,
+    key: str,
+    artifact: Artifact,
+    *,
+    profile: ChunkProfile,
+    overwrite: bool,
+    heal: bool,
+    on_progress: OnProgress,
+) -> tuple[UploadResult, str]:
+    """Upload an artifact; what that did, and in one word. With `heal`, what was there already is proven first."""
+    from blobflow.transport import upload, verify_or_heal
+
+    result = upload(store, key, artifact, profile=profile, overwrite=overwrite, on_progress=on_progress)
+    if not heal or result.status != "unchanged":
+        return result, result.status
+    _, healed = verify_or_heal(
+        store,
+        key,
+        artifact,
+        mode="deep",
+        expected_digest=result.artifact_digest,
+        profile=profile,
+        on_progress=on_progress,
+    )
+    return (healed.upload, "healed") if healed else (result, result.status)
 
 
 @click.command(cls=Command)
@@ -316,15 +355,20 @@ def verify(
     from blobflow.transport import verify as verify_artifact
 
     with settings.open_store() as store, show_progress() as progress:
-        result = verify_artifact(
-            store,
-            key,
-            mode=mode or "auto",
-            sample=sample,
-            expected_digest=digest,
-            profile=settings.transfer_profile(),
-            on_progress=transferred(progress),
-        )
+        try:
+            result = verify_artifact(
+                store,
+                key,
+                mode=mode or "auto",
+                sample=sample,
+                expected_digest=digest,
+                profile=settings.transfer_profile(),
+                on_progress=transferred(progress),
+            )
+        except IntegrityError as error:
+            heal = f"`blobflow push SRC {key} --heal` uploads it again from a source of the same content"
+            hint = f"{error.hint}; or {heal}" if error.hint else heal
+            raise type(error)(error.message, hint=hint, **error.fields) from error
     settings.report(
         {
             "status": result.status,

@@ -17,6 +17,7 @@ from blobflow.transport.catalog import (
     read_manifest_bytes,
 )
 from blobflow.transport.copying import CopyResult, copy_artifact
+from blobflow.transport.healing import Healed, verify_or_heal
 from blobflow.transport.lanes import (
     DownloadTicket,
     LaneResult,
@@ -37,6 +38,7 @@ __all__ = [
     "CopyResult",
     "DownloadResult",
     "DownloadTicket",
+    "Healed",
     "LaneResult",
     "ProgressEvent",
     "Proof",
@@ -57,4 +59,5 @@ __all__ = [
     "send_parts",
     "upload",
     "verify",
+    "verify_or_heal",
 ]

@@ -22,7 +22,9 @@ from blobflow.lease import LEASE_SUFFIX, REF_SUFFIX
 from blobflow.stores.base import Store, check_key
 
 MANIFEST_SUFFIX: Final = ".manifest.json"
-_RESERVED_SUFFIXES: Final = (MANIFEST_SUFFIX, INTENT_SUFFIX, REF_SUFFIX, LEASE_SUFFIX)
+DAMAGED_SUFFIX: Final = ".damaged.json"
+"""Of what was found when an artifact was damaged; see `blobflow.transport.healing`."""
+_RESERVED_SUFFIXES: Final = (MANIFEST_SUFFIX, DAMAGED_SUFFIX, INTENT_SUFFIX, REF_SUFFIX, LEASE_SUFFIX)
 
 
 class ArtifactEntry(NamedTuple):

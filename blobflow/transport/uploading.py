@@ -112,6 +112,8 @@ class Errand:
     kind: Literal["upload", "copy"] = "upload"
     if_differs: str = "a source file changed, or was damaged, after the export: export again"
     """What to do if the bytes that were sent are not those that the manifest promises."""
+    damaged: str | None = None
+    """Entity tag of a payload that was found damaged: it is sent again, although the key holds this content."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def unless_there(errand: Errand, bring: Callable[[str | None], _Brought]) -> _Br
             replaces = artifact_digest(existing_bytes)
             existing = _replaceable(existing_bytes, errand)
             # A manifest that lost its payload is repaired by uploading again.
-            if existing is not None and _payload_is_there(store, key, existing_bytes):
+            if existing is not None and _payload_is_there(errand, existing_bytes):
                 _remove_leftover(store, key, existing_bytes)
                 size = payload_size(existing_bytes, existing)
                 return UploadResult("unchanged", key, replaces, existing, size, 0, 0, time.monotonic() - started)
@@ -245,21 +247,24 @@ def _replaceable(existing_bytes: bytes, errand: Errand) -> Manifest | None:
     )
 
 
-def _payload_is_there(store: Store, key: str, manifest_bytes: bytes) -> bool:
+def _payload_is_there(errand: Errand, manifest_bytes: bytes) -> bool:
     try:
-        return store.head(key).size == payload_size(manifest_bytes, Manifest.parse(manifest_bytes))
+        found = errand.store.head(errand.key)
     except ObjectNotFound:
         return False
+    return found.e_tag != errand.damaged and found.size == payload_size(manifest_bytes, Manifest.parse(manifest_bytes))
 
 
 def _remove_leftover(store: Store, key: str, manifest_bytes: bytes) -> None:
     """Remove the intent of a process that died after it had published this very manifest.
 
     Should its owner be alive after all, it is about to remove it; and whoever joined it finds the payload complete.
+    One that replaces this manifest by itself is the upload of a damaged payload, which is not done.
     """
     keeper = IntentKeeper(store, key)
     intent = keeper.load()
-    if intent is not None and intent.manifest_bytes == manifest_bytes:
+    is_healing = intent is not None and intent.replaces == artifact_digest(manifest_bytes)
+    if intent is not None and intent.manifest_bytes == manifest_bytes and not is_healing:
         log.info("upload.leftover_intent key=%s upload_id=%s", key, intent.upload_id)
         store.abort_multipart(key, intent.upload_id)
         keeper.remove(intent.upload_id)
@@ -534,7 +539,7 @@ class MultipartUpload(_Upload):
         head = manifest_entry(self.payload.manifest_bytes)
         try:
             meta = self.store.head(self.key)
-            if meta.size == self.payload.payload_size:
+            if meta.size == self.payload.payload_size and meta.e_tag != self.errand.damaged:
                 found = self.store.get_range(self.key, 0, len(head), e_tag=meta.e_tag)
                 return meta if found == head else None
         except (ObjectNotFound, ObjectChanged):

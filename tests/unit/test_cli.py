@@ -33,7 +33,7 @@ from blobflow.cli.settings import BACKENDS as CHOICES
 from blobflow.cli.settings import Settings
 from blobflow.scratch import scratch_directory
 from blobflow.testing import Executable, Tree, read_tree, write_tree
-from tests.kit import noise
+from tests.kit import flip_a_byte, noise
 
 PROGRAM = Path(sys.executable).with_name("blobflow")
 
@@ -456,6 +456,21 @@ def test_a_sample_that_is_none_is_a_usage_error(call: Call, sample: str):
     outcome = call("verify", "k", "--sample", sample)
     assert outcome.code == 2
     assert "1/7" in outcome.err
+
+
+def test_push_heals_what_verify_found_damaged(call: Call, source: Path, store: Path):
+    """`verify` says how, `push --heal` does it, and what was whole is left alone."""
+    pushed = call("--json", "push", source, "k").document
+    flip_a_byte(store / "k")
+    damaged = call("verify", "k", "--deep")
+    assert damaged.code == 3
+    assert "`blobflow push SRC k --heal`" in damaged.err
+    assert call("--json", "push", source, "k").document["status"] == "unchanged"
+    healed = call("--json", "push", source, "k", "--heal").document
+    assert (healed["status"], healed["bytes_sent"]) == ("healed", pushed["bytes_total"])
+    assert healed["artifact_digest"] == pushed["artifact_digest"]
+    assert call("verify", "k", "--deep").code == 0
+    assert call("--json", "push", source, "k", "--heal").document["status"] == "unchanged"
 
 
 def test_a_truncated_payload_is_refused(call: Call, source: Path, store: Path, tmp_path: Path):

@@ -1,0 +1,144 @@
+"""Healing: an artifact that was found damaged is uploaded again, by a process that has its content.
+
+| step | a reader sees |
+|---|---|
+| `verify` fails on a payload with this entity tag | the damaged artifact |
+| evidence is written to `<key>.damaged.json` | the damaged artifact |
+| the payload is sent again, as parts of a new upload | the damaged artifact |
+| the sibling manifest goes, while the upload's intent keeps all other uploads away | `ReplacementInProgress` |
+| the payload is replaced in one step, the manifest is published | the whole artifact |
+
+Nobody's word counts: neither the evidence nor anything else in the store makes a process heal, only its own failed
+verification. A payload that somebody replaced meanwhile is left alone, and so is an artifact of other content.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Final
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.config import ChunkProfile
+from blobflow.errors import (
+    ArtifactInvalid,
+    ArtifactNotFound,
+    IntegrityError,
+    ObjectChanged,
+    ObjectNotFound,
+)
+from blobflow.stores.base import Store
+from blobflow.transport.books import OnProgress, OnRecord
+from blobflow.transport.catalog import DAMAGED_SUFFIX, read_manifest_bytes
+from blobflow.transport.reading import VerifyMode, VerifyResult, verify
+from blobflow.transport.uploading import Errand, UploadResult, run
+
+log = logging.getLogger(__name__)
+
+_QUOTED: Final = 200
+"""Characters of an error's message in the evidence."""
+
+
+@dataclass(frozen=True)
+class Healed:
+    """An artifact that was damaged, and is whole again."""
+
+    found: IntegrityError
+    """What the verification found."""
+    upload: UploadResult
+    """What was sent in its place."""
+
+
+def verify_or_heal(
+    store: Store,
+    key: str,
+    artifact: Artifact | None,
+    *,
+    mode: VerifyMode = "auto",
+    expected_digest: str | None = None,
+    profile: ChunkProfile | None = None,
+    on_progress: OnProgress | None = None,
+    on_checkpoint: OnRecord | None = None,
+    on_damage: Callable[[IntegrityError], None] = lambda _: None,
+) -> tuple[VerifyResult, Healed | None]:
+    """Prove that the artifact under `key` is whole, as `verify` does; if it is damaged, upload it again and prove that.
+
+    May be called again after a crash: it continues the upload.
+
+    Args:
+        artifact: At hand, on this machine. Only what has the same content is healed; None: nothing is.
+        on_damage: Is told of the damage before anything is sent.
+
+    Raises:
+        IntegrityError: it is damaged, and `artifact` has other content, or the payload is damaged again.
+        ObjectChanged: somebody replaced it meanwhile; try again.
+        SourceChanged, ChecksumMismatch: the files are not the ones that were exported; the damaged artifact stays.
+    """
+    arguments: dict[str, Any] = {"mode": mode, "profile": profile}
+    arguments |= {"on_progress": on_progress, "on_checkpoint": on_checkpoint}
+    pinned = _e_tag(store, key)
+    try:
+        return verify(store, key, expected_digest=expected_digest, **arguments), None
+    except IntegrityError as found:
+        if artifact is None or (manifest_bytes := _manifest_of(store, key, artifact)) is None:
+            raise
+        if expected_digest not in (None, artifact_digest(manifest_bytes)) or _e_tag(store, key) != pinned:
+            raise ObjectChanged(f"the artifact {key!r} was replaced while it was verified", key=key) from found
+        on_damage(found)
+        log.warning("artifact.damaged key=%s e_tag=%s error=%s", key, pinned, type(found).__name__)
+        _leave_evidence(store, key, manifest_bytes, pinned, found)
+        payload = artifact
+        if Manifest.parse(manifest_bytes).same_body(artifact.manifest):
+            # The very artifact that was there: refs and digests that somebody wrote down stay right.
+            payload = artifact.adopt(manifest_bytes)
+        request = Errand(
+            store, key, payload, profile or ChunkProfile(), False, on_progress, on_checkpoint, damaged=pinned or "gone"
+        )
+        uploaded = run(request)
+        result = verify(store, key, expected_digest=uploaded.artifact_digest, **arguments)
+        return result, Healed(found, uploaded)
+
+
+def _manifest_of(store: Store, key: str, artifact: Artifact) -> bytes | None:
+    """The sibling manifest, if it is of the content that is at hand."""
+    try:
+        manifest_bytes = read_manifest_bytes(store, key)
+        return manifest_bytes if Manifest.parse(manifest_bytes).same_content(artifact.manifest) else None
+    except (ArtifactNotFound, ArtifactInvalid):
+        return None
+
+
+def _e_tag(store: Store, key: str) -> str | None:
+    """Of the payload; None if there is none."""
+    try:
+        return store.head(key).e_tag
+    except ObjectNotFound:
+        return None
+
+
+def _leave_evidence(store: Store, key: str, manifest_bytes: bytes, e_tag: str | None, found: IntegrityError) -> None:
+    """Keep what was found beside the artifact, for whoever looks for the cause."""
+    try:
+        payload = store.head(key)
+        size, modified = payload.size, payload.last_modified
+    except ObjectNotFound:
+        size = modified = None
+    evidence = {
+        "format": "blobflow.damaged/1",
+        "key": key,
+        "artifact_digest": artifact_digest(manifest_bytes),
+        "found_at": datetime.now(timezone.utc).isoformat(),
+        "error": type(found).__name__,
+        "message": found.message[:_QUOTED],
+        "payload": {
+            "e_tag": e_tag,
+            "size": size,
+            "last_modified": modified.isoformat() if modified is not None else None,
+        },
+    }
+    data = json.dumps(evidence, ensure_ascii=False, indent=1).encode()
+    store.put(key + DAMAGED_SUFFIX, data, content_type="application/json")
