@@ -633,6 +633,15 @@ class Lease:
         with self._lock:
             self._update(lambda: self._machine.release(cursor=cursor))
 
+    def release(self) -> None:
+        """Give the lease back: the work that it is for is done, and `record_completion` tells what came of it.
+
+        Raises:
+            LeaseLost: somebody else has taken it.
+        """
+        with self._lock:
+            self._update(self._machine.release)
+
     def abandon(self) -> None:
         """Release the lease without a completed round, as well as it can be done: at the latest, it expires."""
         with self._lock:
@@ -683,6 +692,29 @@ class Lease:
                 return action.done
             else:
                 raise unanswered or TransferBusy(f"lease {self._name!r} cannot be written", key=self._name)
+
+
+def record_completion(leases: Leases, name: str, generation: int, cursor: JsonValue) -> bool:
+    """Record the cursor of a round whose lease was released before what it made was published.
+
+    May be called again after a crash.
+
+    Args:
+        generation: Of the lease when it was held for the round.
+
+    Returns:
+        False: a later round has begun, and its completion is the newer one.
+    """
+    for _ in range(_WRITE_ATTEMPTS):
+        found = leases.read(name)
+        if found is None or found.state.generation != generation:
+            return False
+        if not found.state.owner and found.state.cursor == cursor:
+            return True
+        done = {"owner": "", "expires_at": 0.0, "cursor": cursor, "write_id": uuid.uuid4().hex}
+        if leases.swap(name, found.state.model_copy(update=done), found.version) is not None:
+            return True
+    raise TransferBusy(f"lease {name!r} cannot be written", key=name)
 
 
 # Objects

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import dagster as dg
+from pydantic import JsonValue
 
 from blobflow.artifact.manifest import Manifest
 from blobflow.errors import DigestMismatch
@@ -21,19 +22,22 @@ PIN: Final = {
 
 @dataclass(frozen=True)
 class SnapshotHandle:
-    """An artifact on the disk of the machine that exported it."""
+    """An artifact on the disk of the machine that exported it, or of which only the store has the content."""
 
     key: str
     """Where it belongs in the store."""
-    scratch: str
-    """The directory that is removed once the artifact is verified in the store."""
+    scratch: str | None
+    """The directory that is removed once the artifact is verified in the store; None: only the store has it."""
     manifest_json: bytes
     round_number: int | None = None
     """Of the export round; a ref that a later round has moved is left alone. None: nothing keeps leases."""
+    generation: int | None = None
+    """Of the round's lease, in whose record its completion is written. None: nothing keeps leases."""
 
     @property
     def path(self) -> Path:
         """The artifact directory."""
+        assert self.scratch is not None, "only the store has the content of this snapshot"
         return Path(self.scratch) / "artifact"
 
     @property
@@ -47,10 +51,27 @@ class UploadHandle:
 
     key: str
     digest: str
-    scratch: str
+    scratch: str | None
     status: str
     metadata: dict[str, Any] = field(default_factory=dict)
     round_number: int | None = None
+    generation: int | None = None
+    cursor: JsonValue = None
+    """Of the exported snapshot, which may be later than that of equal content in the store."""
+
+    @classmethod
+    def of(cls, snapshot: SnapshotHandle, digest: str, status: str, metadata: dict[str, Any]) -> "UploadHandle":
+        """That of `snapshot`, which is in the store as the artifact `digest`."""
+        return cls(
+            snapshot.key,
+            digest,
+            snapshot.scratch,
+            status,
+            metadata,
+            snapshot.round_number,
+            snapshot.generation,
+            snapshot.manifest.cursor,
+        )
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ from blobflow.rounds import check_name, content_key, round_number
 from blobflow.scratch import scratch_directory
 from blobflow.stores import Store
 from blobflow.stores.base import check_readable, key_segment
-from blobflow.transport import ProgressEvent, upload, verify
+from blobflow.transport import ProgressEvent, VerifyResult, upload, verify, verify_or_heal
 
 CACHE_BYTES: Final = 20 << 30
 
@@ -198,17 +198,11 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         # Before the value is looked at: of two steps that publish at once, the one that began later has the newer.
         ticket = _take_ticket(store, leases, home) if home.lasts else None
         if isinstance(value, ArtifactRef):
-            stored, facts = value, {md.STATUS: "referenced", md.BYTES_SENT: 0, md.BYTES_RESUMED: 0}
+            facts: dict[str, Any] = {md.STATUS: "referenced", md.BYTES_SENT: 0, md.BYTES_RESUMED: 0}
+            verified = verify(store, value.key, expected_digest=value.digest, **self._verification(context, journal))
         else:
-            stored, facts = self._upload(context, store, home, value, journal)
-        verified = verify(
-            store,
-            stored.key,
-            mode=self.verify_mode,
-            expected_digest=stored.digest,
-            profile=self.blobflow.get_profile(),
-            on_progress=_progress(context, "verify", journal),
-        )
+            verified, facts = self._upload(context, store, home, value, journal)
+        stored = ArtifactRef(verified.key, verified.artifact_digest)
         if journal:
             journal.fence.check(now=True)
         try:
@@ -240,8 +234,8 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
 
     def _upload(
         self, context: dg.OutputContext, store: Store, home: "_Home", directory: Path, journal: StepJournal | None
-    ) -> tuple[ArtifactRef, dict[str, Any]]:
-        """Bring a directory into the store under the key of its content; where it is now, and what that took."""
+    ) -> tuple[VerifyResult, dict[str, Any]]:
+        """Bring a directory into the store under the key of its content, and verify what is there then."""
         check_readable(store)  # not only after everything was hashed
         with self._as_artifact(context, directory, journal) as (artifact, facts):
             result = upload(
@@ -261,7 +255,33 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
                 **md.throughput(result.bytes_sent, result.seconds),
                 **md.largest_members(artifact),
             }
-        return ArtifactRef(result.key, result.artifact_digest), facts
+            proven, healed = verify_or_heal(
+                store,
+                result.key,
+                artifact,
+                expected_digest=result.artifact_digest,
+                on_damage=lambda found: context.log.warning(
+                    "output.damaged key=%s error=%r: its content is at hand and is uploaded again",
+                    *(result.key, found.message),
+                ),
+                **self._verification(context, journal),
+            )
+            if healed is not None:
+                facts |= {
+                    md.STATUS: "healed",
+                    md.DAMAGE: f"{type(healed.found).__name__}: {healed.found.message}",
+                    md.BYTES_SENT: healed.upload.bytes_sent,
+                    md.BYTES_RESUMED: healed.upload.bytes_resumed,
+                }
+        return proven, facts
+
+    def _verification(self, context: dg.OutputContext, journal: StepJournal | None) -> dict[str, Any]:
+        """How what was stored is verified."""
+        return {
+            "mode": self.verify_mode,
+            "profile": self.blobflow.get_profile(),
+            "on_progress": _progress(context, "verify", journal),
+        }
 
     @contextmanager
     def _as_artifact(

@@ -23,7 +23,7 @@ import dagster as dg
 from blobflow.backends import Importer
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import StepJournal
-from blobflow.dagster.handles import PIN, RemoteHandle, SnapshotHandle, StagedHandle, UploadHandle, check_pinned
+from blobflow.dagster.handles import PIN, RemoteHandle, SnapshotHandle, StagedHandle, UploadHandle
 from blobflow.dagster.resource import BlobflowResource
 from blobflow.stores import Store
 from blobflow.transport import (
@@ -48,7 +48,9 @@ class Steps(Protocol):
     @property
     def name(self) -> str: ...
 
-    def op(self, node: str, *, pool: bool = False, **options: Any) -> Callable[[Callable[..., Any]], dg.OpDefinition]:
+    def op(
+        self, node: str, *, waits: Iterable[str] = (), pool: bool = False, **options: Any
+    ) -> Callable[[Callable[..., Any]], dg.OpDefinition]:
         """The decorator of a step."""
         ...
 
@@ -73,31 +75,34 @@ def upload_in_lanes(
     steps: Steps,
     lanes: int,
     waits: Sequence[str],
+    found: Callable[[dg.OpExecutionContext, BlobflowResource, Store], SnapshotHandle],
     stored: Callable[[dg.OpExecutionContext, Store, SnapshotHandle], str | None],
     facts: Callable[[Store, SnapshotHandle], dict[str, Any]],
 ) -> dg.GraphDefinition:
-    """The graph `upload` of a pipeline: from a snapshot to an `UploadHandle`.
+    """The graph `upload` of a pipeline, which ends with an `UploadHandle`.
 
     Args:
-        waits: Names of the inputs without data for which the first step waits.
+        waits: Names of the inputs, none of which has data, for which the first step waits.
+        found: The snapshot.
         stored: The digest under which the store has the snapshot, if its artifact is gone from the disk; None if it is
             at hand.
         facts: What is known of the snapshot, for the materialization.
     """
 
-    @steps.op("upload_plan")
-    def begin(context: dg.OpExecutionContext, snapshot: SnapshotHandle) -> UploadTicket:
+    @steps.op("upload_plan", waits=waits, out={"snapshot": dg.Out(SnapshotHandle), "ticket": dg.Out(UploadTicket)})
+    def begin(context: dg.OpExecutionContext):
         with steps.step(context) as (blobflow, _):
             store = blobflow.get_store()
+            snapshot = found(context, blobflow, store)
             digest = stored(context, store, snapshot)
             if digest is not None:
-                return UploadTicket(snapshot.key, "", digest, 0, 0, 0)
+                return snapshot, UploadTicket(snapshot.key, "", digest, 0, 0, 0)
             ticket = begin_upload(store, snapshot.key, snapshot.path, profile=blobflow.get_profile())
             context.log.info(
                 "upload.begun key=%s upload_id=%s parts=%d part_size=%d lanes=%d",
                 *(ticket.key, ticket.upload_id, ticket.parts, ticket.part_size, lanes),
             )
-            return ticket
+            return snapshot, ticket
 
     def send_of(lane: int) -> dg.OpDefinition:
         @steps.op(f"upload_lane_{lane}", pool=True)
@@ -156,20 +161,21 @@ def upload_in_lanes(
                 *(metadata.get(label, "unknown") for label in (md.BYTES_SENT, md.BYTES_RESUMED)),
             )
             context.add_output_metadata(metadata)
-            return UploadHandle(snapshot.key, digest, snapshot.scratch, status, metadata, snapshot.round_number)
+            return UploadHandle.of(snapshot, digest, status, metadata)
 
-    def upload(snapshot: Any, **after: Any):
-        ticket = begin.alias("plan")(snapshot, **_waiting(after))
+    def upload(**after: Any):
+        snapshot, ticket = begin.alias("plan")(**after)
         sent = [send_of(lane).alias(f"lane_{lane}")(snapshot, ticket) for lane in range(lanes)]
         return commit.alias("commit")(snapshot, ticket, sent)
 
-    return _graph(f"{steps.name}__upload", upload, ["snapshot", *waits])
+    return _graph(f"{steps.name}__upload", upload, waits)
 
 
 def download_in_lanes(
     steps: Steps,
     lanes: int,
     waits: Sequence[str],
+    found: Callable[[dg.OpExecutionContext, Store], RemoteHandle],
     importer_of: Callable[[dg.OpExecutionContext], Importer],
     fetch: Callable[[dg.OpExecutionContext, BlobflowResource, StepJournal, Importer, str, str], dict[str, Any]],
 ) -> dg.GraphDefinition:
@@ -185,15 +191,21 @@ def download_in_lanes(
         alive = importer.current()
         return alive is not None and alive.digest == digest
 
-    @steps.op("download_plan", config_schema=PIN)
-    def begin(context: dg.OpExecutionContext, remote: RemoteHandle) -> DownloadTicket:
+    @steps.op(
+        "download_plan",
+        waits=waits,
+        config_schema=PIN,
+        out={"remote": dg.Out(RemoteHandle), "ticket": dg.Out(DownloadTicket)},
+    )
+    def begin(context: dg.OpExecutionContext):
         with steps.step(context) as (blobflow, _):
-            check_pinned(context.op_config["digest"], remote)
+            store = blobflow.get_store()
+            remote = found(context, store)
             importer = importer_of(context)
             if is_alive(importer, remote.digest):
-                return DownloadTicket(remote.key, remote.digest, lanes, 0, 0, 0)
+                return remote, DownloadTicket(remote.key, remote.digest, lanes, 0, 0, 0)
             ticket = begin_download(
-                blobflow.get_store(),
+                store,
                 remote.key,
                 importer.staging(remote.digest),
                 lanes=lanes,
@@ -204,7 +216,7 @@ def download_in_lanes(
                 "download.begun key=%s parts=%d part_size=%d lanes=%d",
                 *(ticket.key, ticket.parts, ticket.part_size, lanes),
             )
-            return ticket
+            return remote, ticket
 
     def fetch_of(lane: int) -> dg.OpDefinition:
         @steps.op(f"download_lane_{lane}", pool=True)
@@ -243,20 +255,16 @@ def download_in_lanes(
             context.add_output_metadata(metadata)
             return StagedHandle(remote.key, remote.digest, metadata, remote.round_number)
 
-    def download(remote: Any, **after: Any):
-        ticket = begin.alias("plan")(remote, **_waiting(after))
+    def download(**after: Any):
+        remote, ticket = begin.alias("plan")(**after)
         landed = [fetch_of(lane).alias(f"lane_{lane}")(ticket) for lane in range(lanes)]
         return assemble.alias("assemble")(remote, landed)
 
-    return _graph(f"{steps.name}__download", download, ["remote", *waits])
+    return _graph(f"{steps.name}__download", download, waits)
 
 
 def _graph(name: str, compose: Callable[..., Any], inputs: Iterable[str]) -> dg.GraphDefinition:
     return dg.graph(name=name, ins={each: dg.GraphIn() for each in inputs})(compose)
-
-
-def _waiting(after: dict[str, Any]) -> dict[str, Any]:
-    return {"after": list(after.values())} if after else {}
 
 
 _NOTHING: Final = LaneResult("unchanged", parts=0, bytes_moved=0, bytes_resumed=0, seconds=0.0)

@@ -17,18 +17,11 @@ from typing import Any, Final
 
 import dagster as dg
 
-from blobflow.artifact.manifest import artifact_digest
 from blobflow.backends import Importer
 from blobflow.dagster.automation import mirror_condition
-from blobflow.dagster.failures import as_dagster_error
-from blobflow.dagster.handles import RemoteHandle, check_pinned
-from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, artifact_pipeline
+from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, mirror_alone
 from blobflow.dagster.sensors import Announce, artifact_partitions, manifest_sensor, ref_sensor
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
-from blobflow.errors import BlobflowError, NotFoundError
-from blobflow.lease import read_ref
-from blobflow.stores import Store
-from blobflow.transport import read_manifest_bytes
 
 MIRRORS: Final = ("mirrors",)
 """What the keys of mirrors begin with, so that they are not those of the pipeline that they follow."""
@@ -46,9 +39,6 @@ class ArtifactMirror:
     mirror: dg.AssetsDefinition
     job: Any
     sensors: list[dg.SensorDefinition]
-    references_key: str
-    """The resource that says which artifact the mirror is to show."""
-    references: dg.IOManagerDefinition
     resources: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """More that it brings along: its own `BlobflowResource`, if it has one."""
 
@@ -59,7 +49,7 @@ class ArtifactMirror:
             assets=[self.remote, self.mirror],
             jobs=[self.job],
             sensors=self.sensors,
-            resources={self.references_key: self.references, **self.resources},
+            resources=dict(self.resources),
         )
 
 
@@ -102,33 +92,27 @@ def artifact_mirror(
         running: The sensors run from the start; otherwise they are switched on in the UI.
         resource_key: Under which the `BlobflowResource` is found.
     """
-    references_key = f"{name}_references"
     partitions = artifact_partitions(name) if ref is None else None
     looks = _MirrorTranslator(translator or BlobflowTranslator(), tuple(key_prefix), automatic=ref is None)
-    mirror = artifact_pipeline(
+    remote = looks.get_asset_spec(BlobflowAssetProps(name, "remote", None)).replace_attributes(
+        description=_DESCRIPTION, partitions_def=partitions
+    )
+    spec = looks.get_asset_spec(BlobflowAssetProps(name, "mirror", str(getattr(importer, "backend", "")) or None))
+    if freshness_policy is not None:
+        spec = spec.replace_attributes(freshness_policy=freshness_policy)
+    mirror = mirror_alone(
         name,
-        _ExportedElsewhere(),
         importer,
+        remote,
+        spec,
         partitions_def=partitions,
         ref=ref,
+        digest=digest,
         lanes=lanes,
-        freshness_policy=freshness_policy,
-        translator=looks,
         retry_policy=retry_policy,
         pool=pool,
         resource_key=resource_key,
-    ).mirror
-    remote = (
-        looks.get_asset_spec(BlobflowAssetProps(name, "remote", None))
-        .replace_attributes(description=_DESCRIPTION, partitions_def=partitions)
-        .with_io_manager_key(references_key)
     )
-
-    @dg.io_manager(required_resource_keys={resource_key})
-    def references(context: dg.InitResourceContext) -> dg.IOManager:
-        store = getattr(context.resources, resource_key).get_store()
-        return _References(store, f"{name}/{ref}" if ref else None, digest)
-
     job = dg.define_asset_job(
         f"{name}_mirror_job",
         selection=dg.AssetSelection.assets(mirror),
@@ -151,16 +135,7 @@ def artifact_mirror(
             minimum_interval_seconds=minimum_interval_seconds,
         )
         sensors = [manifest_sensor(name, partitions_def=partitions, announce=announce, **follow), automation]
-    return ArtifactMirror(name, remote, mirror, job, sensors, references_key, references)
-
-
-class _ExportedElsewhere:
-    """Takes the place of the exporter in a pipeline of which only the mirror is used."""
-
-    backend = "elsewhere"
-
-    def export(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError
+    return ArtifactMirror(name, remote, mirror, job, sensors)
 
 
 @dataclass(frozen=True)
@@ -178,37 +153,3 @@ class _MirrorTranslator(BlobflowTranslator):
         if self.automatic and props.stage == "mirror" and spec.automation_condition is None:
             return spec.replace_attributes(automation_condition=mirror_condition())
         return spec
-
-
-class _References(dg.IOManager):
-    """Gives the mirror's download the artifact that it is to show, straight from the store."""
-
-    def __init__(self, store: Store, ref: str | None, digest: str | None) -> None:
-        self._store = store
-        self._ref = ref
-        self._digest = digest
-
-    def load_input(self, context: dg.InputContext) -> RemoteHandle:
-        try:
-            remote = self._remote(context)
-            check_pinned(self._digest, remote)
-            return remote
-        except BlobflowError as error:
-            if error.retryable:
-                raise  # the step's retry policy takes care of it
-            raise as_dagster_error(error, retry_number=0, retry_policy=None) from error
-
-    def _remote(self, context: dg.InputContext) -> RemoteHandle:
-        if self._ref is None:
-            key = context.asset_partition_key
-            return RemoteHandle(key, artifact_digest(read_manifest_bytes(self._store, key)))
-        state = read_ref(self._store, self._ref)
-        if state is None:
-            raise NotFoundError(
-                f"there is no ref {self._ref!r} in {self._store.url}",
-                hint="look at the deployment that publishes it, and at the url of the store",
-            )
-        return RemoteHandle(state.key, state.manifest_sha256, state.round_number)
-
-    def handle_output(self, context: dg.OutputContext, obj: object) -> None:
-        raise NotImplementedError("the asset is external: what it refers to is published elsewhere")

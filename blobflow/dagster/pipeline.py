@@ -14,7 +14,7 @@ its result into metadata; that a step continues where an earlier one stopped is 
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -42,8 +42,10 @@ from blobflow.dagster.handles import (
 from blobflow.dagster.lanes import MAX_LANES, download_in_lanes, upload_in_lanes
 from blobflow.dagster.resource import BlobflowResource
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator, Stage
+from blobflow.dagster.upstream import Upstream, leave_handle, lineage, snapshot_is_gone
 from blobflow.errors import (
     ArtifactNotFound,
+    BlobflowError,
     IntegrityError,
     NotFoundError,
     RefusedError,
@@ -52,13 +54,13 @@ from blobflow.errors import (
     UsageError,
     writing,
 )
-from blobflow.lease import Lease, Leases, check_round, read_ref
+from blobflow.lease import Lease, check_round, read_ref, record_completion
 from blobflow.private import PrivateDirectory
 from blobflow.retention import name_artifact
 from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S, check_name, content_key, kept_alive, round_number
 from blobflow.stores import Store
 from blobflow.stores.base import check_readable, key_segment
-from blobflow.transport import PROOF_MEANS, VerifyMode, download, read_manifest_bytes, upload, verify
+from blobflow.transport import PROOF_MEANS, VerifyMode, download, read_manifest_bytes, upload, verify_or_heal
 from blobflow.transport.books import transfer_id
 
 CHECK_NAME: Final = "verified"
@@ -155,10 +157,7 @@ def artifact_pipeline(
     Raises:
         UsageError: an argument makes no sense; the message says which.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-        raise UsageError(f"invalid pipeline name {name!r}", hint="use letters, digits and underscores")
-    if not 1 <= lanes <= MAX_LANES:
-        raise UsageError(f"{lanes} lanes", hint=f"give 1 to {MAX_LANES}")
+    _check_plan(name, lanes)
     if partitions_def is None and not (_is_backend(exporter) and _is_backend(importer)):
         raise UsageError("an exporter or importer that depends on the partition needs a partitions_def")
 
@@ -167,28 +166,15 @@ def artifact_pipeline(
         made = (translator or BlobflowTranslator()).get_asset_spec(BlobflowAssetProps(name, stage, known))
         return made.replace_attributes(group_name=group_name) if group_name else made
 
-    plan = _Plan(
-        name,
-        exporter,
-        importer,
-        ref,
-        verify_mode,
-        partitions_def,
-        retry_policy,
-        pool,
-        resource_key,
-        lanes,
-        ttl_s,
-        max_silence_s,
-    )
+    plan = _Plan(name, ref, verify_mode, partitions_def, retry_policy, pool, resource_key, lanes, ttl_s, max_silence_s)
     snapshot_spec = spec("snapshot", exporter).merge_attributes(deps=deps)
     remote_spec = spec("remote", None)
-    snapshot = _snapshot_asset(plan, snapshot_spec)
+    snapshot = _snapshot_asset(plan, snapshot_spec, exporter)
     remote = _remote_asset(plan, remote_spec, snapshot_spec.key)
     mirror_spec = spec("mirror", importer)
     if freshness_policy is not None:
         mirror_spec = mirror_spec.replace_attributes(freshness_policy=freshness_policy)
-    mirror = _mirror_asset(plan, mirror_spec, remote_spec.key)
+    mirror = _mirror_asset(plan, mirror_spec, remote_spec.key, importer)
     job = dg.define_asset_job(
         f"{name}_job",
         selection=dg.AssetSelection.assets(snapshot, remote, mirror),
@@ -198,13 +184,61 @@ def artifact_pipeline(
     return replace(pipeline, schedules=[export_schedule(pipeline, schedule)]) if schedule else pipeline
 
 
+def mirror_alone(
+    name: str,
+    importer: ImporterOf,
+    remote: dg.AssetSpec,
+    spec: dg.AssetSpec,
+    *,
+    partitions_def: dg.PartitionsDefinition[str] | None,
+    ref: str | None,
+    digest: str | None,
+    lanes: int,
+    retry_policy: dg.RetryPolicy | None,
+    pool: str | None,
+    resource_key: str,
+) -> dg.AssetsDefinition:
+    """The last asset of a pipeline whose other assets belong to another deployment.
+
+    Args:
+        remote: The asset that it follows.
+        spec: Of the mirror.
+        partitions_def: Whose keys are those of artifacts in the store.
+        digest: Refuse every other artifact.
+
+    Raises:
+        UsageError: an argument makes no sense.
+    """
+    _check_plan(name, lanes)
+    if partitions_def is None and not _is_backend(importer):
+        raise UsageError("an importer that depends on the partition needs partitions, which are for `ref=None`")
+    plan = _Plan(
+        name,
+        ref,
+        "auto",
+        partitions_def,
+        retry_policy,
+        pool,
+        resource_key,
+        lanes,
+        digest=digest,
+        partition_is_key=partitions_def is not None,
+    )
+    return _mirror_asset(plan, spec, remote.key, importer)
+
+
+def _check_plan(name: str, lanes: int) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_]+", name):
+        raise UsageError(f"invalid pipeline name {name!r}", hint="use letters, digits and underscores")
+    if not 1 <= lanes <= MAX_LANES:
+        raise UsageError(f"{lanes} lanes", hint=f"give 1 to {MAX_LANES}")
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What the steps of one pipeline share."""
 
     name: str
-    exporter: ExporterOf
-    importer: ImporterOf
     ref: str | None
     verify_mode: VerifyMode
     partitions_def: dg.PartitionsDefinition[str] | None
@@ -214,12 +248,22 @@ class _Plan:
     lanes: int = 1
     ttl_s: float = DEFAULT_TTL_S
     max_silence_s: float = DEFAULT_SILENCE_S
+    digest: str | None = None
+    """Of the only artifact that the mirror may show."""
+    partition_is_key: bool = False
+    """Whether a partition is an artifact's key in the store."""
 
-    def op(self, node: str, *, pool: bool = False, **options: Any) -> Callable[[Callable[..., Any]], dg.OpDefinition]:
-        """The decorator of a step. The op's name is unique in the code location, the node's is not."""
+    def op(
+        self, node: str, *, waits: Iterable[str] = (), pool: bool = False, **options: Any
+    ) -> Callable[[Callable[..., Any]], dg.OpDefinition]:
+        """The decorator of a step. The op's name is unique in the code location, the node's is not.
+
+        Args:
+            waits: Names of inputs without data.
+        """
         return dg.op(
             name=f"{self.name}__{node}",
-            ins={"after": dg.In(dg.Nothing)},
+            ins={each: dg.In(dg.Nothing) for each in waits},
             required_resource_keys={self.resource_key},
             retry_policy=self.retry_policy,
             pool=self.pool if pool else None,
@@ -237,23 +281,59 @@ class _Plan:
         """What keys, lease and ref of this run begin with."""
         return f"{self.name}/{_segment(context)}" if context.has_partition_key else self.name
 
+    def round_name(self, context: dg.OpExecutionContext) -> str:
+        """The name of the lease for one export at a time."""
+        return f"{self.prefix(context)}/round"
+
+    def rounds(self, context: dg.OpExecutionContext, blobflow: BlobflowResource) -> Path:
+        """The directory of the scratch directories, which have the names of runs."""
+        return blobflow.scratch_path(self.name, _segment(context))
+
+    def upstream(self, context: dg.OpExecutionContext, store: Store) -> Upstream:
+        """Where a step finds what it works on."""
+        key = context.partition_key if self.partition_is_key else None
+        return Upstream(context, store, self.prefix(context), self.ref_name(context), key)
+
     def ref_name(self, context: dg.OpExecutionContext) -> str | None:
         """The ref that names the newest artifact."""
         return f"{self.prefix(context)}/{self.ref}" if self.ref is not None else None
 
 
-def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
-    @plan.op("export")
+def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec, exporter: ExporterOf) -> dg.AssetsDefinition:
+    ins = _waits(spec)
+
+    @plan.op("export", waits=ins, out={"result": dg.Out(is_required=False)})
     def export(context: dg.OpExecutionContext):
         with plan.step(context) as (blobflow, journal):
             prefix = plan.prefix(context)
             check_name(prefix)  # not only after the export, as what follows
             store = blobflow.get_store()
             check_readable(store)
-            scratch = blobflow.scratch_path(plan.name, _segment(context), context.run_id)
+            scratch = plan.rounds(context, blobflow) / context.run_id
             progress = journal.watch("export")
-            lease = _take_round(blobflow.get_leases(store), prefix, plan.ttl_s)
+            leases = blobflow.get_leases(store)
+            lease = Lease(leases, plan.round_name(context), ttl_s=plan.ttl_s) if leases else None
+            if lease is not None and not lease.try_acquire():
+                other = _run_that_exports(context, spec.key)
+                if other is None:
+                    raise TransferBusy(
+                        f"another process is exporting {prefix!r} at this moment",
+                        hint="let it end; this run takes the round over if it does not",
+                        key=prefix,
+                    )
+                reason = f"nothing to do: run {other} is exporting {prefix!r} at this moment"
+                context.log.info("export.skipped reason=%r", reason)
+                context.log_event(
+                    dg.AssetObservation(
+                        spec.key,
+                        partition=context.partition_key if context.has_partition_key else None,
+                        description=reason,
+                        metadata={md.STATUS: "skipped", md.REASON: reason},
+                    )
+                )
+                return  # without an output, what comes after is skipped as well
             number: int | None = None
+            generation = lease.generation if lease is not None else None
             try:
                 with kept_alive(lease, plan.max_silence_s) if lease else nullcontext() as alive:
 
@@ -266,24 +346,27 @@ def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
                         number = round_number(store, lease, plan.ref_name(context) or prefix)
                     _discard_all(scratch.parent, context)
                     _mark_used(scratch, context)
-                    result = _chosen(plan.exporter, context).export(scratch / "artifact", on_progress=report)
+                    result = _chosen(exporter, context).export(scratch / "artifact", on_progress=report)
                 if lease is not None:
-                    # A round that was lost meanwhile ends here: what it exported is not handed on.
-                    lease.complete(result.artifact.manifest.cursor)
+                    # A round that was lost meanwhile ends here: what it exported is not handed on. Its completion is
+                    # recorded once it is published.
+                    lease.release()
+                leave_handle(scratch, number, generation)
             except BaseException:
                 _remove(scratch)
                 if lease is not None:
                     lease.abandon()
                 raise
             artifact, manifest = result.artifact, result.artifact.manifest
-            handle = SnapshotHandle(content_key(prefix, artifact), str(scratch), artifact.manifest_bytes, number)
+            key = content_key(prefix, artifact)
+            handle = SnapshotHandle(key, str(scratch), artifact.manifest_bytes, number, generation)
             stored = _stored_digest(store, handle.key, manifest)
             status = "unchanged" if stored else "exported"
             context.log.info(
                 "export.done status=%s members=%d bytes=%d excluded=%d symlinks_skipped=%d seconds=%.1f",
                 *(status, result.members, result.bytes, result.excluded, result.symlinks_skipped, result.seconds),
             )
-            return dg.MaterializeResult(
+            yield dg.MaterializeResult(
                 asset_key=spec.key,
                 value=handle,
                 # Content that is stored already keeps the identity under which it is stored.
@@ -299,33 +382,32 @@ def _snapshot_asset(plan: _Plan, spec: dg.AssetSpec) -> dg.AssetsDefinition:
                     md.BACKEND: manifest.backend,
                     **md.cursor(manifest.cursor),
                     md.KEY: handle.key,
+                    **({md.ROUND: number} if number is not None else {}),
                     md.SCRATCH: dg.MetadataValue.path(scratch),
                     **md.largest_members(artifact),
                 },
             )
 
     def snapshot(**after: Any):
-        return export.alias("export")(**_waiting(after))
+        return export.alias("export")(**after)
 
-    return _graph_asset(plan, spec, snapshot)
+    return _graph_asset(plan, spec, snapshot, ins)
 
 
 def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) -> dg.AssetsDefinition:
+    def found(context: dg.OpExecutionContext, blobflow: BlobflowResource, store: Store) -> SnapshotHandle:
+        """The snapshot that is to be brought into the store."""
+        return plan.upstream(context, store).snapshot(snapshot_key, plan.rounds(context, blobflow))
+
     def stored(context: dg.OpExecutionContext, store: Store, snapshot: SnapshotHandle) -> str | None:
         """The digest under which the store has the snapshot, if it is gone from the disk; None if it is at hand."""
-        if Artifact.is_artifact(snapshot.path):
+        if snapshot.scratch and Artifact.is_artifact(snapshot.path):
             _mark_used(Path(snapshot.scratch), context)
             return None
         # It was removed after an earlier verification, and only this asset is materialized again.
         digest = _stored_digest(store, snapshot.key, snapshot.manifest)
         if digest is None:
-            raise ArtifactNotFound(
-                f"the exported artifact {snapshot.path} is gone, and {snapshot.key!r} is not in {store.url}",
-                hint=f"materialize {snapshot_key.to_user_string()} again; if the steps of this run are on several"
-                " machines, give the resource a scratch_dir that all of them see",
-                path=str(snapshot.path),
-                key=snapshot.key,
-            )
+            raise snapshot_is_gone(store, snapshot_key, snapshot.key, snapshot.scratch)
         return digest
 
     def facts(store: Store, snapshot: SnapshotHandle) -> dict[str, Any]:
@@ -339,10 +421,13 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
             md.CREATED_AT: dg.MetadataValue.timestamp(manifest.created_at),
         }
 
-    @plan.op("upload", pool=True)
-    def upload_artifact(context: dg.OpExecutionContext, snapshot: SnapshotHandle) -> UploadHandle:
+    ins = _waits(spec, snapshot=snapshot_key)
+
+    @plan.op("upload", waits=ins, pool=True)
+    def upload_artifact(context: dg.OpExecutionContext) -> UploadHandle:
         with plan.step(context) as (blobflow, journal):
             store = blobflow.get_store()
+            snapshot = found(context, blobflow, store)
             metadata = facts(store, snapshot)
             digest = stored(context, store, snapshot)
             if digest is not None:
@@ -367,7 +452,7 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                 "upload.done status=%s key=%s bytes_sent=%d bytes_resumed=%d", status, snapshot.key, sent, resumed
             )
             context.add_output_metadata(metadata)
-            return UploadHandle(snapshot.key, digest, snapshot.scratch, status, metadata, snapshot.round_number)
+            return UploadHandle.of(snapshot, digest, status, metadata)
 
     check_spec = dg.AssetCheckSpec(
         CHECK_NAME,
@@ -381,22 +466,29 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
     def verify_artifact(context: dg.OpExecutionContext, uploaded: UploadHandle):
         with plan.step(context) as (blobflow, journal):
             store = blobflow.get_store()
+            at_hand = _artifact_in(uploaded.scratch)
             try:
-                result = verify(
+                result, healed = verify_or_heal(
                     store,
                     uploaded.key,
+                    at_hand,
                     mode=plan.verify_mode,
                     expected_digest=uploaded.digest,
                     profile=blobflow.get_profile(),
                     on_progress=journal.progress,
                     on_checkpoint=journal.save,
+                    on_damage=lambda found: context.log.warning(
+                        "verify.damaged key=%s error=%r: its content is at hand and is uploaded again",
+                        *(uploaded.key, found.message),
+                    ),
                 )
             except (IntegrityError, RefusedError, NotFoundError) as error:
+                advice = f" (a run that exports the same content heals it: materialize {snapshot_key.to_user_string()})"
                 yield dg.AssetCheckResult(
                     passed=False,
                     asset_key=spec.key,
                     check_name=CHECK_NAME,
-                    description=error.message,
+                    description=error.message + ("" if at_hand else advice),
                     metadata=error_metadata(error),
                 )
                 raise
@@ -407,11 +499,20 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                 md.PROOF: result.proof,
                 md.VERIFY_SECONDS: round(result.seconds, 3),
             }
+            if healed is not None:
+                metadata |= {
+                    md.STATUS: "healed",
+                    md.DAMAGE: f"{type(healed.found).__name__}: {healed.found.message}",
+                    md.BYTES_SENT: healed.upload.bytes_sent,
+                    md.BYTES_RESUMED: healed.upload.bytes_resumed,
+                }
             if (ref := plan.ref_name(context)) is not None:
                 journal.fence.check(now=True)
                 name_artifact(store, ref, uploaded.key, result.artifact_digest, round_number=uploaded.round_number)
                 metadata[md.REF] = ref
-            _discard(Path(uploaded.scratch), context)
+            _complete_round(plan, context, blobflow, store, uploaded)
+            if uploaded.scratch:
+                _discard(Path(uploaded.scratch), context)
             context.log.info(
                 "verify.done proof=%s mode=%s bytes_read=%d seconds=%.1f uri=%s",
                 *(result.proof, result.mode_used, result.bytes_read, result.seconds, uploaded.metadata[md.URI]),
@@ -426,7 +527,8 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                         passed=True,
                         asset_key=spec.key,
                         check_name=CHECK_NAME,
-                        description=f"{result.proof}: {PROOF_MEANS[result.proof]}",
+                        description=f"{result.proof}: {PROOF_MEANS[result.proof]}"
+                        + (f"; healed: it was damaged ({healed.found.message})" if healed else ""),
                         metadata={
                             md.PROOF: result.proof,
                             md.VERIFY_MODE: result.mode_used,
@@ -436,19 +538,21 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                 ],
             )
 
-    def remote(snapshot: Any, **after: Any):
+    def remote(**after: Any):
         if plan.lanes == 1:
-            uploaded = upload_artifact.alias("upload")(snapshot, **_waiting(after))
+            uploaded = upload_artifact.alias("upload")(**after)
         else:
-            uploading = upload_in_lanes(plan, plan.lanes, list(after), stored, facts)
-            uploaded = uploading.alias("upload")(snapshot, **after)
+            uploading = upload_in_lanes(plan, plan.lanes, list(after), found, stored, facts)
+            uploaded = uploading.alias("upload")(**after)
         result, verified = verify_artifact.alias("verify")(uploaded)
         return {"result": result, check_spec.get_python_identifier(): verified}
 
-    return _graph_asset(plan, spec, remote, ins={"snapshot": dg.AssetIn(snapshot_key)}, check_specs=[check_spec])
+    return _graph_asset(plan, spec, remote, ins, check_specs=[check_spec])
 
 
-def _mirror_asset(plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey) -> dg.AssetsDefinition:
+def _mirror_asset(
+    plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey, importer_of: ImporterOf
+) -> dg.AssetsDefinition:
     def fetch(
         context: dg.OpExecutionContext,
         blobflow: BlobflowResource,
@@ -483,11 +587,20 @@ def _mirror_asset(plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey) -> d
             **md.throughput(result.bytes_received, result.seconds),
         }
 
-    @plan.op("download", pool=True, config_schema=PIN)
-    def download_artifact(context: dg.OpExecutionContext, remote: RemoteHandle) -> StagedHandle:
+    def found(context: dg.OpExecutionContext, store: Store) -> RemoteHandle:
+        """The artifact that the mirror is to show."""
+        remote = plan.upstream(context, store).remote(remote_key)
+        check_pinned(plan.digest, remote)
+        check_pinned(context.op_config["digest"], remote)
+        return remote
+
+    ins = _waits(spec, remote=remote_key)
+
+    @plan.op("download", waits=ins, pool=True, config_schema=PIN)
+    def download_artifact(context: dg.OpExecutionContext) -> StagedHandle:
         with plan.step(context) as (blobflow, journal):
-            check_pinned(context.op_config["digest"], remote)
-            importer = _chosen(plan.importer, context)
+            remote = found(context, blobflow.get_store())
+            importer = _chosen(importer_of, context)
             alive = importer.current()
             if alive is not None and alive.digest == remote.digest:
                 context.log.info("download.done status=unchanged key=%s alive=%s", remote.key, alive.path)
@@ -500,7 +613,7 @@ def _mirror_asset(plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey) -> d
     @plan.op("import")
     def import_staged(context: dg.OpExecutionContext, staged: StagedHandle):
         with plan.step(context) as (blobflow, journal):
-            importer = _chosen(plan.importer, context)
+            importer = _chosen(importer_of, context)
             metadata = staged.metadata
             artifact = importer.current()
             if artifact is None or artifact.digest != staged.digest:
@@ -540,47 +653,51 @@ def _mirror_asset(plan: _Plan, spec: dg.AssetSpec, remote_key: dg.AssetKey) -> d
                 },
             )
 
-    def mirror(remote: Any, **after: Any):
+    def mirror(**after: Any):
         # `import` is a word of Python's, which Dagster does not allow as a name.
         if plan.lanes == 1:
-            staged = download_artifact.alias("download")(remote, **_waiting(after))
+            staged = download_artifact.alias("download")(**after)
         else:
-            choose = partial(_chosen, plan.importer)
-            downloading = download_in_lanes(plan, plan.lanes, list(after), choose, fetch)
-            staged = downloading.alias("download")(remote, **after)
+            choose = partial(_chosen, importer_of)
+            downloading = download_in_lanes(plan, plan.lanes, list(after), found, choose, fetch)
+            staged = downloading.alias("download")(**after)
         return import_staged.alias("import_")(staged)
 
-    return _graph_asset(plan, spec, mirror, ins={"remote": dg.AssetIn(remote_key)})
+    return _graph_asset(plan, spec, mirror, ins)
+
+
+def _waits(spec: dg.AssetSpec, **follows: dg.AssetKey) -> dict[str, dg.AssetIn]:
+    """The inputs of an asset: none carries data.
+
+    A value in Dagster's storage would decide instead of the store (see `blobflow.dagster.upstream`). Each has a name of
+    its own, because an asset with a blocking check is two sources, and Dagster takes no list of such.
+
+    Args:
+        follows: The asset before it in the pipeline.
+    """
+    before = {name: dg.AssetIn(key, dagster_type=dg.Nothing) for name, key in follows.items()}
+    after = {
+        f"after_{number}": dg.AssetIn(dep.asset_key, dagster_type=dg.Nothing, partition_mapping=dep.partition_mapping)
+        for number, dep in enumerate(spec.deps)
+    }
+    return {**before, **after}
 
 
 def _graph_asset(
     plan: _Plan,
     spec: dg.AssetSpec,
     compose: Callable[..., Any],
+    ins: Mapping[str, dg.AssetIn],
     *,
-    ins: Mapping[str, dg.AssetIn] | None = None,
     check_specs: Sequence[dg.AssetCheckSpec] = (),
 ) -> dg.AssetsDefinition:
-    """The graph asset that `compose` describes, looking like `spec` and waiting for the spec's deps."""
-    after = {
-        f"after_{number}": dg.AssetIn(dep.asset_key, dagster_type=dg.Nothing, partition_mapping=dep.partition_mapping)
-        for number, dep in enumerate(spec.deps)
-    }
-    decorate = dg.graph_asset(
-        key=spec.key,
-        ins={**(ins or {}), **after},
-        partitions_def=plan.partitions_def,
-        check_specs=list(check_specs),
-    )
+    """The graph asset that `compose` describes, looking like `spec`."""
+    decorate = dg.graph_asset(key=spec.key, ins=ins, partitions_def=plan.partitions_def, check_specs=list(check_specs))
     return decorate(compose).map_asset_specs(
         lambda own: spec.replace_attributes(
             deps=own.deps, partitions_def=own.partitions_def, metadata={**own.metadata, **spec.metadata}
         )
     )
-
-
-def _waiting(after: Mapping[str, Any]) -> dict[str, Any]:
-    return {"after": list(after.values())} if after else {}
 
 
 def _is_backend(candidate: object) -> bool:
@@ -600,22 +717,32 @@ def _segment(context: dg.OpExecutionContext) -> str:
     return key_segment(context.partition_key)
 
 
-def _take_round(leases: Leases | None, prefix: str, ttl_s: float) -> Lease | None:
-    """The lease of the round; None where nothing can keep one.
+def _run_that_exports(context: dg.OpExecutionContext, snapshot: dg.AssetKey) -> str | None:
+    """Another run that is under way and makes the same snapshot; not one that this run continues."""
+    own = lineage(context)
+    partition = context.partition_key if context.has_partition_key else None
+    under_way = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED])
+    for run in context.instance.get_runs(filters=under_way):
+        if run.run_id in own or run.tags.get("dagster/partition") != partition:
+            continue
+        planned = context.instance.all_logs(run.run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION_PLANNED)
+        if any(entry.dagster_event and entry.dagster_event.asset_key == snapshot for entry in planned):
+            return run.run_id
+    return None
 
-    Raises:
-        TransferBusy: another run exports the same thing at this moment.
-    """
-    if leases is None:
-        return None
-    lease = Lease(leases, f"{prefix}/round", ttl_s=ttl_s)
-    if not lease.try_acquire():
-        raise TransferBusy(
-            f"another run is exporting {prefix!r} at this moment",
-            hint="let that run end; this one would do the same again",
-            key=prefix,
-        )
-    return lease
+
+def _complete_round(
+    plan: _Plan, context: dg.OpExecutionContext, blobflow: BlobflowResource, store: Store, uploaded: UploadHandle
+) -> None:
+    """Record that the round is published; if that fails, nothing is lost but the record."""
+    leases = blobflow.get_leases(store) if uploaded.generation is not None else None
+    if leases is None or uploaded.generation is None:
+        return
+    try:
+        if not record_completion(leases, plan.round_name(context), uploaded.generation, uploaded.cursor):
+            context.log.info("round.superseded generation=%d", uploaded.generation)
+    except BlobflowError as error:
+        context.log.warning("round.completion_failed error=%r", error.message)
 
 
 def _stored_digest(store: Store, key: str, manifest: Manifest) -> str | None:
@@ -625,6 +752,16 @@ def _stored_digest(store: Store, key: str, manifest: Manifest) -> str | None:
     except (ArtifactNotFound, ReplacementInProgress):
         return None
     return artifact_digest(data) if Manifest.parse(data).same_content(manifest) else None
+
+
+def _artifact_in(scratch: str | None) -> Artifact | None:
+    """The artifact that lies in a scratch directory, if any does."""
+    if scratch is None:
+        return None
+    try:
+        return Artifact.open(Path(scratch) / "artifact")
+    except (NotFoundError, IntegrityError):
+        return None
 
 
 def _mark_used(scratch: Path, context: dg.OpExecutionContext) -> None:

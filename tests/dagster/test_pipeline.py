@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import dagster as dg
@@ -29,20 +29,11 @@ from tests.dagster.kit import (
     materialization,
     succeeded,
 )
-from tests.kit import TREE
+from tests.kit import TREE, flip_a_byte
 
 
 def keys(place: Place) -> list[str]:
     return [entry.key for entry in list_artifacts(place.store)]
-
-
-def flip_a_byte(path: Path) -> None:
-    """Damage the payload in the middle, where a member's content lies."""
-    with open(path, "r+b") as file:
-        file.seek(path.stat().st_size // 2)
-        byte = file.read(1)
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte[0] ^ 1]))
 
 
 def fails_from_part(number: int):
@@ -148,22 +139,31 @@ def test_what_has_changed_travels(place, change):
     assert len(keys(place)) == 2
 
 
-def test_a_payload_damaged_on_its_way_is_never_materialized(place):
-    """The check fails, the remote asset is not materialized, and neither ref nor mirror move."""
+def damaging_before_verify(place: Place) -> Callable[[Request], Fault | None]:
+    """Damages the payload when verify begins: the third step to open the store begins with a look at the payload."""
+    left = [place]
+
+    def damage(request: Request) -> None:
+        left.pop()
+        flip_a_byte(place.home / "store" / request.key)
+
+    def faults(request: Request) -> Fault | None:
+        verifies = len(FaultyResource.opened) == 3 and request.operation == "head" and request.key.endswith(".tar")
+        return Hook(damage) if left and verifies else None
+
+    return faults
+
+
+def test_a_payload_damaged_on_its_way_is_never_materialized(place: Place):
+    """Its content is not at hand any more: the check fails, nothing is materialized, neither ref nor mirror move."""
     place.run()
     before = read_ref(place.store, "orders/latest")
     write_tree(place.source, {"new": "file"})
 
-    def damage(request: Request) -> None:
-        flip_a_byte(place.home / "store" / request.key.removesuffix(".manifest.json"))
-
-    def faults(request: Request) -> Fault | None:
-        # The third step to open the store is verify, and it begins with the manifest.
-        begins = len(FaultyResource.opened) == 3 and request == Request("get", request.key, 1)
-        return Hook(damage) if begins else None
-
-    FaultyResource.script(faults)
-    result = place.run()
+    FaultyResource.script(damaging_before_verify(place))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blobflow.dagster.pipeline._artifact_in", lambda _: None)
+        result = place.run()
 
     step, message, metadata = failure(result)
     assert step == "orders__remote.verify"
@@ -172,21 +172,60 @@ def test_a_payload_damaged_on_its_way_is_never_materialized(place):
     assert "restore it" in metadata[md.HINT]
     (check,) = result.get_asset_check_evaluations()
     assert (check.passed, check.severity, check.check_name) == (False, dg.AssetCheckSeverity.ERROR, "verified")
+    assert "materialize orders/snapshot" in (check.description or "")
     assert materialization(result, REMOTE) is None
     assert materialization(result, MIRROR) is None
     assert read_ref(place.store, "orders/latest") == before
     assert read_tree(place.current) == TREE
 
 
-def test_damage_at_rest_is_found_by_the_next_run(place):
-    """What lies in the store is verified in every run, also when nothing had to be sent."""
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_damaged_payload_does_not_wedge_its_pipeline(place: Place, lanes: int):
+    """Damage at rest is found by the next run, which holds the same content and heals it; then all is quiet."""
+    pipeline = place.pipeline(lanes=lanes)
+    assert place.run(pipeline).success
+    before = read_ref(place.store, "orders/latest")
+    (key,) = keys(place)
+    flip_a_byte(place.home / "store" / key)
+
+    healing = place.run(pipeline)
+    assert healing.success
+    remote = facts(healing, REMOTE)
+    assert remote[md.STATUS] == "healed"
+    assert "Mismatch" in remote[md.DAMAGE]
+    assert remote[md.BYTES_SENT] == remote[md.SIZE]
+    (check,) = healing.get_asset_check_evaluations()
+    assert check.passed
+    assert "it was damaged" in (check.description or "")
+    after = read_ref(place.store, "orders/latest")
+    assert before is not None
+    assert after is not None
+    assert (after.key, after.manifest_sha256) == (before.key, before.manifest_sha256)
+    assert place.store.exists(key + ".damaged.json")
+
+    assert facts(place.run(pipeline), REMOTE)[md.STATUS] == "unchanged"
+    assert read_tree(place.current) == TREE
+
+
+def test_damage_on_the_way_is_healed_in_the_same_run(place: Place):
+    """What was just sent does not arrive whole: sent once more, verified, mirrored."""
+    FaultyResource.script(damaging_before_verify(place))
+    result = place.run()
+    assert result.success
+    assert facts(result, REMOTE)[md.STATUS] == "healed"
+    assert read_tree(place.current) == TREE
+
+
+def test_damage_without_the_content_is_only_reported(place: Place):
+    """The remote asset alone, its scratch directory gone: the check fails, and what is there stays as evidence."""
     place.run()
     (key,) = keys(place)
     flip_a_byte(place.home / "store" / key)
-    result = place.run()
+    result = place.run(select=[REMOTE])
     assert failure(result)[0] == "orders__remote.verify"
     assert [check.passed for check in result.get_asset_check_evaluations()] == [False]
-    assert read_tree(place.current) == TREE
+    assert keys(place) == [key]
+    assert not place.store.exists(key + ".damaged.json")
 
 
 def test_the_local_artifact_lives_until_the_remote_one_is_verified(place):
@@ -239,12 +278,12 @@ def test_an_error_that_passes_is_retried_and_sends_only_the_rest(place):
 
 
 def test_a_round_that_another_run_holds_is_left_to_it(place):
-    """While somebody else exports the same thing, this run exports nothing and says why."""
+    """While somebody outside of this Dagster exports the same thing, this run exports nothing and says why."""
     lease = Lease(place.store, "orders/round")
     assert lease.try_acquire()
     step, message, metadata = failure(place.run())
     assert step == "orders__snapshot.export"
-    assert "another run is exporting 'orders'" in message
+    assert "another process is exporting 'orders'" in message
     assert metadata[md.ERROR] == "TransferBusy"
     assert keys(place) == []
 

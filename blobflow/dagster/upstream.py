@@ -1,0 +1,233 @@
+"""What a step works on: found where it lies, not handed over by Dagster's storage.
+
+The assets of a pipeline depend on each other without data, so that each of them can be materialized alone, with a new
+DAGSTER_HOME, on a new machine, as long as the store is full.
+
+| wanted | looked for, in this order |
+|---|---|
+| a snapshot | the scratch directory of this run, and of the runs that it continues |
+| | in the store, what those runs materialized: their scratch directory may be gone after a verification |
+| | the newest scratch directory of another run, unless a later round has moved the ref |
+| | in the store, what the ref names |
+| an artifact in the store | what the ref names |
+| | without a ref: what this run materialized, else what was published last |
+
+A run whose export ended never falls back to what the ref names: then a scratch directory that its steps do not share
+would be taken for "nothing new", night after night.
+"""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import dagster as dg
+
+from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.dagster import metadata as md
+from blobflow.dagster.handles import RemoteHandle, SnapshotHandle
+from blobflow.errors import ArtifactNotFound, BlobflowError, DigestMismatch, NotFoundError, ReplacementInProgress
+from blobflow.lease import RefState, read_ref
+from blobflow.rounds import content_key
+from blobflow.stores import Store
+from blobflow.transport import list_artifacts, read_manifest_bytes
+
+HANDLE: Final = "round.json"
+"""Written into a scratch directory when its export has ended."""
+
+_MAX_RUNS: Final = 100
+"""Materializations among which those of this run are looked for: of runs of the same partition at the same time."""
+_CONTENT_KEY: Final = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}\.tar")
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Where the artifacts of one pipeline, or of one of its partitions, are found.
+
+    Args:
+        prefix: Of keys and of the ref.
+        ref: None: no ref names the newest.
+        key: Of the only artifact that there is; None: it is not known before.
+    """
+
+    context: dg.OpExecutionContext
+    store: Store
+    prefix: str
+    ref: str | None
+    key: str | None = None
+
+    def snapshot(self, asset: dg.AssetKey, rounds: Path) -> SnapshotHandle:
+        """The newest snapshot: on the disk, or of content that is in the store.
+
+        Args:
+            asset: Of the snapshots.
+            rounds: Directory of the scratch directories.
+
+        Raises:
+            ArtifactNotFound: it is nowhere.
+            DigestMismatch: the store has something else than what the ref names.
+        """
+        runs = lineage(self.context)
+        for run_id in runs:
+            if found := self._exported(rounds / run_id):
+                return found
+        if made := self._materialized(asset, runs):
+            return self._stored_snapshot(asset, rounds / made.run_id, made)
+        others = [path.parent for path in rounds.glob(f"*/{HANDLE}") if path.parent.name not in runs]
+        named = self._named()
+        for scratch in sorted(others, key=_modified, reverse=True):
+            found = self._exported(scratch)
+            if found and not (named and (found.round_number or 0) < named.round_number):
+                return found
+        return self._named_snapshot(asset, named)
+
+    def remote(self, asset: dg.AssetKey) -> RemoteHandle:
+        """The artifact that a mirror is to show.
+
+        Args:
+            asset: Of the artifacts in the store.
+
+        Raises:
+            NotFoundError: no ref names one, or there is none.
+        """
+        if self.key is not None:
+            return RemoteHandle(self.key, artifact_digest(read_manifest_bytes(self.store, self.key)))
+        if self.ref is not None:
+            named = self._named()
+            if named is None:
+                raise NotFoundError(
+                    f"there is no ref {self.ref!r} in {self.store.url}",
+                    hint=f"materialize {asset.to_user_string()}, or look at the deployment that publishes it, and at"
+                    " the url of the store",
+                    key=self.ref,
+                )
+            return RemoteHandle(named.key, named.manifest_sha256, named.round_number or None)
+        made = self._materialized(asset, lineage(self.context))
+        key = made.key if made else self._published_last(asset)
+        return RemoteHandle(key, artifact_digest(read_manifest_bytes(self.store, key)))
+
+    def _exported(self, scratch: Path) -> SnapshotHandle | None:
+        """What lies in a scratch directory, if its export has ended."""
+        try:
+            note = json.loads((scratch / HANDLE).read_bytes())
+            artifact = Artifact.open(scratch / "artifact")
+            number, generation = note["round_number"], note["generation"]
+        except (OSError, ValueError, KeyError, TypeError, BlobflowError):
+            return None
+        return SnapshotHandle(
+            content_key(self.prefix, artifact), str(scratch), artifact.manifest_bytes, number, generation
+        )
+
+    def _stored_snapshot(self, asset: dg.AssetKey, scratch: Path, made: "_Made") -> SnapshotHandle:
+        try:
+            data = read_manifest_bytes(self.store, made.key)
+            if Manifest.parse(data).content_digest == made.content_digest:
+                return SnapshotHandle(made.key, None, data, made.round_number)
+        except (ArtifactNotFound, ReplacementInProgress):
+            pass
+        raise snapshot_is_gone(self.store, asset, made.key, str(scratch))
+
+    def _named_snapshot(self, asset: dg.AssetKey, named: RefState | None) -> SnapshotHandle:
+        hint = f"materialize {asset.to_user_string()} again"
+        if self.ref is not None and named is None:
+            raise ArtifactNotFound(
+                f"nothing was exported, and there is no ref {self.ref!r} in {self.store.url}", hint=hint, key=self.ref
+            )
+        key = named.key if named else self._published_last(asset)
+        try:
+            data = read_manifest_bytes(self.store, key)
+        except ArtifactNotFound as error:
+            raise ArtifactNotFound(
+                f"no exported artifact is at hand, and {key!r} is not in {self.store.url}", hint=hint, key=key
+            ) from error
+        if named and artifact_digest(data) != named.manifest_sha256:
+            raise DigestMismatch(
+                f"{key!r} is the artifact {artifact_digest(data)}, but ref {self.ref!r} names {named.manifest_sha256}",
+                hint=f"look at who wrote to the store; then {hint}",
+                what=key,
+                expected=named.manifest_sha256,
+                actual=artifact_digest(data),
+            )
+        return SnapshotHandle(key, None, data, named.round_number if named else None)
+
+    def _named(self) -> RefState | None:
+        return read_ref(self.store, self.ref) if self.ref is not None else None
+
+    def _published_last(self, asset: dg.AssetKey) -> str:
+        """The key of the artifact that was published last under the prefix."""
+        found = [
+            (entry.last_modified.timestamp() if entry.last_modified else 0.0, entry.key)
+            for entry in list_artifacts(self.store, f"{self.prefix}/")
+            if _CONTENT_KEY.fullmatch(entry.key.removeprefix(f"{self.prefix}/"))
+        ]
+        if not found:
+            raise ArtifactNotFound(
+                f"there is no artifact under {self.prefix!r} in {self.store.url}",
+                hint=f"materialize {asset.to_user_string()}",
+                key=self.prefix,
+            )
+        return max(found)[1]
+
+    def _materialized(self, asset: dg.AssetKey, runs: list[str]) -> "_Made | None":
+        """What this run, or the next one before it, materialized of an asset."""
+        partitions = [self.context.partition_key] if self.context.has_partition_key else None
+        wanted = dg.AssetRecordsFilter(asset_key=asset, asset_partitions=partitions)
+        found: dict[str, dict[str, Any]] = {}
+        for record in self.context.instance.fetch_materializations(wanted, limit=_MAX_RUNS).records:
+            made = record.asset_materialization
+            if made is not None:
+                found.setdefault(record.run_id, {label: value.value for label, value in made.metadata.items()})
+        for run_id in runs:
+            facts = found.get(run_id)
+            if facts and md.KEY in facts:
+                return _Made(run_id, facts[md.KEY], facts.get(md.CONTENT_DIGEST), facts.get(md.ROUND))
+        return None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What the log of a run says of a materialization."""
+
+    run_id: str
+    key: str
+    content_digest: str | None
+    round_number: int | None
+
+
+def leave_handle(scratch: Path, round_number: int | None, generation: int | None) -> None:
+    """Say that the export into a scratch directory has ended, and of which round it is."""
+    made = scratch / f"{HANDLE}.new"
+    made.write_text(json.dumps({"round_number": round_number, "generation": generation}))
+    os.replace(made, scratch / HANDLE)
+
+
+def snapshot_is_gone(store: Store, asset: dg.AssetKey, key: str, scratch: str | None) -> ArtifactNotFound:
+    """The error for a snapshot whose content is neither on the disk nor in the store."""
+    where = f"in {scratch}" if scratch else "on the disk"
+    return ArtifactNotFound(
+        f"the exported artifact is not {where} any more, and {key!r} is not in {store.url}",
+        hint=f"materialize {asset.to_user_string()} again; if the steps of this run are on several machines, give"
+        " the resource a scratch_dir that all of them see",
+        path=scratch,
+        key=key,
+    )
+
+
+def lineage(context: dg.OpExecutionContext) -> list[str]:
+    """The ids of this run and of those that it continues, the latest first."""
+    found = [context.run_id]
+    run = context.instance.get_run_by_id(context.run_id)
+    while run is not None and run.parent_run_id and run.parent_run_id not in found:
+        found.append(run.parent_run_id)
+        run = context.instance.get_run_by_id(run.parent_run_id)
+    return found
+
+
+def _modified(scratch: Path) -> float:
+    try:
+        return (scratch / HANDLE).stat().st_mtime
+    except OSError:
+        return 0.0
