@@ -19,7 +19,7 @@ import dagster as dg
 
 from blobflow.backends import Importer
 from blobflow.dagster.automation import mirror_condition
-from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, mirror_alone
+from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, check_plan, mirror_alone
 from blobflow.dagster.sensors import Announce, artifact_partitions, manifest_sensor, ref_sensor
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
 
@@ -92,6 +92,7 @@ def artifact_mirror(
         running: The sensors run from the start; otherwise they are switched on in the UI.
         resource_key: Under which the `BlobflowResource` is found.
     """
+    check_plan(name, lanes)
     partitions = artifact_partitions(name) if ref is None else None
     looks = _MirrorTranslator(translator or BlobflowTranslator(), tuple(key_prefix), automatic=ref is None)
     remote = looks.get_asset_spec(BlobflowAssetProps(name, "remote", None)).replace_attributes(

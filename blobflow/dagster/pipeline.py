@@ -157,7 +157,7 @@ def artifact_pipeline(
     Raises:
         UsageError: an argument makes no sense; the message says which.
     """
-    _check_plan(name, lanes)
+    check_plan(name, lanes)
     if partitions_def is None and not (_is_backend(exporter) and _is_backend(importer)):
         raise UsageError("an exporter or importer that depends on the partition needs a partitions_def")
 
@@ -209,7 +209,7 @@ def mirror_alone(
     Raises:
         UsageError: an argument makes no sense.
     """
-    _check_plan(name, lanes)
+    check_plan(name, lanes)
     if partitions_def is None and not _is_backend(importer):
         raise UsageError("an importer that depends on the partition needs partitions, which are for `ref=None`")
     plan = _Plan(
@@ -227,7 +227,8 @@ def mirror_alone(
     return _mirror_asset(plan, spec, remote.key, importer)
 
 
-def _check_plan(name: str, lanes: int) -> None:
+def check_plan(name: str, lanes: int) -> None:
+    """Refuse a name or number of lanes that makes no sense, before anything is made of it."""
     if not re.fullmatch(r"[A-Za-z0-9_]+", name):
         raise UsageError(f"invalid pipeline name {name!r}", hint="use letters, digits and underscores")
     if not 1 <= lanes <= MAX_LANES:
