@@ -18,7 +18,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from enum import Enum, auto
 from pathlib import Path
@@ -69,7 +69,8 @@ class BlobflowError(Exception):
     Attributes:
         message: What happened, naming the thing it happened to. Settings are named as in Python; see `to_dict`.
         hint: What the operator can do about it, likewise; empty where there is nothing to say.
-        fields: Machine-readable facts (key, offset, expected, actual ...). They also are attributes.
+        fields: Machine-readable facts (key, offset, expected, actual ...). They also are attributes. Those of more than
+            `MAX_QUOTED` characters are whole here; the message, the hint and `to_dict` show their beginning.
         retryable: Whether the same call may succeed later without anybody changing anything.
         exit_code: What the command line exits with.
     """
@@ -79,7 +80,8 @@ class BlobflowError(Exception):
     default_hint: ClassVar[str] = ""
 
     def __init__(self, message: str, *, hint: str | None = None, **fields: Any) -> None:
-        self._texts = (_cut(message, _MAX_MESSAGE), self.default_hint if hint is None else hint)
+        texts = (message, self.default_hint if hint is None else hint)
+        self._texts = tuple(_cut(_without_long(text, fields.values()), _MAX_MESSAGE) for text in texts)
         self.message, self.hint = (worded(text, as_argument) for text in self._texts)
         super().__init__(self.message)
         self.fields: dict[str, Any] = {
@@ -118,19 +120,30 @@ class BlobflowError(Exception):
         Args:
             wording: How the surface that shows the error writes settings; by default as arguments of Python.
         """
-        plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in self.fields.items()}
+        plain = {k: v if isinstance(v, int | float) else _cut(str(v), MAX_QUOTED) for k, v in self.fields.items()}
         message, hint = (worded(text, wording) for text in self._texts)
         return {**plain, "type": type(self).__name__, "message": message, "hint": hint}
 
 
+MAX_QUOTED: Final = 200
+"""Characters of one value in a message, or where a field is shown."""
 _MAX_MESSAGE: Final = 2000
-"""Characters; what comes from outside is quoted far shorter (`blobflow.untrusted`), and this holds for what is not."""
+"""Characters of a message, with all that it quotes."""
 _MAX_FIELD: Final = 8192
 """Characters; twice the longest path of Linux."""
 
 
 def _cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _without_long(text: str, values: Iterable[Any]) -> str:
+    """`text`, in which each of `values` that has more than `MAX_QUOTED` characters is cut to them, quoted or not."""
+    for value in values:
+        if isinstance(value, str | Path) and len(whole := str(value)) > MAX_QUOTED:
+            for form in (whole, repr(whole)[1:-1]):
+                text = text.replace(form, _cut(form, MAX_QUOTED))
+    return text
 
 
 def _rebuild(kind: type[BlobflowError], message: str, hint: str, fields: dict[str, Any]) -> BlobflowError:

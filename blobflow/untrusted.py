@@ -13,10 +13,8 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, Field, JsonValue,
 from pydantic_core import from_json
 
 from blobflow.config import MIB
-from blobflow.errors import ArtifactInvalid
+from blobflow.errors import MAX_QUOTED, ArtifactInvalid
 
-MAX_QUOTED: Final = 200
-"""Characters of a foreign value in a message."""
 MAX_JSON_VALUES: Final = 250_000
 """Values in a document above 1 MiB: three bytes of it, `[],`, become a Python object of 64."""
 

@@ -78,10 +78,11 @@ class PayloadChecker:
             member = span.entry - FIRST_MEMBER
             if span.content_offset < 0:
                 if bytes(piece) != span.literal:
+                    at, name = offset + position - span.length, self.layout.entry(span.entry)[0]
                     raise ArtifactInvalid(
-                        f"the payload differs from its index at byte {offset + position - span.length},"
-                        f" in the tar header or padding of {self.layout.entry(span.entry)[0]!r}",
-                        offset=offset + position - span.length,
+                        f"the payload differs from its index at byte {at}, in the tar header or padding of {name!r}",
+                        what=name,
+                        offset=at,
                     )
             elif span.length == self._index.sizes[member]:
                 if self._digests:

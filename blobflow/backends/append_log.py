@@ -50,6 +50,7 @@ from blobflow.errors import (
     writing,
 )
 from blobflow.fields import KnownFields
+from blobflow.untrusted import quoted
 
 log = logging.getLogger(__name__)
 
@@ -448,7 +449,9 @@ class AppendLogImporter(VersionedImporter):
         paths = artifact.index.paths
         if len(paths) != 1 or not _NAME.fullmatch(paths[0]):
             # A second file could be newer than the one that the cursor speaks of.
-            raise HostileArtifact(f"{artifact!r} is not a log: it has members {paths[:3]}", reason="members")
+            raise HostileArtifact(
+                f"{artifact!r} is not a log: it has members {', '.join(map(quoted, paths[:3]))}", reason="members"
+            )
         self._check_order(artifact.manifest.cursor)
 
     @override
@@ -458,7 +461,7 @@ class AppendLogImporter(VersionedImporter):
         promised = artifact.manifest.cursor
         if found.cursor != promised or found.end != artifact.manifest.bytes:
             raise ArtifactInvalid(
-                f"the log in {artifact!r} ends at record {found.cursor}, the manifest says {promised!r}",
+                f"the log in {artifact!r} ends at record {found.cursor}, the manifest says {quoted(promised)}",
                 path=str(artifact.path),
                 expected=promised,
                 actual=found.cursor,

@@ -21,6 +21,7 @@ from blobflow.backends.directory import DirectoryExporter
 from blobflow.backends.files import unsupported
 from blobflow.backends.versions import VersionedImporter
 from blobflow.errors import LEAVE_IT_OUT, ArtifactInvalid, RefusedError, setting
+from blobflow.untrusted import plain
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -127,7 +128,7 @@ class ParquetImporter(VersionedImporter):
         told = cursor.get("schema_sha256") if isinstance(cursor, dict) else None
         if self.schema_sha256 is not None and told != self.schema_sha256:
             raise RefusedError(
-                f"{artifact!r} has the schema {told}, this mirror takes {self.schema_sha256}",
+                f"{artifact!r} has the schema {plain(str(told))}, this mirror takes {self.schema_sha256}",
                 hint="migrate the readers of the mirror first, then change schema_sha256",
                 expected=self.schema_sha256,
                 actual=told,
@@ -142,14 +143,14 @@ class ParquetImporter(VersionedImporter):
                 count, schema = _footer(artifact.data, path)
             except _NoFooterError as error:
                 raise ArtifactInvalid(
-                    f"member {path!r} of {artifact!r} is no Parquet file: {error}", key=path
+                    f"member {path!r} of {artifact!r} is no Parquet file: {plain(str(error))}", key=path
                 ) from error
             schemas.add(schema)
             rows, files = rows + count, files + 1
         found = {"rows": rows, "files": files, "schema_sha256": _fingerprint(schemas)}
         if artifact.manifest.cursor != found:
             raise ArtifactInvalid(
-                f"{artifact!r} holds {found}, its manifest says {artifact.manifest.cursor}",
+                f"{artifact!r} holds {found}, its manifest says {plain(str(artifact.manifest.cursor))}",
                 hint="another program made it: export the dataset again",
             )
 

@@ -34,6 +34,7 @@ from blobflow.errors import (
     writing,
 )
 from blobflow.fields import KnownFields
+from blobflow.untrusted import quoted
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +206,8 @@ class SqliteImporter(VersionedImporter):
         if artifact.index.paths != [DATABASE_NAME]:
             # A journal beside the database would be applied to it by the first who opens it.
             raise HostileArtifact(
-                f"{artifact!r} is not a database: it has members {artifact.index.paths[:3]}", reason="members"
+                f"{artifact!r} is not a database: it has members {', '.join(map(quoted, artifact.index.paths[:3]))}",
+                reason="members",
             )
 
     @override

@@ -24,6 +24,7 @@ from blobflow.durable import check_room, copies_take_room
 from blobflow.errors import ArtifactNotFound, RefusedError, TransferBusy, UnsupportedSource, expanded, writing
 from blobflow.fields import KnownFields
 from blobflow.trees import remove_tree
+from blobflow.untrusted import quoted
 
 CURRENT_NAME: Final = "current"
 INCOMING_NAME: Final = ".incoming"
@@ -100,9 +101,10 @@ class VersionedImporter(KnownFields, ABC):
         """
         started = time.monotonic()
         if artifact.manifest.backend != self.backend:
+            made_by = quoted(artifact.manifest.backend)
             raise RefusedError(
-                f"{artifact!r} was made by backend {artifact.manifest.backend!r}, this importer takes {self.backend!r}",
-                hint=f"import it with the importer for {artifact.manifest.backend!r}",
+                f"{artifact!r} was made by backend {made_by}, this importer takes {self.backend!r}",
+                hint=f"import it with the importer for {made_by}",
             )
         if self.data.exists() and not self.data.is_symlink():
             raise RefusedError(f"{self.data} is not a symbolic link", hint="name another path, or move it away")

@@ -31,6 +31,7 @@ from blobflow.errors import (
     WorkerDied,
 )
 from blobflow.stores.base import Body, Coroutines, ObjectMeta, Store
+from blobflow.untrusted import plain
 
 if TYPE_CHECKING:
     import asyncio
@@ -118,7 +119,10 @@ def _failure(task: Task, error: BaseException) -> BlobflowError:
         return error
     kind, key = task.operation.kind, task.key
     crash = OperationCrashed(
-        f"{kind} {key!r}: {type(error).__name__}: {error}", operation=kind, key=key, error=type(error).__name__
+        f"{kind} {key!r}: {type(error).__name__}: {plain(str(error))}",
+        operation=kind,
+        key=key,
+        error=type(error).__name__,
     )
     crash.__cause__ = error
     return crash

@@ -300,14 +300,15 @@ def pull_into(
     from blobflow.artifact.manifest import Manifest, artifact_digest
     from blobflow.backends import backend_classes, import_artifact
     from blobflow.transport import DownloadResult, download, read_manifest_bytes
+    from blobflow.untrusted import plain, quoted
 
     importer = backend_classes(backend)[1](path=target, **made_with)
     manifest_bytes = read_manifest_bytes(store, key)
     offered, manifest = artifact_digest(manifest_bytes), Manifest.parse(manifest_bytes)
     if manifest.backend != backend:  # the importer would say so as well, after the download
         raise RefusedError(
-            f"{key!r} was made by backend {manifest.backend!r}, not {backend!r}",
-            hint=f"--import {manifest.backend} TARGET",
+            f"{key!r} was made by backend {quoted(manifest.backend)}, not {backend!r}",
+            hint=f"--import {plain(manifest.backend)} TARGET",
             key=key,
         )
     alive = importer.current()

@@ -43,6 +43,7 @@ from blobflow.transport.catalog import check_artifact_key
 from blobflow.transport.reading import failures_noted, land_parts, landing_plan
 from blobflow.transport.remote import RemoteArtifact
 from blobflow.transport.uploading import Errand, MultipartUpload, UploadResult, unless_there
+from blobflow.untrusted import plain
 
 _OWNER: Final = "lanes"
 """In whose name their intent is kept: that one lane's process has ended says nothing of the others."""
@@ -82,7 +83,7 @@ class UploadTicket:
         try:
             return cls(**document)
         except TypeError as error:
-            raise UsageError(f"not the ticket of an upload: {error}") from error
+            raise UsageError(f"not the ticket of an upload: {plain(str(error))}") from error
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class DownloadTicket:
         try:
             return cls(**document)
         except TypeError as error:
-            raise UsageError(f"not the ticket of a download: {error}") from error
+            raise UsageError(f"not the ticket of a download: {plain(str(error))}") from error
 
 
 @dataclass(frozen=True)

@@ -70,14 +70,13 @@ class Target:
 
 
 def quotes_too_much(error: BlobflowError, data: bytes, limit: int = 210) -> bool:
-    """Whether the message of an error repeats more than 200 characters of what was read; ten may be its own words."""
-    said = f"{error.message} {error.hint}"
-    if len(said) <= limit:
-        return False
-    for encoding in ("utf-8", "latin-1"):
-        read = data.decode(encoding, "replace")
-        if any(said[start : start + limit + 1] in read for start in range(len(said) - limit)):
-            return True
+    """Whether an error shows more than 200 characters of what was read, in one place; ten may be its own words."""
+    shown = [f"{error.message} {error.hint}", *map(str, error.to_dict().values())]
+    for said in [text for text in shown if len(text) > limit]:
+        for encoding in ("utf-8", "latin-1"):
+            read = data.decode(encoding, "replace")
+            if any(said[start : start + limit + 1] in read for start in range(len(said) - limit)):
+                return True
     return False
 
 
