@@ -146,8 +146,9 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
         """Learn which run this is; refuse it if its partitions cannot be keys, before they are computed."""
-        for tag in _PARTITION_TAGS if context.run is not None else ():
-            if (partition := context.run.tags.get(tag)) is not None:
+        tags = context.run.tags if context.run is not None else {}
+        for tag in _PARTITION_TAGS:
+            if (partition := tags.get(tag)) is not None:
                 with io_manager_errors(RunFence(None, None)):
                     check_name(key_segment(partition))
         self._instance = context.instance

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import importlib
 import os
 import threading
 import time
@@ -208,7 +209,19 @@ def test_the_window_is_configurable(store: Store) -> None:
 def test_slow_down_halves_the_window_and_success_widens_it(store: Store) -> None:
     """A store that says SlowDown gets half as many operations at a time, one more for each window that succeeds."""
     script = scripted_faults({("put", 5): FailBefore(SlowDown("slow", retry_after_s=0.0))})
-    pulled = 0
+    # One request after the other, as results are taken: otherwise the window can widen again before anybody looks. The
+    # first retry of a process imports its arithmetic, which takes long on a busy machine.
+    importlib.import_module("tenacity")
+    begun, taken, pulled = 0, 0, 0
+    changed = threading.Condition()
+
+    def in_step(request: Request) -> Fault | None:
+        nonlocal begun
+        with changed:
+            assert changed.wait_for(lambda: request.number == begun + 1 <= taken + 2, 60)
+            begun += 1
+            changed.notify_all()
+        return script(request)
 
     def input_() -> Iterator[Operation]:
         nonlocal pulled
@@ -216,10 +229,13 @@ def test_slow_down_halves_the_window_and_success_widens_it(store: Store) -> None
             yield Insert(f"k{pulled}", b"x")
 
     ahead: list[int] = []
-    with BatchExecutor(faulty(store, script), window=16).stream(input_()) as results:
+    with BatchExecutor(faulty(store, in_step), window=16).stream(input_()) as results:
         for told, result in enumerate(results):
             assert result.error is None
             ahead.append(pulled - told)
+            with changed:
+                taken = told + 1
+                changed.notify_all()
     assert max(ahead[:4]) == 16
     assert min(ahead[:60]) <= 9
     assert max(ahead[100:180]) == 16
@@ -291,7 +307,7 @@ def test_a_hanging_process_is_killed(tmp_path: Path) -> None:
     """A process that hangs is killed at the deadline; large objects are streamed by the parent."""
     large = os.urandom(3 * MAX_PAYLOAD_BYTES)
     LocalStore(tmp_path).put("large", large)
-    executor = BatchExecutor(functools.partial(Deadly, tmp_path), processes=1, deadline_s=4.0)
+    executor = BatchExecutor(functools.partial(Deadly, tmp_path), processes=1, deadline_s=8.0)
     results = run(executor, [Insert("hanging", b"1"), Get("large")])
     assert isinstance(results[0].error, DeadlineExceeded)
     response = results[1].unwrap()
