@@ -28,7 +28,7 @@ def scratch_directory(source: Path, parent: Path | None = None) -> Generator[Pat
         parent: Where to make it; by default among the system's temporary files.
     """
     remedy = "set TMPDIR to a directory elsewhere" if parent is None else "name a scratch directory elsewhere"
-    parent = parent or Path(tempfile.gettempdir())
+    parent = parent or temporary_directory()
     if parent.resolve().is_relative_to(source.resolve()):
         raise RefusedError(
             f"the directory for temporary files, {parent}, lies inside {source}", hint=remedy, path=str(parent)
@@ -61,6 +61,21 @@ def scratch_directory(source: Path, parent: Path | None = None) -> Generator[Pat
     finally:
         os.close(above)
     raise TransferBusy(f"no directory for temporary files stays in {parent}", path=str(parent))
+
+
+def temporary_directory() -> Path:
+    """Where the system's temporary files are.
+
+    Raises:
+        RefusedError: none of the places for them can be written to.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise RefusedError(
+            f"there is no place for temporary files: {error.strerror}",
+            hint="set TMPDIR to a directory that can be written to; a full disk and `ulimit -f` forbid it as well",
+        ) from error
 
 
 def _remove(above: int, name: str, directory: PrivateDirectory) -> None:

@@ -27,7 +27,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
 
-from blobflow.errors import StoreConfigurationError, StoreUnavailable
+from blobflow.errors import BlobflowError, DiskFull, StoreConfigurationError, StoreUnavailable
 
 NAME_LENGTH: Final = 255
 """MySQL indexes no longer column of four-byte characters by default."""
@@ -45,6 +45,15 @@ _LIBPQ: Final = {
     "tcp_user_timeout": 30_000,
 }
 """A server that vanished is noticed within half a minute. libpq's own answer is to wait for it, for hours."""
+
+
+_SQLITE_FULL: Final = "database or disk is full"
+_SQLITE_READ_ONLY: Final = "attempt to write a readonly database"
+_SQLITE_REASONS: Final = frozenset({
+    _SQLITE_FULL, _SQLITE_READ_ONLY, "database disk image is malformed", "database is locked", "disk I/O error",
+    "file is not a database", "unable to open database file",
+})  # fmt: skip
+"""What SQLite says without any value in it; https://www.sqlite.org/rescode.html."""
 
 
 class SqlTable:
@@ -113,14 +122,12 @@ class SqlTable:
             with self._connect() as connection:
                 yield connection
         except (OperationalError, InterfaceError, InternalError) as error:
-            raise StoreUnavailable(
-                f"{what} failed with {type(error.orig).__name__}", operation=self._operation, key=name
-            ) from error
+            raise _failed(error, what, {"operation": self._operation, "key": name}) from error
         except IntegrityError:
             raise  # a row that is there already: the caller's business
         except DBAPIError as error:
             raise StoreConfigurationError(
-                f"{what} refused with {type(error.orig).__name__}",
+                f"{what} refused with {_named(error)}",
                 hint=f"look at the table {self._table.name} and at the rights of this user",
                 operation=self._operation,
                 key=name,
@@ -152,6 +159,24 @@ class SqlTable:
             with self._connect() as connection:
                 connection.execute(CreateTable(self._table, if_not_exists=True))
         self._is_made = True
+
+
+def _failed(error: DBAPIError, what: str, about: dict[str, Any]) -> BlobflowError:
+    """What a failure of the database means; the driver's own words are not repeated, they may hold values."""
+    message = f"{what} failed with {_named(error)}"
+    reason = str(error.orig)
+    if reason == _SQLITE_FULL:
+        return DiskFull(message, **about)
+    if reason == _SQLITE_READ_ONLY:
+        hint = "give permission to write the file and its directory, or name another place"
+        return StoreConfigurationError(message, hint=hint, **about)
+    return StoreUnavailable(message, **about)
+
+
+def _named(error: DBAPIError) -> str:
+    """The type of a driver's error, and what it says where that is one of SQLite's fixed sentences."""
+    reason = str(error.orig)
+    return type(error.orig).__name__ + (f": {reason}" if reason in _SQLITE_REASONS else "")
 
 
 def _shown(url: URL) -> str:

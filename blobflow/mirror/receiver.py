@@ -34,6 +34,7 @@ from blobflow.errors import (
     SessionPoisoned,
     TransferBusy,
     storing,
+    writing,
 )
 from blobflow.mirror import machine
 from blobflow.mirror.envelope import SnapshotEnvelope, SnapshotId
@@ -126,7 +127,7 @@ class MirrorReceiver:
         self._admission = threading.Lock()
         self._slots: dict[SnapshotId, _Slot] = {}
         self._guard = threading.Lock()
-        with _directory_of(self._directory, make=True) as own:
+        with writing(self._directory), _directory_of(self._directory, make=True) as own:
             self._lock_file = own.open(".lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)

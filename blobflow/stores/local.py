@@ -53,14 +53,17 @@ from blobflow.errors import (
     ObjectChanged,
     ObjectNotFound,
     ObjectTooLarge,
+    OsFault,
     PreconditionFailed,
     RefusedError,
     SizeMismatch,
+    StoreConfigurationError,
     StoreUnavailable,
     TransferBusy,
     UploadIncomplete,
     UsageError,
     expanded,
+    os_fault,
     storing,
 )
 from blobflow.private import PrivateDirectory
@@ -1073,11 +1076,24 @@ def _read_into(key: str, fd: int, offset: int, buffer: memoryview) -> None:
 
 
 def _make_directory(path: Path) -> None:
-    """`mkdir -p` whose names are durable."""
+    """`mkdir -p` whose names are durable.
+
+    Raises:
+        StoreConfigurationError: no directory can be made there, now or later.
+    """
     if path.is_dir():
         return
     _make_directory(path.parent)
-    path.mkdir(exist_ok=True)
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        if os_fault(error) not in (OsFault.GONE, OsFault.OTHER):
+            raise
+        raise StoreConfigurationError(
+            f"{path} is no directory, and none can be made there: {error.strerror}",
+            hint="name a directory for the store, or a path where one can be made",
+            path=str(path),
+        ) from error
     _sync_directory(path.parent)
 
 

@@ -146,7 +146,15 @@ class Access:
 
     def _keys(self) -> _Fixed:
         """The credentials that are valid now, cleaned: files that they come from end with a newline."""
-        found = self._credentials.get_frozen_credentials()
+        try:
+            found = self._credentials.get_frozen_credentials()
+        except (OSError, ValueError) as error:
+            # A file with a token that is missing, or a document that is no JSON: of botocore's providers, raw.
+            named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else "they are malformed"
+            raise StoreConfigurationError(
+                f"the credentials cannot be read: {named}",
+                hint="check the variables and files that say where the credentials are",
+            ) from None
         return _Fixed(
             cleaned(found.access_key, "access key id"),
             cleaned(found.secret_key, "secret access key"),

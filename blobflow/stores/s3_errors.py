@@ -58,8 +58,9 @@ class Call:
 
     @property
     def means_no_bucket(self) -> frozenset[str]:
-        """Codes of a 404 that mean that there is no bucket; without one it does where the bucket itself was asked."""
-        return frozenset({"NoSuchBucket", ""} if self.operation in ("list", "list uploads") else {"NoSuchBucket"})
+        """Codes of a 404 that mean that there is no bucket; none (""), where nothing else can be missing."""
+        asks_the_bucket = self.operation in ("list", "list uploads", "put", "create upload of")
+        return frozenset({"NoSuchBucket", ""} if asks_the_bucket and not self.conditional else {"NoSuchBucket"})
 
     def __str__(self) -> str:
         return self.operation if self.key is None else f"{self.operation} {self.key!r}"
@@ -174,11 +175,18 @@ def translate(error: Exception, call: Call) -> BlobflowError:
             hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role, or pass the keys",
             **about,
         )
+    if isinstance(reason, botocore.exceptions.CredentialRetrievalError):
+        # What a credential process wrote may hold a secret, so it is not repeated.
+        provider = cast("Any", reason).kwargs.get("provider", "their provider")
+        return StoreUnavailable(
+            f"{call}: no credentials from {provider}",
+            hint="run by hand what gives the credentials; what it says is not shown here, for it may hold a secret",
+            **about,
+        )
     passing = (
         WireError,
         botocore.exceptions.HTTPClientError,
         botocore.exceptions.ConnectionError,
-        botocore.exceptions.CredentialRetrievalError,
         botocore.exceptions.MetadataRetrievalError,
         botocore.exceptions.IncompleteReadError,
         botocore.parsers.ResponseParserError,

@@ -23,7 +23,7 @@ from blobflow.mirror.client import MirrorClient
 from blobflow.stores import open_store
 from blobflow.stores.base import Body
 from blobflow.stores.coroutines import RetryingCoroutines
-from blobflow.stores.s3 import S3Options
+from blobflow.stores.s3 import S3Options, S3Store
 from blobflow.testing import read_tree
 from tests.kit import TREE, artifact_of
 from tests.servers import Peer, scripted_server
@@ -95,6 +95,24 @@ def test_secrets_with_a_newline_at_the_end_work(place: str, tmp_path: Path, monk
         for meta in store.list():
             assert SECRET_ACCESS_KEY.encode() not in store.get(meta.key, max_bytes=1 << 20).data
         store.close()
+
+
+@pytest.mark.parametrize(
+    ("configured", "says"),
+    [
+        (f"credential_process = sh -c 'echo {PLANTED} >&2; exit 3'", "no credentials from custom-process"),
+        (f"credential_process = echo {PLANTED}", "connect to"),
+        ("role_arn = arn:aws:iam::1:role/x\nweb_identity_token_file = /absent/token", "/absent/token: No such file"),
+    ],
+)
+def test_what_gives_credentials_is_named_and_not_repeated(configured: str, says: str, tmp_path: Path):
+    """A credential process that fails, or a token file that is missing: an error of ours, without what was printed."""
+    (tmp_path / "config").write_text(f"[default]\nregion = us-east-1\n{configured}\n")
+    store = S3Store(S3Options(bucket="bucket", endpoint_url="http://127.0.0.1:1"))
+    with pytest.raises(BlobflowError, match=says) as failure:
+        store.head("key")
+    assert PLANTED not in str(failure.value.to_dict()) + repr(failure.value)
+    store.close()
 
 
 CALLS: list[tuple[str, Callable[[str], object]]] = [

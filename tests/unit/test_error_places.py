@@ -112,9 +112,10 @@ def test_a_bucket_that_is_not_there_is_named(code: str):
     assert "create the bucket" in refusal.value.hint
 
 
-def test_the_first_push_to_a_bucket_that_is_not_there_names_it():
-    """The probe is what meets it first; its object is of no interest."""
-    with scripted_server(refuses("NoSuchBucket")) as url:
+@pytest.mark.parametrize("code", ["NoSuchBucket", ""])
+def test_the_first_push_to_a_bucket_that_is_not_there_names_it(code: str):
+    """The probe is what meets it first; its object is of no interest. A write finds nothing else missing."""
+    with scripted_server(refuses(code)) as url:
         store = open_store("s3://bukket", endpoint_url=url, **KEYS)
         with pytest.raises(StoreConfigurationError, match="there is no bucket 'bukket'") as refusal:
             store.put("blobflow-probe/x", b"x")

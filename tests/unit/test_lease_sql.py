@@ -8,11 +8,21 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from sqlalchemy import Column, MetaData, String, Table
 
 from blobflow import DirectoryExporter, Lease, read_ref, run_export_round
-from blobflow.errors import ArtifactInvalid, LeaseLost, StoreConfigurationError, StoreUnavailable, Unsupported
+from blobflow.errors import (
+    ArtifactInvalid,
+    BlobflowError,
+    DiskFull,
+    LeaseLost,
+    StoreConfigurationError,
+    StoreUnavailable,
+    Unsupported,
+)
 from blobflow.lease import LeaseState
 from blobflow.lease_sql import SqlLeases
+from blobflow.sql import SqlTable
 from blobflow.stores.base import Abilities
 from blobflow.testing import write_tree
 from tests.kit import TREE, local_store
@@ -144,6 +154,35 @@ def test_a_database_that_is_away_is_a_passing_matter(tmp_path: Path):
     with pytest.raises(StoreUnavailable, match="OperationalError") as failure:
         leases.read("orders/round")
     assert failure.value.retryable
+
+
+@pytest.mark.parametrize(
+    ("pragma", "type_of_error", "says"),
+    [
+        ("max_page_count = 1", DiskFull, "database or disk is full"),
+        ("query_only = 1", StoreConfigurationError, "attempt to write a readonly database"),
+    ],
+)
+def test_what_fails_in_a_sqlite_file_is_told_apart(
+    tmp_path: Path, pragma: str, type_of_error: type[BlobflowError], says: str
+):
+    """A full disk and a file that may not be written have an error each, and the reason in it."""
+
+    def write() -> None:
+        with table.connection("x") as connection:
+            connection.exec_driver_sql(f"PRAGMA {pragma}")
+            connection.exec_driver_sql("CREATE TABLE other AS SELECT hex(randomblob(100000)) AS a")
+
+    table = SqlTable(f"sqlite:///{tmp_path}/x.db", Table("one", MetaData(), Column("a", String(9))), operation="lease")
+    with pytest.raises(type_of_error, match=says):
+        write()
+
+
+def test_a_file_that_is_no_database_is_called_that(tmp_path: Path):
+    """Final, with the reason: somebody named the wrong file."""
+    (tmp_path / "text").write_text("not a database at all" * 100)
+    with pytest.raises(StoreConfigurationError, match="file is not a database"):
+        SqlLeases(f"sqlite:///{tmp_path}/text").read("orders/round")
 
 
 @pytest.mark.parametrize(

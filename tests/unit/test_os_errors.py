@@ -39,6 +39,8 @@ from blobflow.errors import (
     writing,
 )
 from blobflow.mirror import MirrorReceiver, SnapshotEnvelope, SnapshotId
+from blobflow.scratch import scratch_directory
+from blobflow.stores import open_store
 from blobflow.stores.base import Body
 from blobflow.stores.local import LocalStore
 from tests.kit import artifact_of
@@ -215,3 +217,34 @@ def test_no_home_directory_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(UsageError, match="no home directory"):
         LocalStore("~/store")
     assert expanded(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("place", ["a file", "below a file", "where nothing can be made"])
+def test_a_store_that_can_never_be_is_refused_at_once(tmp_path: Path, place: str):
+    """Where the directory of a store is a file, or none can be made, the first write says so, finally."""
+    (tmp_path / "file").touch()
+    root = {"a file": tmp_path / "file", "below a file": tmp_path / "file" / "store"}.get(place, Path("/proc/store"))
+    with pytest.raises(StoreConfigurationError, match="is no directory") as refusal:
+        open_store(str(root)).put("key", b"x")
+    assert not refusal.value.retryable
+    assert str(tmp_path / "file" if place == "below a file" else root) in str(refusal.value)
+
+
+def test_a_machine_without_temporary_files_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where nothing temporary can be written, the error names TMPDIR."""
+
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in [...]")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    with pytest.raises(RefusedError, match="no place for temporary files") as refusal, scratch_directory(tmp_path):
+        pass
+    assert "TMPDIR" in refusal.value.hint
+
+
+def test_a_receiver_that_cannot_write_says_where(tmp_path: Path):
+    """A receiver whose directory cannot be made is misconfigured, by its path."""
+    (tmp_path / "file").touch()
+    with pytest.raises(BlobflowError, match="cannot be written") as failure:
+        MirrorReceiver(tmp_path / "file" / "mirror")
+    assert str(tmp_path / "file" / "mirror") in failure.value.message
