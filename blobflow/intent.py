@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import Manifest, artifact_digest, is_private
+from blobflow.engine.plan import MAX_PARTS
 from blobflow.errors import (
     ArtifactInvalid,
     BlobflowError,
@@ -164,7 +165,11 @@ class Intent:
             raise ArtifactInvalid(f"the intent of an upload is damaged: {quoted(error)}") from error
         if artifact_digest(intent.manifest_bytes) != digest or intent.part_size <= 0:
             raise ArtifactInvalid("the intent of an upload contradicts itself")
-        Manifest.parse(intent.manifest_bytes)
+        manifest = Manifest.parse(intent.manifest_bytes)
+        frames = intent.frames
+        size = manifest.body.size + len(intent.manifest_bytes) if frames is None else sum(frames.sizes)
+        if size > intent.part_size * MAX_PARTS:
+            raise ArtifactInvalid(f"the intent of an upload has parts of {intent.part_size} bytes for {size} bytes")
         return intent
 
 

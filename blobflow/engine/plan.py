@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from blobflow.config import MIB
 from blobflow.errors import Unsupported, setting
@@ -19,6 +19,13 @@ class Part(NamedTuple):
     number: int
     offset: int
     length: int
+
+
+class Parts(Protocol):
+    """Parts that are counted and gone through, and need not exist before."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Part]: ...
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,22 @@ class TransferPlan:
         return (self.part(number) for number in range(1, len(self) + 1))
 
     def missing(self, done: Container[int]) -> list[Part]:
-        """The parts whose numbers are not in `done`."""
+        """The parts whose numbers are not in `done`, of an upload, which has at most `MAX_PARTS`."""
         return [part for part in self if part.number not in done]
+
+    def rest(self, numbers: range, done: Iterable[int]) -> Rest:
+        """Those of the parts `numbers` that are not in `done`, as it is now."""
+        return Rest(self, numbers, frozenset(number for number in done if number in numbers))
+
+    def bytes_of(self, numbers: Collection[int]) -> int:
+        """The bytes of the parts `numbers`, each of which comes once."""
+        last = len(self)
+        return len(numbers) * self.part_size - (last * self.part_size - self.size if last in numbers else 0)
+
+    @property
+    def numbers(self) -> range:
+        """Of all parts."""
+        return range(1, len(self) + 1)
 
     def parts_of(self, offset: int, length: int) -> range:
         """The numbers of the parts that overlap a byte range inside the plan."""
@@ -90,3 +111,19 @@ class TransferPlan:
         first = (offset - self.start) // self.part_size
         last = (offset + length - 1 - self.start) // self.part_size
         return range(first + 1, last + 2)
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Some parts of a plan, made when they are asked for: what a store says of a size may stand for any number."""
+
+    plan: TransferPlan
+    numbers: range
+    done: frozenset[int]
+    """Of `numbers`."""
+
+    def __len__(self) -> int:
+        return len(self.numbers) - len(self.done)
+
+    def __iter__(self) -> Iterator[Part]:
+        return (self.plan.part(number) for number in self.numbers if number not in self.done)

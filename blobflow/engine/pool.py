@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Final, Generic, TypeVar
 
 from blobflow.activity import activity_of, doing
-from blobflow.engine.plan import Part
+from blobflow.engine.plan import Part, Parts
 from blobflow.limits import memory_budget
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class _Outcome(Generic[Result]):
 
 
 def move_parts(
-    parts: Sequence[Part],
+    parts: Parts,
     move: Move[Result],
     *,
     workers: int,
@@ -90,7 +90,7 @@ def move_parts(
     try:
         for thread in threads:
             thread.start()
-        for _ in parts:
+        for _ in range(len(parts)):
             outcome = _next(outcomes, on_tick, threads)
             if outcome.error is not None:
                 raise outcome.error

@@ -120,7 +120,7 @@ def land_layer(
         landing = Landing(stage, layout, plan, digests=profile.verify_digest)
         books: Books = remote.books(landing.plan, profile, "download", landing.sync, on_progress, on_checkpoint)
         with failures_noted(landing, books):
-            land_parts(remote, landing, list(landing.plan), books, workers=workers)
+            land_parts(remote, landing, landing.plan.numbers, books, workers=workers)
             contents = (remote.manifest_bytes, remote.index_bytes)
             landing.finish(remote.head, remote.payload_crc32c, *contents, books.tick)
     books.done()

@@ -293,7 +293,7 @@ class _ServerCopy(MultipartUpload):
             books.moved(part.length)
 
         move_parts(
-            list(plan),
+            plan,
             move,
             workers=self.profile.workers,
             buffer_size=min(plan.part_size, self.profile.chunk_size),

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.config import ChunkProfile
-from blobflow.engine.plan import Part, TransferPlan
+from blobflow.engine.plan import TransferPlan
 from blobflow.errors import (
     BlobflowError,
     DestinationNotEmpty,
@@ -201,7 +201,7 @@ def send_parts(
     errand = _errand(store, ticket.key, artifact, profile, on_progress=on_progress, on_checkpoint=on_checkpoint)
     upload, plan = _taken_up(errand, ticket)
     books = upload.upload_books(ticket.upload_id, plan)
-    _narrow(books, [plan.part(number) for number in numbers])
+    _narrow(books, plan, numbers, ",".join(map(str, numbers)))
     try:
         _check_held(upload, ticket)
         upload.send(ticket.upload_id, plan, books, numbers)
@@ -423,16 +423,16 @@ def fetch_lane(
     layout = remote.open_layout()
     with stage.lane(lane, ticket.lanes):
         landing = Landing(stage, layout, landing_plan(layout, stage), digests=profile.verify_digest)
-        parts = [part for part in landing.plan if (part.number - 1) % ticket.lanes == lane]
+        numbers = landing.plan.numbers[lane :: ticket.lanes]
         books = remote.books(landing.plan, profile, "download", landing.sync, on_progress, on_checkpoint)
-        _narrow(books, parts)
+        _narrow(books, landing.plan, numbers, f"{lane} of {ticket.lanes}")
         with failures_noted(landing, books):
-            land_parts(remote, landing, parts, books, workers=profile.workers)
+            land_parts(remote, landing, numbers, books, workers=profile.workers)
             books.save()  # whoever goes on may be another machine, and believes only what is synced
     books.done()
     return LaneResult(
         status="moved",
-        parts=len(parts),
+        parts=len(numbers),
         bytes_moved=books.bytes_moved,
         bytes_resumed=books.bytes_resumed,
         seconds=time.monotonic() - started,
@@ -440,19 +440,18 @@ def fetch_lane(
     )
 
 
-def _narrow(books: Books, parts: Sequence[Part]) -> None:
+def _narrow(books: Books, plan: TransferPlan, numbers: Collection[int], name: str) -> None:
     """Let the books of a transfer be those of some of its parts.
 
     Under an id of their own: checkpoints of lanes that are at work at the same time are several stories.
     """
-    numbers = ",".join(str(part.number) for part in parts)
     record = books.record
     books.record = record.model_copy(
         update={
-            "transfer_id": f"{record.transfer_id}-{hashlib.sha256(numbers.encode()).hexdigest()[:8]}",
-            "parts_total": len(parts),
+            "transfer_id": f"{record.transfer_id}-{hashlib.sha256(name.encode()).hexdigest()[:8]}",
+            "parts_total": len(numbers),
             "bytes_done": 0,
-            "bytes_total": sum(part.length for part in parts),
+            "bytes_total": plan.bytes_of(numbers),
         }
     )
 

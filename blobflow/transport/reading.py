@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,7 +211,7 @@ def _read_members(
 
     try:
         move_parts(
-            list(plan) if size else [],
+            plan if size else [],
             move,
             workers=profile.workers,
             buffer_size=min(profile.chunk_size, size),
@@ -289,7 +289,7 @@ def download(
         landing = Landing(stage, layout, plan, digests=profile.verify_digest)
         books = remote.books(plan, profile, "download", landing.sync, on_progress, on_checkpoint)
         with failures_noted(landing, books):
-            land_parts(remote, landing, list(plan), books, workers=profile.workers)
+            land_parts(remote, landing, plan.numbers, books, workers=profile.workers)
             contents = (remote.manifest_bytes, remote.index_bytes)
             landing.finish(remote.head, remote.payload_crc32c, *contents, books.tick)
     books.done()
@@ -315,12 +315,11 @@ def landing_plan(layout: TarMap, stage: Stage) -> TransferPlan:
     return TransferPlan(layout.size - layout.data_start, stage.part_size, start=layout.data_start)
 
 
-def land_parts(remote: RemoteArtifact, landing: Landing, parts: Sequence[Part], books: Books, *, workers: int) -> None:
-    """Fetch and land those of `parts` that the stage lacks."""
-    done = landing.stage.done
-    for part in parts:
-        if part.number in done:
-            books.resumed(part.length)
+def land_parts(remote: RemoteArtifact, landing: Landing, numbers: range, books: Books, *, workers: int) -> None:
+    """Fetch and land those of the parts `numbers` that the stage lacks."""
+    rest = landing.plan.rest(numbers, landing.stage.done)
+    for number in rest.done:
+        books.resumed(landing.plan.part(number).length)
     books.begin()
 
     def move(part: Part, buffer: memoryview) -> int:
@@ -330,7 +329,7 @@ def land_parts(remote: RemoteArtifact, landing: Landing, parts: Sequence[Part], 
         return part.length
 
     move_parts(
-        [part for part in parts if part.number not in done],
+        rest,
         move,
         workers=workers,
         buffer_size=min(landing.plan.part_size, landing.plan.size),

@@ -758,11 +758,11 @@ def test_absent_and_damaged_are_two_errors(artifact: Artifact, store: LocalStore
     assert damage.value.exit_code == 3
     store.delete(f"{KEY}.manifest.json")
     keeper = IntentKeeper(store, KEY)
-    keeper.begin(artifact.manifest_bytes, "up", 1, replaces=None)
+    keeper.begin(artifact.manifest_bytes, "up", 4096, replaces=None)
     with pytest.raises(ArtifactNotFound, match="its upload is not finished"):
         read_manifest(store, KEY)
     keeper.load()
-    keeper.begin(artifact.manifest_bytes, "up", 1, replaces="sha256:x")
+    keeper.begin(artifact.manifest_bytes, "up", 4096, replaces="sha256:x")
     with pytest.raises(ReplacementInProgress) as busy:
         read_manifest(store, KEY)
     assert busy.value.exit_code == 75
