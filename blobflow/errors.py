@@ -114,6 +114,11 @@ class BlobflowError(Exception):
             self.message = worded(self._texts[0], as_argument)
             self.args = (self.message,)
 
+    def advise(self, hint: str) -> None:
+        """Replace the hint by that of somebody who knows more."""
+        self._texts = (self._texts[0], hint)
+        self.hint = worded(hint, as_argument)
+
     def to_dict(self, wording: Wording = as_argument) -> dict[str, Any]:
         """Type, message, hint and fields as plain values.
 

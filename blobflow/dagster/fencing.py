@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import dagster as dg
 
-from blobflow.errors import RefusedError
+from blobflow.errors import BlobflowError
 
 log = logging.getLogger(__name__)
 
@@ -24,8 +24,11 @@ INTERVAL_S: Final = 3.0
 """Seconds between two looks at the run's status: 3 ms each, and long enough after a crash for nobody to mind."""
 
 
-class StepOrphaned(RefusedError):
-    """The run of this step is over or being terminated, or its run worker died. Fields: run_id, reason."""
+class StepOrphaned(BlobflowError):
+    """The run of this step is over or being terminated, or its run worker died. Fields: run_id, reason.
+
+    Of no group: it says nothing of the artifact that the step was at.
+    """
 
     default_hint = "nothing is lost: what was moved is kept, and the next attempt continues there"
 

@@ -48,6 +48,7 @@ from blobflow.errors import (
     BlobflowError,
     IntegrityError,
     NotFoundError,
+    PermissionMissing,
     RefusedError,
     ReplacementInProgress,
     TransferBusy,
@@ -483,13 +484,19 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
                         *(uploaded.key, found.message),
                     ),
                 )
+            except PermissionMissing:
+                raise  # which says nothing of the artifact
             except (IntegrityError, RefusedError, NotFoundError) as error:
-                advice = f" (a run that exports the same content heals it: materialize {snapshot_key.to_user_string()})"
+                if at_hand is None:
+                    error.advise(
+                        f"{error.hint + '; or ' if error.hint else ''}materialize {snapshot_key.to_user_string()} and"
+                        f" {spec.key.to_user_string()} in one run, which heals it if the source still has this content"
+                    )
                 yield dg.AssetCheckResult(
                     passed=False,
                     asset_key=spec.key,
                     check_name=CHECK_NAME,
-                    description=error.message + ("" if at_hand else advice),
+                    description=f"{error.message} (hint: {error.hint})" if error.hint else error.message,
                     metadata=error_metadata(error),
                 )
                 raise

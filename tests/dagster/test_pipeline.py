@@ -13,7 +13,7 @@ from blobflow.backends import ImportResult
 from blobflow.dagster import BlobflowAssetProps, BlobflowTranslator, DirectoryExporter, DirectoryImporter
 from blobflow.dagster import metadata as md
 from blobflow.dagster.pipeline import artifact_pipeline
-from blobflow.errors import StoreUnavailable, TransferBusy, UsageError
+from blobflow.errors import PermissionMissing, StoreUnavailable, TransferBusy, UsageError
 from blobflow.lease import Lease, read_ref
 from blobflow.testing import FailBefore, Fault, Hook, Request, read_tree, write_tree
 from blobflow.transport import list_artifacts
@@ -172,7 +172,7 @@ def test_a_payload_damaged_on_its_way_is_never_materialized(place: Place):
     assert "restore it" in metadata[md.HINT]
     (check,) = result.get_asset_check_evaluations()
     assert (check.passed, check.severity, check.check_name) == (False, dg.AssetCheckSeverity.ERROR, "verified")
-    assert "materialize orders/snapshot" in (check.description or "")
+    assert "materialize orders/snapshot and orders/remote in one run" in (check.description or "")
     assert materialization(result, REMOTE) is None
     assert materialization(result, MIRROR) is None
     assert read_ref(place.store, "orders/latest") == before
@@ -222,10 +222,29 @@ def test_damage_without_the_content_is_only_reported(place: Place):
     (key,) = keys(place)
     flip_a_byte(place.home / "store" / key)
     result = place.run(select=[REMOTE])
-    assert failure(result)[0] == "orders__remote.verify"
-    assert [check.passed for check in result.get_asset_check_evaluations()] == [False]
+    step, message, told = failure(result)
+    assert step == "orders__remote.verify"
+    (check,) = result.get_asset_check_evaluations()
+    assert not check.passed
+    for said in (message, check.description or "", told[md.HINT]):
+        assert "materialize orders/snapshot and orders/remote in one run" in said
     assert keys(place) == [key]
     assert not place.store.exists(key + ".damaged.json")
+    assert facts(place.run(select=[SNAPSHOT, REMOTE]), REMOTE)[md.STATUS] == "healed"  # the hint is right
+
+
+def test_a_refused_key_says_nothing_of_the_artifact(place: Place):
+    """Who may not read in the store does not know whether the artifact is whole: the check is not evaluated."""
+    left = [PermissionMissing("the store refuses the key")]
+
+    def faults(request: Request) -> Fault | None:
+        reads = len(FaultyResource.opened) == 3 and request.operation == "get_range"  # the third step is verify
+        return FailBefore(left.pop()) if left and reads else None
+
+    FaultyResource.script(faults)
+    result = place.run(place.pipeline(verify_mode="deep"))
+    assert failure(result)[0] == "orders__remote.verify"
+    assert result.get_asset_check_evaluations() == []
 
 
 def test_the_local_artifact_lives_until_the_remote_one_is_verified(place):

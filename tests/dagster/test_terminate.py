@@ -122,6 +122,14 @@ def test_an_error_that_passes_is_not_retried_in_a_terminated_run(place: Place):
     check_stopped(place, place.run(place.pipeline(retry_policy=PATIENT)), "orders__remote.upload")
 
 
+def test_a_terminated_verification_says_nothing_of_the_artifact(place: Place, quick: None):
+    """That somebody stopped the run is no damage: the check `verified` is not evaluated."""
+    cancel_at(place, "get_range", ".tar", store=3, interrupt=False)
+    result = place.run(place.pipeline(retry_policy=PATIENT, verify_mode="deep"))
+    check_stopped(place, result, "orders__remote.verify")
+    assert result.get_asset_check_evaluations() == []
+
+
 def test_a_step_does_not_begin_in_a_run_that_is_being_terminated(place: Place):
     """A step of the user's own survived the interrupt, as Dagster's retry: ours, which follows it, does nothing."""
     attempts: list[int] = []
