@@ -36,9 +36,9 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Annotated, Any, Final, NamedTuple, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue
 from typing_extensions import override
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
@@ -46,6 +46,7 @@ from blobflow.artifact.manifest import Sha256Digest
 from blobflow.errors import (
     ArtifactInvalid,
     BlobflowError,
+    InvalidKey,
     LeaseLost,
     ObjectNotFound,
     PreconditionFailed,
@@ -80,12 +81,23 @@ _NO_DIGEST: Final = "sha256:" + "0" * 64
 # Refs
 
 
+def _named(key: str) -> str:
+    """The key that a ref names; anybody who writes to the bucket writes refs, and what they name is printed."""
+    try:
+        return check_key(key) if key else key
+    except InvalidKey as error:
+        raise ValueError("it is not a key") from error
+
+
+RefKey: TypeAlias = Annotated[str, AfterValidator(_named)]
+
+
 class RefEntry(BaseModel):
     """Where a ref pointed once."""
 
     model_config = ConfigDict(frozen=True)
 
-    key: str
+    key: RefKey
     manifest_sha256: Sha256Digest
     generation: Counter
     write_id: str
@@ -99,7 +111,7 @@ class RefState(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    key: str
+    key: RefKey
     manifest_sha256: Sha256Digest
     generation: Counter
     write_id: str

@@ -87,24 +87,28 @@ class Manifest(BaseModel):
         return PrivateRows(self.private)
 
     @classmethod
-    def parse(cls, data: bytes) -> Manifest:
+    def parse(cls, data: bytes, key: str | None = None) -> Manifest:
         """The manifest in `data`.
+
+        Args:
+            key: Of its artifact, where it comes from a store; for messages.
 
         Raises:
             ArtifactInvalid: too large, not JSON, of another format or version, or with wrong fields.
         """
+        what = "manifest" if key is None else f"manifest of {key!r}"
         if len(data) > MAX_MANIFEST_BYTES:
-            raise ArtifactInvalid(f"manifest exceeds {MAX_MANIFEST_BYTES} bytes", actual=len(data))
-        document = read_object(data, "manifest")
+            raise ArtifactInvalid(f"the {what} exceeds {MAX_MANIFEST_BYTES} bytes", actual=len(data))
+        document = read_object(data, what)
         found = document.get("format")
         if found != FORMAT:
             raise ArtifactInvalid(
-                f"manifest has format {quoted(found)}, this blobflow reads {FORMAT!r}",
+                f"the {what} has format {quoted(found)}, this blobflow reads {FORMAT!r}",
                 hint="a newer blobflow may be needed",
                 expected=FORMAT,
                 actual=quoted(found),
             )
-        return as_model(cls, document, "manifest")
+        return as_model(cls, document, what)
 
     def document(self) -> dict[str, Any]:
         """The fields as JSON values. Without private members and holes they are those that earlier versions write."""

@@ -304,7 +304,7 @@ def pull_into(
 
     importer = backend_classes(backend)[1](path=target, **made_with)
     manifest_bytes = read_manifest_bytes(store, key)
-    offered, manifest = artifact_digest(manifest_bytes), Manifest.parse(manifest_bytes)
+    offered, manifest = artifact_digest(manifest_bytes), Manifest.parse(manifest_bytes, key)
     if manifest.backend != backend:  # the importer would say so as well, after the download
         raise RefusedError(
             f"{key!r} was made by backend {quoted(manifest.backend)}, not {backend!r}",
@@ -493,7 +493,7 @@ def show(settings: Settings, key: str) -> None:
     with settings.open_store() as store:
         manifest_bytes = read_manifest_bytes(store, key)
         payload = store.head(key)
-    manifest = Manifest.parse(manifest_bytes)
+    manifest = Manifest.parse(manifest_bytes, key)
     digest = artifact_digest(manifest_bytes)
     if settings.json:
         settings.report(

@@ -93,4 +93,4 @@ def _get_manifest(store: Store, key: str) -> bytes:
 
 def read_manifest(store: Store, key: str) -> Manifest:
     """The manifest of the artifact under `key`; see `read_manifest_bytes`."""
-    return Manifest.parse(read_manifest_bytes(store, key))
+    return Manifest.parse(read_manifest_bytes(store, key), key)

@@ -62,7 +62,7 @@ class RemoteArtifact:
             ObjectChanged: the artifact was replaced at this moment.
         """
         manifest_bytes = read_manifest_bytes(store, key)
-        manifest = Manifest.parse(manifest_bytes)
+        manifest = Manifest.parse(manifest_bytes, key)
         digest = artifact_digest(manifest_bytes)
         if expected_digest and digest != expected_digest:
             raise DigestMismatch(

@@ -227,7 +227,7 @@ def _replaceable(existing_bytes: bytes, errand: Errand) -> Manifest | None:
         ArtifactInvalid: likewise, of a damaged one.
     """
     try:
-        existing = Manifest.parse(existing_bytes)
+        existing = Manifest.parse(existing_bytes, errand.key)
     except ArtifactInvalid:
         if not errand.overwrite:
             raise

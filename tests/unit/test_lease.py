@@ -276,6 +276,17 @@ def test_a_ref_is_checked_on_both_ways(store: LocalStore):
         read_ref(store, "latest")
 
 
+@pytest.mark.parametrize("key", ["x" * 100_000, "../../etc/passwd", "\x1b[2Jkey", "/key"])
+def test_a_ref_that_names_no_key_is_not_believed(store: LocalStore, key: str):
+    """What a ref names is printed and used by scripts, and anybody who writes to the bucket writes refs."""
+    move_ref(store, "latest", "a.tar", A)
+    document = json.loads(store.get("latest.ref.json", max_bytes=1 << 20).data)
+    store.put("latest.ref.json", json.dumps({**document, "key": key}).encode())
+    with pytest.raises(ArtifactInvalid, match="it is not a key") as refusal:
+        read_ref(store, "latest")
+    assert len(str(refusal.value)) < 400
+
+
 def test_an_error_of_the_store_is_not_a_lost_race(store: LocalStore, clock: Clock):
     """Who could not even ask is told so, and may ask again."""
     faulty = FaultyStore(store, scripted_faults({("put", 1): FailBefore()}))

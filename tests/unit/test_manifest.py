@@ -37,6 +37,13 @@ def without(field: str) -> bytes:
     return json.dumps(document).encode()
 
 
+@pytest.mark.parametrize("data", [b"<html>", changed(format="another/1"), changed(members=-1), b"x" * 2_000_000])
+def test_a_manifest_that_is_none_is_named(data: bytes):
+    """Of a store's manifest the error says whose it is: a bucket holds many."""
+    with pytest.raises(ArtifactInvalid, match="manifest of 'orders/monday'"):
+        Manifest.parse(data, "orders/monday")
+
+
 def test_a_manifest_survives_its_encoding():
     """The document has the fields of the format page, times in UTC with a Z, and ends in a newline."""
     data = MANIFEST.encode()
