@@ -9,17 +9,24 @@ its size is true, because a decompressor gets exactly that much room.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from typing import Final, NamedTuple
+from typing import IO, Final, NamedTuple, Protocol
 
 from blobflow.errors import ArtifactInvalid
 
 MAGIC: Final = b"PAR1"
 MAX_FOOTER_BYTES: Final = 8 << 20
 """Ours have at most 20 KB for each of 153 row groups."""
+MAX_FOREIGN_FOOTER_BYTES: Final = 64 << 20
+"""Of files of other writers: 200,000 column chunks have about 20 MB."""
+_ELEMENT_BYTES: Final = 8
+"""Of a structure in a list of theirs, at the least; one that says anything has more."""
+_ORDER_BYTES: Final = 3
 _MAX_LIST: Final = 64
 """Elements of a list in a footer that is not the list of row groups: columns, encodings, notes."""
 _MAX_DEPTH: Final = 16
+_WINDOW_BYTES: Final = 64 * 1024
 _MAX_HEADER_BYTES: Final = 64 * 1024
 """Of a page: it may hold the smallest and the largest value."""
 
@@ -28,7 +35,7 @@ _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _ST
 _INTEGERS: Final = (_I16, _I32, _I64)
 
 DATA, DICTIONARY, DATA_V2 = 0, 2, 3
-PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY = 0, 2, 3, 8
+PLAIN, PLAIN_DICTIONARY, RLE, DELTA_BYTE_ARRAY, RLE_DICTIONARY = 0, 2, 3, 7, 8
 
 
 class Page(NamedTuple):
@@ -39,6 +46,55 @@ class Page(NamedTuple):
     values: int
     size: int
     """Bytes once it is decompressed."""
+    stored: int
+    """Bytes in the file."""
+
+
+class Octets(Protocol):
+    """Bytes that are asked for one by one."""
+
+    def __getitem__(self, at: int, /) -> int: ...
+
+
+class FileBytes:
+    """The bytes of a file, of which a few are held."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._descriptor = file.fileno()
+        self.size = os.fstat(self._descriptor).st_size
+        self._start = 0
+        self._held = b""
+
+    def __getitem__(self, at: int, /) -> int:
+        if not self._start <= at < self._start + len(self._held):
+            self._start, self._held = at, os.pread(self._descriptor, _WINDOW_BYTES, at)
+            if not self._held:
+                raise _broken("it became shorter")
+        return self._held[at - self._start]
+
+
+def check_foreign_footer(file: IO[bytes]) -> int:
+    """Count everything in the footer of a file that any writer may have made; returns where it begins.
+
+    Raises:
+        ArtifactInvalid: it is none, or announces more than it has.
+    """
+    data = FileBytes(file)
+    end = bytes(data[at] for at in range(max(0, data.size - 8), data.size))
+    size, start = int.from_bytes(end[:4], "little"), data.size - 8 - int.from_bytes(end[:4], "little")
+    if len(end) < 8 or end[4:] != MAGIC or start < 4:
+        raise _broken("it does not end as Parquet does")
+    if size > MAX_FOREIGN_FOOTER_BYTES:
+        raise _broken(f"its footer would have {size} bytes")
+    reader = _Reader(data, start, data.size - 8, foreign=True)
+    for field, kind in reader.fields():
+        if (
+            field == 7 and kind == _LIST
+        ):  # FileMetaData.column_orders, the last one: each is an empty structure in another
+            reader.skip_list(0, 0, least=_ORDER_BYTES)
+        else:
+            reader.skip(kind)
+    return start
 
 
 def check_footer(data: bytes | memoryview, max_groups: int) -> int:
@@ -62,7 +118,7 @@ def check_footer(data: bytes | memoryview, max_groups: int) -> int:
     return start
 
 
-def pages(data: bytes | memoryview, start: int, stop: int) -> Iterator[Page]:
+def pages(data: Octets, start: int, stop: int) -> Iterator[Page]:
     """The headers of the pages of a column chunk.
 
     Raises:
@@ -97,14 +153,16 @@ def _page(reader: _Reader) -> tuple[Page, int]:
         raise _broken("a page has no header that is known") from None
     if min(size, compressed, values) < 0:
         raise _broken("a page has a size below nothing")
-    return Page(kind, encoding, values, size), compressed
+    return Page(kind, encoding, values, size, compressed), compressed
 
 
 class _Reader:
     """Reads Thrift's compact protocol, and keeps nothing but numbers."""
 
-    def __init__(self, data: bytes | memoryview, position: int, stop: int) -> None:
+    def __init__(self, data: Octets, position: int, stop: int, *, foreign: bool = False) -> None:
         self._data = data
+        self._foreign = foreign
+        """Lists may have any length that their bytes allow."""
         self.position = position
         self._stop = stop
 
@@ -152,10 +210,12 @@ class _Reader:
         else:
             raise _broken("it has a value of a type that Parquet does not use")
 
-    def skip_list(self, depth: int, limit: int) -> None:
+    def skip_list(self, depth: int, limit: int, least: int = _ELEMENT_BYTES) -> None:
         """Pass over a list with at most `limit` elements."""
         head = self._byte()
         count = head >> 4 if head >> 4 < 15 else self._varint()
+        if self._foreign:
+            limit = (self._stop - self.position) // (least if head & 15 == _STRUCT else 1)
         if count > limit or depth > _MAX_DEPTH:
             raise _broken(f"it has a list of {count} elements")
         for _ in range(count):

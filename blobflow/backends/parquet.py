@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.members import open_regular
+from blobflow.artifact.pages import check_foreign_footer
 from blobflow.backends.directory import DirectoryExporter
 from blobflow.backends.files import unsupported
 from blobflow.backends.versions import VersionedImporter
@@ -172,10 +173,12 @@ def _footer(root: Path, path: str) -> tuple[int, str]:
 
     with open_regular(root, path) as file:
         try:
+            if not _ends_with(file, _ENCRYPTED):
+                check_foreign_footer(file)
             with pq.ParquetFile(file) as parquet:
                 columns = (f"{field.name}: {_kind(field.type)}\n" for field in parquet.schema_arrow)
                 return parquet.metadata.num_rows, "".join(columns)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, ArtifactInvalid, OSError, RecursionError, ValueError) as error:
             raise _NoFooterError(str(error), encrypted=_ends_with(file, _ENCRYPTED)) from error
 
 

@@ -16,7 +16,8 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final, cast
@@ -24,9 +25,11 @@ from typing import IO, Any, Final, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from blobflow.artifact.pages import DELTA_BYTE_ARRAY, DICTIONARY, FileBytes, check_foreign_footer, pages
 from blobflow.batch.operations import BatchResult, Delete, Get, Got, Insert, Inserted, Operation
 from blobflow.batch.stream import BatchExecutor
 from blobflow.errors import (
+    ArtifactInvalid,
     BlobflowError,
     InvalidOperation,
     ObjectTooLarge,
@@ -61,10 +64,17 @@ _FLUSH_S: Final = 1.0
 """What a kill may make the next run do again; operations may be repeated."""
 _TABLE_ROWS: Final = 1000
 """Per row group: with payloads of 1 MiB, a gibibyte at the most."""
+_PAGE_ROWS: Final = 4
+"""After which a page may end: with payloads of 1 MiB it has 5 MiB, and `_measured` takes it."""
 _MAX_LINE_BYTES: Final = 4 * 1024 * 1024
 """A payload of 1 MiB in base64, or with every character escaped, and room for the rest."""
 _SAMPLE: Final = 20
-_UNREADABLE: Final = (pa.ArrowException, KeyError, OSError, TypeError, ValueError)
+_MAX_PAGE_BYTES: Final = 8 << 20
+_MAX_RATIO: Final = 8
+"""Pages of more than that have at least an eighth of it in the file: a small file does not stand for a large one."""
+_BATCH_ROWS: Final = 256
+_BATCH_BYTES: Final = 8 << 20
+_UNREADABLE: Final = (pa.ArrowException, ArtifactInvalid, KeyError, OSError, TypeError, ValueError)
 """What pyarrow raises for a file that is no Parquet, or of other columns."""
 _TEXTS: Final = ("kind", "key", "e_tag", "error", "message", "hint", "payload")
 _STATUSES: Final = ("done", "absent", "failed")
@@ -225,7 +235,7 @@ class _Source:
                     digest.update(chunk)
                     lines += chunk.count(b"\n")
                     last = chunk[-1:]
-            self.count: int = pq.read_metadata(path).num_rows if self._is_table else lines + (last != b"\n")
+            self.count: int = _count_rows(path) if self._is_table else lines + (last != b"\n")
         except _UNREADABLE as error:
             raise self._unreadable(error) from error
         self.digest = digest.hexdigest()
@@ -243,9 +253,9 @@ class _Source:
                         pass  # the rest of a line that is too long to be one
             return
         try:
-            with pq.ParquetFile(self._path) as table:
+            with _measured(self._path) as (table, rows):
                 known = [name for name in ("op", "key", "payload", "metadata") if name in table.schema_arrow.names]
-                for batch in table.iter_batches(batch_size=256, columns=known):
+                for batch in table.iter_batches(batch_size=rows, columns=known):
                     yield from batch.to_pylist(maps_as_pydicts="strict")
         except _UNREADABLE as error:
             raise self._unreadable(error) from error
@@ -305,6 +315,40 @@ class _Source:
         if key is None:
             key = hashlib.sha256(f"{self.digest}/{index}".encode()).hexdigest()[:32]
         return Insert(key, payload, metadata or None)
+
+
+@contextmanager
+def _measured(path: Path) -> Generator[tuple[pq.ParquetFile, int]]:
+    """A table whose pages are no larger than its file warrants, and how many of its rows may be decoded at once.
+
+    Raises:
+        ArtifactInvalid: they are, or they are none.
+    """
+    with path.open("rb") as file:
+        footer = check_foreign_footer(file)
+        with pq.ParquetFile(file) as table:
+            largest, data = 1, FileBytes(file)
+            groups = (table.metadata.row_group(number) for number in range(table.metadata.num_row_groups))
+            for column in (group.column(number) for group in groups for number in range(group.num_columns)):
+                starts = [column.data_page_offset]
+                if column.has_dictionary_page:
+                    starts.append(column.dictionary_page_offset)
+                start, stop = min(starts), min(starts) + column.total_compressed_size
+                if not 4 <= start <= stop <= footer:
+                    raise ArtifactInvalid("a column lies outside of the file")
+                for page in pages(data, start, stop):
+                    if page.size > max(_MAX_PAGE_BYTES, _MAX_RATIO * page.stored):
+                        raise ArtifactInvalid(f"a page has {page.size} bytes, of which {page.stored} are in the file")
+                    if page.encoding == DELTA_BYTE_ARRAY:
+                        raise ArtifactInvalid("a page is encoded as DELTA_BYTE_ARRAY, which may stand for any size")
+                    if page.kind == DICTIONARY:  # one value of it may stand for every row
+                        largest = max(largest, page.size)
+            yield table, max(1, min(_BATCH_ROWS, _BATCH_BYTES // largest))
+
+
+def _count_rows(path: Path) -> int:
+    with _measured(path) as (table, _):
+        return table.metadata.num_rows
 
 
 # Results
@@ -379,12 +423,12 @@ class _Journal:
 
     def _of_table(self) -> Iterator[dict[str, Any]]:
         try:
-            with pq.ParquetFile(self._table) as table:
+            with _measured(self._table) as (table, rows):
                 if table.schema_arrow.remove_metadata() != SCHEMA:
                     raise TypeError("another schema")
                 about: dict[bytes, bytes] = table.schema_arrow.metadata or {}
                 self._check(about.get(b"blobflow.operations_sha256", b"").decode("ascii", "replace"))
-                for batch in table.iter_batches(batch_size=256):
+                for batch in table.iter_batches(batch_size=rows):
                     for row in batch.to_pylist():
                         if row["payload"] is not None:
                             row["payload"] = base64.b64encode(row["payload"]).decode()
@@ -470,7 +514,7 @@ class _Journal:
         schema = SCHEMA.with_metadata({"blobflow.format": FORMAT, "blobflow.operations_sha256": self._digest})
         try:
             with writing(self._table):
-                with pq.ParquetWriter(making, schema, compression="zstd") as table:
+                with pq.ParquetWriter(making, schema, compression="zstd", write_batch_size=_PAGE_ROWS) as table:
                     places = [offsets[index] for index in sorted(offsets)]
                     for at in range(0, max(1, len(places)), _TABLE_ROWS):
                         rows = [self._row_at(place) for place in places[at : at + _TABLE_ROWS]]

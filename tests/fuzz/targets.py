@@ -395,7 +395,7 @@ def _operations_table(data: bytes) -> object:
     from blobflow.batch.tables import _Source
 
     (path := scratch() / "batch.parquet").write_bytes(data)
-    return list(_Source(path))
+    return sum(1 for _ in _Source(path))
 
 
 def _results_journal(data: bytes) -> object:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import subprocess
@@ -18,9 +19,18 @@ import pytest
 import zstandard
 
 from blobflow.artifact.index import _SCHEMA, Index, Member
-from blobflow.artifact.pages import check_footer, pages
+from blobflow.artifact.pages import check_footer, check_foreign_footer, pages
+from blobflow.backends.parquet import ParquetExporter
+from blobflow.batch.tables import _Journal, _Source
 from blobflow.config import ChunkProfile
-from blobflow.errors import ArtifactInvalid, HostileArtifact, RefusedError
+from blobflow.errors import (
+    ArtifactInvalid,
+    HostileArtifact,
+    RefusedError,
+    ResultsConflict,
+    UnsupportedSource,
+    UsageError,
+)
 from blobflow.layers.format import Codec, decompress
 from blobflow.layers.remote import RemoteLayer
 from blobflow.layers.restoring import _workers_for
@@ -263,3 +273,69 @@ def test_a_frame_without_its_checksum_or_with_another_one_behind_it_is_refused()
     for wrong in (frame[:-4], frame[:-1], changed, frame + frame, frame + b"x", frame + Codec().compress(b""), plain):
         with pytest.raises(ArtifactInvalid):
             decompress(wrong, into)
+
+
+def with_list(field: int, count: int, elements: bytes = b"") -> bytes:
+    """A file whose footer is one list of structures that announces so many."""
+    number = bytes(
+        (count >> 7 * i & 127) | (128 if count >> 7 * (i + 1) else 0) for i in range((count.bit_length() + 6) // 7)
+    )
+    footer = bytes((field << 4 | 9, 0xFC)) + number + elements + b"\0"
+    return b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+
+
+@pytest.mark.parametrize("field", range(1, 9))
+def test_a_foreign_footer_has_the_bytes_of_what_it_announces(tmp_path: Path, field: int) -> None:
+    """Of a dataset, of operations, of results: a list that is not there is not allocated."""
+    (tmp_path / "data").mkdir()
+    for data in (with_list(field, 1_000_000), with_list(field, 1_000_000, bytes(1_000_000))):
+        (path := tmp_path / "data" / "x.parquet").write_bytes(data)
+        with path.open("rb") as file, pytest.raises(ArtifactInvalid, match="list of 1000000 elements"):
+            check_foreign_footer(file)
+        with pytest.raises(UnsupportedSource, match="can be trusted"):
+            ParquetExporter(path=tmp_path / "data").export(tmp_path / "artifact")
+        with pytest.raises(UsageError, match="can be trusted"):
+            _Source(path)
+        with pytest.raises(ResultsConflict, match="not a table of results"):
+            list(_Journal(path, "00", payloads=False, fresh=False)._of_table())
+
+
+def test_the_footers_of_other_writers_are_counted_whole(tmp_path: Path) -> None:
+    """With hundreds of columns and tens of row groups."""
+    path = tmp_path / "wide.parquet"
+    found = pa.table({f"column {i}": list(range(40)) for i in range(300)})
+    pq.write_table(found, path, row_group_size=1)
+    with path.open("rb") as file:
+        assert path.stat().st_size - check_foreign_footer(file) > MIB
+
+
+OPERATIONS: dict[str, Callable[[], pa.Table]] = {
+    "one payload of 256 MiB": lambda: pa.table({"op": ["insert"], "key": ["a"], "payload": ["x" * (256 * MIB)]}),
+    "one payload of 8 MiB for every row": lambda: pa.table(
+        {
+            "op": ["insert"] * 2000,
+            "key": [f"{i}" for i in range(2000)],
+            "payload": pa.DictionaryArray.from_arrays(array("i", bytes(4 * 2000)), ["x" * (8 * MIB)]),
+        }
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_a_small_table_of_operations_does_not_stand_for_a_large_one(tmp_path: Path, name: str) -> None:
+    """Its pages are measured before one is decompressed, and values that repeat are decoded a few at a time."""
+    found = cost(tmp_path, "operations_table", written(OPERATIONS[name](), use_dictionary=True))
+    assert found["mib"] < BOUND_MIB
+
+
+def test_a_table_of_results_is_taken_up_however_much_its_payloads_repeat(tmp_path: Path) -> None:
+    """Pages of ours are small enough for our own measure."""
+    results = tmp_path / "results.parquet"
+    row = {"kind": "get", "key": "a", "status": "done", "size": MIB, "payload": base64.b64encode(bytes(MIB)).decode()}
+    with _Journal(results, "00", payloads=True, fresh=False) as journal:
+        for index in range(20):
+            journal.add({"index": index, **row})
+        journal.publish()
+    with _Journal(results, "00", payloads=True, fresh=False) as journal:
+        assert journal.done == set(range(20))
