@@ -38,6 +38,7 @@ from blobflow.errors import (
     UnsupportedSource,
     writing,
 )
+from blobflow.fields import check_choice
 from blobflow.gc import DEFAULT_AGE_S, collect_stages
 from blobflow.private import PrivateDirectory
 from blobflow.stores.base import Store
@@ -83,6 +84,7 @@ class ArtifactCache:
         check: CacheCheck = "stamp",
         clock: Callable[[], float] = time.time,
     ) -> None:
+        check_choice("check", check, CacheCheck)
         self._root = root
         self._max_bytes = max_bytes
         self._check = check

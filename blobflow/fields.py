@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -44,3 +44,21 @@ def check_names(what: str, known: Iterable[str], given: Iterable[Any]) -> None:
             # In the message, not in a hint: where definitions are loaded Dagster shows nothing else.
             remedy = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise UsageError(f"{what} has no field {name[:100]!r}: {remedy}", field=name[:100])
+
+
+def check_choice(name: str, given: Any, choices: Any) -> None:
+    """Return if an argument of a function is one of those that its type allows.
+
+    A misspelt one would mean whatever the last branch does.
+
+    Args:
+        choices: A `Literal` type.
+
+    Raises:
+        UsageError: it is not; the message names the nearest that is.
+    """
+    known = sorted(get_args(choices))
+    if given not in known:
+        near = get_close_matches(str(given), known, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"give one of {', '.join(map(repr, known))}"
+        raise UsageError(f"{name}={str(given)[:100]!r} is not known: {remedy}")

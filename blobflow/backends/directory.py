@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, JsonValue, field_validator
 
@@ -47,6 +47,8 @@ _LEAST_HOLE_BYTES: Final = 64 * 1024
 """In one file: less is not left out where it lands, either."""
 _LAST_NS: Final = 2**63 - 1
 """What an index can hold; file systems know later times."""
+
+Symlinks: TypeAlias = Literal["refuse", "skip", "follow"]
 
 
 class Scan:
@@ -120,7 +122,7 @@ class DirectoryExporter(KnownFields):
         description="Patterns of what is left out, as in a .gitignore file: `*.tmp` and `cache/` anywhere, `/logs/*`"
         " from the root, `a/**/b` at any depth, `!keep.tmp` takes back. What matched nothing is reported.",
     )
-    symlinks: Literal["refuse", "skip", "follow"] = Field(
+    symlinks: Symlinks = Field(
         default="refuse", description="`follow` follows links to files and directories inside the root only."
     )
     mode: Literal["reference", "link", "copy"] = Field(

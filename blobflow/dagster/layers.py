@@ -11,18 +11,19 @@ data version is the digest of the content, so what depends on the asset sees cha
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import dagster as dg
 from pydantic import Field
 
+from blobflow.backends.directory import Symlinks
 from blobflow.backends.patterns import ExcludePatterns
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import StepJournal, transfer_journal
 from blobflow.dagster.failures import dagster_errors
 from blobflow.dagster.resource import BlobflowResource
 from blobflow.errors import UsageError
-from blobflow.fields import KnownFields
+from blobflow.fields import KnownFields, check_choice
 from blobflow.layers.names import CONTAINERS
 
 DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
@@ -45,7 +46,7 @@ def layer_assets(
     group_name: str = "layers",
     level: int | None = None,
     exclude: Sequence[str] = (),
-    symlinks: Literal["refuse", "skip", "follow"] = "refuse",
+    symlinks: Symlinks = "refuse",
     state: str | None = None,
     home: str | Path | None = None,
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
@@ -76,6 +77,7 @@ def layer_assets(
     if unknown := sorted((deps or {}).keys() - containers.keys()):
         raise UsageError(f"deps of {unknown[0]!r}, which is no container", hint=f"there are {', '.join(containers)}")
     ExcludePatterns(exclude)  # refused here, not in every run
+    check_choice("symlinks", symlinks, Symlinks)
     options: dict[str, Any] = {"exclude": tuple(exclude), "symlinks": symlinks, "state": state, "home": home}
     if level is not None:
         options["level"] = level

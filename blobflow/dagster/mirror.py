@@ -22,6 +22,7 @@ from blobflow.dagster.automation import mirror_condition
 from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, check_plan, mirror_alone
 from blobflow.dagster.sensors import Announce, artifact_partitions, manifest_sensor, ref_sensor
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
+from blobflow.fields import check_choice
 
 MIRRORS: Final = ("mirrors",)
 """What the keys of mirrors begin with, so that they are not those of the pipeline that they follow."""
@@ -93,6 +94,7 @@ def artifact_mirror(
         resource_key: Under which the `BlobflowResource` is found.
     """
     check_plan(name, lanes)
+    check_choice("announce", announce, Announce)
     partitions = artifact_partitions(name) if ref is None else None
     looks = _MirrorTranslator(translator or BlobflowTranslator(), tuple(key_prefix), automatic=ref is None)
     remote = looks.get_asset_spec(BlobflowAssetProps(name, "remote", None)).replace_attributes(

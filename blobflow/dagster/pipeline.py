@@ -55,6 +55,7 @@ from blobflow.errors import (
     UsageError,
     writing,
 )
+from blobflow.fields import check_choice
 from blobflow.lease import Lease, check_round, read_ref, record_completion
 from blobflow.private import PrivateDirectory
 from blobflow.retention import name_artifact
@@ -159,6 +160,7 @@ def artifact_pipeline(
         UsageError: an argument makes no sense; the message says which.
     """
     check_plan(name, lanes)
+    check_choice("verify_mode", verify_mode, VerifyMode)
     if partitions_def is None and not (_is_backend(exporter) and _is_backend(importer)):
         raise UsageError("an exporter or importer that depends on the partition needs a partitions_def")
 

@@ -39,6 +39,7 @@ from blobflow.errors import (
     TemporaryError,
     UsageError,
 )
+from blobflow.fields import check_choice
 from blobflow.lease import read_ref
 from blobflow.stores import ObjectMeta, Store, StoredObject
 from blobflow.transport import MANIFEST_SUFFIX, read_manifest_bytes
@@ -140,8 +141,9 @@ def manifest_sensor(
         resource_key: Under which the `BlobflowResource` is found.
 
     Raises:
-        UsageError: a limit makes no sense.
+        UsageError: a limit, or `announce`, makes no sense.
     """
+    check_choice("announce", announce, Announce)
     for what, limit, highest in (("page_size", page_size, LARGEST_PAGE), ("max_runs", max_runs, MAX_RUNS)):
         if not 1 <= limit <= highest:
             raise UsageError(f"{what}={limit} is not between 1 and {highest}")

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends.base import OnProgress as OnScan
-from blobflow.backends.directory import DirectoryExporter
+from blobflow.backends.directory import DirectoryExporter, Symlinks
 from blobflow.backends.patterns import ExcludePatterns
 from blobflow.config import ChunkProfile
 from blobflow.errors import (
@@ -28,6 +28,7 @@ from blobflow.errors import (
     UsageError,
     expanded,
 )
+from blobflow.fields import check_choice
 from blobflow.layers.format import (
     DEFAULT_LEVEL,
     MAX_FRAME_BYTES,
@@ -134,7 +135,7 @@ class LayerSync:
         state: str | None = None,
         home: str | Path | None = None,
         exclude: tuple[str, ...] = (),
-        symlinks: Literal["refuse", "skip", "follow"] = "refuse",
+        symlinks: Symlinks = "refuse",
         frame_size: int | None = None,
         on_progress: OnProgress | None = None,
         on_checkpoint: OnRecord | None = None,
@@ -143,6 +144,7 @@ class LayerSync:
     ) -> None:
         if frame_size is not None and not 0 < frame_size <= MAX_FRAME_BYTES:
             raise UsageError(f"frames of {frame_size} bytes", hint=f"give 1 to {MAX_FRAME_BYTES}")
+        check_choice("symlinks", symlinks, Symlinks)
         ExcludePatterns(exclude)
         self.store = store
         self.codec = Codec(level)

@@ -16,6 +16,7 @@ from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
 from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch, UsageError, setting
+from blobflow.fields import check_choice
 from blobflow.stores.base import ObjectMeta, Store
 from blobflow.transport.books import Books, OnProgress, OnRecord
 from blobflow.transport.remote import RemoteArtifact
@@ -112,6 +113,7 @@ def verify(
         UsageError: there is no such slice, or nothing of it would be read.
     """
     started = time.monotonic()
+    check_choice("mode", mode, VerifyMode)
     if sample is not None and (mode == "shallow" or not 1 <= sample[0] <= sample[1]):
         raise UsageError(
             f"no sample {sample[0]}/{sample[1]} can be read in mode {mode!r}",
