@@ -38,6 +38,7 @@ from blobflow.errors import (
     UsageError,
     writing,
 )
+from blobflow.private import open_own
 from blobflow.stores.base import ObjectMeta
 from blobflow.untrusted import quoted
 
@@ -318,13 +319,17 @@ class _Source:
 
 
 @contextmanager
-def _measured(path: Path) -> Generator[tuple[pq.ParquetFile, int]]:
+def _measured(path: Path, *, own: bool = False) -> Generator[tuple[pq.ParquetFile, int]]:
     """A table whose pages are no larger than its file warrants, and how many of its rows may be decoded at once.
+
+    Args:
+        own: It has to be a file of this user's.
 
     Raises:
         ArtifactInvalid: they are, or they are none.
+        RefusedError: it is another user's, or a link.
     """
-    with path.open("rb") as file:
+    with os.fdopen(open_own(path, os.O_RDONLY, 0o666), "rb") if own else path.open("rb") as file:
         footer = check_foreign_footer(file)
         with pq.ParquetFile(file) as table:
             largest, data = 1, FileBytes(file)
@@ -376,7 +381,8 @@ class _Journal:
     def __enter__(self) -> _Journal:
         with writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = self._path.open("a+b")
+            descriptor = open_own(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+            self._file: IO[bytes] = os.fdopen(descriptor, "a+b")
         try:
             self._begin()
         except BaseException:
@@ -423,7 +429,7 @@ class _Journal:
 
     def _of_table(self) -> Iterator[dict[str, Any]]:
         try:
-            with _measured(self._table) as (table, rows):
+            with _measured(self._table, own=True) as (table, rows):
                 if table.schema_arrow.remove_metadata() != SCHEMA:
                     raise TypeError("another schema")
                 about: dict[bytes, bytes] = table.schema_arrow.metadata or {}
@@ -514,7 +520,12 @@ class _Journal:
         schema = SCHEMA.with_metadata({"blobflow.format": FORMAT, "blobflow.operations_sha256": self._digest})
         try:
             with writing(self._table):
-                with pq.ParquetWriter(making, schema, compression="zstd", write_batch_size=_PAGE_ROWS) as table:
+                making.unlink(missing_ok=True)  # of a killed process, or planted: O_EXCL follows no link
+                descriptor = os.open(making, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                with (
+                    os.fdopen(descriptor, "wb") as file,
+                    pq.ParquetWriter(file, schema, compression="zstd", write_batch_size=_PAGE_ROWS) as table,
+                ):
                     places = [offsets[index] for index in sorted(offsets)]
                     for at in range(0, max(1, len(places)), _TABLE_ROWS):
                         rows = [self._row_at(place) for place in places[at : at + _TABLE_ROWS]]

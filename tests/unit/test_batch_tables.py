@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from blobflow.batch.tables import BatchReport, default_results, run_batch_file
 from blobflow.cli import run as run_command
 from blobflow.errors import (
     AtCapacity,
+    RefusedError,
     ResultsConflict,
     StoreConfigurationError,
     StoreUnavailable,
@@ -27,7 +29,7 @@ from blobflow.errors import (
 )
 from blobflow.stores.local import LocalStore
 from blobflow.testing import FailBefore, Fault, FaultyStore, Request
-from tests.kit import Killed, keys
+from tests.kit import Killed, give_away, keys
 
 
 @pytest.fixture
@@ -274,3 +276,49 @@ def test_the_command_s_exit_codes(
     assert "3 operations: 2 done, 1 absent, 0 failed" in capfd.readouterr().out
     write(path, *inserts(4))
     assert run_command(line) == 5
+
+
+@pytest.mark.parametrize(
+    "beside", ["operations.jsonl.results.parquet.journal", f".operations.jsonl.results.parquet.{os.getpid()}"]
+)
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "foreign"])
+def test_what_others_put_beside_the_results_is_not_written(
+    store: FaultyStore, path: Path, beside: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a directory where others may write, no link leads the journal or the table elsewhere, and no pipe holds it."""
+    write(path, *inserts(2))
+    victim = path.with_name("victim")
+    victim.write_text("precious")
+    planted = path.with_name(beside)
+    if kind == "link":
+        planted.symlink_to(victim)
+    elif kind == "hard link":
+        planted.hardlink_to(victim)
+    elif kind == "pipe":
+        os.mkfifo(planted)
+    else:
+        planted.write_text("")
+        give_away(planted, monkeypatch)
+    if beside.endswith(".journal"):
+        with pytest.raises(RefusedError, match="is not used"):
+            execute(store, path)
+        assert keys(store) == []
+    else:  # of nobody's, and what is there under its name goes
+        assert execute(store, path).done == 2
+        assert not planted.exists()
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "foreign"])
+def test_results_that_are_no_file_of_ones_own_are_refused(
+    store: FaultyStore, path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results of others are not believed, and a pipe in their place is not waited for."""
+    write(path, *inserts(2))
+    if kind == "pipe":
+        os.mkfifo(default_results(path))
+    else:
+        execute(store, path)
+        give_away(default_results(path), monkeypatch)
+    with pytest.raises(RefusedError, match="is not used"):
+        execute(store, path)
