@@ -12,8 +12,8 @@ DAGSTER_HOME, on a new machine, as long as the store is full.
 | an artifact in the store | what the ref names |
 | | without a ref: what this run materialized, else what was published last |
 
-A run whose export ended never falls back to what the ref names: then a scratch directory that its steps do not share
-would be taken for "nothing new", night after night.
+A run whose export ended falls back to what the ref names only if a later round has moved it. Otherwise, a scratch
+directory that its steps do not share would be taken for "nothing new", night after night.
 """
 
 import json
@@ -74,10 +74,12 @@ class Upstream:
         for run_id in runs:
             if found := self._exported(rounds / run_id):
                 return found
+        named = self._named()
         if made := self._materialized(asset, runs):
+            if named and (made.round_number or 0) < named.round_number:  # a later round has replaced it
+                return self._named_snapshot(asset, named)
             return self._stored_snapshot(asset, rounds / made.run_id, made)
         others = [path.parent for path in rounds.glob(f"*/{HANDLE}") if path.parent.name not in runs]
-        named = self._named()
         for scratch in sorted(others, key=_modified, reverse=True):
             found = self._exported(scratch)
             if found and not (named and (found.round_number or 0) < named.round_number):

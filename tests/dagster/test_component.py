@@ -397,7 +397,7 @@ def test_the_scaffolders_write_what_works(sandbox, place):
     }
     assert written["new-orders"]["attributes"]["exporter"]["path"] == "{{ context.project_root }}/data/new_orders"
     with sandbox.build_all_defs() as defs:
-        assert {key.path[0] for key in defs.resolve_all_asset_keys()} == {"orders", "new_orders", "copy"}
+        assert {key.path[0] for key in defs.resolve_all_asset_keys()} == {"orders", "new_orders", "mirrors"}
 
 
 def publish(place: Place, name: str, tree: Tree) -> str:
