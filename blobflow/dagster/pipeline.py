@@ -472,20 +472,21 @@ def _remote_asset(plan: _Plan, spec: dg.AssetSpec, snapshot_key: dg.AssetKey) ->
             store = blobflow.get_store()
             at_hand = _artifact_in(uploaded.scratch)
             try:
-                result, healed = verify_or_heal(
-                    store,
-                    uploaded.key,
-                    at_hand,
-                    mode=plan.verify_mode,
-                    expected_digest=uploaded.digest,
-                    profile=blobflow.get_profile(),
-                    on_progress=journal.progress,
-                    on_checkpoint=journal.save,
-                    on_damage=lambda found: context.log.warning(
-                        "verify.damaged key=%s error=%r: its content is at hand and is uploaded again",
-                        *(uploaded.key, found.message),
-                    ),
-                )
+                with _about(store, uploaded.key):
+                    result, healed = verify_or_heal(
+                        store,
+                        uploaded.key,
+                        at_hand,
+                        mode=plan.verify_mode,
+                        expected_digest=uploaded.digest,
+                        profile=blobflow.get_profile(),
+                        on_progress=journal.progress,
+                        on_checkpoint=journal.save,
+                        on_damage=lambda found: context.log.warning(
+                            "verify.damaged key=%s error=%r: its content is at hand and is uploaded again",
+                            *(uploaded.key, found.message),
+                        ),
+                    )
             except PermissionMissing:
                 raise  # which says nothing of the artifact
             except (IntegrityError, RefusedError, NotFoundError) as error:
@@ -573,15 +574,16 @@ def _mirror_asset(
     ) -> dict[str, Any]:
         """Land the artifact where the importer takes it from; what landed before is not fetched again."""
         store = blobflow.get_store()
-        result = download(
-            store,
-            key,
-            importer.staging(digest),
-            profile=blobflow.get_profile(),
-            expected_digest=digest,
-            on_progress=journal.progress,
-            on_checkpoint=journal.save,
-        )
+        with _about(store, key):
+            result = download(
+                store,
+                key,
+                importer.staging(digest),
+                profile=blobflow.get_profile(),
+                expected_digest=digest,
+                on_progress=journal.progress,
+                on_checkpoint=journal.save,
+            )
         if result.status == "unchanged":
             journal.done(transfer_id(store, key, digest, "download"))
         context.log.info(
@@ -762,6 +764,17 @@ def _stored_digest(store: Store, key: str, manifest: Manifest) -> str | None:
     except (ArtifactNotFound, ReplacementInProgress):
         return None
     return artifact_digest(data) if Manifest.parse(data).same_content(manifest) else None
+
+
+@contextmanager
+def _about(store: Store, key: str) -> Iterator[None]:
+    """Has every error of the core say which artifact it is about: a damaged member knows only its own name."""
+    try:
+        yield
+    except BlobflowError as error:
+        error.fields.setdefault("store", store.url)
+        error.fields.setdefault("key", key)
+        raise
 
 
 def _artifact_in(scratch: str | None) -> Artifact | None:

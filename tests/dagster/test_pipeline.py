@@ -228,6 +228,7 @@ def test_damage_without_the_content_is_only_reported(place: Place):
     assert not check.passed
     for said in (message, check.description or "", told[md.HINT]):
         assert "materialize orders/snapshot and orders/remote in one run" in said
+    assert (told[md.ERROR_FIELD + "key"], told[md.ERROR_FIELD + "store"]) == (key, place.store.url)
     assert keys(place) == [key]
     assert not place.store.exists(key + ".damaged.json")
     assert facts(place.run(select=[SNAPSHOT, REMOTE]), REMOTE)[md.STATUS] == "healed"  # the hint is right
