@@ -25,7 +25,16 @@ from blobflow.artifact.limits import (
     MAX_SEGMENT_BYTES,
     ROWS_PER_GROUP,
 )
-from blobflow.artifact.pages import DICTIONARY, PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY, check_footer, pages
+from blobflow.artifact.pages import (
+    DICTIONARY,
+    PLAIN,
+    PLAIN_DICTIONARY,
+    RLE,
+    RLE_DICTIONARY,
+    check_footer,
+    column_chunks,
+    pages,
+)
 from blobflow.checksum import EMPTY_SHA256, SHA256_BYTES
 from blobflow.errors import ArtifactInvalid, HostileArtifact
 from blobflow.untrusted import quoted
@@ -57,7 +66,7 @@ _PAGE_BYTES: Final = 64 * 1024
 _FRAME_BYTES: Final = 64 * 1024
 _ROW_BYTES: Final = 205
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-_UNREADABLE: Final = (pa.ArrowException, KeyError, OSError, TypeError, UnicodeDecodeError)
+_UNREADABLE: Final = (pa.ArrowException, KeyError, OSError, RuntimeError, TypeError, UnicodeDecodeError)
 """What pyarrow raises for bytes that are no Parquet, or that of other columns than ours."""
 
 
@@ -205,8 +214,11 @@ class Index:
             # copied 65,536 times.
             file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["path"])
             _check_shape(file, members)
+            chunks = list(column_chunks(data, footer, len(data) - 8))
+            if [len(columns) for columns in chunks] != [len(_SCHEMA)] * file.num_row_groups:
+                raise ArtifactInvalid("a row group of the index has other columns than an index")
             for group in range(file.num_row_groups):
-                _check_pages(data, file.metadata.row_group(group), footer)
+                _check_pages(data, chunks[group], file.metadata.row_group(group).num_rows, footer)
                 # A few rows at a time, and each is looked at before the next ones are decoded.
                 for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], use_threads=False):
                     index._extend(batch)
@@ -338,15 +350,10 @@ def index_bytes_limit(members: int) -> int:
     return min(MAX_INDEX_BYTES, _FRAME_BYTES + members * (MAX_PATH_BYTES + _ROW_BYTES))
 
 
-def _check_pages(data: bytes, group: Any, footer: int) -> None:
+def _check_pages(data: bytes, columns: Sequence[tuple[int, int]], rows: int, footer: int) -> None:
     """Refuse a row group whose pages are larger than its rows can make them; before one of them is decompressed."""
     decoded = 0
-    for number in range(group.num_columns):
-        column = group.column(number)
-        starts = [column.data_page_offset]
-        if column.has_dictionary_page:
-            starts.append(column.dictionary_page_offset)
-        start, stop = min(starts), min(starts) + column.total_compressed_size
+    for number, (start, stop) in enumerate(columns):
         if not 4 <= start <= stop <= footer:
             raise ArtifactInvalid("a column of the index lies outside of its file")
         is_path = _SCHEMA.names[number] == "path"
@@ -359,8 +366,8 @@ def _check_pages(data: bytes, group: Any, footer: int) -> None:
                 raise ArtifactInvalid("a page of the index is encoded in another way than an index is")
             values += page.values if page.kind != DICTIONARY else 0
             decoded += page.size
-        if values != group.num_rows:
-            raise ArtifactInvalid(f"a column of the index has {values} values for {group.num_rows} rows")
+        if values != rows:
+            raise ArtifactInvalid(f"a column of the index has {values} values for {rows} rows")
     if decoded > MAX_GROUP_BYTES:
         raise ArtifactInvalid(
             f"a row group of the index has {decoded} bytes, over the limit of {MAX_GROUP_BYTES} bytes"

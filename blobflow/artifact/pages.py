@@ -118,6 +118,35 @@ def check_footer(data: bytes | memoryview, max_groups: int) -> int:
     return start
 
 
+def column_chunks(data: Octets, start: int, stop: int) -> Iterator[list[tuple[int, int]]]:
+    """Where the pages of each column begin and end, row group by row group, as a footer that was counted says.
+
+    Not by pyarrow: `RowGroupMetaData.column` ends the process where the statistics of a column contradict each other.
+    """
+    reader = _Reader(data, start, stop)
+    for field, kind in reader.fields():
+        if field != 4 or kind != _LIST:  # FileMetaData.row_groups
+            reader.skip_counted(kind)
+            continue
+        for _ in range(reader.count()):
+            chunks: list[tuple[int, int]] = []
+            for inner, what in reader.fields(1):
+                if inner != 1 or what != _LIST:  # RowGroup.columns
+                    reader.skip_counted(what)
+                    continue
+                for _ in range(reader.count()):
+                    numbers: dict[int, int] = {}
+                    for part, shape in reader.fields(2):
+                        if part == 3 and shape == _STRUCT:  # ColumnChunk.meta_data
+                            numbers = reader.integers(counted=True)
+                        else:
+                            reader.skip_counted(shape)
+                    # ColumnMetaData: 7 total_compressed_size, 9 data_page_offset, 11 dictionary_page_offset.
+                    begin = min(numbers.get(9, -1), numbers.get(11) or numbers.get(9, -1))
+                    chunks.append((begin, begin + numbers.get(7, -1)))
+            yield chunks
+
+
 def pages(data: Octets, start: int, stop: int) -> Iterator[Page]:
     """The headers of the pages of a column chunk.
 
@@ -180,12 +209,27 @@ class _Reader:
         number = self._varint()
         return (number >> 1) ^ -(number & 1)
 
-    def integers(self) -> dict[int, int]:
+    def count(self) -> int:
+        """How many elements a list has that was counted before; each is read then."""
+        head = self._byte()
+        return head >> 4 if head >> 4 < 15 else self._varint()
+
+    def skip_counted(self, kind: int) -> None:
+        """Pass over a value that was counted before."""
+        self._foreign = True
+        if kind in (_LIST, _SET):
+            self.skip_list(0, 0, least=1)
+        else:
+            self.skip(kind)
+
+    def integers(self, *, counted: bool = False) -> dict[int, int]:
         """The numbers among the fields of a struct; all else is skipped."""
         found: dict[int, int] = {}
         for field, kind in self.fields(1):
             if kind in _INTEGERS:
                 found[field] = self.integer()
+            elif counted:
+                self.skip_counted(kind)
             else:
                 self.skip(kind, 1)
         return found

@@ -178,7 +178,7 @@ def _footer(root: Path, path: str) -> tuple[int, str]:
             with pq.ParquetFile(file) as parquet:
                 columns = (f"{field.name}: {_kind(field.type)}\n" for field in parquet.schema_arrow)
                 return parquet.metadata.num_rows, "".join(columns)
-        except (pa.ArrowException, ArtifactInvalid, OSError, RecursionError, ValueError) as error:
+        except (pa.ArrowException, ArtifactInvalid, OSError, RuntimeError, ValueError) as error:
             raise _NoFooterError(str(error), encrypted=_ends_with(file, _ENCRYPTED)) from error
 
 

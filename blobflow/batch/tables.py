@@ -25,7 +25,7 @@ from typing import IO, Any, Final, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from blobflow.artifact.pages import DELTA_BYTE_ARRAY, DICTIONARY, FileBytes, check_foreign_footer, pages
+from blobflow.artifact.pages import DELTA_BYTE_ARRAY, DICTIONARY, FileBytes, check_foreign_footer, column_chunks, pages
 from blobflow.batch.operations import BatchResult, Delete, Get, Got, Insert, Inserted, Operation
 from blobflow.batch.stream import BatchExecutor
 from blobflow.errors import (
@@ -75,7 +75,7 @@ _MAX_RATIO: Final = 8
 """Pages of more than that have at least an eighth of it in the file: a small file does not stand for a large one."""
 _BATCH_ROWS: Final = 256
 _BATCH_BYTES: Final = 8 << 20
-_UNREADABLE: Final = (pa.ArrowException, ArtifactInvalid, KeyError, OSError, TypeError, ValueError)
+_UNREADABLE: Final = (pa.ArrowException, ArtifactInvalid, KeyError, OSError, RuntimeError, TypeError, ValueError)
 """What pyarrow raises for a file that is no Parquet, or of other columns."""
 _TEXTS: Final = ("kind", "key", "e_tag", "error", "message", "hint", "payload")
 _STATUSES: Final = ("done", "absent", "failed")
@@ -333,12 +333,7 @@ def _measured(path: Path, *, own: bool = False) -> Generator[tuple[pq.ParquetFil
         footer = check_foreign_footer(file)
         with pq.ParquetFile(file) as table:
             largest, data = 1, FileBytes(file)
-            groups = (table.metadata.row_group(number) for number in range(table.metadata.num_row_groups))
-            for column in (group.column(number) for group in groups for number in range(group.num_columns)):
-                starts = [column.data_page_offset]
-                if column.has_dictionary_page:
-                    starts.append(column.dictionary_page_offset)
-                start, stop = min(starts), min(starts) + column.total_compressed_size
+            for start, stop in (chunk for group in column_chunks(data, footer, data.size - 8) for chunk in group):
                 if not 4 <= start <= stop <= footer:
                     raise ArtifactInvalid("a column lies outside of the file")
                 for page in pages(data, start, stop):
