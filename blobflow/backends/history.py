@@ -9,6 +9,7 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from blobflow.errors import ArtifactInvalid
+from blobflow.private import open_own
 from blobflow.untrusted import UtcTime, read_model
 
 HISTORY_NAME: Final = "history.jsonl"
@@ -36,7 +37,9 @@ class HistoryEntry(BaseModel):
 def read_history(mirror: Path) -> list[HistoryEntry]:
     """The imports into a mirror that are remembered, oldest first; lines torn by a kill are passed over."""
     try:
-        data = (mirror / HISTORY_NAME).read_bytes()
+        # O_NONBLOCK: a pipe that somebody put there must not hang; it means nothing for files.
+        with open(mirror / HISTORY_NAME, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            data = file.read()
     except (FileNotFoundError, NotADirectoryError):
         return []
     entries: list[HistoryEntry] = []
@@ -52,7 +55,8 @@ def add_to_history(mirror: Path, entry: HistoryEntry) -> None:
     """Append an import, durably. The caller holds the mirror, because a long history is written anew."""
     path = mirror / HISTORY_NAME
     # The newline in front ends a line that a killed process left torn, which would swallow this one.
-    with open(path, "ab", buffering=0) as file:
+    descriptor = open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    with os.fdopen(descriptor, "ab", buffering=0) as file:
         file.write(b"\n" + entry.model_dump_json().encode() + b"\n")
         os.fsync(file.fileno())
         too_long = file.tell() > _MAX_BYTES

@@ -231,7 +231,7 @@ class LayerSync:
         started = time.monotonic()
         path = Path(path).absolute()
         state, finished = self._take_up(self.register(container), path)
-        with self._scanned(path) as (artifact, cache):
+        with _of_layers(), self._scanned(path) as (artifact, cache):
             artifact = as_layer(artifact)
             digest = layer_digest(artifact.manifest)
             state = self._drop_superseded(state, digest)
@@ -472,6 +472,16 @@ def _earlier(state: SyncState, dest: Path) -> Restored | None:
         return None
     here = (str(dest), status.st_dev, status.st_ino)
     return next((one for one in reversed(state.restored) if (one.path, one.device, one.inode) == here), None)
+
+
+@contextmanager
+def _of_layers() -> Generator[None]:
+    """Errors about a source that is written to, without the hint at copies, which a sync does not make."""
+    try:
+        yield
+    except (SourceBusy, SourceChanged) as error:
+        hint = "sync again while nobody writes to the directory, leave out what is written to, or sync a snapshot"
+        raise type(error)(error.message, hint=hint, **error.fields) from error
 
 
 @contextmanager

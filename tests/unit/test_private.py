@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from blobflow import MirrorReceiver
+from blobflow.backends.history import HistoryEntry, add_to_history, read_history
 from blobflow.checkpoints import LocalHome, TransferJournal
 from blobflow.engine.checkpoint import TransferRecord
 from blobflow.errors import RefusedError
@@ -259,3 +260,22 @@ def test_leftovers_of_others_are_not_removed(tmp_path: Path, victim: Path, monke
         assert {*os.listdir(tmp_path / "tmp")} == {".blobflow-push-foreign", ".blobflow-push-link", scratch.name}
     assert not scratch.exists()
     assert read_tree(victim) == VICTIM
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_the_history_of_a_mirror_follows_no_link(tmp_path: Path, kind: str) -> None:
+    """A link or a pipe in its place is refused by an import, and neither followed nor waited for."""
+    write_tree(tmp_path, {"mirror": {}, "victim": "precious"})
+    planted = tmp_path / "mirror" / "history.jsonl"
+    if kind == "link":
+        planted.symlink_to(tmp_path / "victim")
+    else:
+        os.mkfifo(planted)
+    entry = HistoryEntry.model_validate_json(
+        '{"imported_at": "2026-01-01T00:00:00Z", "artifact_digest": "x", "backend": "b",'
+        ' "created_at": "2026-01-01T00:00:00Z"}'
+    )
+    with pytest.raises(RefusedError, match="not a regular file"):
+        add_to_history(tmp_path / "mirror", entry)
+    assert read_history(tmp_path / "mirror") == []
+    assert (tmp_path / "victim").read_text() == "precious"
