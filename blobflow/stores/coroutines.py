@@ -57,8 +57,10 @@ class RetryingCoroutines(Coroutines):
                     wait_s = patience.wait_s(error)
                     if wait_s is None:
                         raise
-                    activity.blocked_by(f"{error.message}; next attempt in {wait_s:.0f} s")
+                    reason = error.message
+                activity.blocked_by(f"{reason}; next attempt in {wait_s:.0f} s")
                 await asyncio.sleep(wait_s)
+                activity.blocked_by(f"{reason}; trying again")
 
 
 class LimitedCoroutines(Coroutines):

@@ -167,8 +167,10 @@ class RetryingStore(WrappingStore):
                     wait_s = patience.wait_s(error)
                     if wait_s is None:
                         raise
-                    activity.blocked_by(f"{error.message}; next attempt in {wait_s:.0f} s")
+                    reason = error.message
+                activity.blocked_by(f"{reason}; next attempt in {wait_s:.0f} s")
                 self._sleep(wait_s)
+                activity.blocked_by(f"{reason}; trying again")
 
     @override
     def coroutines(self) -> Coroutines | None:

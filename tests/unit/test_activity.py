@@ -180,6 +180,25 @@ def test_a_retried_call_says_why_it_waits(tmp_path: Path):
     assert reported.is_set()
 
 
+def test_an_attempt_under_way_is_not_announced_as_the_next_one(tmp_path: Path):
+    """After the pause a report says that it is being tried again, however long the attempt takes."""
+    said: list[str] = []
+
+    class Failing(LocalStore):
+        def get(self, key: str, *, max_bytes: int) -> StoredObject:
+            wait = longest_wait(at_least_s=0)
+            said.append(wait.reason if wait else "")
+            if len(said) == 1:
+                raise StoreUnavailable("get 'k': 503 SlowDown", operation="get", key=key)
+            return super().get(key, max_bytes=max_bytes)
+
+    Failing(tmp_path).put("k", b"x")
+    assert RetryingStore(Failing(tmp_path), sleep=lambda _: None).get("k", max_bytes=1).data == b"x"
+    assert said[0] == ""
+    assert "503 SlowDown" in said[1]
+    assert "next attempt in" not in said[1]
+
+
 def test_an_error_of_a_store_names_the_store(tmp_path: Path):
     """Whatever the call: the message says where, once, and the field `store` does."""
     store = open_store(tmp_path / "store")
