@@ -148,6 +148,8 @@ class Access:
         """The credentials that are valid now, cleaned: files that they come from end with a newline."""
         try:
             found = self._credentials.get_frozen_credentials()
+        except botocore.exceptions.BotoCoreError:
+            raise  # its timeouts are OSErrors, too, and pass
         except (OSError, ValueError) as error:
             # A file with a token that is missing, or a document that is no JSON: of botocore's providers, raw.
             named = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else "they are malformed"
