@@ -22,9 +22,9 @@ from blobflow.dagster.checkpoints import TRANSFERS
 from blobflow.errors import StoreUnavailable, UsageError
 from blobflow.lease import Lease, move_ref, read_ref
 from blobflow.testing import FailBefore, Fault, Request, Tree, read_tree, write_tree
-from blobflow.transport import list_artifacts, upload
+from blobflow.transport import list_artifacts, upload, verify
 from tests.dagster.kit import REMOTE, SMALL, SNAPSHOT, FaultyResource, Place, facts, failure, materialization, succeeded
-from tests.kit import TREE, noise
+from tests.kit import TREE, flip_a_byte, noise
 from tests.servers import S3Endpoint
 
 pytestmark = [
@@ -329,6 +329,20 @@ def test_what_was_never_materialized_is_said(place: Place):
     assert "team/model/latest" in str(refused.description)
     assert refused.metadata[md.ERROR].value == "NotMaterialized"
     assert "materialize it" in str(refused.metadata[md.HINT].value)
+
+
+def test_a_damaged_payload_is_healed_by_the_next_materialization(place: Place, tmp_path: Path):
+    """The same content is at hand, so it is uploaded again under the same key; what was found is kept and told."""
+    tree = write_tree(tmp_path / "tree", TREE)
+    before = keep(place, tree)
+    flip_a_byte(place.store.root / before[md.KEY])
+    after = keep(place, tree, verify_mode="deep")
+    assert (after[md.STATUS], after[md.PROOF], after[md.KEY]) == ("healed", "proven", before[md.KEY])
+    assert after[md.ARTIFACT_DIGEST] == before[md.ARTIFACT_DIGEST]
+    assert "Mismatch" in after[md.DAMAGE]
+    assert place.store.exists(f"{before[md.KEY]}.damaged.json")
+    assert verify(place.store, before[md.KEY], mode="deep").proof == "proven"
+    assert keep(place, tree, verify_mode="deep")[md.STATUS] == "unchanged"
 
 
 def test_hostile_trees_are_refused_as_an_export_refuses_them(place: Place):
