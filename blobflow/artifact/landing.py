@@ -168,7 +168,10 @@ class Stage:
         """Whether it lies in its destination, and not beside it."""
         self._parent = dest if self.is_inside else dest.parent
         self.path = self._parent / f"{STAGE_PREFIX}{hashlib.sha256(os.fsencode(name)).hexdigest()[:24]}"
-        self.tree = self.path / _TREE_NAME
+        self._at = self.path
+        """Where everything in it is reached: while it is held, through its descriptor, so that nobody who may rename it
+        leads a write elsewhere."""
+        self._journal_name = _JOURNAL_NAME
         self.part_size: int | None = None
         """Part size of the parts in the journal; None in a fresh stage."""
         self.lanes = 1
@@ -177,11 +180,19 @@ class Stage:
         """Finished parts: number -> CRC32C."""
         self.is_lane = False
         """Whether others land parts beside this process."""
-        self._journal = self.path / _JOURNAL_NAME
         self._noting = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<Stage {self.path.name} for {self.dest}, {len(self.done)} parts done>"
+
+    @property
+    def tree(self) -> Path:
+        """The directory that becomes the destination. While the stage is held, a path for this process only."""
+        return self._at / _TREE_NAME
+
+    @property
+    def _journal(self) -> Path:
+        return self._at / self._journal_name
 
     @contextmanager
     def held(self) -> Generator[Stage]:
@@ -214,7 +225,7 @@ class Stage:
                     path=str(self.dest),
                 )
             self.is_lane = True
-            self._journal = self.path / f"{_LANE_PREFIX}{number}"
+            self._journal_name = f"{_LANE_PREFIX}{number}"
             with open(self._journal, "ab") as own:
                 # Two processes that land the same part would take each other's files away.
                 if not try_flock(own.fileno(), fcntl.LOCK_EX):
@@ -231,9 +242,27 @@ class Stage:
         with lock_of(self.path) as lock:
             if lock is None or not try_flock(lock, kind):
                 raise TransferBusy(f"another process is landing {self.dest}", path=str(self.dest))
-            if not self._is_open(lock):
-                raise TransferBusy(f"another process has just landed {self.dest}", path=str(self.dest))
+            with self._opened():
+                if not self._is_open(lock):
+                    raise TransferBusy(f"another process has just landed {self.dest}", path=str(self.dest))
+                yield
+
+    @contextmanager
+    def _opened(self) -> Generator[None]:
+        """Reach everything in the stage through its descriptor, where the system has /proc."""
+        try:
+            directory = os.open(self.path, OPEN_DIRECTORY)
+        except OSError:  # it is gone, or another now, as will be seen
             yield
+            return
+        try:
+            through = Path(f"/proc/self/fd/{directory}")
+            if through.exists() and os.fstat(directory).st_uid == os.geteuid():
+                self._at = through
+            yield
+        finally:
+            self._at = self.path
+            os.close(directory)
 
     def _is_open(self, lock: int) -> bool:
         """Whether the locked stage is still there, and still needed: the process before may have published it."""
@@ -241,7 +270,7 @@ class Stage:
             try:
                 self.check_destination()
                 self.tree.mkdir(exist_ok=True)
-                return os.path.samestat(os.fstat(lock), os.lstat(self.path / _LOCK_NAME))
+                return os.path.samestat(os.fstat(lock), os.lstat(self._at / _LOCK_NAME))
             except (FileNotFoundError, DestinationNotEmpty):
                 return False
 
@@ -254,7 +283,7 @@ class Stage:
 
     def _merge_lanes(self) -> None:
         """Take the notes of lanes, also of those on other machines, over into the journal."""
-        journals = sorted(self.path.glob(f"{_LANE_PREFIX}*"))
+        journals = sorted(self._at.glob(f"{_LANE_PREFIX}*"))
         if not journals:
             return
         before = dict(self.done)
@@ -266,7 +295,7 @@ class Stage:
             self.sync()
         for journal in journals:
             journal.unlink()
-        fsync_directory(self.path)
+        fsync_directory(self._at)
 
     def begin(self, part_size: int) -> None:
         """Start the journal of a fresh stage."""
@@ -284,7 +313,7 @@ class Stage:
         """
         landed = sum(plan.part(number).length for number in self.done)
         try:
-            check_room(self.path, layout.index.total_bytes - landed - (holes or 0))
+            check_room(self._at, layout.index.total_bytes - landed - (holes or 0))
         except DiskTooSmall as error:
             if not self.done:
                 self.discard()
@@ -294,7 +323,7 @@ class Stage:
         """Forget every part, for good: what follows makes the tree another one."""
         with writing(self.dest):
             self._journal.unlink(missing_ok=True)
-            fsync_directory(self.path)
+            fsync_directory(self._at)
 
     def divide(self, lanes: int) -> None:
         """Let that many lanes, on any machines that see this directory, land what is missing."""
@@ -314,7 +343,7 @@ class Stage:
             noted = len(self.done)
             self._append([{"syncing": noted}])
         with writing(self.dest):
-            sync_tree(self.path)
+            sync_tree(self._at)
         with self._noting:
             self._append([{"synced": noted}], durable=True)
         return noted
@@ -340,7 +369,7 @@ class Stage:
             DestinationNotEmpty: something appeared at the destination meanwhile; it is left alone.
         """
         with writing(self.dest):
-            sync_tree(self.path)
+            sync_tree(self._at)
             self.check_destination()
             try:
                 self.move()
@@ -369,15 +398,15 @@ class Stage:
     @property
     def is_moving(self) -> bool:
         """Whether a process was killed while it published a stage inside its destination: `publish` goes on."""
-        return self.is_inside and (self.path / _MOVING_NAME).exists()
+        return self.is_inside and (self._at / _MOVING_NAME).exists()
 
     def move(self) -> None:
         """Make the tree the destination, in one step; or the destination's entries, one by one, the manifest last."""
         if not self.is_inside:
             os.rename(self.tree, self.dest)
             return
-        (self.path / _MOVING_NAME).touch()
-        fsync_directory(self.path)
+        (self._at / _MOVING_NAME).touch()
+        fsync_directory(self._at)
         for name in _MOVED:
             if os.path.lexists(self.tree / name):
                 if os.path.lexists(self.dest / name):

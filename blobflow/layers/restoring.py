@@ -192,7 +192,10 @@ class _LayerStage(Stage):
         self._tree = tree_digest(Manifest.parse(layer.manifest_bytes))
         self._replaceable = replaceable
         self._on_swap = on_swap
-        self._note = self.path / REPLACED_NAME
+
+    @property
+    def _note(self) -> Path:
+        return self._at / REPLACED_NAME
 
     @override
     def check_destination(self) -> None:

@@ -36,7 +36,8 @@ def dest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     def busy(source: Path, target: Path) -> None:
         assert Path(target) != volume
-        assert Path(source).is_relative_to(volume) == Path(target).is_relative_to(volume)  # another file system
+        # Otherwise it would be another file system.
+        assert source.resolve().is_relative_to(volume) == target.resolve().is_relative_to(volume)
         rename(source, target)
 
     monkeypatch.setattr("blobflow.artifact.landing.is_fixed", lambda path: path == volume)

@@ -100,6 +100,26 @@ def test_a_stage_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.
         pass
 
 
+def test_who_may_rename_the_stage_leads_nothing_elsewhere(tmp_path: Path):
+    """In a directory of several users, somebody moves the stage away and puts a link there: nothing is written behind it.
+
+    What is written lands in the stage that was opened, wherever it is now.
+    """
+    (victim := tmp_path / "victim" / "artifact" / "data").mkdir(parents=True)
+    with Stage(tmp_path / "dest", DIGEST).held() as stage:
+        stage.path.rename(tmp_path / "moved")
+        stage.path.symlink_to(tmp_path / "victim")
+        stage.begin(4096)
+        (stage.tree / "data").mkdir()
+        (stage.tree / "data" / "file").write_text("x")
+        stage.note(1, 2)
+        stage.sync()
+        assert list(victim.iterdir()) == []
+        assert sorted(path.name for path in (tmp_path / "victim").iterdir()) == ["artifact"]
+        assert (tmp_path / "moved" / "artifact" / "data" / "file").read_text() == "x"
+        assert (tmp_path / "moved" / "journal").exists()
+
+
 def test_long_destination_names_have_a_stage(tmp_path: Path):
     """The stage's name does not grow with the destination's."""
     with Stage(tmp_path / ("n" * 255), DIGEST).held():
