@@ -101,7 +101,7 @@ def test_a_stage_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_who_may_rename_the_stage_leads_nothing_elsewhere(tmp_path: Path):
-    """In a directory of several users, somebody moves the stage away and puts a link there: nothing is written behind it.
+    """In a directory of several users, somebody moves the stage away and puts a link there: it leads nothing elsewhere.
 
     What is written lands in the stage that was opened, wherever it is now.
     """
