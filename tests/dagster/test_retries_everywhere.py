@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterator
 from itertools import product
@@ -102,6 +103,6 @@ def told(instance: dg.DagsterInstance, kind: str) -> dict[str, dg.MetadataValue]
     """What the last checkpoint of such a transfer says."""
     records = instance.fetch_observations(dg.AssetRecordsFilter(asset_key=TRANSFERS), limit=100).records
     made = [record.asset_observation for record in records if record.asset_observation]
-    done = [one for one in made if (one.description or "").startswith(f"{kind} done")]
+    done = [one for one in made if re.match(f"{kind} of '.*' done,", one.description or "")]
     assert done, [one.description for one in made]
     return dict(done[0].metadata)
