@@ -145,7 +145,7 @@ def left_out(result: Union[ExportResult, "LayerSyncResult"], log: dg.DagsterLogM
     """What an export left out; a pattern that left nothing out is a warning in the log as well."""
     facts: dict[str, Any] = {EXCLUDED: result.excluded, SYMLINKS_SKIPPED: result.symlinks_skipped}
     for pattern in result.unmatched:
-        log.warning("exclude.unmatched pattern=%r", pattern)
+        log.info("exclude.unmatched pattern=%r", pattern)
     if result.unmatched:
         facts[EXCLUDE_UNMATCHED] = dg.MetadataValue.json(list(result.unmatched))
     if paths := getattr(result, "left_out", ()):

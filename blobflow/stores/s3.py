@@ -698,7 +698,41 @@ class S3Store(Store):
         patient: bool = False,
         idempotent: bool = True,
     ) -> _T:
-        """One request that is answered with a document, as `read` understands it; see `_exchange`."""
+        """One request that is answered with a document, as `read` understands it; see `_exchange`.
+
+        What cannot be understood of a GET is asked for once more: a byte may have been damaged on the way.
+        """
+        may_ask_again = method == "GET"
+        while True:
+            document, size, answered = self._document(
+                call, method, full_key, query, headers=headers, body=body, patient=patient, idempotent=idempotent
+            )
+            try:
+                return read(document)
+            except MalformedAnswer as error:
+                if error.ended_early and (size is None or document):
+                    raise cut_short(call, len(document), None) from error
+                if not may_ask_again:
+                    raise self._not_understood(call, str(error)) from error
+                may_ask_again = False
+            except ErrorAnswer as error:
+                # What fails after it began may succeed another time, as botocore has it too, unless the code says more.
+                refusal = Refusal(500, error.code, error.message, answered)
+                raise self.failed(refusal, call) from refusal
+
+    def _document(
+        self,
+        call: Call,
+        method: str,
+        full_key: str,
+        query: Mapping[str, str] | None,
+        *,
+        headers: Mapping[str, str] | None,
+        body: bytes | None,
+        patient: bool,
+        idempotent: bool,
+    ) -> tuple[bytes, int | None, Mapping[str, str]]:
+        """The document that a request is answered with, its length if the server said it, and the answer's headers."""
         with self._exchange(
             call,
             method,
@@ -716,16 +750,7 @@ class S3Store(Store):
             raise self._not_understood(call, f"it has more than {MAX_ANSWER_BYTES} bytes and does not end")
         if size is not None and len(document) < size:
             raise cut_short(call, len(document), size)
-        try:
-            return read(document)
-        except MalformedAnswer as error:
-            if error.ended_early and (size is None or document):
-                raise cut_short(call, len(document), None) from error
-            raise self._not_understood(call, str(error)) from error
-        except ErrorAnswer as error:
-            # What fails after it began may succeed another time, as botocore has it too, unless the code says more.
-            refusal = Refusal(500, error.code, error.message, answered)
-            raise self.failed(refusal, call) from refusal
+        return document, size, answered
 
     def _not_understood(self, call: Call, reason: str) -> Unsupported:
         """An answer in another dialect. It is final: the server would give it the next time as well."""

@@ -321,9 +321,11 @@ def test_a_source_that_changed_is_noticed_while_it_is_hashed(open_s3: Callable[.
     ],
 )
 def test_an_answer_that_cannot_be_understood_is_final(open_s3: Callable[..., S3Store], document: str) -> None:
-    """A page instead of XML, or another dialect, is never an empty listing, and is not asked for again."""
-    with scripted_server(Script(answers(document))) as url, pytest.raises(Unsupported, match="understood") as wrong:
+    """A page instead of XML, or another dialect, is never an empty listing; it is asked for twice, not for minutes."""
+    script = Script(answers(document), answers(document))
+    with scripted_server(script) as url, pytest.raises(Unsupported, match="understood") as wrong:
         list(RetryingStore(open_s3(url)).list())
+    assert len(script.requests) == 2
     assert url in wrong.value.message
     assert "S3 API" in wrong.value.hint
 
