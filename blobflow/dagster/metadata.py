@@ -142,7 +142,7 @@ def cursor(value: JsonValue) -> dict[str, Any]:
 
 
 def left_out(result: Union[ExportResult, "LayerSyncResult"], log: dg.DagsterLogManager) -> dict[str, Any]:
-    """What an export left out; a pattern that left nothing out is a warning in the log as well."""
+    """What an export left out; a pattern that left nothing out is named in the log as well."""
     facts: dict[str, Any] = {EXCLUDED: result.excluded, SYMLINKS_SKIPPED: result.symlinks_skipped}
     for pattern in result.unmatched:
         log.info("exclude.unmatched pattern=%r", pattern)
