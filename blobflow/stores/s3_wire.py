@@ -563,10 +563,13 @@ class _Response(http.client.HTTPResponse):
 
     def _read_status(self) -> tuple[str, int, str]:
         """The status of a proxy that opens a tunnel, which `http.client` asks for; the fields are read away here."""
-        with self._reader.framing():
-            version, status, _ = self._final_head()
-        self.fp.close()
-        self.fp = cast("io.BufferedReader", io.BytesIO())
+        try:
+            with self._reader.framing():
+                version, status, _ = self._final_head()
+        finally:
+            # Also where it fails: until 3.11.4 Python leaves the response open then, and with it the socket.
+            self.fp.close()
+            self.fp = cast("io.BufferedReader", io.BytesIO())
         return f"HTTP/1.{version % 10}", status, ""
 
     @override
