@@ -95,6 +95,7 @@ def test_ten_thousand_parts_stay_small():
         json.dumps({k: v for k, v in json.loads(INTENT.encode()).items() if k != "artifact_digest"}).encode(),
         json.dumps({k: v for k, v in json.loads(INTENT.encode()).items() if k != "replaces"}).encode(),
     ],
+    ids=map(str, range(21)),  # what they hold names this process
 )
 def test_a_damaged_intent_counts_as_none_and_is_replaced(data: bytes, store: LocalStore):
     """Nobody has to remove it by hand before the next upload."""
