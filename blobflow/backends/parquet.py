@@ -39,7 +39,7 @@ _ENCRYPTED: Final = b"PARE"
 
 
 class _NoFooterError(Exception):
-    """The end of a file is no footer of Parquet's, or one that only a key opens."""
+    """The file does not end with a Parquet footer, or the footer is encrypted."""
 
     def __init__(self, reason: str, *, encrypted: bool = False) -> None:
         super().__init__(reason)
@@ -190,7 +190,7 @@ def _ends_with(file: io.FileIO, end: bytes) -> bool:
 def _kind(kind: pa.DataType) -> str:
     """The type of a column's values: the same whether they are kept in a dictionary, or with large offsets.
 
-    Parquet knows neither; Arrow writes down beside its schema which of its own types the column came from.
+    Parquet has neither type; Arrow stores its own schema, which names the original type, in the metadata of the file.
     """
     import pyarrow as pa
     from pyarrow import types

@@ -287,7 +287,7 @@ class _Source:
         if not isinstance(key, str):
             return refuse("it has no key")
         if kind not in ("get", "delete"):
-            return refuse(f"{quoted(kind)} is no op")
+            return refuse(f"{quoted(kind)} is not an op")
         if given:
             return refuse(f"a {kind} has no {quoted(min(given))}")
         return Get(key) if kind == "get" else Delete(key)
@@ -451,7 +451,7 @@ class _Journal:
         except (ValueError, RecursionError):
             parsed = None
         if not isinstance(parsed, dict):
-            raise ResultsConflict(f"{self._path} is no journal of results", path=str(self._path))
+            raise ResultsConflict(f"{self._path} is not a journal of results", path=str(self._path))
         return cast("dict[str, Any]", parsed)
 
     def _row_in(self, line: bytes) -> dict[str, Any]:
@@ -472,7 +472,7 @@ class _Journal:
         except (TypeError, ValueError):
             right = False
         if not right:
-            raise ResultsConflict(f"{self._path} is no journal of results", path=str(self._path))
+            raise ResultsConflict(f"{self._path} is not a journal of results", path=str(self._path))
         return row
 
     def _learn(self, row: dict[str, Any]) -> bool:

@@ -61,7 +61,7 @@ def mirror() -> None:
     default="7d",
     show_default=True,
     metavar="DURATION",
-    help="Drop what nobody has continued for so long.",
+    help="Drop unfinished snapshots that were not continued for this long.",
 )
 @click.option(
     "--max-connections",

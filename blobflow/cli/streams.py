@@ -34,7 +34,7 @@ def show(line: str) -> None:
 class Tolerant:
     """A text stream that takes everything: what cannot be written is dropped.
 
-    For standard error, where progress, waits and log lines go: that nobody can read them is no reason to stop.
+    For standard error, where progress, waits and log lines go: a command goes on if they cannot be written.
     """
 
     def __init__(self, stream: TextIO) -> None:

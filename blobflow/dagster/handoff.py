@@ -71,7 +71,7 @@ class HandoffIOManager(Configured, dg.ConfigurableIOManager):
             data = json.dumps(pack(obj)).encode()
             if len(data) > MAX_BYTES:
                 raise UsageError(
-                    f"a value of {len(data)} bytes is no handle", hint="give its asset its own io_manager_key"
+                    f"a value of {len(data)} bytes is not a handle", hint="give its asset its own io_manager_key"
                 )
             (key,) = self._keys(context).values()
             store = self.blobflow.get_store()
@@ -82,7 +82,7 @@ class HandoffIOManager(Configured, dg.ConfigurableIOManager):
         """Read a value; of several partitions, a dict by partition key.
 
         Raises:
-            dg.Failure: it was never written, or is no handle of this version; retries are allowed where they may help.
+            dg.Failure: it was never written, or is not a handle of this version; it is retried where that may help.
         """
         with waits_logged(context.log), io_manager_errors(self._fence):
             return self._load(context)

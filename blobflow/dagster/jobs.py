@@ -21,7 +21,7 @@ from blobflow.stores.probe import Finding, ProbedStore, ProbeReport, probe
 
 CORRECTNESS: Final = ("create_only", "compare_and_swap", "reads_ranges")
 """Guarantees without which two rounds may run at once and the last writer of a key wins, or nothing can be kept at all.
-Without the others, transfers are slower or begin anew after a crash, and verifications read more."""
+Without the others, transfers are slower or start over after a crash, and verifications read more."""
 
 DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(max_retries=3, delay=30, backoff=dg.Backoff.EXPONENTIAL)
 
@@ -299,7 +299,7 @@ def probe_job(
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
     resource_key: str = "blobflow",
 ) -> dg.JobDefinition:
-    """A job that tries out anew what the store's server can do.
+    """A job that probes the store's server again.
 
     For the day on which the server was updated, or something was put in front of it. The run shows the findings as a
     table. Its report lies in the store: where it misses an ability, other users and machines look again for themselves.

@@ -7,7 +7,7 @@
 
 The two deployments share nothing but the store. If they are code locations of one deployment after all, the assets of
 the pipeline are `[name, ...]`, and so are others than these; each further mirror of the same pipeline needs a
-`key_prefix` of its own.
+different `key_prefix`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

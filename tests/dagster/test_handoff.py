@@ -92,7 +92,7 @@ def test_payloads_are_refused():
     """Nobody passes gigabytes through the store's small objects by mistake."""
     with dg.build_output_context(asset_key="a") as context, pytest.raises(dg.Failure) as refusal:
         HandoffIOManager(blobflow=BlobflowResource(store="/nowhere")).handle_output(context, "x" * MAX_BYTES)
-    assert "is no handle" in (refusal.value.description or "")
+    assert "is not a handle" in (refusal.value.description or "")
     assert not refusal.value.allow_retries
 
 
