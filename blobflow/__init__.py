@@ -33,18 +33,20 @@ if TYPE_CHECKING:
     from blobflow.backends.append_log import AppendLog
     from blobflow.batch import BatchExecutor, BatchResult, Delete, Deleted, Get, Got, Insert, Inserted
     from blobflow.config import ChunkProfile
-    from blobflow.engine.checkpoint import TransferCheckpoint, TransferRecord
-    from blobflow.engine.ends import FileTarget, ObjectSource, ObjectTarget
-    from blobflow.engine.http_source import HttpSource
-    from blobflow.engine.transfer import TransferResult, transfer
+    from blobflow.coordination.lease import Lease
+    from blobflow.coordination.lease_store import LeaseStore, ObjectLeaseStore
+    from blobflow.coordination.refs import RefState, move_ref, read_ref
+    from blobflow.coordination.rounds import RoundResult, run_export_round
+    from blobflow.coordination.sql_lease_store import SqlLeaseStore
     from blobflow.errors import BlobflowError
-    from blobflow.follow import MirrorStatus, mirror_history, mirror_status
     from blobflow.layers import LayerRestoreResult, LayerSync, LayerSyncResult
-    from blobflow.lease import Lease, Leases, RefState, StoreLeases, move_ref, read_ref
-    from blobflow.lease_sql import SqlLeases
     from blobflow.mirror import MirrorReceiver, Snapshot, SnapshotEnvelope, SnapshotId
-    from blobflow.rounds import RoundResult, run_export_round
+    from blobflow.mirror.status import MirrorStatus, mirror_history, mirror_status
     from blobflow.stores import Store, open_store
+    from blobflow.streams.checkpoint import TransferCheckpoint, TransferRecord
+    from blobflow.streams.ends import FileTarget, ObjectSource, ObjectTarget
+    from blobflow.streams.http_source import HttpSource
+    from blobflow.streams.transfer import TransferResult, transfer
     from blobflow.transport import (
         ArtifactEntry,
         CopyResult,
@@ -90,17 +92,19 @@ _HOMES = {
     "blobflow.backends.append_log": ("AppendLog",),
     "blobflow.batch": ("BatchExecutor", "BatchResult", "Delete", "Deleted", "Get", "Got", "Insert", "Inserted"),
     "blobflow.config": ("ChunkProfile",),
-    "blobflow.engine.checkpoint": ("TransferCheckpoint", "TransferRecord"),
-    "blobflow.engine.ends": ("FileTarget", "ObjectSource", "ObjectTarget"),
-    "blobflow.engine.http_source": ("HttpSource",),
-    "blobflow.engine.transfer": ("TransferResult", "transfer"),
+    "blobflow.streams.checkpoint": ("TransferCheckpoint", "TransferRecord"),
+    "blobflow.streams.ends": ("FileTarget", "ObjectSource", "ObjectTarget"),
+    "blobflow.streams.http_source": ("HttpSource",),
+    "blobflow.streams.transfer": ("TransferResult", "transfer"),
     "blobflow.errors": ("BlobflowError",),
-    "blobflow.follow": ("MirrorStatus", "mirror_history", "mirror_status"),
+    "blobflow.mirror.status": ("MirrorStatus", "mirror_history", "mirror_status"),
     "blobflow.layers": ("LayerRestoreResult", "LayerSync", "LayerSyncResult"),
-    "blobflow.lease": ("Lease", "Leases", "RefState", "StoreLeases", "move_ref", "read_ref"),
-    "blobflow.lease_sql": ("SqlLeases",),
+    "blobflow.coordination.lease": ("Lease",),
+    "blobflow.coordination.lease_store": ("LeaseStore", "ObjectLeaseStore"),
+    "blobflow.coordination.refs": ("RefState", "move_ref", "read_ref"),
+    "blobflow.coordination.sql_lease_store": ("SqlLeaseStore",),
     "blobflow.mirror": ("MirrorReceiver", "Snapshot", "SnapshotEnvelope", "SnapshotId"),
-    "blobflow.rounds": ("RoundResult", "run_export_round"),
+    "blobflow.coordination.rounds": ("RoundResult", "run_export_round"),
     "blobflow.stores": ("Store", "open_store"),
     "blobflow.transport": (
         "ArtifactEntry",
@@ -159,10 +163,11 @@ __all__ = [
     "LayerSync",
     "LayerSyncResult",
     "Lease",
-    "Leases",
+    "LeaseStore",
     "Manifest",
     "MirrorReceiver",
     "MirrorStatus",
+    "ObjectLeaseStore",
     "ObjectSource",
     "ObjectTarget",
     "ParquetExporter",
@@ -173,11 +178,10 @@ __all__ = [
     "Snapshot",
     "SnapshotEnvelope",
     "SnapshotId",
-    "SqlLeases",
+    "SqlLeaseStore",
     "SqliteExporter",
     "SqliteImporter",
     "Store",
-    "StoreLeases",
     "TransferCheckpoint",
     "TransferRecord",
     "TransferResult",

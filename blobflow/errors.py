@@ -39,7 +39,7 @@ def setting(name: str, value: Value | None = None) -> str:
     | surface | `setting("keep_last")` | `setting("mode", "copy")` |
     |---|---|---|
     | Python: an argument | `keep_last` | `mode="copy"` |
-    | command line: an option (`blobflow.cli.words.as_option`) | `--keep-last` | `--mode copy` |
+    | command line: an option (`blobflow.cli.formatting.as_option`) | `--keep-last` | `--mode copy` |
     | Dagster: a field (`blobflow.dagster.failures.as_field`) | `keep_last` | `mode: copy` |
 
     Args:
@@ -550,7 +550,7 @@ def _destination_error(error: OSError, path: Path) -> BlobflowError:
         message = f"no room left for {path}: {_reason(error)}"
     if fault is OsFault.CANNOT:
         hint = "name a directory on another file system"
-        return Unsupported(message, hint=hint, path=str(path), ability=_reason(error))
+        return Unsupported(message, hint=hint, path=str(path), capability=_reason(error))
     remedies = {
         OsFault.DAMAGED: "look after the disk, or name a directory on another one",
         OsFault.NAME_TOO_LONG: "name a directory with a shorter path",

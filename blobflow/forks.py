@@ -11,25 +11,25 @@ import weakref
 from typing import Protocol
 
 
-class Forkable(Protocol):
+class ResettableAfterFork(Protocol):
     """Something that threads share."""
 
-    def forget_threads(self) -> None:
+    def reset_after_fork(self) -> None:
         """Begin with fresh locks, and with nothing held; called in a child, by its only thread."""
         ...
 
 
-_shared: weakref.WeakSet[Forkable] = weakref.WeakSet()
+_shared: weakref.WeakSet[ResettableAfterFork] = weakref.WeakSet()
 
 
-def forget_threads_in_children(shared: Forkable) -> None:
-    """Call `shared.forget_threads` in every child that is forked while `shared` is in use."""
+def reset_after_fork_of(shared: ResettableAfterFork) -> None:
+    """Call `shared.reset_after_fork` in every child that is forked while `shared` is in use."""
     _shared.add(shared)
 
 
 def _after_fork() -> None:
     for shared in list(_shared):
-        shared.forget_threads()
+        shared.reset_after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

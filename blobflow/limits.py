@@ -11,7 +11,7 @@ from functools import cache
 from typing import Final
 
 from blobflow.config import MIB
-from blobflow.forks import forget_threads_in_children
+from blobflow.forks import reset_after_fork_of
 
 DEFAULT_MEMORY_BYTES: Final = 512 * MIB
 """Four transfers of the largest profile (4 workers x 32 MiB) side by side."""
@@ -28,11 +28,11 @@ class ByteBudget:
         if limit_bytes <= 0:
             raise ValueError(f"a budget of {limit_bytes} bytes lets nothing through")
         self.limit_bytes = limit_bytes
-        self.forget_threads()
-        forget_threads_in_children(self)
+        self.reset_after_fork()
+        reset_after_fork_of(self)
 
-    def forget_threads(self) -> None:
-        """See `Forkable`."""
+    def reset_after_fork(self) -> None:
+        """See `ResettableAfterFork`."""
         self.held_bytes = 0
         self._condition = threading.Condition()
 
@@ -82,11 +82,11 @@ class Bandwidth:
         self._sleep = sleep
         self._free_at = clock()
         """When everything taken so far is paid for; in the past, it is credit for a burst."""
-        self.forget_threads()
-        forget_threads_in_children(self)
+        self.reset_after_fork()
+        reset_after_fork_of(self)
 
-    def forget_threads(self) -> None:
-        """See `Forkable`."""
+    def reset_after_fork(self) -> None:
+        """See `ResettableAfterFork`."""
         self._lock = threading.Lock()
 
     def take(self, size: int) -> None:
@@ -118,11 +118,11 @@ class AdaptiveLimit:
         self._window = float(maximum)
         self._epoch = 0
         """Decreases so far; a request that began before the last one says nothing about the new window."""
-        self.forget_threads()
-        forget_threads_in_children(self)
+        self.reset_after_fork()
+        reset_after_fork_of(self)
 
-    def forget_threads(self) -> None:
-        """See `Forkable`."""
+    def reset_after_fork(self) -> None:
+        """See `ResettableAfterFork`."""
         self._in_flight = 0
         self._waiting: deque[Callable[[], None]] = deque()
         self._condition = threading.Condition()
@@ -201,11 +201,11 @@ class Permits:
         if limit < 0:
             raise ValueError(f"there cannot be {limit} permits")
         self.limit = limit
-        self.forget_threads()
-        forget_threads_in_children(self)
+        self.reset_after_fork()
+        reset_after_fork_of(self)
 
-    def forget_threads(self) -> None:
-        """See `Forkable`."""
+    def reset_after_fork(self) -> None:
+        """See `ResettableAfterFork`."""
         self._taken = 0
         self._lock = threading.Lock()
 

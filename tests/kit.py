@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from blobflow import Artifact, ChunkProfile, export_artifact
 from blobflow.stores.base import Store
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FaultyStore, Request, Tree, write_tree
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ class Rules:
 # --------------------------------------------------------------------------------------------------------------- faults
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """What is sent back; names of headers are in lower case."""
 
     status: int = 200
@@ -129,7 +129,7 @@ class DropAnswer:
 class Tamper:
     """It happens, and the answer is another: without a header it should have, for example."""
 
-    change: Callable[[Answer], Answer]
+    change: Callable[[Response], Response]
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,7 @@ _OF_OBJECTS = {
     ("DELETE", "uploadId"): "AbortMultipartUpload",
 }
 
-_Handle: TypeAlias = "Callable[[StrictS3, _Bucket, _Request], Answer]"
+_Handle: TypeAlias = "Callable[[StrictS3, _Bucket, _Request], Response]"
 
 
 class _Operation(NamedTuple):
@@ -551,13 +551,13 @@ class StrictS3(LoopbackServer):
         self._send(connection, exchange, answer, action if isinstance(action, SlowBody) else SlowBody(1, 0.0))
         return request.headers.get("connection", "").lower() != "close"
 
-    def _refuse(self, exchange: Exchange, error: S3Error, **headers: str) -> Answer:
+    def _refuse(self, exchange: Exchange, error: S3Error, **headers: str) -> Response:
         exchange.code = error.code
         body = b"" if exchange.method == "HEAD" or error.status == 304 else error.document()
-        return Answer(error.status, {"content-type": "application/xml", **error.headers, **headers}, body)
+        return Response(error.status, {"content-type": "application/xml", **error.headers, **headers}, body)
 
     def _send(
-        self, connection: socket.socket, exchange: Exchange, answer: Answer, pace: SlowBody = SlowBody(1, 0.0)
+        self, connection: socket.socket, exchange: Exchange, answer: Response, pace: SlowBody = SlowBody(1, 0.0)
     ) -> None:
         exchange.status = answer.status
         exchange.bytes_out = len(answer.body)
@@ -664,7 +664,7 @@ class StrictS3(LoopbackServer):
         if payload != "UNSIGNED-PAYLOAD" and payload != hashlib.sha256(request.body).hexdigest():
             raise S3Error("XAmzContentSHA256Mismatch", "The provided 'x-amz-content-sha256' is not that of the body.")
 
-    def _perform(self, request: _Request) -> Answer:
+    def _perform(self, request: _Request) -> Response:
         exchange = request.exchange
         with self._lock:
             bucket = self._buckets.get(exchange.bucket)
@@ -681,15 +681,15 @@ class StrictS3(LoopbackServer):
     # Buckets
 
     @_serves("CreateBucket")
-    def _create_bucket(self, _bucket: _Bucket, _request: _Request) -> Answer:
-        return Answer()
+    def _create_bucket(self, _bucket: _Bucket, _request: _Request) -> Response:
+        return Response()
 
     @_serves("HeadBucket")
-    def _head_bucket(self, _bucket: _Bucket, _request: _Request) -> Answer:
-        return Answer()
+    def _head_bucket(self, _bucket: _Bucket, _request: _Request) -> Response:
+        return Response()
 
     @_serves("ListObjectsV2", queries="list-type prefix start-after continuation-token max-keys encoding-type")
-    def _list_objects(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _list_objects(self, bucket: _Bucket, request: _Request) -> Response:
         query, shown = request.query, _shown(request)
         prefix, token = query.get("prefix", ""), query.get("continuation-token")
         after = query.get("start-after", "")
@@ -725,7 +725,7 @@ class StrictS3(LoopbackServer):
         )
 
     @_serves("ListMultipartUploads", queries="uploads prefix key-marker upload-id-marker max-uploads encoding-type")
-    def _list_uploads(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _list_uploads(self, bucket: _Bucket, request: _Request) -> Response:
         query, shown = request.query, _shown(request)
         prefix, key_marker = query.get("prefix", ""), query.get("key-marker", "")
         id_marker = query.get("upload-id-marker", "") if key_marker else ""
@@ -771,7 +771,7 @@ class StrictS3(LoopbackServer):
     @_serves(
         "PutObject", headers="content-md5 x-amz-checksum-crc32c x-amz-sdk-checksum-algorithm if-match if-none-match"
     )
-    def _put_object(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _put_object(self, bucket: _Bucket, request: _Request) -> Response:
         content = _checked_content(request)
         self._check_write_condition(bucket, request)
         checksummed = "x-amz-checksum-crc32c" in request.headers
@@ -783,7 +783,7 @@ class StrictS3(LoopbackServer):
             content.crc32c if checksummed else None,
             "FULL_OBJECT" if checksummed else None,
         )
-        return Answer(200, {"etag": f'"{found.e_tag}"', **_checksum_headers(found)})
+        return Response(200, {"etag": f'"{found.e_tag}"', **_checksum_headers(found)})
 
     def _check_write_condition(self, bucket: _Bucket, request: _Request) -> None:
         """https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html."""
@@ -803,11 +803,11 @@ class StrictS3(LoopbackServer):
                 raise S3Error("PreconditionFailed", "At least one of the pre-conditions you specified did not hold")
 
     @_serves("GetObject", headers="range if-match if-none-match x-amz-checksum-mode")
-    def _get_object(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _get_object(self, bucket: _Bucket, request: _Request) -> Response:
         found = self._read(bucket, request)
         wanted = request.headers.get("range")
         if wanted is None or not self.rules.gives_ranges:
-            return Answer(200, _object_headers(request, found), found.data)
+            return Response(200, _object_headers(request, found), found.data)
         asked = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted)
         if asked is None or not (asked[1] or asked[2]):
             raise S3Error("NotImplemented", f"range {wanted!r} is not served here")
@@ -821,12 +821,12 @@ class StrictS3(LoopbackServer):
         headers = {**_object_headers(request, found), "content-range": f"bytes {first}-{last}/{size}"}
         # A checksum of the whole would say nothing of a part of it.
         headers = {name: value for name, value in headers.items() if not name.startswith("x-amz-checksum")}
-        return Answer(206, headers, found.data[first : last + 1])
+        return Response(206, headers, found.data[first : last + 1])
 
     @_serves("HeadObject", headers="if-match if-none-match x-amz-checksum-mode")
-    def _head_object(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _head_object(self, bucket: _Bucket, request: _Request) -> Response:
         found = self._read(bucket, request)
-        return Answer(200, {**_object_headers(request, found), "content-length": str(len(found.data))})
+        return Response(200, {**_object_headers(request, found), "content-length": str(len(found.data))})
 
     def _read(self, bucket: _Bucket, request: _Request) -> _Object:
         found = bucket.objects.get(request.key)
@@ -839,13 +839,13 @@ class StrictS3(LoopbackServer):
         return found
 
     @_serves("DeleteObject")
-    def _delete_object(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _delete_object(self, bucket: _Bucket, request: _Request) -> Response:
         if bucket.objects.pop(request.key, None) is not None:
             bucket.deleted_after[request.key] = len(self.log)
-        return Answer(204)
+        return Response(204)
 
     @_serves("CopyObject", headers="x-amz-copy-source x-amz-copy-source-if-match x-amz-metadata-directive")
-    def _copy_object(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _copy_object(self, bucket: _Bucket, request: _Request) -> Response:
         source, name = self._copy_source(request)
         if name == (request.exchange.bucket, request.key):
             raise S3Error(
@@ -885,7 +885,7 @@ class StrictS3(LoopbackServer):
     # Multipart uploads
 
     @_serves("CreateMultipartUpload", queries="uploads", headers="x-amz-checksum-algorithm x-amz-checksum-type")
-    def _create_upload(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _create_upload(self, bucket: _Bucket, request: _Request) -> Response:
         algorithm = request.headers.get("x-amz-checksum-algorithm")
         kind = request.headers.get("x-amz-checksum-type")
         if algorithm not in (None, "CRC32C"):
@@ -916,7 +916,7 @@ class StrictS3(LoopbackServer):
         queries="uploadId partNumber",
         headers="content-md5 x-amz-checksum-crc32c x-amz-sdk-checksum-algorithm",
     )
-    def _upload_part(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _upload_part(self, bucket: _Bucket, request: _Request) -> Response:
         upload, number = self._upload_for_part(bucket, request)
         content = _checked_content(request)
         given = "CRC32C" if "x-amz-checksum-crc32c" in request.headers else None
@@ -931,14 +931,14 @@ class StrictS3(LoopbackServer):
         headers = {"etag": f'"{content.e_tag}"'}
         if upload.algorithm:
             headers["x-amz-checksum-crc32c"] = content.crc32c
-        return Answer(200, headers)
+        return Response(200, headers)
 
     @_serves(
         "UploadPartCopy",
         queries="uploadId partNumber",
         headers="x-amz-copy-source x-amz-copy-source-if-match x-amz-copy-source-range",
     )
-    def _upload_part_copy(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _upload_part_copy(self, bucket: _Bucket, request: _Request) -> Response:
         upload, number = self._upload_for_part(bucket, request)
         source, _ = self._copy_source(request)
         data = source.data
@@ -980,7 +980,7 @@ class StrictS3(LoopbackServer):
         return upload
 
     @_serves("ListParts", queries="uploadId part-number-marker max-parts")
-    def _list_parts(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _list_parts(self, bucket: _Bucket, request: _Request) -> Response:
         upload = bucket.uploads.get(request.query["uploadId"])
         if upload is None or upload.key != request.key or not _is_there(upload):
             upload = self._upload(bucket, request)
@@ -1019,7 +1019,7 @@ class StrictS3(LoopbackServer):
         queries="uploadId",
         headers="x-amz-checksum-crc32c x-amz-checksum-type x-amz-mp-object-size if-match if-none-match",
     )
-    def _complete_upload(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _complete_upload(self, bucket: _Bucket, request: _Request) -> Response:
         upload = self._upload(bucket, request)
         parts = self._completed_parts(upload, request.body)
         data = b"".join(content.data for content in parts)
@@ -1104,13 +1104,13 @@ class StrictS3(LoopbackServer):
         return parts
 
     @_serves("AbortMultipartUpload", queries="uploadId")
-    def _abort_upload(self, bucket: _Bucket, request: _Request) -> Answer:
+    def _abort_upload(self, bucket: _Bucket, request: _Request) -> Response:
         upload = bucket.uploads.get(request.query["uploadId"])
         if upload is None or upload.key != request.key or not _is_there(upload):
             upload = self._upload(bucket, request)
         upload.parts.clear()
         upload.aborted_after = len(self.log)
-        return Answer(204)
+        return Response(204)
 
 
 def _is_there(upload: _Upload) -> bool:
@@ -1188,8 +1188,8 @@ def _document(name: str, children: Sequence[tuple[str, _Value]]) -> bytes:
     return _XML + "".join(element(name, list(children))).encode()
 
 
-def _xml(name: str, *children: tuple[str, _Value], headers: Mapping[str, str] | None = None) -> Answer:
-    return Answer(200, {"content-type": "application/xml", **(headers or {})}, _document(name, children))
+def _xml(name: str, *children: tuple[str, _Value], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(200, {"content-type": "application/xml", **(headers or {})}, _document(name, children))
 
 
 def _head(exchange: Exchange, status: int, headers: Mapping[str, str]) -> bytes:

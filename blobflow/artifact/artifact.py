@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Final
 
 from pydantic import JsonValue
 
-from blobflow.artifact.crowd import CrowdLock
 from blobflow.artifact.limits import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Tally, over_the_limit
 from blobflow.artifact.manifest import (
     DATA_NAME,
@@ -27,6 +26,7 @@ from blobflow.artifact.manifest import (
     Manifest,
     artifact_digest,
 )
+from blobflow.artifact.small_file_lock import SmallFileLock
 from blobflow.checksum import crc32c, sha256
 from blobflow.errors import ArtifactInvalid, ArtifactNotFound, ChecksumMismatch, DigestMismatch, SourceChanged, reading
 from blobflow.trees import open_below
@@ -221,7 +221,7 @@ class PayloadSource:
         self.size = artifact.layout.size
         self._contents = (artifact.manifest_bytes, artifact.index_bytes)
         self._index = artifact.index
-        self._crowd = CrowdLock()
+        self._crowd = SmallFileLock()
         self._root = os.path.realpath(artifact.data)
         self._origins = (
             decode_origins(_read_own(artifact.path / REFERENCE_NAME, _MAX_REFERENCE_BYTES), members=len(artifact.index))

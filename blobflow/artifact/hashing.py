@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final, NamedTuple
 
-from blobflow.artifact.crowd import CrowdLock
+from blobflow.artifact.small_file_lock import SmallFileLock
 from blobflow.checksum import crc32c
 
 READ_SIZE: Final = 1 << 20
@@ -81,7 +81,7 @@ def hash_files(
     """
     workers = workers or min(4, os.cpu_count() or 1)
 
-    crowd = CrowdLock()
+    crowd = SmallFileLock()
 
     def run(batch: range) -> list[FileHash]:
         buffer = memoryview(bytearray(READ_SIZE))

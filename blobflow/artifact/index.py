@@ -25,6 +25,7 @@ from blobflow.artifact.limits import (
     MAX_SEGMENT_BYTES,
     ROWS_PER_GROUP,
 )
+from blobflow.artifact.manifest import EXECUTABLE_MODE, FILE_MODE
 from blobflow.artifact.pages import (
     DICTIONARY,
     PLAIN,
@@ -38,9 +39,6 @@ from blobflow.artifact.pages import (
 from blobflow.checksum import EMPTY_SHA256, SHA256_BYTES
 from blobflow.errors import ArtifactInvalid, HostileArtifact
 from blobflow.untrusted import quoted
-
-FILE_MODE: Final = 0o644
-EXECUTABLE_MODE: Final = 0o755
 
 _SCHEMA = pa.schema(
     [

@@ -24,9 +24,9 @@ from typing import Final
 
 from blobflow.artifact.artifact import write_durably
 from blobflow.artifact.checker import PayloadChecker, Place
-from blobflow.artifact.crowd import CrowdLock
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.members import permissions, visit_members
+from blobflow.artifact.small_file_lock import SmallFileLock
 from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
 from blobflow.checksum import combine_all, crc32c
 from blobflow.durable import check_room, too_small
@@ -553,7 +553,7 @@ class Landing:
         self.plan = plan
         self._index = layout.index
         self._checker = PayloadChecker(layout, digests=digests, spanning=not stage.is_lane, read_back=self._read_back)
-        self._crowd = CrowdLock()
+        self._crowd = SmallFileLock()
         self._synced = len(stage.done)
         self._prepare()
         for number in [number for number in stage.done if number > len(plan)]:

@@ -17,6 +17,8 @@ FORMAT: Final = "blobflow.artifact/1"
 MANIFEST_NAME: Final = "MANIFEST.json"
 INDEX_NAME: Final = "INDEX.parquet"
 DATA_NAME: Final = "data"
+FILE_MODE: Final = 0o644
+EXECUTABLE_MODE: Final = 0o755
 
 Crc32c = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
 HexSha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -7,16 +7,14 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
+from blobflow.artifact.manifest import EXECUTABLE_MODE
 from blobflow.artifact.privacy import PrivateRows
 from blobflow.checksum import EMPTY_SHA256
 from blobflow.errors import DigestMismatch, SourceChanged, reading
 from blobflow.trees import Cursor, open_below
-
-_EXECUTABLE_MODE: Final = 0o755
 
 
 def visit_members(cursor: Cursor, paths: Sequence[str], private: PrivateRows) -> Iterator[tuple[int, str, str]]:
@@ -49,7 +47,7 @@ def permissions(mode: int, *, private: bool) -> int:
     Args:
         mode: Of its row in the index.
     """
-    return (0o777 if mode == _EXECUTABLE_MODE else 0o666) & (0o700 if private else 0o777)
+    return (0o777 if mode == EXECUTABLE_MODE else 0o666) & (0o700 if private else 0o777)
 
 
 def verify_members(artifact: Artifact, *, on_progress: Callable[[int, int], None] | None = None) -> None:

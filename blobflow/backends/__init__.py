@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends.base import Exporter, ExportResult, Importer, ImportResult, OnProgress
 from blobflow.backends.directory import DirectoryExporter, DirectoryImporter
-from blobflow.backends.versions import VersionedImporter
+from blobflow.backends.versioned_importer import VersionedImporter
 from blobflow.errors import RefusedError
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.privacy import directory_is_private, file_is_private
 from blobflow.backends.base import ExportResult, OnProgress
 from blobflow.backends.files import export_files
-from blobflow.backends.versions import VersionedImporter
+from blobflow.backends.versioned_importer import VersionedImporter
 from blobflow.checksum import crc32c
 from blobflow.errors import (
     ArtifactInvalid,

@@ -23,7 +23,7 @@ from blobflow.artifact.privacy import PrivateRows, directory_is_private, encode,
 from blobflow.backends.base import ExportResult, OnProgress
 from blobflow.backends.files import all_or_nothing, copy_still, link_member, place_members, unsupported
 from blobflow.backends.patterns import ExcludePatterns
-from blobflow.backends.versions import VersionedImporter
+from blobflow.backends.versioned_importer import VersionedImporter
 from blobflow.checksum import EMPTY_SHA256
 from blobflow.durable import check_room, copies_take_room
 from blobflow.errors import (
@@ -291,7 +291,8 @@ class DirectoryExporter(KnownFields):
         Returns:
             Their names, which of them are links, and which of these lead to where only the owner comes.
         """
-        from blobflow.artifact.index import EXECUTABLE_MODE, FILE_MODE, path_fault
+        from blobflow.artifact.index import path_fault
+        from blobflow.artifact.manifest import EXECUTABLE_MODE, FILE_MODE
 
         below: list[tuple[str, bool, bool]] = []
         kept = 0

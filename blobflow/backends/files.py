@@ -86,8 +86,9 @@ def export_files(
         DiskFull, RefusedError: `dest` cannot be written.
     """
     # Not at the top: pyarrow behind them costs 0.3 s, and a pipeline is defined more often than it is run.
-    from blobflow.artifact.index import FILE_MODE, Index, Member
+    from blobflow.artifact.index import Index, Member
     from blobflow.artifact.landing import check_destination
+    from blobflow.artifact.manifest import FILE_MODE
 
     started = time.monotonic()
     check_destination(dest)
@@ -183,7 +184,7 @@ def _placing(path: str, target: Path) -> Generator[None]:
                 f"{path!r} cannot be linked to {target}: {error.strerror}",
                 hint=f"use {setting('mode', 'reference')} or {setting('mode', 'copy')},"
                 " or a destination on the file system of the source",
-                ability="hard links",
+                capability="hard links",
             ) from error
         # Of the errors of a copy only these are surely those of the target.
         is_target = os_fault(error) in (OsFault.NO_ROOM, OsFault.FILE_SIZE) or error.errno == errno.EROFS

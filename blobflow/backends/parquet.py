@@ -20,7 +20,7 @@ from blobflow.artifact.members import open_regular
 from blobflow.artifact.pages import check_foreign_footer
 from blobflow.backends.directory import DirectoryExporter
 from blobflow.backends.files import unsupported
-from blobflow.backends.versions import VersionedImporter
+from blobflow.backends.versioned_importer import VersionedImporter
 from blobflow.errors import LEAVE_IT_OUT, ArtifactInvalid, RefusedError, setting
 from blobflow.untrusted import plain
 

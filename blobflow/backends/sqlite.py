@@ -19,7 +19,7 @@ from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.privacy import file_is_private
 from blobflow.backends.base import ExportResult, OnProgress
 from blobflow.backends.files import export_files
-from blobflow.backends.versions import VersionedImporter
+from blobflow.backends.versioned_importer import VersionedImporter
 from blobflow.errors import (
     ArtifactInvalid,
     BlobflowError,

@@ -17,9 +17,9 @@ from typing import NoReturn, TextIO, cast
 import click
 
 from blobflow.cli.commands import cli
+from blobflow.cli.formatting import as_option
 from blobflow.cli.settings import Settings
 from blobflow.cli.streams import OutputLost, Tolerant
-from blobflow.cli.words import as_option
 from blobflow.errors import BlobflowError, error_anywhere
 
 __all__ = ["main", "run"]

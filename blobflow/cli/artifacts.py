@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from blobflow.cli.formatting import from_before, human_size, human_time, left_out, left_out_facts, members_of, table
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
 from blobflow.cli.settings import BACKENDS, PATH, Command, DigestType, SampleType, Settings
-from blobflow.cli.words import from_before, human_size, human_time, left_out, left_out_facts, members_of, table
 from blobflow.errors import IntegrityError, RefusedError, SourceBusy, SourceChanged
 from blobflow.scratch import scratch_directory
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from blobflow.config import ChunkProfile
     from blobflow.stores.base import Store
     from blobflow.transport import DownloadResult, UploadResult
-    from blobflow.transport.books import OnProgress
+    from blobflow.uploads.progress import OnProgress
 
 
 def _export_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from blobflow.cli.formatting import printable
 from blobflow.cli.progress import counted
 from blobflow.cli.settings import PATH, Command, DurationType, Settings
-from blobflow.cli.words import printable
 from blobflow.errors import BlobflowError, TemporaryError
 
 

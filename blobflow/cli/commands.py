@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from blobflow.cli import artifacts, batches, layers, mirrors, upkeep
+from blobflow.cli import artifacts, batches, layers, maintenance, mirrors
 from blobflow.cli.settings import CommandGroup, shared_options
 from blobflow.version import __version__
 
@@ -23,6 +23,6 @@ def cli() -> None:
 for _command in (
     *(artifacts.export, artifacts.push, artifacts.pull, artifacts.verify, artifacts.copy, artifacts.ls, artifacts.show),
     *(batches.batch, layers.layer, mirrors.mirror),
-    *(upkeep.ref, upkeep.probe, upkeep.gc, upkeep.prune),
+    *(maintenance.ref, maintenance.probe, maintenance.gc, maintenance.prune),
 ):
     cli.add_command(_command)

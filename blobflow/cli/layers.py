@@ -8,9 +8,9 @@ from typing import Literal
 
 import click
 
+from blobflow.cli.formatting import from_before, human_size, human_time, left_out, left_out_facts, table
 from blobflow.cli.progress import processed, show_progress, transferred
 from blobflow.cli.settings import PATH, CommandGroup, Settings
-from blobflow.cli.words import from_before, human_size, human_time, left_out, left_out_facts, table
 
 
 def _layer_options(function: Callable[..., None]) -> Callable[..., None]:

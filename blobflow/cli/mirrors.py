@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from blobflow.cli.artifacts import pull_into
+from blobflow.cli.formatting import from_before, human_size, members_of, table
 from blobflow.cli.progress import processed, show_progress, transferred
 from blobflow.cli.settings import BACKENDS, PATH, SIZE, CommandGroup, DigestType, DurationType, Settings
-from blobflow.cli.words import from_before, human_size, members_of, table
 from blobflow.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def mirror_import(
     Every byte is proven before TARGET/current shows it; then the snapshot is Following. Older ones are removed. The
     receiver may be at work meanwhile. Run it again after a crash.
     """
-    from blobflow.lease import read_ref
+    from blobflow.coordination.refs import read_ref
     from blobflow.mirror import ReceivedStore
 
     settings.resumes = True
@@ -257,8 +257,8 @@ def mirror_status(settings: Settings, directory: Path, ref: str | None) -> None:
     A mirror of imports is compared with the store, if one is named: with REF, or with the key that it was imported
     from. Nothing is changed or locked; what works on DIR may be at work meanwhile.
     """
-    from blobflow.follow import mirror_status
     from blobflow.mirror import read_snapshots
+    from blobflow.mirror.status import mirror_status
 
     snapshots = read_snapshots(directory)
     if snapshots:

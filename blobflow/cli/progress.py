@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import click
 
-from blobflow.cli.words import human_duration, human_size
+from blobflow.cli.formatting import human_duration, human_size
 
 if TYPE_CHECKING:
     from blobflow.transport import ProgressEvent

@@ -19,8 +19,8 @@ import click
 from click.core import ParameterSource
 
 from blobflow.activity import Wait, reporting_waits
+from blobflow.cli.formatting import printable
 from blobflow.cli.streams import OutputLost, show
-from blobflow.cli.words import printable
 from blobflow.errors import BlobflowError, TemporaryError
 
 if TYPE_CHECKING:

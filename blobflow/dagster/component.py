@@ -41,6 +41,7 @@ from pydantic_core import InitErrorDetails
 
 from blobflow.backends import BACKENDS, backend_classes
 from blobflow.config import ChunkProfile
+from blobflow.coordination.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S
 from blobflow.dagster.automation import export_schedule
 from blobflow.dagster.mirror import MIRRORS, artifact_mirror
 from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, artifact_pipeline
@@ -49,7 +50,6 @@ from blobflow.dagster.sensors import Announce
 from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
 from blobflow.errors import UsageError, expanded
 from blobflow.fields import check_names
-from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S
 from blobflow.stores.base import key_segment
 from blobflow.transport import VerifyMode
 

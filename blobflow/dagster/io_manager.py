@@ -36,7 +36,10 @@ from pydantic import Field, PrivateAttr, field_validator
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends import export_artifact
 from blobflow.backends.patterns import ExcludePatterns
-from blobflow.cache import ArtifactCache
+from blobflow.coordination.lease import Lease
+from blobflow.coordination.lease_store import LeaseStore
+from blobflow.coordination.refs import name_artifact, read_ref
+from blobflow.coordination.rounds import check_name, content_key, round_number
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import StepJournal, transfer_journal
 from blobflow.dagster.failures import io_manager_errors, waits_logged
@@ -44,13 +47,11 @@ from blobflow.dagster.fencing import RunFence
 from blobflow.dagster.progress import ProgressLog
 from blobflow.dagster.resource import BlobflowResource, Configured
 from blobflow.errors import ArtifactNotFound, LeaseLost, TransferBusy, UsageError
-from blobflow.lease import Lease, Leases, read_ref
-from blobflow.retention import name_artifact
-from blobflow.rounds import check_name, content_key, round_number
 from blobflow.scratch import scratch_directory
 from blobflow.stores import Store
 from blobflow.stores.base import check_readable, key_segment
 from blobflow.transport import ProgressEvent, VerifyResult, upload, verify, verify_or_heal
+from blobflow.transport.cache import ArtifactCache
 
 CACHE_BYTES: Final = 20 << 30
 
@@ -190,7 +191,7 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         self,
         context: dg.OutputContext,
         store: Store,
-        leases: Leases | None,
+        leases: LeaseStore | None,
         home: "_Home",
         value: Stored,
         journal: StepJournal | None,
@@ -435,7 +436,7 @@ class _Home:
     """Whether run after run moves the ref; the ref of an op's output belongs to one run."""
 
 
-def _take_ticket(store: Store, leases: Leases | None, home: _Home) -> int | None:
+def _take_ticket(store: Store, leases: LeaseStore | None, home: _Home) -> int | None:
     """A number above that of everybody who has begun to publish under this ref before; None where nobody counts.
 
     Raises:

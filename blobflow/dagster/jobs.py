@@ -13,11 +13,11 @@ from blobflow.dagster import metadata as md
 from blobflow.dagster.failures import dagster_errors
 from blobflow.errors import StoreUnavailable, UsageError
 from blobflow.fields import KnownFields
-from blobflow.gc import DEFAULT_AGE_S, check_age, collect
-from blobflow.lease import REF_SUFFIX
-from blobflow.retention import check_rules, prune
+from blobflow.maintenance.gc import DEFAULT_AGE_S, check_age, collect
+from blobflow.maintenance.retention import check_rules, prune
 from blobflow.stores import Store
 from blobflow.stores.probe import Finding, ProbedStore, ProbeReport, probe
+from blobflow.transport.catalog import REF_SUFFIX
 
 CORRECTNESS: Final = ("create_only", "compare_and_swap", "reads_ranges")
 """Guarantees without which two rounds may run at once and the last writer of a key wins, or nothing can be kept at all.

@@ -36,7 +36,7 @@ from blobflow.transport import (
     fetch_lane,
     send_parts,
 )
-from blobflow.transport.books import transfer_id
+from blobflow.uploads.progress import transfer_id
 
 MAX_LANES: Final = 64
 """More steps than that in one asset are no picture any more, and each costs seconds of processor time."""

@@ -26,6 +26,16 @@ import dagster as dg
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.backends import Exporter, Importer, import_artifact
+from blobflow.coordination.lease import Lease, record_completion
+from blobflow.coordination.refs import check_round, name_artifact, read_ref
+from blobflow.coordination.rounds import (
+    DEFAULT_SILENCE_S,
+    DEFAULT_TTL_S,
+    check_name,
+    content_key,
+    kept_alive,
+    round_number,
+)
 from blobflow.dagster import metadata as md
 from blobflow.dagster.automation import export_schedule
 from blobflow.dagster.checkpoints import StepJournal, transfer_journal
@@ -56,14 +66,11 @@ from blobflow.errors import (
     writing,
 )
 from blobflow.fields import check_choice
-from blobflow.lease import Lease, check_round, read_ref, record_completion
 from blobflow.private import PrivateDirectory
-from blobflow.retention import name_artifact
-from blobflow.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S, check_name, content_key, kept_alive, round_number
 from blobflow.stores import Store
 from blobflow.stores.base import check_readable, key_segment
 from blobflow.transport import PROOF_MEANS, VerifyMode, download, read_manifest_bytes, upload, verify_or_heal
-from blobflow.transport.books import transfer_id
+from blobflow.uploads.progress import transfer_id
 
 CHECK_NAME: Final = "verified"
 DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(

@@ -10,9 +10,9 @@ from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import Self
 
 from blobflow.config import ChunkProfile
+from blobflow.coordination.lease_store import LeaseStore, ObjectLeaseStore
 from blobflow.errors import UsageError, expanded
 from blobflow.fields import KnownFields, check_names
-from blobflow.lease import Leases, StoreLeases
 from blobflow.stores import Store, open_store
 from blobflow.stores.retry import DEFAULT_PATIENCE_S
 
@@ -59,7 +59,7 @@ class TransferResource(Configured, dg.ConfigurableResource):
     )
 
     _instance_storage: Path | None = PrivateAttr(default=None)
-    _opened: list[Store | Leases] = PrivateAttr(default_factory=list)
+    _opened: list[Store | LeaseStore] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
     def _one_profile(self) -> Self:
@@ -146,18 +146,18 @@ class BlobflowResource(TransferResource):
         self._opened.append(store)
         return store
 
-    def get_leases(self, store: Store) -> Leases | None:
+    def get_leases(self, store: Store) -> LeaseStore | None:
         """What keeps the leases of rounds that are published in `store`; None where nothing can. Closed as the store.
 
         Raises:
             StoreConfigurationError: `leases` is not the URL of a database, or its driver is not installed.
         """
         if self.leases is None:
-            return StoreLeases(store) if store.abilities.conditional else None
+            return ObjectLeaseStore(store) if store.capabilities.conditional else None
         # SQLAlchemy takes a quarter of a second to import.
-        from blobflow.lease_sql import SqlLeases
+        from blobflow.coordination.sql_lease_store import SqlLeaseStore
 
-        leases = SqlLeases(self.leases)
+        leases = SqlLeaseStore(self.leases)
         self._opened.append(leases)
         return leases
 

@@ -25,6 +25,7 @@ import dagster as dg
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.coordination.refs import read_ref
 from blobflow.dagster import metadata as md
 from blobflow.dagster.failures import as_dagster_error
 from blobflow.errors import (
@@ -40,7 +41,6 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.fields import check_choice
-from blobflow.lease import read_ref
 from blobflow.stores import ObjectMeta, Store, StoredObject
 from blobflow.transport import MANIFEST_SUFFIX, read_manifest_bytes
 from blobflow.transport.remote import payload_size

@@ -27,11 +27,11 @@ import dagster as dg
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.coordination.refs import RefState, read_ref
+from blobflow.coordination.rounds import content_key
 from blobflow.dagster import metadata as md
 from blobflow.dagster.handles import RemoteHandle, SnapshotHandle
 from blobflow.errors import ArtifactNotFound, BlobflowError, DigestMismatch, NotFoundError, ReplacementInProgress
-from blobflow.lease import RefState, read_ref
-from blobflow.rounds import content_key
 from blobflow.stores import Store
 from blobflow.transport import list_artifacts, read_manifest_bytes
 

@@ -7,8 +7,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from blobflow.intent import FrameLog
 from blobflow.layers.format import FramePlan, encode_seek_table, frame_starts, seek_table_size
+from blobflow.uploads.intent import FrameLog
 
 
 class Cut(NamedTuple):

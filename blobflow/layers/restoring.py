@@ -24,9 +24,9 @@ from blobflow.errors import BlobflowError, DestinationNotEmpty, RefusedError, se
 from blobflow.layers.format import LayerMeta, manifest_digest, tree_digest
 from blobflow.layers.remote import RemoteLayer
 from blobflow.layers.state import Restored
-from blobflow.transport.books import Books, OnProgress, OnRecord
 from blobflow.transport.reading import failures_noted, land_parts, landing_plan
 from blobflow.trees import remove_tree
+from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,9 @@ def land_layer(
         plan = landing_plan(layout, stage)
         stage.check_room(layout, plan, _may_be_holes(layer))
         landing = Landing(stage, layout, plan, digests=profile.verify_digest)
-        books: Books = remote.books(landing.plan, profile, "download", landing.sync, on_progress, on_checkpoint)
+        books: TransferProgress = remote.books(
+            landing.plan, profile, "download", landing.sync, on_progress, on_checkpoint
+        )
         with failures_noted(landing, books):
             land_parts(remote, landing, landing.plan.numbers, books, workers=workers)
             contents = (remote.manifest_bytes, remote.index_bytes)

@@ -18,7 +18,6 @@ from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import ChunkProfile
-from blobflow.engine.checkpoint import TransferRecord
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
 from blobflow.errors import (
@@ -29,8 +28,7 @@ from blobflow.errors import (
     TransferBusy,
     UploadIncomplete,
 )
-from blobflow.forks import forget_threads_in_children
-from blobflow.intent import FrameLog, Intent, IntentKeeper
+from blobflow.forks import reset_after_fork_of
 from blobflow.layers.cutting import Cut, PartCutter, known_size
 from blobflow.layers.format import (
     CONTENT_TYPE,
@@ -47,8 +45,10 @@ from blobflow.layers.names import layer_key, meta_key
 from blobflow.layers.remote import find_bytes, read_meta
 from blobflow.owner import process_owner
 from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store, check_put_size, check_readable
-from blobflow.transport.books import Books, OnProgress, OnRecord, transfer_id
+from blobflow.streams.checkpoint import TransferRecord
 from blobflow.transport.uploading import proven_parts
+from blobflow.uploads.intent import FrameLog, Intent, IntentKeeper
+from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress, transfer_id
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ _ATTEMPTS: Final = 5
 
 
 @dataclass(frozen=True)
-class Errand:
+class UploadRequest:
     """Which layer is to be brought where, and who is told."""
 
     store: Store
@@ -90,7 +90,7 @@ class _PartDone(NamedTuple):
     was_sent: bool
 
 
-def send_layer(errand: Errand) -> Sent:
+def send_layer(errand: UploadRequest) -> Sent:
     """Bring the layer into the store; may be called again after a crash, from any machine that has the same content.
 
     Raises:
@@ -107,11 +107,11 @@ class _Busy:
     """What this process is sending at the moment: store and key."""
 
     def __init__(self) -> None:
-        self.forget_threads()
-        forget_threads_in_children(self)
+        self.reset_after_fork()
+        reset_after_fork_of(self)
 
-    def forget_threads(self) -> None:
-        """See `Forkable`."""
+    def reset_after_fork(self) -> None:
+        """See `ResettableAfterFork`."""
         self._lock = threading.Lock()
         self._layers: set[tuple[str, str]] = set()
 
@@ -294,7 +294,7 @@ class _Finishing:
                 expected=meta.object_size,
                 actual=made.size,
             )
-        mode = PutMode.CREATE if self.store.abilities.conditional else PutMode.OVERWRITE
+        mode = PutMode.CREATE if self.store.capabilities.conditional else PutMode.OVERWRITE
         try:
             self._put(meta, mode)
         except PreconditionFailed:
@@ -319,7 +319,7 @@ class _Finishing:
 
 
 class _Sending(_Finishing):
-    def __init__(self, errand: Errand) -> None:
+    def __init__(self, errand: UploadRequest) -> None:
         frame_size = FramePlan.frame_size_for(errand.artifact.layout.size, errand.frame_size)
         super().__init__(errand.store, errand.artifact.manifest_bytes, frame_size)
         self.errand = errand
@@ -330,17 +330,17 @@ class _Sending(_Finishing):
         if (there := self._settled()) is not None:
             return there
         check_readable(self.store)
-        abilities = self.store.abilities
+        capabilities = self.store.capabilities
         # The size is not known yet, so the parts are made large enough for content that does not shrink at all.
         bound = Codec.bound(self.plan.size) + 128 * len(self.plan) + seek_table_size(len(self.plan))
         part_size = TransferPlan.for_upload(
             bound,
             self.errand.profile.chunk_size,
-            min_part_size=abilities.min_part_size,
-            max_part_size=abilities.max_part_size,
-            max_parts=abilities.max_parts,
+            min_part_size=capabilities.min_part_size,
+            max_part_size=capabilities.max_part_size,
+            max_parts=capabilities.max_parts,
         ).part_size
-        if not abilities.multipart or bound <= part_size:
+        if not capabilities.multipart or bound <= part_size:
             return self._send_whole()
         for _ in range(_ATTEMPTS):
             sent = self._bring(*self._claim(part_size))
@@ -383,7 +383,7 @@ class _Sending(_Finishing):
     def _send_whole(self) -> Sent:
         """A layer that fits into one part; or, compressed twice, one for a store without multipart uploads."""
         frames, kept = FrameLog(self.codec.name, self.plan.frame_size), bytearray()
-        in_memory = self.store.abilities.multipart
+        in_memory = self.store.capabilities.multipart
         crc = 0
         books = self._books(None, lambda: None)
         books.begin()
@@ -404,7 +404,7 @@ class _Sending(_Finishing):
             lambda: (kept, table) if in_memory else self._again(table),
             crc32c(table, crc),
         )
-        mode = PutMode.CREATE if self.store.abilities.conditional else PutMode.OVERWRITE
+        mode = PutMode.CREATE if self.store.capabilities.conditional else PutMode.OVERWRITE
         try:
             made = self.store.put(self.key, body, mode=mode, content_type=CONTENT_TYPE, private=self.is_private)
         except PreconditionFailed:
@@ -460,7 +460,7 @@ class _Sending(_Finishing):
 
     def _abort_others(self, upload_id: str) -> None:
         """Abort what others left: who has not got the intent by now does not get it, and gives up by itself."""
-        if not self.store.abilities.conditional:
+        if not self.store.capabilities.conditional:
             return
         for upload in self.store.list_uploads(self.key):
             if upload.key == self.key and upload.upload_id != upload_id:
@@ -535,7 +535,7 @@ class _Sending(_Finishing):
         books.done()
         return sent, made
 
-    def _compress(self, upload_id: str, cutter: PartCutter, held: Held, books: Books, sent: Sent) -> None:
+    def _compress(self, upload_id: str, cutter: PartCutter, held: Held, books: TransferProgress, sent: Sent) -> None:
         """Compress the frames from where the first missing part begins, and send the parts that the store lacks."""
         table_number = len(self.plan) + 1
         items = [self.plan.frame(number) for number in range(cutter.first_frame, table_number)]
@@ -590,7 +590,7 @@ class _Sending(_Finishing):
         self.store.put_part(self.key, upload_id, cut.number, body)
         return _PartDone(cut.number, len(cut.data), crc, was_sent=True)
 
-    def _books(self, upload_id: str | None, save: Callable[[], None]) -> Books:
+    def _books(self, upload_id: str | None, save: Callable[[], None]) -> TransferProgress:
         """The books count frames, because the parts are not known beforehand, and the bytes of the tar."""
         digest = artifact_digest(self.manifest_bytes)
         record = TransferRecord(
@@ -606,7 +606,7 @@ class _Sending(_Finishing):
             bytes_total=self.plan.size,
             state="running",
         )
-        return Books(
+        return TransferProgress(
             record,
             interval=self.errand.profile.checkpoint_interval,
             save=save,

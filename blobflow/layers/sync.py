@@ -17,6 +17,7 @@ from blobflow.backends.base import OnProgress as OnScan
 from blobflow.backends.directory import DirectoryExporter, Symlinks
 from blobflow.backends.patterns import ExcludePatterns
 from blobflow.config import ChunkProfile
+from blobflow.coordination.refs import RefState, move_ref, read_ref
 from blobflow.errors import (
     ArtifactInvalid,
     BlobflowError,
@@ -43,12 +44,12 @@ from blobflow.layers.names import CONTAINERS, container_name, container_ref, lay
 from blobflow.layers.remote import RemoteLayer
 from blobflow.layers.restoring import Replaceable, land_layer, sweep
 from blobflow.layers.scanning import StatCache
-from blobflow.layers.sending import Errand, Sent, abandon_layer, finish_layer, send_layer
+from blobflow.layers.sending import Sent, UploadRequest, abandon_layer, finish_layer, send_layer
 from blobflow.layers.state import PendingUpload, Restored, StateTable, SyncState
-from blobflow.lease import REF_SUFFIX, RefState, move_ref, read_ref
 from blobflow.stores.base import Store
-from blobflow.transport.books import OnProgress, OnRecord
+from blobflow.transport.catalog import REF_SUFFIX
 from blobflow.trees import remove_tree
+from blobflow.uploads.progress import OnProgress, OnRecord
 
 log = logging.getLogger(__name__)
 
@@ -418,7 +419,9 @@ class LayerSync:
             )
             self._table.save(state.model_copy(update={"pending": pending}))
 
-        errand = Errand(self.store, artifact, self.codec, self.profile, self._frame_size, on_begin=begun, **self._told)
+        errand = UploadRequest(
+            self.store, artifact, self.codec, self.profile, self._frame_size, on_begin=begun, **self._told
+        )
         with _logged("upload", key=key, container=state.container) as facts:
             sent = send_layer(errand)
             facts |= {"bytes": sent.meta.object_size, "parts": sent.parts, "resumed": sent.bytes_resumed}

@@ -28,11 +28,11 @@ from blobflow.errors import (
     TimedOut,
     UsageError,
 )
+from blobflow.http.client import HttpClient, HttpError, Response
 from blobflow.mirror.envelope import SnapshotId, head_bytes
 from blobflow.mirror.sending import DEFAULT_CHUNK_BYTES, Snapshot
 from blobflow.stores.base import Body
 from blobflow.stores.retry import DEFAULT_PATIENCE_S
-from blobflow.stores.s3_wire import Answer, Wire, WireError
 from blobflow.untrusted import plain, read_object
 from blobflow.version import __version__
 
@@ -101,7 +101,7 @@ class MirrorClient:
         self._patience_s = patience_s
         self._sleep = sleep
         self._clock = clock
-        self._wire = Wire(
+        self._client = HttpClient(
             f"{parts.scheme}://{parts.netloc}",
             connect_timeout_s=connect_timeout_s,
             idle_timeout_s=idle_timeout_s,
@@ -184,7 +184,7 @@ class MirrorClient:
 
     def close(self) -> None:
         """Close the connection."""
-        self._wire.close()
+        self._client.close()
 
     def __enter__(self) -> MirrorClient:
         return self
@@ -252,9 +252,9 @@ class MirrorClient:
 
         try:
             # Frames may be sent twice: the receiver knows them again.
-            with self._wire.send(method, self._base + target, headers, body) as answer:
+            with self._client.send(method, self._base + target, headers, body) as answer:
                 text = answer.read(_MAX_ANSWER_BYTES)
-        except WireError as error:
+        except HttpError as error:
             if isinstance(error.__cause__, ssl.SSLCertVerificationError):
                 raise StoreConfigurationError(
                     f"{self.url} shows a certificate that is not trusted: {error.__cause__.verify_message}",
@@ -275,7 +275,7 @@ class MirrorClient:
             raise self._failure(answer, document)
         return document
 
-    def _failure(self, answer: Answer, document: dict[str, Any]) -> BlobflowError:
+    def _failure(self, answer: Response, document: dict[str, Any]) -> BlobflowError:
         """The error that the receiver raised, as far as it is one of ours."""
         told: Any = document.get("error")
         told = dict(cast("dict[str, Any]", told)) if isinstance(told, dict) else {}

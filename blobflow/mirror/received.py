@@ -24,14 +24,14 @@ from typing_extensions import override
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import MANIFEST_NAME, artifact_digest
 from blobflow.checksum import Buffer
+from blobflow.coordination.refs import MAX_HISTORY, RefEntry, RefState
 from blobflow.errors import NotFoundError, ObjectNotFound, ObjectTooLarge, Unsupported
-from blobflow.lease import MAX_HISTORY, REF_SUFFIX, RefEntry, RefState
 from blobflow.mirror.envelope import SnapshotId
 from blobflow.mirror.machine import Following
 from blobflow.mirror.receiver import Received, follow_received, read_received, remove_received
 from blobflow.stores.base import (
-    Abilities,
     Body,
+    Capabilities,
     ObjectMeta,
     PartMeta,
     PutMode,
@@ -40,8 +40,8 @@ from blobflow.stores.base import (
     UploadMeta,
     check_key,
 )
-from blobflow.stores.local import LocalStore
-from blobflow.transport.catalog import MANIFEST_SUFFIX
+from blobflow.stores.local.store import LocalStore
+from blobflow.transport.catalog import MANIFEST_SUFFIX, REF_SUFFIX
 
 LATEST: Final = "latest"
 
@@ -83,7 +83,7 @@ class ReceivedStore(Store):
         self._paths: dict[str, str] = {}
         """Where the payloads are, by key; a complete snapshot never changes, it may only be gone."""
         self.url = f"received:{self._data_dir}"
-        self.abilities = Abilities(multipart=False, conditional=False)
+        self.capabilities = Capabilities(multipart=False, conditional=False)
 
     def snapshot(self, key: str) -> SnapshotId:
         """Which snapshot the artifact under `key` is.
@@ -187,7 +187,8 @@ class ReceivedStore(Store):
 
     def _look(self, key: str, received: Received) -> _Offered | None:
         """The artifact in a snapshot, if it is one: it begins with the manifest that the snapshot's digest names."""
-        from blobflow.artifact.tarmap import FILE_MODE, header
+        from blobflow.artifact.manifest import FILE_MODE
+        from blobflow.artifact.tarmap import header
 
         path = f"{received.id.database}/{received.path.name}"
         meta = self._files.head(path)
@@ -217,7 +218,7 @@ class ReceivedStore(Store):
             f"{self.url} is a receiver's, and only read",
             hint="push to the receiver instead",
             store=self.url,
-            ability="writing",
+            capability="writing",
         )
 
     @override

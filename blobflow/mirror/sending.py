@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from blobflow.checksum import crc32c
 from blobflow.config import MIB
-from blobflow.engine.ends import BEGIN_AGAIN, ObjectSource, OpenedSource, Pin, PinnedSource
 from blobflow.errors import NotFoundError, SourceChanged, SourceTruncated, UsageError, reading
 from blobflow.mirror.envelope import MAX_PAYLOAD_BYTES, SnapshotEnvelope, SnapshotId
 from blobflow.stores.base import Store
+from blobflow.streams.ends import BEGIN_AGAIN, ObjectSource, OpenedSource, Pin, PinnedSource
 from blobflow.transport.remote import RemoteArtifact
 
 DEFAULT_CHUNK_BYTES: Final = 4 * MIB

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from blobflow.stores.base import (
-    Abilities,
     Body,
+    Capabilities,
     ObjectMeta,
     PartMeta,
     PutMode,
@@ -16,8 +16,8 @@ from blobflow.stores.base import (
 from blobflow.stores.open import open_store
 
 __all__ = [
-    "Abilities",
     "Body",
+    "Capabilities",
     "ObjectMeta",
     "PartMeta",
     "PutMode",

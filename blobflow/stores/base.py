@@ -46,7 +46,7 @@ class ObjectMeta(NamedTuple):
     """Changes whenever the object is replaced, even by equal bytes in some stores. Opaque."""
     last_modified: datetime | None = None
     crc32c: int | None = None
-    """Of the whole object, as the store tells it; whether that may be believed, `Abilities.attests_crc32c` says."""
+    """Of the whole object, as the store tells it; whether that may be believed, `Capabilities.attests_crc32c` says."""
     metadata: Mapping[str, str] | None = None
     """What was put along with the bytes, where the store keeps such; names in lower case."""
 
@@ -76,7 +76,7 @@ class UploadMeta(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Abilities:
+class Capabilities:
     """What a store can do; plans are made from it."""
 
     multipart: bool = True
@@ -103,12 +103,12 @@ def check_readable(store: Store) -> None:
     Raises:
         Unsupported: its server ignores ranges.
     """
-    if not store.abilities.ranges:
+    if not store.capabilities.ranges:
         raise Unsupported(
             f"{store.url} cannot be read in ranges: what is sent there could not be verified or fetched",
             hint="`blobflow probe` shows what the server does; use another server, or another way to this one",
             store=store.url,
-            ability="ranged GET",
+            capability="ranged GET",
         )
 
 
@@ -118,14 +118,14 @@ def check_put_size(store: Store, key: str, size: int) -> None:
     Raises:
         Unsupported: naming both sizes.
     """
-    limit = store.abilities.max_put_size
+    limit = store.capabilities.max_put_size
     if limit is not None and size > limit:
         raise Unsupported(
             f"{key!r} has {size} bytes, and {store.url} takes at most {limit} in one request: it has no multipart"
             " uploads that can be relied upon",
             hint="`blobflow probe` shows why; use another server, or divide the source",
             store=store.url,
-            ability="multipart uploads",
+            capability="multipart uploads",
             key=key,
         )
 
@@ -136,13 +136,13 @@ def check_object_size(store: Store, key: str, size: int) -> None:
     Raises:
         Unsupported: naming both sizes.
     """
-    limit = store.abilities.max_object_size
+    limit = store.capabilities.max_object_size
     if limit is not None and size > limit:
         raise Unsupported(
             f"{key!r} has {size} bytes, and {store.url} takes objects of at most {limit}",
             hint="divide the source, or use another provider",
             store=store.url,
-            ability=f"objects of {size} bytes",
+            capability=f"objects of {size} bytes",
             key=key,
         )
 
@@ -231,7 +231,7 @@ def plain(body: Buffer | Body, store: Store) -> Body:
             f"{store.url} keeps no metadata with an object",
             hint="leave it out, or put it into the object; S3 keeps it",
             store=store.url,
-            ability="metadata",
+            capability="metadata",
         )
     return content
 
@@ -320,7 +320,7 @@ class Store(ABC):
 
     url: str
     """For people and metadata; never with credentials."""
-    abilities: Abilities
+    capabilities: Capabilities
     """Reading it may send requests, where the abilities of a server have to be found out first."""
 
     @property
@@ -359,7 +359,7 @@ class Store(ABC):
 
         Raises:
             PreconditionFailed: the object exists (CREATE), or is another or absent (UPDATE).
-            Unsupported: a conditional mode on a store without `abilities.conditional`.
+            Unsupported: a conditional mode on a store without `capabilities.conditional`.
         """
 
     @abstractmethod
@@ -418,7 +418,9 @@ class Store(ABC):
             Unsupported: this store has no such server.
         """
         del meta, target
-        raise Unsupported(f"{self.url} cannot copy from {address.path}", store=self.url, ability="copies by its server")
+        raise Unsupported(
+            f"{self.url} cannot copy from {address.path}", store=self.url, capability="copies by its server"
+        )
 
     @abstractmethod
     def create_multipart(

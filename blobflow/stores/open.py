@@ -40,7 +40,7 @@ def open_store(
 
     | url | store | options |
     |---|---|---|
-    | `s3://bucket/prefix` | S3 and its relatives | those of `blobflow.stores.s3.S3Options`: endpoint_url, region ... |
+    | `s3://bucket/prefix` | S3 and its relatives | fields of `blobflow.stores.s3.options.S3Options` |
     | `file:///absolute/path`, or a path | local directory, made by the first write | none |
     | `memory://prefix` | this process's memory, for experiments | none |
     | another fsspec URL (`gs://`, `az://`, `sftp://` ...) | through fsspec, without resume | that file system's own |
@@ -95,7 +95,7 @@ def _open(url: str, options: dict[str, Any]) -> Store:
 
 
 def _open_local(path: str, options: dict[str, Any]) -> Store:
-    from blobflow.stores.local import LocalStore
+    from blobflow.stores.local.store import LocalStore
 
     _refuse_unknown("a local store", options, ())
     return LocalStore(path)
@@ -107,7 +107,7 @@ def _open_s3(url: str, rest: str, options: dict[str, Any]) -> Store:
         raise _invalid(url, "the bucket is missing", hint="use s3://bucket/prefix")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket):
         raise _invalid("s3://...", "this is not the name of a bucket", hint="use s3://bucket/prefix")
-    from blobflow.stores.s3 import S3Options, S3Store
+    from blobflow.stores.s3.store import S3Options, S3Store
 
     _refuse_unknown("an S3 store", options, S3Options.model_fields.keys() - {"bucket", "prefix"})
     try:
@@ -122,7 +122,7 @@ def _open_s3(url: str, rest: str, options: dict[str, Any]) -> Store:
 
 
 def _open_fsspec(scheme: str, rest: str, options: dict[str, Any]) -> Store:
-    from blobflow.stores.fsspec_store import FsspecStore
+    from blobflow.stores.fsspec.store import FsspecStore
 
     if scheme == "memory":
         _refuse_unknown("a memory store", options, ())

@@ -38,7 +38,7 @@ from blobflow.errors import (
     TimedOut,
     Unsupported,
 )
-from blobflow.stores.base import Abilities, Body, ObjectMeta, PutMode, Store
+from blobflow.stores.base import Body, Capabilities, ObjectMeta, PutMode, Store
 from blobflow.stores.probe_memory import ProbeMemory
 from blobflow.stores.retry import DEFAULT_PATIENCE_S, RetryingStore
 from blobflow.stores.wrapping import WrappingStore
@@ -121,7 +121,7 @@ class ProbeReport(BaseModel):
         finding = self.findings.get(name)
         return finding is not None and finding.holds
 
-    def apply(self, declared: Abilities) -> Abilities:
+    def apply(self, declared: Capabilities) -> Capabilities:
         """What plans may rely upon: of the declared abilities those that hold, and what was found beyond them."""
         return replace(
             declared,
@@ -177,7 +177,7 @@ def probe(store: Store, *, now: Callable[[], float] = time.time, **retrying: Any
 
 
 class ProbedStore(RetryingStore):
-    """A retrying store whose `abilities` are found out when they are first asked for.
+    """A retrying store whose `capabilities` are found out when they are first asked for.
 
     What this user found before is used for 30 days, after a look at the report in the store, which costs one GET per
     process. Whoever only reads, or uploads what is there already, does not ask at all. Credentials that may not try
@@ -208,18 +208,18 @@ class ProbedStore(RetryingStore):
         self._retrying = retrying
         self._memory = memory or ProbeMemory()
         self._now = now
-        self._abilities: Abilities | None = None
+        self._abilities: Capabilities | None = None
 
     @property
     @override
-    def abilities(self) -> Abilities:
+    def capabilities(self) -> Capabilities:
         if self._abilities is None:
             self._abilities = self._find_out()
         return self._abilities
 
-    def _find_out(self) -> Abilities:
+    def _find_out(self) -> Capabilities:
         try:
-            return self.report().apply(self.store.abilities)
+            return self.report().apply(self.store.capabilities)
         except StoreConfigurationError as error:
             if not _is_forbidden(error):
                 raise
@@ -229,7 +229,7 @@ class ProbedStore(RetryingStore):
                 error.fields.get("operation"),
                 "nothing that was not found out is relied upon; the probe needs the rights of an upload",
             )
-            return replace(self.store.abilities, conditional=False, attests_crc32c=False)
+            return replace(self.store.capabilities, conditional=False, attests_crc32c=False)
 
     def report(self, *, fresh: bool = False) -> ProbeReport:
         """What the server can do: what this user found in the last 30 days, else what a probe finds now.
@@ -245,7 +245,7 @@ class ProbedStore(RetryingStore):
         if mine is not None and not self._is_outdated(mine, told):
             return mine
         report = probe(self.store, now=self._now, **self._retrying)
-        self._abilities = report.apply(self.store.abilities)
+        self._abilities = report.apply(self.store.capabilities)
         self._memory.keep(self._place, report.model_dump_json().encode())
         self._tell([report, *(r for r in told if r.endpoint != report.endpoint)])
         return report
@@ -308,12 +308,12 @@ class ProbedStore(RetryingStore):
         content_type: str = "application/octet-stream",
         private: bool = False,
     ) -> ObjectMeta:
-        if mode is not PutMode.OVERWRITE and not self.abilities.conditional:
+        if mode is not PutMode.OVERWRITE and not self.capabilities.conditional:
             raise Unsupported(
                 f"{self.url} has no conditional writes that can be relied upon",
                 hint="`blobflow probe` shows why",
                 store=self.url,
-                ability="conditional writes",
+                capability="conditional writes",
             )
         return super().put(key, body, mode=mode, e_tag=e_tag, content_type=content_type, private=private)
 
@@ -434,7 +434,7 @@ class _Trial:
         try:
             upload_id = self._store.create_multipart(key, part_size=len(_FIRST))
         except BlobflowError:
-            self._begun_unseen = self._store.abilities.multipart
+            self._begun_unseen = self._store.capabilities.multipart
             raise
         self._uploads.append((key, upload_id))
         return upload_id
@@ -552,7 +552,7 @@ class _Trial:
             pass
         else:
             raise _No(f"a put with a wrong {checksum} was accepted")
-        if not self._store.abilities.multipart:
+        if not self._store.capabilities.multipart:
             return f"a put with a wrong {checksum} was refused"
         upload_id = self._begin(key)
         try:

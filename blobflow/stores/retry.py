@@ -21,7 +21,7 @@ from blobflow.errors import (
     StoreUnavailable,
     TimedOut,
 )
-from blobflow.forks import forget_threads_in_children
+from blobflow.forks import reset_after_fork_of
 from blobflow.stores.base import Arrived, Body, Coroutines, ObjectMeta, PutMode, Store
 from blobflow.stores.wrapping import WrappingStore
 
@@ -80,11 +80,11 @@ class RetryingStore(WrappingStore):
         self._patience_s = patience_s
         self._sleep = sleep
         self.clock = clock
-        self.forget_threads()
-        forget_threads_in_children(self)
+        self.reset_after_fork()
+        reset_after_fork_of(self)
 
-    def forget_threads(self) -> None:
-        """See `Forkable`."""
+    def reset_after_fork(self) -> None:
+        """See `ResettableAfterFork`."""
         self._lock = threading.Lock()
 
     @override

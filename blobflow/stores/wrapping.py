@@ -9,8 +9,8 @@ from typing_extensions import override
 
 from blobflow.checksum import Buffer
 from blobflow.stores.base import (
-    Abilities,
     Body,
+    Capabilities,
     ObjectAddress,
     ObjectMeta,
     PartMeta,
@@ -41,8 +41,8 @@ class WrappingStore(Store):
 
     @property
     @override
-    def abilities(self) -> Abilities:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.store.abilities
+    def capabilities(self) -> Capabilities:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.store.capabilities
 
     @property
     @override

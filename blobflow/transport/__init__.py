@@ -7,7 +7,6 @@ comes after a crash finds in the bucket what is left to do.
 
 from __future__ import annotations
 
-from blobflow.transport.books import ProgressEvent
 from blobflow.transport.catalog import (
     MANIFEST_SUFFIX,
     ArtifactEntry,
@@ -30,6 +29,7 @@ from blobflow.transport.lanes import (
 )
 from blobflow.transport.reading import PROOF_MEANS, DownloadResult, Proof, VerifyMode, VerifyResult, download, verify
 from blobflow.transport.uploading import UploadResult, upload
+from blobflow.uploads.progress import ProgressEvent
 
 __all__ = [
     "MANIFEST_SUFFIX",

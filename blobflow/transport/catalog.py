@@ -16,14 +16,15 @@ from blobflow.errors import (
     ObjectTooLarge,
     ReplacementInProgress,
 )
-from blobflow.intent import SUFFIX as INTENT_SUFFIX
-from blobflow.intent import IntentKeeper
-from blobflow.lease import LEASE_SUFFIX, REF_SUFFIX
 from blobflow.stores.base import Store, check_key
+from blobflow.uploads.intent import SUFFIX as INTENT_SUFFIX
+from blobflow.uploads.intent import IntentKeeper
 
 MANIFEST_SUFFIX: Final = ".manifest.json"
 DAMAGED_SUFFIX: Final = ".damaged.json"
 """Of what was found when an artifact was damaged; see `blobflow.transport.healing`."""
+REF_SUFFIX: Final = ".ref.json"
+LEASE_SUFFIX: Final = ".lease.json"
 _RESERVED_SUFFIXES: Final = (MANIFEST_SUFFIX, DAMAGED_SUFFIX, INTENT_SUFFIX, REF_SUFFIX, LEASE_SUFFIX)
 
 

@@ -22,10 +22,10 @@ from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
 from blobflow.errors import ArtifactInvalid, ChecksumMismatch, StoreConfigurationError, Unsupported, UsageError
 from blobflow.stores.base import ObjectMeta, Store
-from blobflow.transport.books import Books, OnProgress, OnRecord
 from blobflow.transport.catalog import check_artifact_key
 from blobflow.transport.remote import RemoteArtifact
-from blobflow.transport.uploading import Errand, MultipartUpload, run
+from blobflow.transport.uploading import MultipartUpload, UploadRequest, run
+from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +103,9 @@ def copy_artifact(
         raise UsageError(f"{source_key!r} cannot be copied to itself", key=source_key)
     in_place = in_place or _is_same_server(source_store, source_key, target_store, target_key)
     payload = RemotePayload(RemoteArtifact.open(source_store, source_key, expected_digest))
-    errand = Errand(target_store, target_key, payload, profile, overwrite, on_progress, on_checkpoint, "copy", _DAMAGED)
+    errand = UploadRequest(
+        target_store, target_key, payload, profile, overwrite, on_progress, on_checkpoint, "copy", _DAMAGED
+    )
     result = run(errand, _ServerCopy if in_place else MultipartUpload)
     meter = payload.meter
     return CopyResult(
@@ -231,14 +233,14 @@ class _ServerCopy(MultipartUpload):
     """
 
     @override
-    def make(self, upload_id: str, plan: TransferPlan, books: Books) -> ObjectMeta:
+    def make(self, upload_id: str, plan: TransferPlan, books: TransferProgress) -> ObjectMeta:
         payload = self.payload
         if not isinstance(payload, RemotePayload):
             raise AssertionError("a copy brings what is in a store")
         if self.replaces is not None or not payload.is_as_stored:
             return super().make(upload_id, plan, books)
         payload.meter.server_side = True
-        self.take_the_way(upload_id)
+        self.delete_old_manifest(upload_id)
         try:
             books.begin()
             try:
@@ -269,14 +271,14 @@ class _ServerCopy(MultipartUpload):
         self.store.abort_multipart(self.key, upload_id)
         return made
 
-    def _prove(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, books: Books) -> None:
+    def _prove(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, books: TransferProgress) -> None:
         """Hold the copy to the CRC32C of the manifest: the attested one, or that of its bytes."""
-        attested = made.crc32c if self.store.abilities.attests_crc32c else None
+        attested = made.crc32c if self.store.capabilities.attests_crc32c else None
         actual = self._read_back(made, plan, meter, books) if attested is None else attested
         if actual != self.payload.payload_crc32c:
             raise self.differs(actual)
 
-    def _read_back(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, books: Books) -> int:
+    def _read_back(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, books: TransferProgress) -> int:
         crcs: dict[int, int] = {}
 
         def move(part: Part, buffer: memoryview) -> int:

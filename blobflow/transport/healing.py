@@ -32,10 +32,10 @@ from blobflow.errors import (
     ObjectNotFound,
 )
 from blobflow.stores.base import Store
-from blobflow.transport.books import OnProgress, OnRecord
 from blobflow.transport.catalog import DAMAGED_SUFFIX, read_manifest_bytes
 from blobflow.transport.reading import VerifyMode, VerifyResult, verify
-from blobflow.transport.uploading import Errand, UploadResult, run
+from blobflow.transport.uploading import UploadRequest, UploadResult, run
+from blobflow.uploads.progress import OnProgress, OnRecord
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def verify_or_heal(
         if Manifest.parse(manifest_bytes).same_body(artifact.manifest):
             # The very artifact that was there: refs and digests that somebody wrote down stay right.
             payload = artifact.adopt(manifest_bytes)
-        request = Errand(
+        request = UploadRequest(
             store, key, payload, profile or ChunkProfile(), False, on_progress, on_checkpoint, damaged=pinned or "gone"
         )
         uploaded = run(request)

@@ -38,12 +38,12 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.stores.base import ObjectMeta, Store, check_object_size, check_readable
-from blobflow.transport.books import Books, OnProgress, OnRecord
 from blobflow.transport.catalog import check_artifact_key
 from blobflow.transport.reading import failures_noted, land_parts, landing_plan
 from blobflow.transport.remote import RemoteArtifact
-from blobflow.transport.uploading import Errand, MultipartUpload, UploadResult, unless_there
+from blobflow.transport.uploading import MultipartUpload, UploadRequest, UploadResult, skip_if_published
 from blobflow.untrusted import plain
+from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 
 _OWNER: Final = "lanes"
 """In whose name their intent is kept: that one lane's process has ended says nothing of the others."""
@@ -148,12 +148,12 @@ def begin_upload(
         KeyConflict, TransferBusy, ArtifactNotFound, ArtifactInvalid: as `upload`.
     """
     check_artifact_key(key)
-    if not store.abilities.multipart:
+    if not store.capabilities.multipart:
         raise Unsupported(
             f"{store.url} has no multipart uploads that can be relied upon, and lanes need them",
             hint="send it in one lane: then it goes in a single request; `blobflow probe` shows what the server does",
             store=store.url,
-            ability="multipart uploads",
+            capability="multipart uploads",
         )
     check_readable(store)
     errand = _errand(store, key, artifact, profile, overwrite=overwrite)
@@ -166,7 +166,7 @@ def begin_upload(
             upload.keeper.save({})
         return UploadTicket(key, upload_id, upload.payload.digest, plan.part_size, len(plan), plan.size)
 
-    begun = unless_there(errand, claim)
+    begun = skip_if_published(errand, claim)
     if isinstance(begun, UploadResult):
         return UploadTicket(key, "", begun.artifact_digest, errand.profile.chunk_size, 0, begun.bytes_total)
     return begun
@@ -255,7 +255,7 @@ def commit_upload(
         upload, plan = _taken_up(errand, ticket)
         books = upload.upload_books(ticket.upload_id, plan)
 
-        def make(upload_id: str, plan: TransferPlan, books: Books) -> ObjectMeta:
+        def make(upload_id: str, plan: TransferPlan, books: TransferProgress) -> ObjectMeta:
             _check_held(upload, ticket)
             upload.crcs, unproven = upload.held(upload_id, plan)
             missing = [part.number for part in plan.missing(upload.crcs) if part.number not in unproven]
@@ -273,7 +273,7 @@ def commit_upload(
             raise _gone(ticket)
         return upload.result(books, started)
 
-    return unless_there(errand, commit)
+    return skip_if_published(errand, commit)
 
 
 def _errand(
@@ -285,14 +285,14 @@ def _errand(
     overwrite: bool = True,
     on_progress: OnProgress | None = None,
     on_checkpoint: OnRecord | None = None,
-) -> Errand:
+) -> UploadRequest:
     """Whether the key may be overwritten was settled when the upload began; the intent remembers it."""
     if not isinstance(artifact, Artifact):
         artifact = Artifact.open(artifact)
-    return Errand(store, key, artifact, profile or ChunkProfile(), overwrite, on_progress, on_checkpoint)
+    return UploadRequest(store, key, artifact, profile or ChunkProfile(), overwrite, on_progress, on_checkpoint)
 
 
-def _taken_up(errand: Errand, ticket: UploadTicket) -> tuple[MultipartUpload, TransferPlan]:
+def _taken_up(errand: UploadRequest, ticket: UploadTicket) -> tuple[MultipartUpload, TransferPlan]:
     """The upload of the ticket, with the manifest that it was begun with."""
     upload = MultipartUpload(errand, None, owner=_OWNER)  # only the intent knows what may be replaced
     intent = upload.keeper.load()
@@ -440,7 +440,7 @@ def fetch_lane(
     )
 
 
-def _narrow(books: Books, plan: TransferPlan, numbers: Collection[int], name: str) -> None:
+def _narrow(books: TransferProgress, plan: TransferPlan, numbers: Collection[int], name: str) -> None:
     """Let the books of a transfer be those of some of its parts.
 
     Under an id of their own: checkpoints of lanes that are at work at the same time are several stories.

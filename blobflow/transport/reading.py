@@ -18,8 +18,8 @@ from blobflow.engine.pool import move_parts
 from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch, UsageError, setting
 from blobflow.fields import check_choice
 from blobflow.stores.base import ObjectMeta, Store
-from blobflow.transport.books import Books, OnProgress, OnRecord
 from blobflow.transport.remote import RemoteArtifact
+from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 
 if TYPE_CHECKING:
     from blobflow.artifact.landing import Landing, Stage
@@ -97,7 +97,7 @@ def verify(
 
     Args:
         mode: `shallow` compares sizes, the embedded manifest with the sibling, and the CRC32C of the whole payload if
-            the store attests one: computed by itself, as this user's probe has shown (`Abilities.attests_crc32c`).
+            the store attests one: computed by itself, as this user's probe has shown (`Capabilities.attests_crc32c`).
             `deep` reads every byte and holds every member to its SHA-256. `auto` is shallow where there is an attested
             CRC32C, and deep everywhere else.
         sample: `(n, t)` reads the n-th of t slices of the members, as `deep` reads them all, and compares the rest as
@@ -154,7 +154,7 @@ def verify(
 
 def _attested_crc32c(store: Store, payload: ObjectMeta) -> int | None:
     """The CRC32C that the store tells, if it may be believed; to find that out may cost requests."""
-    return payload.crc32c if payload.crc32c is not None and store.abilities.attests_crc32c else None
+    return payload.crc32c if payload.crc32c is not None and store.capabilities.attests_crc32c else None
 
 
 class _Turnstile:
@@ -317,7 +317,9 @@ def landing_plan(layout: TarMap, stage: Stage) -> TransferPlan:
     return TransferPlan(layout.size - layout.data_start, stage.part_size, start=layout.data_start)
 
 
-def land_parts(remote: RemoteArtifact, landing: Landing, numbers: range, books: Books, *, workers: int) -> None:
+def land_parts(
+    remote: RemoteArtifact, landing: Landing, numbers: range, books: TransferProgress, *, workers: int
+) -> None:
     """Fetch and land those of the parts `numbers` that the stage lacks."""
     rest = landing.plan.rest(numbers, landing.stage.done)
     for number in rest.done:
@@ -341,7 +343,7 @@ def land_parts(remote: RemoteArtifact, landing: Landing, numbers: range, books: 
 
 
 @contextmanager
-def failures_noted(landing: Landing, books: Books) -> Generator[None]:
+def failures_noted(landing: Landing, books: TransferProgress) -> Generator[None]:
     """Whatever stops the landing: what has landed is saved, and what turned out to be wrong is fetched again."""
     try:
         yield

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Literal
 from blobflow.artifact.artifact import check_index_bytes, checked_layout
 from blobflow.artifact.manifest import INDEX_NAME, Manifest, artifact_digest
 from blobflow.config import ChunkProfile
-from blobflow.engine.checkpoint import TransferRecord
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import (
     ArtifactInvalid,
@@ -22,8 +21,9 @@ from blobflow.errors import (
     SizeMismatch,
 )
 from blobflow.stores.base import Arrived, ObjectMeta, Store
-from blobflow.transport.books import Books, OnProgress, OnRecord, transfer_id
+from blobflow.streams.checkpoint import TransferRecord
 from blobflow.transport.catalog import read_manifest_bytes
+from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress, transfer_id
 
 if TYPE_CHECKING:
     from blobflow.artifact.tarmap import TarMap
@@ -112,7 +112,8 @@ class RemoteArtifact:
     def open_layout(self) -> TarMap:
         """Fetch the index and derive the layout of the whole payload from it, everything checked."""
         from blobflow.artifact.index import Index, index_bytes_limit
-        from blobflow.artifact.tarmap import FILE_MODE, header, member_length
+        from blobflow.artifact.manifest import FILE_MODE
+        from blobflow.artifact.tarmap import header, member_length
 
         self.check_embedded()
         size = self.manifest.index.size
@@ -153,7 +154,7 @@ class RemoteArtifact:
         save: Callable[[], None],
         on_progress: OnProgress | None,
         on_checkpoint: OnRecord | None,
-    ) -> Books:
+    ) -> TransferProgress:
         record = TransferRecord(
             transfer_id=transfer_id(self.store, self.key, self.digest, kind),
             kind=kind,
@@ -166,7 +167,7 @@ class RemoteArtifact:
             bytes_total=len(self.head) + plan.size,
             state="running",
         )
-        return Books(
+        return TransferProgress(
             record,
             interval=profile.checkpoint_interval,
             save=save,

@@ -17,7 +17,6 @@ from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import ChunkProfile
-from blobflow.engine.checkpoint import TransferRecord
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
 from blobflow.errors import (
@@ -32,7 +31,6 @@ from blobflow.errors import (
     TransferBusy,
     UploadIncomplete,
 )
-from blobflow.intent import IntentKeeper
 from blobflow.stores.base import (
     Body,
     ObjectMeta,
@@ -44,9 +42,11 @@ from blobflow.stores.base import (
     check_readable,
     check_room_for,
 )
-from blobflow.transport.books import Books, OnProgress, OnRecord, transfer_id
+from blobflow.streams.checkpoint import TransferRecord
 from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key, read_manifest_bytes
 from blobflow.transport.remote import payload_size
+from blobflow.uploads.intent import IntentKeeper
+from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress, transfer_id
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Payload(Protocol):
 
 
 @dataclass(frozen=True)
-class Errand:
+class UploadRequest:
     """What is to be brought where, and who is told."""
 
     store: Store
@@ -164,10 +164,10 @@ def upload(
     check_artifact_key(key)
     if not isinstance(artifact, Artifact):
         artifact = Artifact.open(artifact)
-    return run(Errand(store, key, artifact, profile or ChunkProfile(), overwrite, on_progress, on_checkpoint))
+    return run(UploadRequest(store, key, artifact, profile or ChunkProfile(), overwrite, on_progress, on_checkpoint))
 
 
-def run(errand: Errand, multipart: type[MultipartUpload] | None = None) -> UploadResult:
+def run(errand: UploadRequest, multipart: type[MultipartUpload] | None = None) -> UploadResult:
     """Bring the payload under its key, or find out that it is there.
 
     Args:
@@ -178,13 +178,13 @@ def run(errand: Errand, multipart: type[MultipartUpload] | None = None) -> Uploa
     def way(replaces: str | None) -> UploadResult:
         check_readable(errand.store)
         check_object_size(errand.store, errand.key, errand.payload.payload_size)
-        kind = (multipart or MultipartUpload) if errand.store.abilities.multipart else _StreamUpload
+        kind = (multipart or MultipartUpload) if errand.store.capabilities.multipart else _StreamUpload
         return kind(errand, replaces).run(started)
 
-    return unless_there(errand, way)
+    return skip_if_published(errand, way)
 
 
-def unless_there(errand: Errand, bring: Callable[[str | None], _Brought]) -> _Brought | UploadResult:
+def skip_if_published(errand: UploadRequest, bring: Callable[[str | None], _Brought]) -> _Brought | UploadResult:
     """What `bring` returns, which is given the digest of the artifact to replace; or `unchanged`, if all is there."""
     started = time.monotonic()
     store, key = errand.store, errand.key
@@ -219,7 +219,7 @@ def _published(store: Store, key: str) -> bytes | None:
         raise ArtifactInvalid(f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key) from error
 
 
-def _replaceable(existing_bytes: bytes, errand: Errand) -> Manifest | None:
+def _replaceable(existing_bytes: bytes, errand: UploadRequest) -> Manifest | None:
     """The manifest under the key if it is of the same content, None if it may be replaced.
 
     Raises:
@@ -247,7 +247,7 @@ def _replaceable(existing_bytes: bytes, errand: Errand) -> Manifest | None:
     )
 
 
-def _payload_is_there(errand: Errand, manifest_bytes: bytes) -> bool:
+def _payload_is_there(errand: UploadRequest, manifest_bytes: bytes) -> bool:
     try:
         found = errand.store.head(errand.key)
     except ObjectNotFound:
@@ -273,7 +273,7 @@ def _remove_leftover(store: Store, key: str, manifest_bytes: bytes) -> None:
 class _Upload:
     """What all ways of uploading share: publishing, and the result."""
 
-    def __init__(self, errand: Errand, replaces: str | None) -> None:
+    def __init__(self, errand: UploadRequest, replaces: str | None) -> None:
         self.errand = errand
         self.store = errand.store
         self.key = errand.key
@@ -286,7 +286,7 @@ class _Upload:
     def run(self, started: float) -> UploadResult:
         raise NotImplementedError
 
-    def books(self, plan: TransferPlan, upload_id: str | None, save: Callable[[], None]) -> Books:
+    def books(self, plan: TransferPlan, upload_id: str | None, save: Callable[[], None]) -> TransferProgress:
         record = TransferRecord(
             transfer_id=transfer_id(self.store, self.key, self.payload.digest, self.errand.kind),
             kind=self.errand.kind,
@@ -300,7 +300,7 @@ class _Upload:
             bytes_total=plan.size,
             state="running",
         )
-        return Books(
+        return TransferProgress(
             record,
             interval=self.profile.checkpoint_interval,
             save=save,
@@ -308,7 +308,7 @@ class _Upload:
             on_checkpoint=self.errand.on_checkpoint,
         )
 
-    def clear_the_way(self) -> None:
+    def delete_published_manifest(self) -> None:
         """Before the payload is replaced, its old manifest goes: a manifest means that its payload is complete.
 
         Raises:
@@ -341,7 +341,7 @@ class _Upload:
                 expected=self.payload.payload_size,
                 actual=made.size,
             )
-        mode = PutMode.CREATE if self.store.abilities.conditional else PutMode.OVERWRITE
+        mode = PutMode.CREATE if self.store.capabilities.conditional else PutMode.OVERWRITE
         manifest_bytes = self.payload.manifest_bytes
         try:
             self.store.put(
@@ -381,7 +381,7 @@ class _Upload:
             actual=actual,
         )
 
-    def result(self, books: Books, started: float) -> UploadResult:
+    def result(self, books: TransferProgress, started: float) -> UploadResult:
         return UploadResult(
             status="uploaded",
             key=self.key,
@@ -417,12 +417,13 @@ class _StreamUpload(_Upload):
                 if books.bytes_moved + len(chunk) == source.size:
                     if crc != expected:
                         raise self.differs(crc)
-                    self.clear_the_way()  # looked at before the transfer, and once more before it replaces anything
+                    # Looked at before the transfer, and once more before it replaces anything.
+                    self.delete_published_manifest()
                 yield chunk
                 books.moved(len(chunk))
                 books.tick()
 
-        self.clear_the_way()
+        self.delete_published_manifest()
         made = self.store.put(
             self.key, Body(source.size, chunks, expected), content_type=CONTENT_TYPE, private=self.is_private
         )
@@ -438,7 +439,7 @@ class MultipartUpload(_Upload):
         owner: In whose name the intent is kept; None: of this process.
     """
 
-    def __init__(self, errand: Errand, replaces: str | None, *, owner: str | None = None) -> None:
+    def __init__(self, errand: UploadRequest, replaces: str | None, *, owner: str | None = None) -> None:
         super().__init__(errand, replaces)
         self.keeper = IntentKeeper(self.store, self.key, owner=owner)
         self.is_new = False
@@ -455,12 +456,16 @@ class MultipartUpload(_Upload):
                 return self.result(books, started)
         raise TransferBusy(f"the upload of {self.key!r} was taken away {_CLAIM_ATTEMPTS} times", key=self.key)
 
-    def upload_books(self, upload_id: str, plan: TransferPlan) -> Books:
+    def upload_books(self, upload_id: str, plan: TransferPlan) -> TransferProgress:
         """Books that save into the intent."""
         return self.books(plan, upload_id, save=lambda: self.keeper.save(self.crcs))
 
     def bring(
-        self, upload_id: str, plan: TransferPlan, books: Books, make: Callable[[str, TransferPlan, Books], ObjectMeta]
+        self,
+        upload_id: str,
+        plan: TransferPlan,
+        books: TransferProgress,
+        make: Callable[[str, TransferPlan, TransferProgress], ObjectMeta],
     ) -> bool:
         """Make the payload and publish it. False: the upload is gone, and nobody completed it."""
         try:
@@ -523,13 +528,13 @@ class MultipartUpload(_Upload):
         raise TransferBusy(f"too many processes begin an upload to {self.key!r}", key=self.key)
 
     def _plan(self) -> TransferPlan:
-        abilities = self.store.abilities
+        capabilities = self.store.capabilities
         return TransferPlan.for_upload(
             self.payload.payload_size,
             self.profile.chunk_size,
-            min_part_size=abilities.min_part_size,
-            max_part_size=abilities.max_part_size,
-            max_parts=abilities.max_parts,
+            min_part_size=capabilities.min_part_size,
+            max_part_size=capabilities.max_part_size,
+            max_parts=capabilities.max_parts,
         )
 
     def completed_by_somebody(self) -> ObjectMeta | None:
@@ -548,12 +553,12 @@ class MultipartUpload(_Upload):
 
     # Sending
 
-    def make(self, upload_id: str, plan: TransferPlan, books: Books) -> ObjectMeta:
+    def make(self, upload_id: str, plan: TransferPlan, books: TransferProgress) -> ObjectMeta:
         """Send what is missing, prove it, and make the payload of it."""
         self.send(upload_id, plan, books, range(1, len(plan) + 1))
         return self.complete(upload_id, plan)
 
-    def send(self, upload_id: str, plan: TransferPlan, books: Books, numbers: Collection[int]) -> None:
+    def send(self, upload_id: str, plan: TransferPlan, books: TransferProgress, numbers: Collection[int]) -> None:
         """Send those of the parts that the store does not hold, and save their checksums."""
         self.crcs, unproven = self.held(upload_id, plan)
         for number in self.crcs.keys() & set(numbers):
@@ -578,14 +583,14 @@ class MultipartUpload(_Upload):
             self.give_up(upload_id)
             raise self.differs(actual)
         parts = proven_parts(self.store, self.key, upload_id, plan, self.crcs)
-        self.take_the_way(upload_id)
+        self.delete_old_manifest(upload_id)
         self.store.complete_multipart(self.key, upload_id, parts)
         return self.store.head(self.key)
 
-    def take_the_way(self, upload_id: str) -> None:
-        """`clear_the_way`, and nothing is left of this upload if it is refused."""
+    def delete_old_manifest(self, upload_id: str) -> None:
+        """`delete_published_manifest`, and nothing is left of this upload if it is refused."""
         try:
-            self.clear_the_way()
+            self.delete_published_manifest()
         except KeyConflict:
             self.give_up(upload_id)
             raise
@@ -619,7 +624,7 @@ class MultipartUpload(_Upload):
         return known, unproven
 
     def _send(
-        self, upload_id: str, plan: TransferPlan, books: Books, missing: list[Part], unproven: dict[int, str]
+        self, upload_id: str, plan: TransferPlan, books: TransferProgress, missing: list[Part], unproven: dict[int, str]
     ) -> None:
         if not missing:
             return
@@ -651,7 +656,7 @@ class MultipartUpload(_Upload):
             on_tick=lambda: self.tick(books),
         )
 
-    def tick(self, books: Books) -> None:
+    def tick(self, books: TransferProgress) -> None:
         """Show the progress and keep the intent alive, as often as each is due."""
         books.tick()
         if self.keeper.renewal_due():

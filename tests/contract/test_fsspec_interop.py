@@ -26,8 +26,8 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.stores import Body, PutMode
-from blobflow.stores.fsspec_store import FsspecStore
-from blobflow.stores.s3 import S3Options, S3Store
+from blobflow.stores.fsspec.store import FsspecStore
+from blobflow.stores.s3.store import S3Options, S3Store
 from tests.servers import S3Endpoint
 
 

@@ -12,7 +12,7 @@ import pytest
 from blobflow.checksum import crc32c
 from blobflow.errors import NoSuchUpload
 from blobflow.stores import Body
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 
 PART = 1000
 BEFORE, AFTER, NEW = b"before" * 500, b"after!" * 700, b"new" * 900
@@ -23,7 +23,7 @@ CHILD = f"""
 import itertools, json, os, signal, sys
 from pathlib import Path
 from blobflow.stores import Body, PutMode
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 
 CALLS = ("fsync", "fdatasync", "ftruncate", "link", "mkdir", "pwrite", "rename", "rmdir", "unlink", "utime", "write")
 

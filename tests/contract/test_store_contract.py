@@ -12,10 +12,10 @@ import pytest
 from pydantic import SecretStr
 
 from blobflow.stores import Store
-from blobflow.stores.fsspec_store import FsspecStore
-from blobflow.stores.local import LocalStore
+from blobflow.stores.fsspec.store import FsspecStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.retry import RetryingStore
-from blobflow.stores.s3 import S3Options, S3Store
+from blobflow.stores.s3.store import S3Options, S3Store
 from blobflow.testing import StoreContract
 from tests.servers import S3Endpoint
 

@@ -14,7 +14,7 @@ import pytest
 from blobflow.checksum import Buffer
 from blobflow.errors import SlowDown, StoreUnavailable
 from blobflow.stores import Body, ObjectMeta, PartMeta, PutMode, StoredObject
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import (
     CorruptRead,
     Executable,

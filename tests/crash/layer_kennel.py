@@ -16,7 +16,7 @@ from typing import Any
 
 from blobflow import ChunkProfile, LayerSync
 from blobflow.errors import BlobflowError
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 
 
 def work(order: dict[str, Any]) -> int:

@@ -126,7 +126,7 @@ class Place(Reachable, Protocol):
 
 @dataclass
 class LocalPlace:
-    """A local store, read with nothing but the table in the head of blobflow/stores/local.py."""
+    """A local store, read with nothing but the table in the head of blobflow/stores/local/store.py."""
 
     root: Path
     environment: dict[str, str] = field(default_factory=dict[str, str])

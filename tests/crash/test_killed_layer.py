@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from blobflow import ChunkProfile, LayerSync, LayerSyncResult, read_ref
-from blobflow.gc import collect
 from blobflow.layers.names import container_ref, layer_key
 from blobflow.layers.remote import RemoteLayer
+from blobflow.maintenance.gc import collect
 from blobflow.stores.base import Store
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FaultyStore, Request, write_tree
 from tests.crash.machines import LocalPlace, Machine, kill_when
 from tests.crash.storm import fingerprint

@@ -24,8 +24,9 @@ from typing import Any
 import pytest
 
 from blobflow import DirectoryExporter, RoundResult, download, open_store, read_ref, run_export_round, verify
-from blobflow.lease import Found, Leases, RefEntry, RefState, StoreLeases, newest_round
-from blobflow.lease_sql import SqlLeases
+from blobflow.coordination.lease_store import Found, LeaseStore, ObjectLeaseStore
+from blobflow.coordination.refs import RefEntry, RefState, newest_round
+from blobflow.coordination.sql_lease_store import SqlLeaseStore
 from blobflow.stores.base import Store
 from blobflow.testing import write_tree
 from tests.crash.machines import LocalPlace, Place, S3Place
@@ -102,7 +103,7 @@ class Storm:
             access_key_id=given.get("AWS_ACCESS_KEY_ID"),
             secret_access_key=given.get("AWS_SECRET_ACCESS_KEY"),
         )
-        self._leases: Leases = SqlLeases(leases_url) if leases_url else StoreLeases(self.store)
+        self._leases: LeaseStore = SqlLeaseStore(leases_url) if leases_url else ObjectLeaseStore(self.store)
 
     def run(self, rounds: int) -> Figures:
         """Until so many rounds are published; then everybody is killed, and the books are balanced."""

@@ -18,7 +18,7 @@ from blobflow.dagster import (
     artifact_pipeline,
 )
 from blobflow.stores import Store
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import Fault, FaultyStore, Request, Tree, write_tree
 from tests.kit import TREE
 

@@ -33,7 +33,7 @@ PARTS = sized((1 << 30) // PART, 24)
 WORKERS = 2
 TUNED = {
     # Parts as small as the server of these tests takes them, so that a transfer of many parts is small.
-    "blobflow.stores.s3.MIN_PART_BYTES": PART,
+    "blobflow.stores.s3.store.MIN_PART_BYTES": PART,
     # A step that stops need not wait for a server that holds its requests.
     "blobflow.engine.pool._JOIN_S": 0.2,
 }

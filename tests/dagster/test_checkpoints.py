@@ -8,13 +8,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from blobflow.checkpoints import Checkpoint
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import LIVE_S, TRANSFERS, ObservationHome, StepJournal, transfer_journal
 from blobflow.dagster.fencing import RunFence
 from blobflow.errors import StoreUnavailable, UsageError
 from blobflow.testing import FailBefore, Fault, Hook, Request, read_tree
 from blobflow.transport import ProgressEvent
+from blobflow.transport.checkpoints import Checkpoint
 from tests.dagster.kit import MIRROR, REMOTE, FaultyResource, Place, facts, failure
 from tests.kit import TREE
 from tests.unit.test_journal import ID, Time, record
@@ -202,7 +202,8 @@ def test_an_interrupted_step_leaves_a_last_checkpoint(place: Place):
 def test_a_journal_of_a_newer_version_stops_no_transfer(place: Place, monkeypatch):
     """After a downgrade the newer records are not interpreted, and the store says what is missing."""
     monkeypatch.setattr(
-        "blobflow.checkpoints.Checkpoint.to_json", lambda self: self.model_copy(update={"version": 2}).model_dump_json()
+        "blobflow.transport.checkpoints.Checkpoint.to_json",
+        lambda self: self.model_copy(update={"version": 2}).model_dump_json(),
     )
 
     def faults(request: Request) -> Fault | None:

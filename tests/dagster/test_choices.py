@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from blobflow import DirectoryExporter, DirectoryImporter, LayerSync, verify
-from blobflow.cache import ArtifactCache
 from blobflow.dagster import artifact_mirror, artifact_pipeline, layer_assets, manifest_sensor
 from blobflow.errors import UsageError
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
+from blobflow.transport.cache import ArtifactCache
 
 EXPORTER, IMPORTER = DirectoryExporter(path=Path("/source")), DirectoryImporter(path=Path("/target"))
 

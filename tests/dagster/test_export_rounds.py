@@ -13,10 +13,10 @@ import pytest
 
 from blobflow import DirectoryExporter, ExportResult, Lease, read_ref
 from blobflow.backends.base import OnProgress
+from blobflow.coordination.lease_store import ObjectLeaseStore
+from blobflow.coordination.sql_lease_store import SqlLeaseStore
 from blobflow.dagster import metadata as md
 from blobflow.errors import StoreUnavailable
-from blobflow.lease import StoreLeases
-from blobflow.lease_sql import SqlLeases
 from blobflow.testing import FailBefore, Fault, Request, read_tree, write_tree
 from blobflow.transport import list_artifacts
 from tests.dagster.kit import FaultyResource, Place, failure
@@ -45,7 +45,7 @@ def test_a_round_that_is_longer_than_its_time_to_live_is_kept(place: Place):
     seen: list[float] = []
 
     def outlive() -> None:
-        record = StoreLeases(place.store)
+        record = ObjectLeaseStore(place.store)
 
         def renewed() -> bool:
             found = record.read("orders/round")
@@ -135,7 +135,7 @@ def test_a_database_keeps_the_lease(place: Place):
     leases = f"sqlite:///{place.home}/leases.db"
     resource = place.resource(store=place.unconditional, leases=leases)
     store = resource.get_store()
-    lease = Lease(SqlLeases(leases), "orders/round")
+    lease = Lease(SqlLeaseStore(leases), "orders/round")
     assert lease.try_acquire()
     step, _, metadata = failure(place.run(resource=resource))
     assert (step, metadata[md.ERROR]) == ("orders__snapshot.export", "TransferBusy")
@@ -150,6 +150,6 @@ def test_a_database_keeps_the_lease(place: Place):
         assert latest.round_number == number
     assert not [entry.key for entry in store.list("") if entry.key.endswith(".lease.json")]
 
-    record = SqlLeases(leases).read("orders/round")
+    record = SqlLeaseStore(leases).read("orders/round")
     assert record is not None
     assert record.state.owner == ""  # given back

@@ -12,11 +12,11 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from blobflow.coordination.refs import read_ref
 from blobflow.dagster import DirectoryImporter
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import transfer_journal
 from blobflow.dagster.fencing import INTERVAL_S, RunFence, StepOrphaned
-from blobflow.lease import read_ref
 from blobflow.testing import Fault, Hook, Request, read_tree, write_tree
 from blobflow.transport import verify
 from tests.dagster import location_s3

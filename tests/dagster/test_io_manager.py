@@ -16,11 +16,12 @@ import dagster as dg
 import pytest
 
 from blobflow.backends import export_artifact
+from blobflow.coordination.lease import Lease
+from blobflow.coordination.refs import move_ref, read_ref
 from blobflow.dagster import ArtifactIOManager, ArtifactRef, BlobflowResource
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import TRANSFERS
 from blobflow.errors import StoreUnavailable, UsageError
-from blobflow.lease import Lease, move_ref, read_ref
 from blobflow.testing import FailBefore, Fault, Request, Tree, read_tree, write_tree
 from blobflow.transport import list_artifacts, upload, verify
 from tests.dagster.kit import REMOTE, SMALL, SNAPSHOT, FaultyResource, Place, facts, failure, materialization, succeeded

@@ -9,8 +9,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from blobflow.coordination.refs import read_ref
 from blobflow.dagster import metadata as md
-from blobflow.lease import read_ref
 from blobflow.testing import read_tree
 from tests.dagster import io_location
 from tests.dagster.io_location import PART_BYTES

@@ -12,10 +12,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from blobflow.coordination.refs import move_ref, read_ref
 from blobflow.dagster import BlobflowResource, HandoffIOManager, gc_job, probe_check, probe_job, retention_job
 from blobflow.dagster import metadata as md
 from blobflow.errors import StoreUnavailable, UsageError
-from blobflow.lease import move_ref, read_ref
 from blobflow.stores.base import Body
 from blobflow.stores.probe import REPORT_KEY, Finding, ProbedStore, ProbeReport
 from blobflow.testing import FailBefore, Fault, Hook, Request

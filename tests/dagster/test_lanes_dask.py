@@ -8,9 +8,9 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from blobflow.coordination.refs import read_ref
 from blobflow.dagster import metadata as md
-from blobflow.lease import read_ref
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import read_tree, write_tree
 from blobflow.transport import list_artifacts
 from tests.kit import noise

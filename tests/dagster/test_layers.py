@@ -11,7 +11,7 @@ import pytest
 from blobflow.dagster import layer_assets, layer_restore_job
 from blobflow.dagster.checkpoints import TRANSFERS
 from blobflow.errors import UsageError
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FailBefore, read_tree, write_tree
 from tests.dagster.kit import SMALL, FaultyResource, facts, failure, materialization
 from tests.kit import TREE, noise

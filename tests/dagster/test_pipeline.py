@@ -10,11 +10,12 @@ import dagster as dg
 import pytest
 
 from blobflow.backends import ImportResult
+from blobflow.coordination.lease import Lease
+from blobflow.coordination.refs import read_ref
 from blobflow.dagster import BlobflowAssetProps, BlobflowTranslator, DirectoryExporter, DirectoryImporter
 from blobflow.dagster import metadata as md
 from blobflow.dagster.pipeline import artifact_pipeline
 from blobflow.errors import PermissionMissing, StoreUnavailable, TransferBusy, UsageError
-from blobflow.lease import Lease, read_ref
 from blobflow.testing import FailBefore, Fault, Hook, Request, read_tree, write_tree
 from blobflow.transport import list_artifacts
 from tests.dagster.kit import (
@@ -314,7 +315,7 @@ def test_a_round_that_another_run_holds_is_left_to_it(place):
 def test_a_store_without_conditional_writes_needs_no_lease(place: Place):
     """Where no lease can be held, the pipeline works without one."""
     resource = place.resource(store=place.unconditional)
-    assert not resource.get_store().abilities.conditional
+    assert not resource.get_store().capabilities.conditional
     assert place.run(resource=resource).success
     assert read_tree(place.current) == TREE
 

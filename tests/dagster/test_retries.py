@@ -10,8 +10,8 @@ from pathlib import Path
 
 import dagster as dg
 
+from blobflow.coordination.refs import read_ref
 from blobflow.dagster import metadata as md
-from blobflow.lease import read_ref
 from blobflow.testing import read_tree
 from tests.dagster import location
 from tests.dagster.kit import REMOTE, STEPS, Place

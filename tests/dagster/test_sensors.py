@@ -24,12 +24,12 @@ import pytest
 
 from blobflow import upload
 from blobflow.artifact.manifest import BodyInfo, IndexInfo, Manifest, artifact_digest
+from blobflow.coordination.refs import move_ref
 from blobflow.dagster import BlobflowResource, artifact_partitions, manifest_sensor, ref_sensor
 from blobflow.dagster import metadata as md
 from blobflow.errors import StoreConfigurationError, StoreUnavailable, UsageError
-from blobflow.lease import move_ref
 from blobflow.stores import Store
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FailAfter, FailBefore, Fault, Hook, Request, Truncate
 from tests.dagster.kit import FaultyResource
 from tests.kit import FULL_SIZE, Killed, artifact_of, sized, watched

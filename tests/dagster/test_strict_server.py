@@ -15,6 +15,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from blobflow.coordination.refs import read_ref
 from blobflow.dagster import (
     ArtifactIOManager,
     DirectoryImporter,
@@ -30,7 +31,6 @@ from blobflow.dagster import (
     retention_job,
 )
 from blobflow.dagster import metadata as md
-from blobflow.lease import read_ref
 from blobflow.stores import Store
 from blobflow.testing import read_tree, write_tree
 from tests.dagster.kit import MIRROR, REMOTE, SMALL, FaultyResource, Place, facts, failure

@@ -11,6 +11,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from blobflow.coordination.lease import Lease
 from blobflow.dagster import (
     ArtifactIOManager,
     HandoffIOManager,
@@ -21,7 +22,6 @@ from blobflow.dagster import (
 )
 from blobflow.dagster import metadata as md
 from blobflow.errors import StoreUnavailable
-from blobflow.lease import Lease
 from blobflow.testing import FailBefore, Fault, Hook, Request, write_tree
 from tests.dagster.kit import STEPS, FaultyResource, Place, failure, succeeded
 from tests.kit import TREE

@@ -14,9 +14,10 @@ import pytest
 from blobflow import DirectoryExporter, DirectoryImporter, ExportResult
 from blobflow.backends.base import OnProgress
 from blobflow.backends.sqlite import SqliteExporter, SqliteImporter
+from blobflow.coordination.lease_store import ObjectLeaseStore
+from blobflow.coordination.refs import move_ref, read_ref
 from blobflow.dagster import metadata as md
 from blobflow.errors import StoreUnavailable
-from blobflow.lease import StoreLeases, move_ref, read_ref
 from blobflow.testing import FailBefore, Fault, Request, read_tree, write_tree
 from tests.dagster.kit import MIRROR, REMOTE, SNAPSHOT, STEPS, FaultyResource, Place, facts, failure, succeeded
 from tests.kit import TREE
@@ -163,7 +164,7 @@ def test_what_is_stored_under_the_ref_is_what_it_names(place: Place, elsewhere: 
 
 def test_the_cursor_is_recorded_when_the_ref_has_moved(place: Place):
     """Not before: an upload that fails leaves no record of a completed round."""
-    record = StoreLeases(place.store)
+    record = ObjectLeaseStore(place.store)
     database = place.home / "orders.db"
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("CREATE TABLE orders (id INTEGER PRIMARY KEY)")
@@ -194,9 +195,9 @@ def test_the_cursor_is_recorded_when_the_ref_has_moved(place: Place):
 
 def test_a_round_that_a_later_one_overtook_records_nothing(place: Place):
     """The record belongs to the later round, which may be held at this moment."""
-    from blobflow.lease import Lease, record_completion
+    from blobflow.coordination.lease import Lease, record_completion
 
-    leases = StoreLeases(place.store)
+    leases = ObjectLeaseStore(place.store)
     first, second = Lease(leases, "orders/round"), Lease(leases, "orders/round")
     assert first.try_acquire()
     first.release()

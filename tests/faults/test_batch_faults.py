@@ -29,7 +29,7 @@ from blobflow.limits import AdaptiveLimit, Bandwidth
 from blobflow.stores.base import Body, Coroutines
 from blobflow.stores.limited import LimitedStore
 from blobflow.stores.retry import RetryingStore
-from blobflow.stores.s3 import S3Options, S3Store
+from blobflow.stores.s3.store import S3Options, S3Store
 from tests.fault_proxy import Corrupt, Cut, FaultProxy, Reset, Rule, Stall, scripted, seeded
 from tests.faults.clients import PREFIX, Stores
 from tests.servers import Peer, S3Endpoint, scripted_server

@@ -8,9 +8,8 @@ import pytest
 
 from blobflow import Artifact, download, upload, verify
 from blobflow.errors import IntegrityError, StoreUnavailable
-from blobflow.intent import SUFFIX
 from blobflow.stores.base import Store
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.retry import RetryingStore
 from blobflow.testing import (
     CorruptRead,
@@ -23,6 +22,7 @@ from blobflow.testing import (
     random_faults,
     read_tree,
 )
+from blobflow.uploads.intent import SUFFIX
 from tests.kit import SERIAL, SMALL, TREE, artifact_of, keys, local_store
 
 KEY = "a.tar"

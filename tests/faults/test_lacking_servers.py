@@ -15,10 +15,10 @@ from typing_extensions import override
 from blobflow import ObjectTarget, begin_upload, copy_artifact, download, open_store, transfer, upload, verify
 from blobflow.cli import run
 from blobflow.errors import Unsupported
-from blobflow.gc import collect
 from blobflow.layers import LayerSync
-from blobflow.stores.base import Abilities, Store
-from blobflow.stores.local import LocalStore
+from blobflow.maintenance.gc import collect
+from blobflow.stores.base import Capabilities, Store
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.probe import TRIAL_PREFIX
 from blobflow.stores.wrapping import WrappingStore
 from tests.kit import SMALL, artifact_of, keys
@@ -76,7 +76,7 @@ def test_without_a_list_of_parts_too_large_an_artifact_is_refused_before_the_fir
     """Where one request is all there is, its largest size counts; the message has both sizes."""
     artifact = artifact_of(tmp_path)
     with opened(NO_PARTS) as (server, store):
-        store.abilities  # noqa: B018  # to find out, with the usual limits
+        store.capabilities  # noqa: B018  # to find out, with the usual limits
         limited = _Limited(store, artifact.payload_size - 1)
         with pytest.raises(Unsupported, match=f"{artifact.payload_size} bytes.* at most {artifact.payload_size - 1}"):
             upload(limited, "orders/1.tar", artifact, profile=SMALL)
@@ -125,7 +125,7 @@ def test_a_server_that_ignores_ranges_gets_nothing(tmp_path: Path, push: Callabl
     with opened(NO_RANGES) as (server, store):
         with pytest.raises(Unsupported, match="could not be verified or fetched") as refusal:
             push(store, tmp_path)
-        assert refusal.value.ability == "ranged GET"
+        assert refusal.value.capability == "ranged GET"
         assert sent(server) == []
         assert store.list_uploads() == []
         assert [key for key in keys(store) if key.startswith(TRIAL_PREFIX)] == []
@@ -156,8 +156,8 @@ class _Limited(WrappingStore):
 
     @property
     @override
-    def abilities(self) -> Abilities:
-        return replace(self.store.abilities, max_put_size=self._max_put_size)
+    def capabilities(self) -> Capabilities:
+        return replace(self.store.capabilities, max_put_size=self._max_put_size)
 
 
 def _never(*_: object, **__: object) -> None:

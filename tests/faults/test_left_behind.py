@@ -11,7 +11,7 @@ import pytest
 
 from blobflow import Artifact, upload
 from blobflow.errors import BlobflowError
-from blobflow.gc import DEFAULT_AGE_S, collect
+from blobflow.maintenance.gc import DEFAULT_AGE_S, collect
 from blobflow.testing import FaultyStore
 from tests.fault_proxy import Cut, FaultProxy, Reset, seeded
 from tests.faults.clients import PREFIX, Stores

@@ -23,7 +23,7 @@ from blobflow.errors import (
     UnsupportedSource,
 )
 from blobflow.stores.base import Body, ObjectMeta, PutMode
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import Tree, read_tree, write_tree
 from blobflow.trees import Cursor, remove_tree
 from tests.kit import SERIAL, TREE, artifact_of

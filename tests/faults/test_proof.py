@@ -16,7 +16,7 @@ from blobflow.checksum import crc32c
 from blobflow.cli import run
 from blobflow.errors import IntegrityError
 from blobflow.stores.base import Store
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.probe import REPORT_KEY, ProbedStore
 from blobflow.transport import PROOF_MEANS
 from tests.kit import SMALL, artifact_of

@@ -40,14 +40,13 @@ from blobflow.errors import (
 from blobflow.stores import Store
 from blobflow.stores.base import Body, PutMode
 from blobflow.stores.retry import RetryingStore
-from blobflow.stores.s3 import S3Options, S3Store
+from blobflow.stores.s3.store import S3Options, S3Store
 from blobflow.testing import StoreContract, read_tree, write_tree
 from tests.fault_proxy import Corrupt, Cut, FaultProxy, Reset, Rule, Stall, scripted, seeded
 from tests.faults.clients import PREFIX, Stores
 from tests.servers import S3Endpoint
 from tests.strict_s3 import (
     Action,
-    Answer,
     Call,
     DropAnswer,
     DropRequest,
@@ -55,6 +54,7 @@ from tests.strict_s3 import (
     Fault,
     Late,
     Refuse,
+    Response,
     Rules,
     SlowBody,
     StrictS3,
@@ -176,7 +176,7 @@ def test_an_upload_is_created_with_its_type_and_needs_an_id(strict_s3: StrictS3,
     store.create_multipart("layer", part_size=5, content_type="application/zstd")
     assert strict_s3.requests("CreateMultipartUpload")[0].headers["content-type"] == "application/zstd"
 
-    def forget_id(answer: Answer) -> Answer:
+    def forget_id(answer: Response) -> Response:
         return answer._replace(body=b"<InitiateMultipartUploadResult></InitiateMultipartUploadResult>")
 
     strict_s3.script(Fault(Tamper(forget_id), "CreateMultipartUpload"))
@@ -224,7 +224,7 @@ def test_a_part_without_an_etag_is_sent_again(
 ) -> None:
     """An acknowledgement without ETag is a typed error, and the upload sends that part once more."""
 
-    def forget_tag(answer: Answer) -> Answer:
+    def forget_tag(answer: Response) -> Response:
         return answer._replace(headers={name: value for name, value in answer.headers.items() if name != "etag"})
 
     artifact = export()
@@ -368,7 +368,7 @@ def test_a_slow_complete_is_waited_for(
     strict_s3: StrictS3, stores: Stores, export: Callable[[], Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Complete that takes much longer than any timeout, in sixty blanks, succeeds at the first try."""
-    monkeypatch.setattr("blobflow.stores.s3.PATIENCE_S", 0.4)
+    monkeypatch.setattr("blobflow.stores.s3.store.PATIENCE_S", 0.4)
     artifact = export()
     strict_s3.script(Fault(Late(blanks=60, pause_s=0.02), "CompleteMultipartUpload"))
     send(stores(strict_s3, idle_timeout=0.4), artifact)
@@ -385,7 +385,7 @@ def test_a_slow_complete_is_waited_for(
         Late(error="SlowDown"),
         Refuse("InternalError"),
         Refuse("ServiceUnavailable", retry_after_s=1),
-        Tamper(lambda _: Answer(502, {}, b"<html>bad gateway</html>")),
+        Tamper(lambda _: Response(502, {}, b"<html>bad gateway</html>")),
         Tamper(lambda answer: answer._replace(body=answer.body[:60])),
     ],
     ids=lambda action: type(action).__name__,

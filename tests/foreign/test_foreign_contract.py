@@ -8,7 +8,7 @@ import pytest
 
 from blobflow.errors import InvalidKey
 from blobflow.stores import Store
-from blobflow.stores.fsspec_store import FsspecStore
+from blobflow.stores.fsspec.store import FsspecStore
 from blobflow.testing import StoreContract
 from tests.foreign.servers import FSSPEC, ForeignServer
 

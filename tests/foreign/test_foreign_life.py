@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from blobflow import ChunkProfile, download, export_artifact, open_store, upload
-from blobflow.lease import read_ref
-from blobflow.retention import name_artifact
+from blobflow.coordination.refs import name_artifact, read_ref
 from blobflow.stores import Store
 from blobflow.testing import Tree, read_tree, write_tree
 from blobflow.transport import list_artifacts

@@ -23,12 +23,12 @@ from blobflow.artifact.index import Index, Member, decode_origins, encode_origin
 from blobflow.artifact.landing import Landing, Stage, _Notes
 from blobflow.artifact.manifest import BodyInfo, IndexInfo, Manifest
 from blobflow.backends.append_log import _records as log_records
-from blobflow.backends.history import HISTORY_NAME, read_history
-from blobflow.checkpoints import Checkpoint, LocalHome
+from blobflow.backends.mirror_history import HISTORY_NAME, read_history
 from blobflow.checksum import EMPTY_SHA256, crc32c
-from blobflow.engine.checkpoint import TransferCheckpoint, TransferRecord
+from blobflow.coordination.lease_store import LeaseState
+from blobflow.coordination.records import read_record
+from blobflow.coordination.refs import read_ref
 from blobflow.errors import BlobflowError
-from blobflow.intent import Intent
 from blobflow.layers.format import (
     FramePlan,
     LayerMeta,
@@ -38,16 +38,18 @@ from blobflow.layers.format import (
     plan_of,
 )
 from blobflow.layers.state import _parse as parse_layer_state
-from blobflow.lease import LeaseState, _read, read_ref
 from blobflow.mirror import machine
 from blobflow.mirror.client import MirrorClient
 from blobflow.mirror.envelope import FrameDecoder, SnapshotEnvelope, SnapshotId
 from blobflow.mirror.sending import Snapshot
-from blobflow.stores import s3_xml
 from blobflow.stores.base import Body, PutMode
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.probe import ProbedStore
+from blobflow.stores.s3 import xml as s3_xml
+from blobflow.streams.checkpoint import TransferCheckpoint, TransferRecord
+from blobflow.transport.checkpoints import Checkpoint, LocalCheckpointStore
 from blobflow.untrusted import read_json
+from blobflow.uploads.intent import Intent
 
 SCRATCH_VARIABLE: Final = "BLOBFLOW_FUZZ_SCRATCH"
 """Where the fuzzer's processes, which end without a word, make theirs: whoever starts them removes it."""
@@ -176,7 +178,7 @@ def _ref(data: bytes) -> object:
 
 
 def _lease(data: bytes) -> object:
-    return _read(_in_store("name.lease.json", data), "name.lease.json", LeaseState)
+    return read_record(_in_store("name.lease.json", data), "name.lease.json", LeaseState)
 
 
 def _probe_report(data: bytes) -> object:
@@ -217,7 +219,7 @@ def _xml(read: Callable[[bytes], object]) -> Callable[[bytes], object]:
     def run(data: bytes) -> object:
         try:
             return read(data)
-        except (s3_xml.MalformedAnswer, s3_xml.ErrorAnswer) as error:  # which S3's store translates
+        except (s3_xml.MalformedResponse, s3_xml.ErrorResponse) as error:  # which S3's store translates
             too_long = len(str(error)) > 1200
         assert not too_long, "an error quotes too much"
         return None
@@ -282,14 +284,14 @@ def _journal() -> bytes:
     return machine._header(state) + checkpoint + machine._line({"following": {"at": 3}})
 
 
-class _Wire:
+class _Client:
     """Answers every request with the same bytes."""
 
     def __init__(self, status: int, body: bytes) -> None:
         self.status = status
         self._body = body
 
-    def send(self, *_: Any) -> _Wire:
+    def send(self, *_: Any) -> _Client:
         return self
 
     def read(self, limit: int) -> bytes:
@@ -298,7 +300,7 @@ class _Wire:
     def close(self) -> None:
         pass
 
-    def __enter__(self) -> _Wire:
+    def __enter__(self) -> _Client:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -316,9 +318,9 @@ def _receiver(data: bytes) -> object:
         clock=lambda: float(next(ticks)),
     )
     statuses = (200, 200, 200, 400, 401, 404, 409, 413, 422, 429, 500, 503)
-    with closing(client._wire):
+    with closing(client._client):
         pass
-    client._wire = _Wire(statuses[data[0] % len(statuses)] if data else 200, data[1:])  # type: ignore[assignment]
+    client._client = _Client(statuses[data[0] % len(statuses)] if data else 200, data[1:])  # type: ignore[assignment]
     (source := scratch() / "pushed").write_bytes(b"0123456789")
     snapshot = Snapshot.of_file(source, source="there", database="orders", position=7)
     for call in (lambda: client.status(_ID), client.snapshots, lambda: client.abort(_ID)):
@@ -353,7 +355,7 @@ _RECORD: Final = TransferRecord(
 
 def _local_home(data: bytes) -> object:
     (scratch() / "t.jsonl").write_bytes(data)
-    text = LocalHome(scratch()).read("t")
+    text = LocalCheckpointStore(scratch()).read("t")
     checkpoint = Checkpoint.from_json(text) if text is not None else None
     return checkpoint and (checkpoint.bytes_per_s, checkpoint.to_json())
 

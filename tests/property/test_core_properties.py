@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 
 from blobflow import ChunkProfile, download, upload, verify
 from blobflow.artifact.checker import PayloadChecker
-from blobflow.artifact.index import EXECUTABLE_MODE, FILE_MODE, Index, Member, path_fault
-from blobflow.artifact.manifest import Manifest
+from blobflow.artifact.index import Index, Member, path_fault
+from blobflow.artifact.manifest import EXECUTABLE_MODE, FILE_MODE, Manifest
 from blobflow.artifact.tarmap import TarMap
 from blobflow.checksum import EMPTY_SHA256, combine_all, combine_crc32c, crc32c, sha256
 from blobflow.engine.plan import TransferPlan
 from blobflow.errors import ArtifactInvalid, BlobflowError
-from blobflow.intent import Intent
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import Executable, FaultyStore, Tree, read_tree
+from blobflow.uploads.intent import Intent
 from tests.kit import Killed, artifact_of, dies_at
 from tests.unit.test_manifest import MANIFEST
 

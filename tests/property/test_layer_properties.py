@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from blobflow import ChunkProfile, LayerSync
 from blobflow.errors import ArtifactInvalid
-from blobflow.intent import FrameLog
 from blobflow.layers.cutting import PartCutter, known_size
 from blobflow.layers.format import FramePlan, encode_seek_table, parse_seek_table, seek_table_size
 from blobflow.layers.remote import RemoteLayer
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import write_tree
+from blobflow.uploads.intent import FrameLog
 from tests.kit import TREE
 
 PLANS = st.builds(

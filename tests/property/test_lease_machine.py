@@ -16,8 +16,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from blobflow.coordination.lease import Lease
+from blobflow.coordination.lease_store import Found, LeaseState, LeaseStore
 from blobflow.errors import LeaseLost, StoreUnavailable, TransferBusy
-from blobflow.lease import Found, Lease, Leases, LeaseState
 from tests.kit import sized
 
 TTL_S = 60.0
@@ -27,7 +28,7 @@ fates = st.sampled_from(["arrives", "arrives", "arrives", "answer lost", "never 
 """Of a write: "late" looks unsent, and arrives before somebody else's next write; "conflict" is refused unlooked at."""
 
 
-class Cell(Leases):
+class Cell(LeaseStore):
     """A record in memory whose writes meet their fates."""
 
     url = "cell:"

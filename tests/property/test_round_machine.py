@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from blobflow.checksum import Buffer
+from blobflow.coordination.lease import Lease
+from blobflow.coordination.refs import MAX_HISTORY, fence_ref, move_ref, read_ref
 from blobflow.errors import LeaseLost, ObjectNotFound, PreconditionFailed, StoreUnavailable
-from blobflow.lease import MAX_HISTORY, Lease, fence_ref, move_ref, read_ref
-from blobflow.stores.base import Abilities, Body, ObjectMeta, PutMode, Store, StoredObject
+from blobflow.stores.base import Body, Capabilities, ObjectMeta, PutMode, Store, StoredObject
 from tests.kit import sized
 
 TTL_S = 60.0
@@ -31,7 +32,7 @@ class Shelf(Store):
     """Objects in memory, as far as leases and refs need them; the next write meets its fate."""
 
     url = "shelf:"
-    abilities = Abilities()
+    capabilities = Capabilities()
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, str]] = {}

@@ -18,7 +18,7 @@ from blobflow.cli import run, settings
 from blobflow.errors import ObjectNotFound, StoreUnavailable
 from blobflow.stores import open_store
 from blobflow.stores.base import StoredObject
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.retry import RetryingStore
 from tests.servers import Peer, scripted_server
 

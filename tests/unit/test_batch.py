@@ -38,7 +38,7 @@ from blobflow.errors import (
 from blobflow.limits import ByteBudget, Permits
 from blobflow.stores import ObjectMeta, Store, open_store
 from blobflow.stores.base import Body
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FailBefore, Fault, FaultyStore, Hook, Request, scripted_faults
 from tests.kit import keys
 

@@ -27,7 +27,7 @@ from blobflow.errors import (
     TransferBusy,
     UsageError,
 )
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FailBefore, Fault, FaultyStore, Request
 from tests.kit import Killed, give_away, keys
 
@@ -224,7 +224,7 @@ def test_a_killed_run_is_continued(store: FaultyStore, path: Path, monkeypatch: 
 SLOW_COMMAND = """
 import sys, time
 from blobflow.cli import run
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 put = LocalStore.put
 def slow(self, key, *args, **options):
     if key == "k0020":

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from blobflow.artifact.artifact import Artifact
-from blobflow.cache import ArtifactCache
 from blobflow.errors import ArtifactNotFound, DigestMismatch, DiskFull, StoreUnavailable
 from blobflow.stores import Store
 from blobflow.testing import FailBefore, Fault, FaultyStore, Request, Tree, read_tree, write_tree
 from blobflow.transport import UploadResult, upload
+from blobflow.transport.cache import ArtifactCache
 from tests.kit import SERIAL, TREE, Killed, artifact_of, dies_at, local_store, noise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -248,7 +248,7 @@ def test_a_killed_process_holds_nothing(shelf: Shelf):
     stored = shelf.put("a")
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from blobflow.cache import ArtifactCache; from blobflow.stores import open_store\n"
+        "from blobflow.transport.cache import ArtifactCache; from blobflow.stores import open_store\n"
         "root, store, key, digest = sys.argv[1:]\n"
         "ArtifactCache(Path(root)).get(open_store(store), key, digest)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -11,7 +11,7 @@ from typing import Final
 
 import pytest
 
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import write_tree
 from tests.kit import TREE
 

@@ -35,12 +35,12 @@ from blobflow.errors import (
     TransferBusy,
     UsageError,
 )
-from blobflow.intent import IntentKeeper
 from blobflow.stores.base import ObjectAddress, Store
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.wrapping import WrappingStore
 from blobflow.testing import CorruptRead, FailAfter, FailBefore, FaultyStore, Hook, Request, scripted_faults
 from blobflow.transport import ProgressEvent, read_manifest_bytes
+from blobflow.uploads.intent import IntentKeeper
 from tests.kit import SERIAL, SMALL, Killed, artifact_of, dies_at, keys, noise, watched
 from tests.servers import S3Endpoint
 from tests.strict_s3 import Rules, StrictS3

@@ -15,15 +15,15 @@ from pydantic import SecretStr
 
 from blobflow import download, upload
 from blobflow.cli import run
+from blobflow.coordination.sql_lease_store import SqlLeaseStore
 from blobflow.credentials import cleaned, endpoint_fault, header_value
-from blobflow.engine.http_source import HttpSource
 from blobflow.errors import BlobflowError, StoreConfigurationError, UsageError
-from blobflow.lease_sql import SqlLeases
 from blobflow.mirror.client import MirrorClient
 from blobflow.stores import open_store
 from blobflow.stores.base import Body
 from blobflow.stores.coroutines import RetryingCoroutines
-from blobflow.stores.s3 import S3Options, S3Store
+from blobflow.stores.s3.store import S3Options, S3Store
+from blobflow.streams.http_source import HttpSource
 from blobflow.testing import read_tree
 from tests.kit import TREE, artifact_of
 from tests.servers import Peer, scripted_server
@@ -246,7 +246,7 @@ def test_nothing_that_was_made_shows_a_secret():
         S3Options(bucket="bucket", **keys),
         MirrorClient("http://127.0.0.1:1", token=PLANTED),
         HttpSource(f"http://user:{PLANTED}@127.0.0.1:1/?sig={PLANTED}", headers={"Authorization": PLANTED}),
-        SqlLeases(f"postgresql+psycopg2://user:{PLANTED}@host/db?sslpassword={PLANTED}"),
+        SqlLeaseStore(f"postgresql+psycopg2://user:{PLANTED}@host/db?sslpassword={PLANTED}"),
     ]
     for each in shown:
         assert PLANTED not in f"{each!r} {each}"

@@ -21,7 +21,7 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.stores.base import Store
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FaultyStore, Hook, Request, read_tree
 from blobflow.transport import ProgressEvent
 from blobflow.transport.lanes import DownloadTicket, begin_download, fetch_lane
@@ -226,7 +226,7 @@ def test_reading_back_can_be_stopped(
     ticket = begin_download(store, KEY, dest, lanes=2, profile=SMALL)
     for lane in (0, 1):
         fetch_lane(store, ticket, dest, lane, profile=SMALL)
-    monkeypatch.setattr("blobflow.transport.books._PROGRESS_S", 0.0)
+    monkeypatch.setattr("blobflow.uploads.progress._PROGRESS_S", 0.0)
 
     def stop(_: ProgressEvent) -> None:
         raise Killed
@@ -248,7 +248,7 @@ def test_another_machine_believes_only_what_is_synced(
     ticket = begin_download(store, KEY, dest, lanes=2, profile=rare)
     ended = fetch_lane(store, ticket, dest, 0, profile=rare)
     dead = killed_at(store, 5)
-    monkeypatch.setattr("blobflow.transport.books.Books.failed", lambda _: None)  # SIGKILL saves nothing
+    monkeypatch.setattr("blobflow.uploads.progress.TransferProgress.failed", lambda _: None)  # SIGKILL saves nothing
     with pytest.raises(Killed):
         fetch_lane(dead, ticket, dest, 1, profile=rare)
     monkeypatch.undo()

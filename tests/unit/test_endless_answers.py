@@ -11,12 +11,12 @@ from typing import Any, Final
 
 import pytest
 
-from blobflow.engine.http_source import HttpSource
 from blobflow.errors import BlobflowError, StoreUnavailable, TimedOut
+from blobflow.http.client import MAX_CHUNK_LINE_BYTES, Chunks
 from blobflow.mirror.client import MirrorClient
 from blobflow.stores.base import Coroutines
-from blobflow.stores.s3 import S3Options, S3Store
-from blobflow.stores.s3_wire import MAX_CHUNK_LINE_BYTES, Chunks
+from blobflow.stores.s3.store import S3Options, S3Store
+from blobflow.streams.http_source import HttpSource
 from tests.servers import Peer, scripted_server
 
 MIB: Final = 1024 * 1024
@@ -86,16 +86,16 @@ ENDLESS_BODIES: Final = {
 
 def cases() -> list[Any]:
     found: list[Any] = []
-    for wire in WIRES:
+    for client in WIRES:
         # What answers a CONNECT has no body, and a source is pinned by the head.
-        known = ENDLESS if wire in (by_tunnel, by_source) else ENDLESS | ENDLESS_BODIES
+        known = ENDLESS if client in (by_tunnel, by_source) else ENDLESS | ENDLESS_BODIES
         for name, (head, unit) in known.items():
-            found.append(pytest.param(wire, head, unit, id=f"{wire.__name__}-{name}"))
+            found.append(pytest.param(client, head, unit, id=f"{client.__name__}-{name}"))
     return found
 
 
-@pytest.mark.parametrize(("wire", "head", "unit"), cases())
-def test_what_floods_is_dropped(wire: Callable[[str], object], head: bytes, unit: bytes):
+@pytest.mark.parametrize(("client", "head", "unit"), cases())
+def test_what_floods_is_dropped(client: Callable[[str], object], head: bytes, unit: bytes):
     """As fast as the network goes: after some kilobytes it is a failure, and memory is not what ends it."""
     taken = 0
 
@@ -110,13 +110,13 @@ def test_what_floods_is_dropped(wire: Callable[[str], object], head: bytes, unit
                 taken += len(block)
 
     with scripted_server(floods) as url, pytest.raises(StoreUnavailable) as wrong:
-        wire(url)
+        client(url)
     assert taken < TAKEN_BYTES
     assert wrong.value.retryable
 
 
-@pytest.mark.parametrize(("wire", "head", "unit"), cases())
-def test_what_dribbles_is_silent(wire: Callable[[str], object], head: bytes, unit: bytes):
+@pytest.mark.parametrize(("client", "head", "unit"), cases())
+def test_what_dribbles_is_silent(client: Callable[[str], object], head: bytes, unit: bytes):
     """A byte now and then is no progress: the idle timeout counts on, and is not begun again by each of them."""
     dropped = threading.Event()
 
@@ -131,7 +131,7 @@ def test_what_dribbles_is_silent(wire: Callable[[str], object], head: bytes, uni
         with scripted_server(dribbles) as url:
             try:
                 with pytest.raises(BlobflowError) as wrong:
-                    wire(url)
+                    client(url)
             finally:
                 dropped.set()
     finally:
@@ -139,8 +139,8 @@ def test_what_dribbles_is_silent(wire: Callable[[str], object], head: bytes, uni
     assert isinstance(wrong.value, TimedOut)
 
 
-@pytest.mark.parametrize("wire", [by_store, by_batch], ids=["store", "batch"])
-def test_a_slow_body_is_progress(wire: Callable[[str], object]):
+@pytest.mark.parametrize("client", [by_store, by_batch], ids=["store", "batch"])
+def test_a_slow_body_is_progress(client: Callable[[str], object]):
     """Each byte of a body is what was asked for, however slowly it comes, in chunks or not."""
 
     def slowly(head: bytes, units: list[bytes], end: bytes) -> Callable[[Peer], None]:
@@ -158,10 +158,10 @@ def test_a_slow_body_is_progress(wire: Callable[[str], object]):
     chunks = slowly(CHUNKED, [b"1\r\nx\r\n"] * 8, b"0\r\n\r\n")
     for script in (plain, chunks):
         with scripted_server(script) as url:
-            assert wire(url) == b"x" * 8
+            assert client(url) == b"x" * 8
 
 
-@pytest.mark.parametrize("wire", [by_store, by_batch, by_receiver, by_source], ids=lambda wire: wire.__name__)
+@pytest.mark.parametrize("client", [by_store, by_batch, by_receiver, by_source], ids=lambda client: client.__name__)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -176,7 +176,7 @@ def test_a_slow_body_is_progress(wire: Callable[[str], object]):
         b"transfer-encoding: chunked\r\ntransfer-encoding: gzip\r\n",
     ],
 )
-def test_a_length_that_is_none_is_an_error(wire: Callable[[str], object], fields: bytes):
+def test_a_length_that_is_none_is_an_error(client: Callable[[str], object], fields: bytes):
     """Not a body to the end of the connection: what follows could be anything."""
 
     def answers(peer: Peer) -> None:
@@ -184,10 +184,10 @@ def test_a_length_that_is_none_is_an_error(wire: Callable[[str], object], fields
         peer.send(b'HTTP/1.1 200 OK\r\netag: "e"\r\n' + fields + b"\r\n{}")
 
     with scripted_server(answers) as url, pytest.raises(StoreUnavailable):
-        wire(url)
+        client(url)
 
 
-@pytest.mark.parametrize("wire", [by_store, by_batch], ids=["store", "batch"])
+@pytest.mark.parametrize("client", [by_store, by_batch], ids=["store", "batch"])
 @pytest.mark.parametrize(
     "body",
     [
@@ -200,7 +200,7 @@ def test_a_length_that_is_none_is_an_error(wire: Callable[[str], object], fields
     ],
     ids=["longer than it says", "negative", "no number", "too large", "empty", "trailers"],
 )
-def test_chunks_that_are_none_are_an_error(wire: Callable[[str], object], body: bytes):
+def test_chunks_that_are_none_are_an_error(client: Callable[[str], object], body: bytes):
     """What stands between the bytes of a body is checked, line by line."""
 
     def answers(peer: Peer) -> None:
@@ -209,12 +209,12 @@ def test_chunks_that_are_none_are_an_error(wire: Callable[[str], object], body: 
         peer.wait_until_closed()
 
     with scripted_server(answers) as url, pytest.raises(StoreUnavailable):
-        wire(url)
+        client(url)
 
 
-@pytest.mark.parametrize("wire", [by_store, by_batch], ids=["store", "batch"])
+@pytest.mark.parametrize("client", [by_store, by_batch], ids=["store", "batch"])
 @pytest.mark.parametrize("sizes", [[1] * 300, [1000], [999, 1], [7, 300, 1]])
-def test_chunks_of_any_size_are_one_body(wire: Callable[[str], object], sizes: list[int]):
+def test_chunks_of_any_size_are_one_body(client: Callable[[str], object], sizes: list[int]):
     """With extensions and trailers, cut anywhere on the way."""
     body = bytes(range(1, 251)) * 4
     sent, at = CHUNKED, 0
@@ -230,7 +230,7 @@ def test_chunks_of_any_size_are_one_body(wire: Callable[[str], object], sizes: l
             peer.send(sent[cut : cut + 13])
 
     with scripted_server(answers) as url:
-        assert wire(url) == body[:at]
+        assert client(url) == body[:at]
 
 
 def test_the_reader_of_chunks_says_where_it_is():

@@ -35,7 +35,7 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.stores.base import Body, Store
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FailAfter, FaultyStore, Hook, Request, scripted_faults
 from tests.kit import Killed, dies_at, give_away, keys, noise, watched
 from tests.servers import S3Endpoint
@@ -612,7 +612,7 @@ def test_a_checkpoint_of_another_target_is_refused(store: LocalStore):
 
 def test_a_stream_that_outgrows_the_number_of_parts_is_refused(store: LocalStore):
     """With the remedy: larger parts."""
-    store.abilities = replace(store.abilities, max_parts=4)
+    store.capabilities = replace(store.capabilities, max_parts=4)
     with pytest.raises(Unsupported) as refusal:
         transfer(pieces(), ObjectTarget(store, KEY), PROFILE)
     assert "part_size" in refusal.value.hint

@@ -11,13 +11,13 @@ from typing import Any, Final
 
 import pytest
 
-from blobflow.engine.http_source import HttpSource
 from blobflow.errors import BlobflowError, StoreConfigurationError, StoreUnavailable, SystemLimit
 from blobflow.mirror.client import MirrorClient
 from blobflow.stores import open_store
 from blobflow.stores.base import Coroutines
 from blobflow.stores.retry import RetryingStore
-from blobflow.stores.s3 import S3Options, S3Store
+from blobflow.stores.s3.store import S3Options, S3Store
+from blobflow.streams.http_source import HttpSource
 from tests.servers import Peer, free_port, scripted_server
 
 KEYS: Final[dict[str, Any]] = {"access_key_id": "key", "secret_access_key": "secret"}

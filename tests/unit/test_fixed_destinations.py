@@ -13,7 +13,7 @@ from blobflow import Artifact, LayerSync, begin_download, download, fetch_lane, 
 from blobflow.artifact.landing import STAGE_PREFIX, Stage, is_fixed
 from blobflow.artifact.members import verify_members
 from blobflow.errors import ArtifactNotFound, DestinationNotEmpty, RefusedError
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FaultyStore, write_tree
 from tests.kit import SERIAL, SMALL, TREE, Killed, artifact_of, dies_before, local_store
 
@@ -174,7 +174,7 @@ import os, subprocess, sys
 from pathlib import Path
 from blobflow import download
 from blobflow.artifact import landing
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 
 base = Path(sys.argv[1])
 volume = base / "volume"

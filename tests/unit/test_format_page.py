@@ -12,8 +12,9 @@ from blobflow.artifact.index import _SCHEMA, Index, Member
 from blobflow.artifact.manifest import Manifest
 from blobflow.artifact.tarmap import header
 from blobflow.checksum import crc32c, sha256
-from blobflow.intent import Intent
-from blobflow.lease import LeaseState, RefState
+from blobflow.coordination.lease_store import LeaseState
+from blobflow.coordination.refs import RefState
+from blobflow.uploads.intent import Intent
 from tests.unit.test_intent import INTENT
 
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.stores import open_store
-from blobflow.stores.fsspec_store import FsspecStore
+from blobflow.stores.fsspec.store import FsspecStore
 
 
 class Fragile(MemoryFileSystem):

@@ -17,15 +17,15 @@ from typing_extensions import override
 from blobflow import Artifact, LayerSync, download, open_store, upload, verify
 from blobflow.artifact.landing import STAGE_PREFIX
 from blobflow.cli import run
+from blobflow.coordination.refs import move_ref
 from blobflow.errors import NoSuchUpload, UsageError
-from blobflow.gc import DEFAULT_AGE_S, GcReport, collect, collect_stages
-from blobflow.intent import TTL_S, IntentKeeper
-from blobflow.lease import move_ref
+from blobflow.maintenance.gc import DEFAULT_AGE_S, GcReport, collect, collect_stages
 from blobflow.owner import process_owner
 from blobflow.stores.base import Body, Store, UploadMeta
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.probe import probe
 from blobflow.testing import FailBefore, FaultyStore, Hook, Request, read_tree, write_tree
+from blobflow.uploads.intent import TTL_S, IntentKeeper
 from tests.kit import SERIAL, TREE, Clock, Killed, artifact_of, dies_at, dies_before, keys, local_store, noise
 from tests.servers import S3Endpoint
 from tests.strict_s3 import Rules, StrictS3

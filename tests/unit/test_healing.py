@@ -11,9 +11,9 @@ from blobflow import upload
 from blobflow.artifact.artifact import Artifact
 from blobflow.config import ChunkProfile
 from blobflow.errors import ChecksumMismatch, IntegrityError, ObjectChanged, SourceChanged, StoreUnavailable
-from blobflow.retention import prune
+from blobflow.maintenance.retention import prune
 from blobflow.stores.base import PutMode
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FailBefore, Fault, FaultyStore, Hook, Request
 from blobflow.transport import read_manifest_bytes, verify, verify_or_heal
 from tests.kit import TREE, artifact_of, flip_a_byte, keys

@@ -13,7 +13,7 @@ import pytest
 
 import blobflow
 from blobflow.cli.commands import cli
-from blobflow.cli.words import as_option
+from blobflow.cli.formatting import as_option
 
 PACKAGE = Path(blobflow.__file__).parent
 

@@ -26,8 +26,8 @@ from blobflow.errors import (
     setting,
     worded,
 )
-from blobflow.retention import prune
-from blobflow.stores.local import LocalStore
+from blobflow.maintenance.retention import prune
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import Symlink, write_tree
 from tests.kit import write_parquet
 

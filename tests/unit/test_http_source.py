@@ -29,9 +29,9 @@ from blobflow.errors import (
 from tests.kit import noise
 from tests.loopback import LoopbackServer
 from tests.servers import Peer, scripted_server
-from tests.unit import test_s3_wire
+from tests.unit import test_http_client
 
-certificate = test_s3_wire.certificate
+certificate = test_http_client.certificate
 """A fixture: for 127.0.0.1, of a CA that nobody trusts."""
 
 DATA = noise(100_000, 7)

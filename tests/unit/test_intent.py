@@ -12,10 +12,10 @@ import pytest
 
 from blobflow.artifact.manifest import artifact_digest
 from blobflow.errors import ArtifactInvalid, NoSuchUpload, ObjectTooLarge, TransferBusy
-from blobflow.intent import SUFFIX, TTL_S, Intent, IntentKeeper
 from blobflow.owner import process_owner
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FaultyStore, Hook, Request
+from blobflow.uploads.intent import SUFFIX, TTL_S, Intent, IntentKeeper
 from tests.unit.test_manifest import MANIFEST
 
 MANIFEST_BYTES = MANIFEST.encode()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from blobflow import TransferRecord, upload, verify
-from blobflow.checkpoints import Checkpoint, LocalHome, TransferJournal
 from blobflow.errors import UsageError
+from blobflow.transport.checkpoints import Checkpoint, LocalCheckpointStore, TransferJournal
 from tests.kit import SERIAL, artifact_of, local_store
 
 ID = "0123456789abcdef"
@@ -66,11 +66,11 @@ def clock() -> Time:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> LocalHome:
-    return LocalHome(tmp_path / "journal")
+def home(tmp_path: Path) -> LocalCheckpointStore:
+    return LocalCheckpointStore(tmp_path / "journal")
 
 
-def test_what_is_saved_is_found_by_another_process(home: LocalHome):
+def test_what_is_saved_is_found_by_another_process(home: LocalCheckpointStore):
     """By the transfer's id alone; of a transfer that nobody began, nothing is known."""
     assert TransferJournal(home).load(ID) is None
     TransferJournal(home, writer="run-1").save(record(3))
@@ -102,7 +102,7 @@ def test_a_clock_that_is_set_back_does_not_silence_the_journal(clock: Time):
     assert journal.save(record(1)) is not None
 
 
-def test_attempts_are_a_chain(home: LocalHome, clock: Time):
+def test_attempts_are_a_chain(home: LocalCheckpointStore, clock: Time):
     """Each attempt names the one before, counts itself, and measures its own speed."""
     TransferJournal(home, writer="run-1", clock=clock).save(record(0))
     clock.now += 60
@@ -117,7 +117,7 @@ def test_attempts_are_a_chain(home: LocalHome, clock: Time):
     assert (last.began_at, last.saved_at) == (1_000_060.0, 1_000_062.0)
 
 
-def test_what_was_done_begins_a_new_story(home: LocalHome):
+def test_what_was_done_begins_a_new_story(home: LocalCheckpointStore):
     """The same transfer again, to another place for example, is a first attempt."""
     first = TransferJournal(home, writer="run-1")
     first.save(record(0))
@@ -127,7 +127,7 @@ def test_what_was_done_begins_a_new_story(home: LocalHome):
     assert (again.attempt, again.sequence, again.continues) == (1, 3, "")
 
 
-def test_an_orphan_writes_nothing_into_its_successors_story(home: LocalHome, clock: Time):
+def test_an_orphan_writes_nothing_into_its_successors_story(home: LocalCheckpointStore, clock: Time):
     """Once the successor has written, neither progress nor failure of the one before is kept."""
     orphan = TransferJournal(home, writer="run-1", clock=clock)
     orphan.save(record(0))
@@ -142,7 +142,7 @@ def test_an_orphan_writes_nothing_into_its_successors_story(home: LocalHome, clo
     assert (found.writer, found.record.state) == ("run-2", "done")
 
 
-def test_a_transfer_that_the_store_shows_complete_is_settled(home: LocalHome):
+def test_a_transfer_that_the_store_shows_complete_is_settled(home: LocalCheckpointStore):
     """A process that died after its last request left it `running`; done and unknown ones are left alone."""
     assert TransferJournal(home).done(ID) is None
     TransferJournal(home, writer="run-1").save(record(4))
@@ -152,7 +152,9 @@ def test_a_transfer_that_the_store_shows_complete_is_settled(home: LocalHome):
     assert TransferJournal(home).done(ID) is None
 
 
-def test_older_checkpoints_are_read_and_newer_ones_refused(home: LocalHome, caplog: pytest.LogCaptureFixture):
+def test_older_checkpoints_are_read_and_newer_ones_refused(
+    home: LocalCheckpointStore, caplog: pytest.LogCaptureFixture
+):
     """A version more may mean anything, so it is not interpreted; the transfer itself does not depend on it."""
     written = TransferJournal(home, writer="run-1").save(record(3))
     assert written is not None
@@ -176,7 +178,7 @@ def test_older_checkpoints_are_read_and_newer_ones_refused(home: LocalHome, capl
 
 
 @pytest.mark.parametrize("text", ["{}", '{"version": 1}', "{not json}", '{"version": "one"}'])
-def test_damage_is_refused_and_costs_nothing(text: str, home: LocalHome):
+def test_damage_is_refused_and_costs_nothing(text: str, home: LocalCheckpointStore):
     """A damaged journal is an error to whoever asks it, and none to the transfer."""
     TransferJournal(home).save(record(3))
     home._path(ID).write_text(text + "\n")
@@ -185,7 +187,7 @@ def test_damage_is_refused_and_costs_nothing(text: str, home: LocalHome):
     assert TransferJournal(home).save(record(4)) is not None
 
 
-def test_a_torn_line_is_passed_over(home: LocalHome):
+def test_a_torn_line_is_passed_over(home: LocalCheckpointStore):
     """A crash in the middle of a line loses that line and neither the ones before nor the next one."""
     journal = TransferJournal(home, writer="run-1")
     journal.save(record(3))
@@ -199,7 +201,7 @@ def test_a_torn_line_is_passed_over(home: LocalHome):
     assert TransferJournal(home).load(ID) == after
 
 
-def test_a_checkpoint_is_synced_before_save_returns(home: LocalHome, monkeypatch: pytest.MonkeyPatch):
+def test_a_checkpoint_is_synced_before_save_returns(home: LocalCheckpointStore, monkeypatch: pytest.MonkeyPatch):
     """The file and the directory that names it, so that it survives a power cut."""
     synced: list[str] = []
     real = os.fsync
@@ -217,12 +219,13 @@ def test_a_checkpoint_survives_sigkill(tmp_path: Path):
     """A process that is killed right after `save` has written it."""
     code = (
         "import os, signal; from tests.unit.test_journal import record\n"
-        "from blobflow.checkpoints import LocalHome, TransferJournal\n"
-        f"TransferJournal(LocalHome({str(tmp_path)!r})).save(record(7)); os.kill(os.getpid(), signal.SIGKILL)"
+        "from blobflow.transport.checkpoints import LocalCheckpointStore, TransferJournal\n"
+        f"TransferJournal(LocalCheckpointStore({str(tmp_path)!r})).save(record(7))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
     )
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == -signal.SIGKILL
-    found = TransferJournal(LocalHome(tmp_path)).load(ID)
+    found = TransferJournal(LocalCheckpointStore(tmp_path)).load(ID)
     assert found is not None
     assert found.record.parts_done == 7
 
@@ -236,7 +239,7 @@ def test_a_checkpoint_stays_small():
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a/b", "x" * 201, "a.b"])
-def test_ids_do_not_leave_the_directory(name: str, home: LocalHome):
+def test_ids_do_not_leave_the_directory(name: str, home: LocalCheckpointStore):
     """An id is no path."""
     with pytest.raises(UsageError, match="invalid transfer id"):
         home.read(name)
@@ -246,7 +249,7 @@ def test_ids_do_not_leave_the_directory(name: str, home: LocalHome):
 def test_the_store_wins(lie: str, tmp_path: Path):
     """A journal that says more than the store holds, or that was lost, costs no byte of correctness."""
     store, artifact = local_store(tmp_path), artifact_of(tmp_path)
-    journal = TransferJournal(LocalHome(tmp_path / "journal"), writer="run-1")
+    journal = TransferJournal(LocalCheckpointStore(tmp_path / "journal"), writer="run-1")
     first: list[TransferRecord] = []
 
     def stop_after_three(record: TransferRecord) -> None:
@@ -260,16 +263,16 @@ def test_the_store_wins(lie: str, tmp_path: Path):
     told = first[-1]
     claimed = {"parts_done": told.parts_total, "bytes_done": told.bytes_total}
     if lie == "lost":
-        LocalHome(tmp_path / "journal")._path(told.transfer_id).unlink()
+        LocalCheckpointStore(tmp_path / "journal")._path(told.transfer_id).unlink()
     else:
         state = "done" if lie == "done" else "running"
-        liar = TransferJournal(LocalHome(tmp_path / "journal"), writer="liar")
+        liar = TransferJournal(LocalCheckpointStore(tmp_path / "journal"), writer="liar")
         liar.save(told.model_copy(update={**claimed, "state": state}))
 
     assert told.upload_id is not None
     parts = store.list_parts("a.tar", told.upload_id)
     held = sum(part.size for part in parts)
-    second = TransferJournal(LocalHome(tmp_path / "journal"), writer="run-2")
+    second = TransferJournal(LocalCheckpointStore(tmp_path / "journal"), writer="run-2")
     result = upload(store, "a.tar", artifact, profile=SERIAL, on_checkpoint=second.save)
     assert (result.bytes_resumed, result.bytes_sent) == (held, artifact.payload_size - held)
     verify(store, "a.tar", mode="deep")

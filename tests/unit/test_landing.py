@@ -16,7 +16,7 @@ from blobflow.artifact.tarmap import FIRST_MEMBER
 from blobflow.checksum import crc32c
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import DestinationNotEmpty, DigestMismatch, DiskFull, RefusedError, TransferBusy
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FaultyStore, Hook, Request, read_tree
 from tests.kit import SERIAL, SMALL, Killed, artifact_of, local_store, noise
 

@@ -36,11 +36,11 @@ from blobflow.errors import (
     UploadIncomplete,
     UsageError,
 )
-from blobflow.intent import TTL_S, IntentKeeper
-from blobflow.stores.base import Abilities, Body, ObjectMeta, PartMeta
-from blobflow.stores.local import LocalStore
+from blobflow.stores.base import Body, Capabilities, ObjectMeta, PartMeta
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.wrapping import WrappingStore
 from blobflow.testing import FaultyStore, Hook, Request, scripted_faults
+from blobflow.uploads.intent import TTL_S, IntentKeeper
 from tests.kit import SERIAL, SMALL, Killed, artifact_of, dies_at, keys, noise, watched
 
 KEY = "orders/monday"
@@ -321,8 +321,8 @@ class Forgetful(WrappingStore):
 
     @property
     @override
-    def abilities(self) -> Abilities:
-        return replace(self.store.abilities, conditional=False)
+    def capabilities(self) -> Capabilities:
+        return replace(self.store.capabilities, conditional=False)
 
     @override
     def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:

@@ -38,13 +38,12 @@ from blobflow.errors import (
     UploadInterrupted,
     UsageError,
 )
-from blobflow.intent import SUFFIX, IntentKeeper
 from blobflow.layers import LayerSyncResult, restoring
 from blobflow.layers.format import Codec, encode_seek_table
 from blobflow.layers.names import layer_key
 from blobflow.layers.remote import RemoteLayer
 from blobflow.stores.base import PartMeta, Store
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import (
     Executable,
     FailBefore,
@@ -56,6 +55,7 @@ from blobflow.testing import (
     scripted_faults,
     write_tree,
 )
+from blobflow.uploads.intent import SUFFIX, IntentKeeper
 from tests.kit import SERIAL, SMALL, TREE, Killed, dies_at, dies_before, keys, local_store, noise, sized, watched
 from tests.servers import S3Endpoint
 
@@ -662,10 +662,10 @@ def test_short_reads_do_not_change_a_byte(source: Path, tmp_path: Path, monkeypa
 @pytest.mark.seed("W3.7")
 def test_limits_are_kept_before_anything_is_sent(store: LocalStore, source: Path, tmp_path: Path):
     """Parts grow with the layer; what cannot fit is refused without a request that writes."""
-    store.abilities = replace(store.abilities, max_parts=3, min_part_size=1)
+    store.capabilities = replace(store.capabilities, max_parts=3, min_part_size=1)
     host = Host(tmp_path, store)
     assert host.sync(source).parts == 1
-    store.abilities = replace(store.abilities, max_part_size=5000, max_parts=2)
+    store.capabilities = replace(store.capabilities, max_part_size=5000, max_parts=2)
     (source / "more").write_bytes(noise(9000, 4))
     before = len(host.store.log)
     with pytest.raises(Unsupported, match="do not fit"):

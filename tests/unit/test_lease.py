@@ -10,23 +10,13 @@ import pytest
 from pydantic import ValidationError
 
 from blobflow import Lease, move_ref, read_ref
+from blobflow.coordination.lease import End, LeaseMachine, Look, Now, Write
+from blobflow.coordination.lease_store import Found, LeaseState, ObjectLeaseStore
+from blobflow.coordination.refs import MAX_HISTORY, fence_ref, newest_round
 from blobflow.errors import ArtifactInvalid, InvalidKey, LeaseLost, StoreUnavailable, TransferBusy, Unsupported
-from blobflow.lease import (
-    MAX_HISTORY,
-    End,
-    Found,
-    LeaseMachine,
-    LeaseState,
-    Look,
-    Now,
-    StoreLeases,
-    Write,
-    fence_ref,
-    newest_round,
-)
 from blobflow.owner import process_owner
-from blobflow.stores.base import Abilities
-from blobflow.stores.local import LocalStore
+from blobflow.stores.base import Capabilities
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.retry import RetryingStore
 from blobflow.testing import FailAfter, FailBefore, FaultyStore, Hook, Request, scripted_faults
 
@@ -168,7 +158,7 @@ def test_a_lost_answer_is_settled_by_reading_back(store: LocalStore, clock: Cloc
 
 def test_a_store_without_conditional_writes_holds_no_lease(store: LocalStore):
     """A clear refusal instead of a lease that protects nothing."""
-    store.abilities = Abilities(conditional=False)
+    store.capabilities = Capabilities(conditional=False)
     with pytest.raises(Unsupported, match="no conditional writes"):
         Lease(store, "orders/round")
 
@@ -300,7 +290,7 @@ def test_an_error_of_the_store_is_not_a_lost_race(store: LocalStore, clock: Cloc
 # Time
 
 
-class Keeper(StoreLeases):
+class Keeper(ObjectLeaseStore):
     """Leases of a local store, whose keeper tells the time that the test says; None: it does not tell."""
 
     def __init__(self, store: LocalStore, clock: Clock | None) -> None:
@@ -362,7 +352,7 @@ def test_without_a_shared_clock_one_more_time_to_live_is_waited(
 # The heartbeat
 
 
-class Beats(StoreLeases):
+class Beats(ObjectLeaseStore):
     """Leases of a local store that say when a renewal has been written, and fail when they are told to."""
 
     def __init__(self, store: LocalStore) -> None:
@@ -451,7 +441,7 @@ def test_a_lost_answer_needs_no_retries(store: LocalStore, clock: Clock):
 def test_a_conflict_without_another_writer_is_no_loss(store: LocalStore, clock: Clock):
     """S3 may refuse a write although nobody else has written; it is sent again, and not for ever."""
 
-    class Moody(StoreLeases):
+    class Moody(ObjectLeaseStore):
         moods = 0
 
         def swap(self, name: str, state: LeaseState, version: str | None) -> str | None:
@@ -473,7 +463,7 @@ def test_a_conflict_without_another_writer_is_no_loss(store: LocalStore, clock: 
 def test_an_answer_that_comes_late_is_no_conflict(store: LocalStore, clock: Clock):
     """A renewal that seemed unsent arrives before the next one: the holder knows it for its own."""
 
-    class Slow(StoreLeases):
+    class Slow(ObjectLeaseStore):
         late: tuple[str, LeaseState, str | None] | None = None
 
         def swap(self, name: str, state: LeaseState, version: str | None) -> str | None:

@@ -17,7 +17,7 @@ from blobflow.errors import SlowDown
 from blobflow.limits import AdaptiveLimit, Bandwidth, ByteBudget, shared_bandwidth, shared_requests
 from blobflow.stores import Body, open_store
 from blobflow.stores.limited import LimitedStore
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.retry import RetryingStore
 from blobflow.testing import FailBefore, FaultyStore, Request, scripted_faults
 

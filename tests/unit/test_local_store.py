@@ -33,7 +33,7 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.stores import Body, PutMode
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import Fifo, Symlink, read_tree, write_tree
 
 KIB = 1024

@@ -18,10 +18,10 @@ from blobflow.artifact.tarmap import TarMap, header, manifest_entry
 from blobflow.checksum import crc32c, sha256
 from blobflow.engine.plan import MAX_PARTS, TransferPlan
 from blobflow.errors import ArtifactInvalid, BlobflowError, SizeMismatch
-from blobflow.intent import Intent
 from blobflow.stores.base import Body, ObjectMeta
 from blobflow.stores.wrapping import WrappingStore
 from blobflow.transport.lanes import begin_download, fetch_lane
+from blobflow.uploads.intent import Intent
 from tests.kit import local_store
 
 KEY = "huge.tar"

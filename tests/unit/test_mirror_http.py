@@ -43,9 +43,9 @@ from blobflow.mirror.server import MirrorServer, mirror_app
 from blobflow.transport import read_manifest_bytes
 from tests.fault_proxy import Corrupt, Cut, FaultProxy, Reset, Rule, scripted
 from tests.kit import artifact_of, local_store, noise
-from tests.unit import test_s3_wire
+from tests.unit import test_http_client
 
-certificate = test_s3_wire.certificate
+certificate = test_http_client.certificate
 """A fixture: for 127.0.0.1, of a CA that nobody trusts."""
 
 KIB = 1024

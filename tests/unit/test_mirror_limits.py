@@ -17,10 +17,10 @@ from blobflow.errors import AtCapacity, DiskFull, ObjectTooLarge, PermissionMiss
 from blobflow.mirror.client import MirrorClient
 from blobflow.mirror.door import Door
 from blobflow.mirror.server import MirrorServer, Sender, mirror_app, read_senders
-from tests.unit import test_s3_wire
+from tests.unit import test_http_client
 from tests.unit.test_mirror_http import TOKEN, request, serving
 
-certificate = test_s3_wire.certificate
+certificate = test_http_client.certificate
 DIGEST = "sha256:" + "0a" * 32
 BYTES = b"abcdef"
 

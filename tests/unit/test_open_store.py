@@ -11,11 +11,11 @@ from pydantic import SecretStr
 
 from blobflow.errors import InvalidKey, InvalidStoreUrl, UsageError
 from blobflow.stores import Store, open_store
-from blobflow.stores.fsspec_store import FsspecStore
+from blobflow.stores.fsspec.store import FsspecStore
 from blobflow.stores.limited import LimitedStore
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.retry import RetryingStore
-from blobflow.stores.s3 import S3Store
+from blobflow.stores.s3.store import S3Store
 
 SECRET = "wJalrXUtnFEMI/K7MDENG"
 
@@ -90,7 +90,7 @@ def test_other_schemes_go_through_fsspec() -> None:
     store = inner(open_store("memory://place/below"))
     assert isinstance(store, FsspecStore)
     assert store.url == "memory://place/below"
-    assert not store.abilities.multipart
+    assert not store.capabilities.multipart
 
 
 @pytest.mark.seed("1.12")

@@ -18,8 +18,6 @@ import blobflow
 from blobflow import Artifact, export_artifact, upload
 from blobflow.checksum import crc32c
 from blobflow.config import MIB
-from blobflow.engine.ends import FileTarget
-from blobflow.engine.transfer import transfer
 from blobflow.errors import (
     BlobflowError,
     DiskFull,
@@ -42,7 +40,9 @@ from blobflow.mirror import MirrorReceiver, SnapshotEnvelope, SnapshotId
 from blobflow.scratch import scratch_directory
 from blobflow.stores import open_store
 from blobflow.stores.base import Body
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
+from blobflow.streams.ends import FileTarget
+from blobflow.streams.transfer import transfer
 from tests.kit import artifact_of
 
 SIDES: Final[dict[str, Callable[[], AbstractContextManager[None]]]] = {
@@ -109,7 +109,7 @@ def test_error_numbers_are_told_apart_in_one_place():
         and (node.attr in told_apart or (node.attr == "expanduser" and "os" not in ast.unparse(node.value)))
     }
     # The local store raises one, for a write that was cut short.
-    assert {each for each in found if not re.fullmatch(r"stores/local\.py:\d+ ENOSPC", each)} == set()
+    assert {each for each in found if not re.fullmatch(r"stores/local/store\.py:\d+ ENOSPC", each)} == set()
     assert len(found) <= 1
 
 

@@ -15,9 +15,9 @@ from blobflow.artifact.index import Index, Member
 from blobflow.artifact.manifest import Manifest, is_private
 from blobflow.artifact.privacy import MAX_PRIVATE_CHARS, PrivateRows, directory_is_private, encode, file_is_private
 from blobflow.checksum import crc32c, sha256
+from blobflow.coordination.rounds import content_key
 from blobflow.errors import ArtifactInvalid
 from blobflow.layers.format import layer_digest
-from blobflow.rounds import content_key
 
 
 @given(st.lists(st.booleans(), max_size=300))

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from blobflow import MirrorReceiver
-from blobflow.backends.history import HistoryEntry, add_to_history, read_history
-from blobflow.checkpoints import LocalHome, TransferJournal
-from blobflow.engine.checkpoint import TransferRecord
+from blobflow.backends.mirror_history import HistoryEntry, add_to_history, read_history
 from blobflow.errors import RefusedError
 from blobflow.layers.state import StateTable
 from blobflow.private import PrivateDirectory
 from blobflow.scratch import scratch_directory
 from blobflow.stores import PutMode
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
+from blobflow.streams.checkpoint import TransferRecord
 from blobflow.testing import Fifo, Symlink, Tree, read_tree, write_tree
+from blobflow.transport.checkpoints import LocalCheckpointStore, TransferJournal
 from tests.kit import give_away
 
 VICTIM: Tree = {
@@ -221,7 +221,7 @@ def _note(home: Path) -> None:
         transfer_id="t", kind="upload", key="k", artifact_digest="", part_size=1, parts_total=1, parts_done=0,
         bytes_done=0, bytes_total=1, state="running",
     )  # fmt: skip
-    TransferJournal(LocalHome(home)).save(record)
+    TransferJournal(LocalCheckpointStore(home)).save(record)
 
 
 def _keep_state(home: Path) -> None:

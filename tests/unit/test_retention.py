@@ -11,11 +11,11 @@ import pytest
 
 from blobflow import Artifact, upload, verify
 from blobflow.cli import run
+from blobflow.coordination.refs import move_ref, name_artifact, read_ref
 from blobflow.errors import StoreUnavailable, TransferBusy, UsageError
-from blobflow.lease import move_ref, read_ref
-from blobflow.retention import name_artifact, prune
+from blobflow.maintenance.retention import prune
 from blobflow.stores.base import Store
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FailBefore, Fault, FaultyStore, Hook, Request
 from blobflow.transport import list_artifacts
 from tests.kit import SERIAL, Clock, Killed, artifact_of, dies_at, keys, noise

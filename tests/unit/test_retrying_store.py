@@ -21,7 +21,7 @@ from blobflow.errors import (
     TransferBusy,
 )
 from blobflow.stores import Body, ObjectMeta, PutMode
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.retry import RetryingStore
 from blobflow.testing import (
     FailAfter,

@@ -26,10 +26,10 @@ from blobflow import (
     run_export_round,
     verify,
 )
+from blobflow.coordination.refs import fence_ref
+from blobflow.coordination.rounds import content_key
 from blobflow.errors import LeaseLost, StoreUnavailable, TimedOut, TransferBusy
-from blobflow.lease import fence_ref
-from blobflow.rounds import content_key
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import Executable, FailBefore, Fault, FaultyStore, Hook, Request, Tree, write_tree
 from blobflow.transport import list_artifacts
 from tests.kit import SMALL, TREE, artifact_of, local_store

@@ -19,7 +19,7 @@ from botocore.credentials import ReadOnlyCredentials
 from pydantic import SecretStr, ValidationError
 
 from blobflow.checksum import combine_all, crc32c
-from blobflow.cli.words import as_option
+from blobflow.cli.formatting import as_option
 from blobflow.errors import (
     BlobflowError,
     ChecksumMismatch,
@@ -34,8 +34,8 @@ from blobflow.errors import (
 )
 from blobflow.stores.base import Body, PartMeta, PutMode
 from blobflow.stores.retry import RetryingStore
-from blobflow.stores.s3 import S3Options, S3Store
-from blobflow.stores.s3_errors import Call, Refusal
+from blobflow.stores.s3.errors import RequestContext, S3Error
+from blobflow.stores.s3.store import S3Options, S3Store
 from tests.servers import Peer, S3Endpoint, scripted_server
 
 SECRET = "a-secret-that-must-never-show"
@@ -177,9 +177,9 @@ def test_threads_that_meet_the_wrong_region_together_all_follow(open_s3: Callabl
     """What one has learned is not held against the others, whose requests were under way."""
     store = open_s3("http://127.0.0.1:1")
     access = store.connected()
-    refusal = Refusal(301, "PermanentRedirect", "", {"x-amz-bucket-region": "eu-central-1"})
+    refusal = S3Error(301, "PermanentRedirect", "", {"x-amz-bucket-region": "eu-central-1"})
     for _ in range(2):
-        assert isinstance(store.failed(refusal, Call("get", "k"), access), StoreUnavailable)
+        assert isinstance(store.failed(refusal, RequestContext("get", "k"), access), StoreUnavailable)
     assert store.connected().region == "eu-central-1"
 
 
@@ -352,7 +352,7 @@ def test_an_upload_of_a_strange_server_is_begun_once(open_s3: Callable[..., S3St
 
 def test_a_document_is_read_up_to_a_limit(open_s3: Callable[..., S3Store], monkeypatch: pytest.MonkeyPatch) -> None:
     """A document without an end does not fill the memory: what is beyond the limit is not even read."""
-    monkeypatch.setattr("blobflow.stores.s3.MAX_ANSWER_BYTES", 1000)
+    monkeypatch.setattr("blobflow.stores.s3.store.MAX_ANSWER_BYTES", 1000)
 
     def endless(peer: Peer) -> None:
         peer.request()
@@ -586,11 +586,11 @@ def test_without_an_endpoint_explicit_keys_mean_aws(environment: pytest.MonkeyPa
     )
     store = S3Store(options)
     access = store.connected()
-    assert repr(access.wire) == "<Wire https://my-bucket.s3.eu-central-1.amazonaws.com, 0 idle>"
+    assert repr(access.client) == "<HttpClient https://my-bucket.s3.eu-central-1.amazonaws.com, 0 idle>"
     assert access.target("a b+c/ü") == "/a%20b%2Bc/%C3%BC"
     store.close()
     dotted = S3Store(options.model_copy(update={"bucket": "my.bucket"}))
-    assert repr(dotted.connected().wire) == "<Wire https://s3.eu-central-1.amazonaws.com, 0 idle>"
+    assert repr(dotted.connected().client) == "<HttpClient https://s3.eu-central-1.amazonaws.com, 0 idle>"
     assert dotted.connected().target("k") == "/my.bucket/k"
     dotted.close()
 
@@ -665,7 +665,7 @@ def test_credentials_that_cannot_be_had_are_told_as_such(
         store.put("k", b"1")
         with pytest.raises(BlobflowError) as told:
             store.put("k", b"1")
-        assert repr(store.connected().wire) == f"<Wire {url}, 1 idle>"
+        assert repr(store.connected().client) == f"<HttpClient {url}, 1 idle>"
     assert type(told.value) is kind
 
 

@@ -25,9 +25,9 @@ from blobflow.errors import (
     UploadIncomplete,
     UsageError,
 )
-from blobflow.stores import s3 as s3_module
 from blobflow.stores.base import Body, PutMode
-from blobflow.stores.s3 import S3Options, S3Store
+from blobflow.stores.s3 import store as s3_module
+from blobflow.stores.s3.store import S3Options, S3Store
 from tests.servers import S3Endpoint
 
 MIB = 1024 * 1024
@@ -382,7 +382,7 @@ def test_connections_are_used_again(rgw_s3: S3Endpoint) -> None:
         store.put(f"k{number}", b"1" * number)
         with pytest.raises(ObjectNotFound):
             store.get("absent", max_bytes=1)
-    assert "1 idle" in repr(store.connected().wire)
+    assert "1 idle" in repr(store.connected().client)
     store.close()
 
 

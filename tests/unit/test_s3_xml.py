@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blobflow.stores.base import PartMeta
-from blobflow.stores.s3_xml import (
-    ErrorAnswer,
+from blobflow.stores.s3.xml import (
+    ErrorResponse,
     ListedObject,
     ListedUpload,
     Made,
-    MalformedAnswer,
+    MalformedResponse,
     ObjectPage,
     PartPage,
     UploadPage,
@@ -114,10 +114,10 @@ def test_a_root_of_another_name_is_read(root: str) -> None:
 def test_what_may_go_on_is_told_from_what_is_wrong(document: bytes) -> None:
     """A document that only ended early may come whole the next time; one of something else may not."""
     for read in READERS:
-        with pytest.raises(MalformedAnswer) as early:
+        with pytest.raises(MalformedResponse) as early:
             read(document)
         assert early.value.ended_early
-        with pytest.raises(MalformedAnswer) as other:
+        with pytest.raises(MalformedResponse) as other:
             read(b"<html>busy<br></html>")
         assert not other.value.ended_early
 
@@ -126,7 +126,7 @@ def test_an_error_in_the_place_of_a_result_is_an_error() -> None:
     """A document of another operation's kind, Error, is raised with code and message."""
     document = b"  <?xml version='1.0'?><Error><Code>SlowDown</Code><Message>a &lt; b</Message></Error>"
     for read in READERS:
-        with pytest.raises(ErrorAnswer) as late:
+        with pytest.raises(ErrorResponse) as late:
             read(document)
         assert (late.value.code, late.value.message) == ("SlowDown", "a < b")
 
@@ -157,7 +157,7 @@ BOMB = (
 )
 def test_what_is_no_answer_is_refused(read: Callable[[bytes], object], document: bytes) -> None:
     """Pages of proxies, halves of documents, and documents that bring entities of their own are no answers."""
-    with pytest.raises(MalformedAnswer):
+    with pytest.raises(MalformedResponse):
         read(document)
 
 
@@ -177,7 +177,7 @@ def test_what_is_no_answer_is_refused(read: Callable[[bytes], object], document:
 )
 def test_an_entry_without_what_it_must_have_is_refused(read: Callable[[bytes], object], document: str) -> None:
     """An entry that lacks its name, its size or its tag is not passed over, nor guessed."""
-    with pytest.raises(MalformedAnswer):
+    with pytest.raises(MalformedResponse):
         read(f"<AnyResult>{document}</AnyResult>".encode())
 
 

@@ -33,6 +33,7 @@ from blobflow.artifact import landing
 from blobflow.artifact.artifact import write_artifact
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.checksum import crc32c
+from blobflow.coordination.refs import move_ref
 from blobflow.errors import (
     ArtifactInvalid,
     ArtifactNotFound,
@@ -53,13 +54,12 @@ from blobflow.errors import (
     UploadIncomplete,
     UsageError,
 )
-from blobflow.intent import SUFFIX, IntentKeeper
-from blobflow.lease import move_ref
 from blobflow.mirror import Snapshot
 from blobflow.stores.base import Store
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import Executable, FaultyStore, Hook, Request, Tree, read_tree, write_tree
 from blobflow.transport import ProgressEvent, begin_download, copy_artifact, read_manifest_bytes
+from blobflow.uploads.intent import SUFFIX, IntentKeeper
 from tests.kit import SERIAL, SMALL, TREE, Killed, artifact_of, dies_at, keys, local_store, noise, watched
 from tests.servers import S3Endpoint
 
@@ -1347,7 +1347,7 @@ def test_raising_from_progress_stops_cleanly(kind: str, artifact: Artifact, stor
     ticks = iter(range(10**9))
     with pytest.MonkeyPatch.context() as patch:
         # Every look at the clock is a second later: so progress is told after each part.
-        patch.setattr("blobflow.transport.books.time.monotonic", lambda: real() + next(ticks))
+        patch.setattr("blobflow.uploads.progress.time.monotonic", lambda: real() + next(ticks))
         with pytest.raises(Stop):
             move(on_progress=stop, on_checkpoint=records.append)
     assert records[-1].state == "failed"

@@ -19,11 +19,11 @@ from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import artifact_digest
 from blobflow.backends.directory import DirectoryExporter
 from blobflow.backends.sqlite import SqliteExporter, SqliteImporter
-from blobflow.cache import ArtifactCache
 from blobflow.checksum import crc32c
-from blobflow.stores.local import LocalStore
+from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FaultyStore, write_tree
 from blobflow.transport import download, read_manifest_bytes, upload
+from blobflow.transport.cache import ArtifactCache
 from tests.kit import SERIAL, Killed, dies_before, noise
 
 PUBLIC = {"public.txt": "for everybody", "open": {"a": "also for everybody"}, "large.bin": noise(20_000, 1)}

@@ -11,7 +11,7 @@ import pytest
 from blobflow import DirectoryExporter, LayerSync, Lease, begin_upload, export_artifact, upload
 from blobflow.backends.files import export_files
 from blobflow.errors import KeyConflict, Unsupported, UnsupportedSource
-from blobflow.stores.s3_options import S3Options, largest_object
+from blobflow.stores.s3.options import S3Options, largest_object
 from blobflow.testing import FaultyStore, Hook, Request, write_tree
 from tests.kit import SMALL, artifact_of, keys, local_store, noise
 
@@ -65,15 +65,15 @@ def test_an_object_above_the_largest_of_its_provider_is_refused_before_sending(s
     """Both sizes are named; not a byte was sent, and no upload was begun."""
     artifact = artifact_of(tmp_path)
     store = local_store(tmp_path)
-    store.abilities = replace(
-        store.abilities, max_object_size=artifact.payload_size - 1, multipart=surface != "one request"
+    store.capabilities = replace(
+        store.capabilities, max_object_size=artifact.payload_size - 1, multipart=surface != "one request"
     )
     send: Callable[..., object] = begin_upload if surface == "lanes" else upload
     with pytest.raises(Unsupported, match=rf"{artifact.payload_size} bytes.*at most {artifact.payload_size - 1}"):
         send(store, KEY, artifact, profile=SMALL)
     assert keys(store) == []
     assert store.list_uploads() == []
-    store.abilities = replace(store.abilities, max_object_size=artifact.payload_size)
+    store.capabilities = replace(store.capabilities, max_object_size=artifact.payload_size)
     assert upload(store, KEY, artifact, profile=SMALL).status == "uploaded"
 
 
@@ -106,7 +106,7 @@ def test_what_was_published_during_an_upload_in_one_request_is_not_replaced(tmp_
     """Without multipart uploads the payload appears when its request ends: the key is looked at once more before."""
     one, other = artifact_of(tmp_path / "one", {"f": noise(20_000)}), artifact_of(tmp_path / "other", {"g": "other"})
     store = local_store(tmp_path)
-    store.abilities = replace(store.abilities, multipart=False)
+    store.capabilities = replace(store.capabilities, multipart=False)
 
     def publish_other(_: Request) -> None:
         upload(store, KEY, other, profile=SMALL)

@@ -1,0 +1,269 @@
+"""The mirror that all importers share: whole versions side by side, of which one is shown."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import ConfigDict, Field, JsonValue, field_validator
+
+from blobflow.artifact.artifact import Artifact, write_durably
+from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
+from blobflow.artifact.members import verify_members
+from blobflow.backends.base import ImportResult, OnProgress
+from blobflow.backends.files import copy_member, place_members
+from blobflow.backends.mirror_history import HistoryEntry, add_to_history, read_history
+from blobflow.durable import check_room, copies_take_room
+from blobflow.errors import ArtifactNotFound, RefusedError, TransferBusy, UnsupportedSource, expanded, writing
+from blobflow.fields import KnownFields
+from blobflow.trees import remove_tree
+from blobflow.untrusted import quoted
+
+CURRENT_NAME: Final = "current"
+INCOMING_NAME: Final = ".incoming"
+
+_LOCK_NAME: Final = ".lock"
+_VERSION_DIGITS: Final = 16
+"""Of the artifact digest: enough for the few versions of one mirror."""
+
+
+class VersionedImporter(KnownFields, ABC):
+    """Keeps a mirror of versions: `<path>/current` always shows the data of one whole artifact.
+
+    Each version is an artifact directory `<path>/versions/<id>`; `current` is a symbolic link to the `data` of the
+    newest, replaced by one atomic rename. Whatever a database keeps beside its file (journals, locks) stays with its
+    version, so that it can never be applied to another one's file.
+
+    An import is `prepare`, `verify_open`, `load`, `swap`, in this order: whatever can be refused is refused by the
+    first two, before anything was moved, and nothing is seen before the last. Backends override the steps to which
+    they have something to add, and `cursor`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: Path = Field(description="The directory that holds `current` and `versions`.")
+    keep_versions: int = Field(default=2, ge=1, description="Versions kept, the current one included.")
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return expanded(path).absolute()
+
+    @property
+    @abstractmethod
+    def backend(self) -> str:
+        """The backend of the artifacts it takes."""
+
+    @property
+    def data(self) -> Path:
+        """What the mirror shows; absent before the first import."""
+        return self.path / CURRENT_NAME
+
+    @property
+    def _versions(self) -> Path:
+        return self.path / "versions"
+
+    def staging(self, artifact_digest: str) -> Path:
+        return self.path / INCOMING_NAME / _version_name(artifact_digest)
+
+    def current(self) -> Artifact | None:
+        """The artifact whose data `current` shows, or None. Of data that was written to, it is where it came from."""
+        return shown_artifact(self.path)
+
+    def cursor(self) -> JsonValue:
+        """Where in the source's history the mirror stands; None before the first import, or if nobody said."""
+        alive = self.current()
+        return alive.manifest.cursor if alive else None
+
+    def import_artifact(
+        self,
+        artifact: Artifact,
+        *,
+        consume: bool = False,
+        on_progress: OnProgress | None = None,
+        key: str | None = None,
+    ) -> ImportResult:
+        """Verify every member of the artifact, keep it as a version, and show it as `current`.
+
+        Raises:
+            DigestMismatch: a member is not what the index says; nothing was changed.
+            RefusedError: `current` is not a link, the artifact came from another backend, or the mirror cannot be
+                written.
+            TransferBusy: another process imports into this mirror, or writes to what it shows.
+            DiskFull: there is no room in the mirror.
+        """
+        started = time.monotonic()
+        if artifact.manifest.backend != self.backend:
+            made_by = quoted(artifact.manifest.backend)
+            raise RefusedError(
+                f"{artifact!r} was made by backend {made_by}, this importer takes {self.backend!r}",
+                hint=f"import it with the importer for {made_by}",
+            )
+        if self.data.exists() and not self.data.is_symlink():
+            raise RefusedError(f"{self.data} is not a symbolic link", hint="name another path, or move it away")
+        with self._alone():
+            alive = self.current()
+            if alive is not None and alive.digest == artifact.digest:
+                if consume and artifact.path != alive.path:
+                    remove_tree(artifact.path)
+                self._remember(artifact, key)  # a kill may have come between the swap and this
+                return self._result("unchanged", artifact, started, [])
+            self.prepare(artifact)
+            verify_members(artifact, on_progress=on_progress)
+            self.verify_open(artifact)
+            with writing(self.path):
+                version = self.load(artifact, consume=consume)
+                self.swap(version)
+                self._remember(artifact, key)
+                removed = list(self._prune(version))
+                self._remove_superseded(artifact)
+        return self._result("imported", artifact, started, removed)
+
+    def prepare(self, artifact: Artifact) -> None:
+        """Refuse an artifact that does not belong here, by its manifest and index; none of its data is read yet."""
+
+    def verify_open(self, artifact: Artifact) -> None:
+        """Open the data as its users will, and refuse what is of no use to them. The files must stay as they are.
+
+        Every member has the bytes that its index promises already.
+        """
+
+    def load(self, artifact: Artifact, *, consume: bool) -> Path:
+        """Make the artifact a version: by rename if it may be consumed, by copy otherwise."""
+        from blobflow.artifact.landing import fsync_directory, sync_tree
+
+        version = self._versions / _version_name(artifact.digest)
+        self._versions.mkdir(parents=True, exist_ok=True)
+        if artifact.path == version:
+            return version
+        if version.exists():
+            # An older import of the same artifact; it was not verified now, the new one was.
+            retired = version.with_name(f".{version.name}.retired")
+            remove_tree(retired)
+            os.rename(version, retired)
+            remove_tree(retired)
+        movable = consume and not artifact.is_reference
+        if movable and artifact.path.stat().st_dev == self._versions.stat().st_dev:
+            os.rename(artifact.path, version)
+        else:
+            partial = version.with_name(f".{version.name}.partial")
+            remove_tree(partial)
+            if copies_take_room(artifact.data, partial):
+                check_room(partial, artifact.manifest.bytes - (artifact.manifest.holes or 0))
+            private = artifact.layout.private
+            partial.mkdir(0o700 if private.covers(len(artifact.index)) else 0o777)
+            place_members(artifact.index.paths, artifact.data, partial / DATA_NAME, copy_member, private)
+            write_durably(partial / INDEX_NAME, artifact.index_bytes, private=bool(private))
+            write_durably(partial / MANIFEST_NAME, artifact.manifest_bytes, private=bool(private))
+            sync_tree(partial)
+            os.rename(partial, version)
+            if consume:
+                remove_tree(artifact.path)
+        fsync_directory(self._versions)
+        return version
+
+    def swap(self, version: Path) -> None:
+        """Show the version, in one atomic step.
+
+        Raises:
+            TransferBusy: somebody writes to what is shown now; it stays shown.
+        """
+        from blobflow.artifact.landing import fsync_directory
+
+        fresh = self.path / ".current.new"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(Path("versions") / version.name / DATA_NAME)
+        os.replace(fresh, self.data)
+        fsync_directory(self.path)
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        """Hold the mirror: two imports at once would clear away each other's half copies."""
+        from blobflow.artifact.landing import try_flock
+
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            if not try_flock(lock, fcntl.LOCK_EX):
+                raise TransferBusy(f"another process imports into {self.path}", path=str(self.path))
+            yield
+        finally:
+            os.close(lock)
+
+    def _remember(self, artifact: Artifact, key: str | None) -> None:
+        history = read_history(self.path)
+        if history and history[-1].artifact_digest == artifact.digest:
+            return
+        with writing(self.path):
+            manifest = artifact.manifest
+            entry = HistoryEntry(
+                imported_at=datetime.now(timezone.utc),
+                artifact_digest=artifact.digest,
+                backend=manifest.backend,
+                cursor=manifest.cursor,
+                created_at=manifest.created_at,
+                key=key,
+            )
+            add_to_history(self.path, entry)
+
+    def _result(
+        self, status: Literal["imported", "unchanged"], artifact: Artifact, started: float, removed: list[str]
+    ) -> ImportResult:
+        manifest = artifact.manifest
+        return ImportResult(
+            status=status,
+            path=self.data,
+            artifact_digest=artifact.digest,
+            members=manifest.members,
+            bytes=manifest.bytes,
+            cursor=manifest.cursor,
+            seconds=time.monotonic() - started,
+            removed_versions=removed,
+        )
+
+    def _prune(self, current: Path) -> Iterator[str]:
+        """Remove versions beyond `keep_versions`, oldest first, and whatever a killed import left."""
+        versions = [entry for entry in self._versions.iterdir() if entry != current]
+        complete = [entry for entry in versions if not entry.name.startswith(".")]
+        complete.sort(key=lambda entry: entry.stat().st_mtime_ns, reverse=True)
+        for entry in complete[self.keep_versions - 1 :]:
+            remove_tree(entry)
+            yield entry.name
+        for entry in versions:
+            if entry.name.startswith("."):
+                remove_tree(entry)
+
+    def _remove_superseded(self, artifact: Artifact) -> None:
+        """Remove what downloads of older artifacts left, once a newer one is shown; what somebody holds stays.
+
+        What was last written to before this artifact was made belongs to an older one, that nobody comes back for.
+        """
+        from blobflow.artifact.leftovers import remove_stages
+
+        made_at = artifact.manifest.created_at.timestamp()
+        incoming = self.path / INCOMING_NAME
+        remove_stages(incoming, idle_since=made_at)
+        # Whole ones lie there by their version's name, until they are imported.
+        for landed in incoming.glob("[0-9a-f]" * _VERSION_DIGITS):
+            if landed.stat().st_mtime <= made_at:
+                remove_tree(landed)
+
+
+def shown_artifact(mirror: Path) -> Artifact | None:
+    """The artifact whose data the mirror in a directory shows, or None."""
+    try:
+        return Artifact.open(Path(os.path.realpath(mirror / CURRENT_NAME, strict=True)).parent)
+    except (OSError, ArtifactNotFound, UnsupportedSource):
+        return None
+
+
+def _version_name(artifact_digest: str) -> str:
+    return artifact_digest.removeprefix("sha256:")[:_VERSION_DIGITS]

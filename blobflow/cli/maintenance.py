@@ -1,0 +1,232 @@
+"""Keeping a store: refs, what its server can do, and what may go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from blobflow.cli.formatting import human_time, table
+from blobflow.cli.settings import Command, CommandGroup, DurationType, Settings
+from blobflow.errors import NotFoundError, TemporaryError
+
+if TYPE_CHECKING:
+    from blobflow.coordination.refs import RefState
+    from blobflow.stores.base import Store
+
+
+@click.group(cls=CommandGroup)
+def ref() -> None:
+    """Read and move refs: names, like orders/latest, that point to an artifact."""
+
+
+@ref.command("get")
+@click.argument("name")
+@click.pass_obj
+def ref_get(settings: Settings, name: str) -> None:
+    """Print the key that the ref NAME points to."""
+    from blobflow.coordination.refs import read_ref
+
+    with settings.open_store() as store:
+        state = read_ref(store, name)
+    if state is None:
+        raise NotFoundError(f"no ref {name!r} in {store.url}", name=name)
+    settings.report(_ref_document("found", store, name, state), state.key)
+
+
+@ref.command("set")
+@click.argument("name")
+@click.argument("key")
+@click.pass_obj
+def ref_set(settings: Settings, name: str, key: str) -> None:
+    """Point the ref NAME to the artifact under KEY, in one step."""
+    from blobflow.artifact.manifest import artifact_digest
+    from blobflow.coordination.refs import name_artifact
+    from blobflow.transport import read_manifest_bytes
+
+    with settings.open_store() as store:
+        state = name_artifact(store, name, key, artifact_digest(read_manifest_bytes(store, key)))
+    settings.report(_ref_document("set", store, name, state), f"{name} -> {state.key}  {state.manifest_sha256}")
+
+
+@ref.command("log")
+@click.argument("name")
+@click.pass_obj
+def ref_log(settings: Settings, name: str) -> None:
+    """Print where the ref NAME points and where it pointed before, the latest first."""
+    from blobflow.coordination.refs import read_ref
+
+    with settings.open_store() as store:
+        state = read_ref(store, name)
+    if state is None:
+        raise NotFoundError(f"no ref {name!r} in {store.url}", name=name)
+    if settings.json:
+        moves = [
+            {
+                "key": entry.key,
+                "artifact_digest": entry.manifest_sha256,
+                "generation": entry.generation,
+                "round_number": entry.round_number,
+                "updated_at": entry.updated_at.isoformat(),
+            }
+            for entry in state.entries()
+        ]
+        settings.report({**_ref_document("found", store, name, state), "moves": moves})
+    else:
+        rows = ((human_time(entry.updated_at), entry.key, entry.manifest_sha256) for entry in state.entries())
+        table(("moved", "key", "artifact"), rows)
+
+
+def _ref_document(status: str, store: Store, name: str, state: RefState) -> dict[str, Any]:
+    return {
+        "status": status,
+        "name": name,
+        "store": store.url,
+        "key": state.key,
+        "artifact_digest": state.manifest_sha256,
+        "generation": state.generation,
+        "updated_at": state.updated_at.isoformat(),
+    }
+
+
+@click.command(cls=Command)
+@click.option("--fresh", is_flag=True, help="Try everything out again, whatever was found before.")
+@click.pass_obj
+def probe(settings: Settings, fresh: bool) -> None:
+    """Show what the store's server can really do.
+
+    An S3 server is probed when it is first relied upon, and again after 30 days; what was found is remembered for
+    this user, on this machine. What does not hold is not relied upon.
+    """
+    from blobflow.stores.probe import ProbedStore
+    from blobflow.stores.probe import probe as probe_store
+
+    with settings.open_store() as store:
+        report = store.report(fresh=fresh) if isinstance(store, ProbedStore) else probe_store(store)
+    if settings.json:
+        settings.report({"status": "probed", **report.model_dump(mode="json")})
+        return
+    server = " ".join(filter(None, [report.endpoint, report.software]))
+    about = [("store", report.store), ("server", server or "none"), ("probed", human_time(report.probed_at))]
+    table(("", ""), about)
+    table(
+        ("ability", "holds", "evidence"),
+        [
+            (name.replace("_", " "), "yes" if finding.holds else "no", finding.evidence)
+            for name, finding in report.findings.items()
+        ],
+    )
+
+
+@click.command(cls=Command)
+@click.argument("prefix", default="")
+@click.option(
+    "--older-than",
+    "older_than_s",
+    type=DurationType(),
+    default="24h",
+    show_default=True,
+    metavar="AGE",
+    help="What is younger stays: 90s, 30m, 24h, 7d.",
+)
+@click.option("--dry-run", is_flag=True, help="Find everything, remove nothing.")
+@click.option("--payloads", is_flag=True, help="Also remove payloads whose manifest never came.")
+@click.option(
+    "--stages",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Also remove what killed downloads left in the directory DIR.",
+)
+@click.pass_obj
+def gc(
+    settings: Settings, prefix: str, older_than_s: float, dry_run: bool, payloads: bool, stages: Path | None
+) -> int | None:
+    """Remove what killed uploads left behind under keys that start with PREFIX.
+
+    It may run at any time, next to transfers. Multipart uploads that nobody will take up again are aborted and their
+    intents removed; payloads whose manifest never came are only shown unless --payloads is given.
+    """
+    from blobflow.maintenance.gc import collect, collect_stages
+
+    with settings.open_store() as store:
+        report = collect(store, prefix, older_than_s=older_than_s, payloads=payloads, dry_run=dry_run)
+    collected_stages = collect_stages(stages, older_than_s=older_than_s, dry_run=dry_run) if stages else []
+    removed = "would remove" if dry_run else "removed"
+    rows = [
+        *(("would abort" if dry_run else "aborted", f"upload {u.upload_id} of {u.key}") for u in report.uploads),
+        *((removed, f"intent of {key}") for key in report.intents),
+        *((removed, key) for key in report.trials),
+        *((removed if payloads else "found", f"payload without manifest {key}") for key in report.payloads),
+        *((removed, str(path)) for path in collected_stages),
+        *(("left alone", f"unreadable intent of {key}") for key in report.unreadable),
+        *(("failed", f"{key}: run it again") for key in report.failed),
+    ]
+    settings.report(
+        {
+            "status": "found" if dry_run else "collected",
+            "store": store.url,
+            "prefix": prefix,
+            "older_than_s": older_than_s,
+            "uploads": [{"key": upload.key, "upload_id": upload.upload_id} for upload in report.uploads],
+            "intents": report.intents,
+            "trials": report.trials,
+            "payloads": report.payloads,
+            "payloads_removed": len(report.payloads) if payloads and not dry_run else 0,
+            "stages": [str(path) for path in collected_stages],
+            "unreadable": report.unreadable,
+            "failed": report.failed,
+            "uploads_kept": report.uploads_kept,
+        },
+        *(f"{what}  {which}" for what, which in rows),
+        f"{len(rows)} found, {report.uploads_kept} {'upload' if report.uploads_kept == 1 else 'uploads'} kept",
+    )
+    return TemporaryError.exit_code if report.failed else None
+
+
+@click.command(cls=Command)
+@click.argument("prefix", default="")
+@click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the last N of each directory.")
+@click.option(
+    "--keep-within",
+    "keep_within_s",
+    type=DurationType(),
+    metavar="AGE",
+    help="Keep what is younger: 90s, 30m, 24h, 7d.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would go, remove nothing.")
+@click.pass_obj
+def prune(
+    settings: Settings, prefix: str, keep_last: int | None, keep_within_s: float | None, dry_run: bool
+) -> int | None:
+    """Remove old artifacts under keys that start with PREFIX.
+
+    Kept is what one of the rules keeps, and whatever a ref names. At least one rule has to be given.
+    """
+    from blobflow.maintenance.retention import prune as prune_artifacts
+
+    with settings.open_store() as store:
+        report = prune_artifacts(store, prefix, keep_last=keep_last, keep_within_s=keep_within_s, dry_run=dry_run)
+    rows = [
+        *(("would remove" if dry_run else "removed", key) for key in report.removed),
+        *(("kept", f"{key}: a ref names it") for key in report.named),
+        *(("left alone", f"{key}: an upload is under way") for key in report.busy),
+        *(("failed", f"{key}: run it again") for key in report.failed),
+    ]
+    settings.report(
+        {
+            "status": "found" if dry_run else "pruned",
+            "store": store.url,
+            "prefix": prefix,
+            "keep_last": keep_last,
+            "keep_within_s": keep_within_s,
+            "removed": report.removed,
+            "named": report.named,
+            "busy": report.busy,
+            "failed": report.failed,
+            "kept": report.kept,
+        },
+        *(f"{what}  {which}" for what, which in rows),
+        f"{len(report.removed)} {'to remove' if dry_run else 'removed'}, {report.kept + len(report.named)} kept",
+    )
+    return TemporaryError.exit_code if report.failed else None

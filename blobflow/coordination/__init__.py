@@ -1,0 +1,1 @@
+"""Who may publish, and what is current: leases, refs and export rounds."""

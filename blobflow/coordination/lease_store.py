@@ -1,0 +1,104 @@
+"""Where the records of leases are kept, and how they are replaced by compare-and-swap."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+from typing_extensions import override
+
+from blobflow.coordination.records import read_record, write_record
+from blobflow.errors import (
+    Unsupported,
+    setting,
+)
+from blobflow.stores.base import Store
+from blobflow.transport.catalog import LEASE_SUFFIX
+from blobflow.untrusted import Counter, Seconds, Timestamp
+
+
+class LeaseState(BaseModel):
+    """What the record of a lease says."""
+
+    model_config = ConfigDict(frozen=True)
+
+    generation: Counter
+    owner: str
+    """Empty: nobody holds it."""
+    expires_at: Timestamp
+    """Seconds since the epoch, by the clock of who keeps the record where that one tells the time."""
+    write_id: str
+    cursor: JsonValue = None
+    """Of the last completed round."""
+    ttl_s: Seconds = 60.0
+    """A holder that lives writes a new record at least that often."""
+
+
+class Found(NamedTuple):
+    """A record, and the version that a swap has to name."""
+
+    state: LeaseState
+    version: str
+
+
+class LeaseStore(ABC):
+    """Keeps the records of leases by name, and replaces them by compare-and-swap between processes."""
+
+    url: str
+    """For people; never with credentials."""
+
+    @abstractmethod
+    def read(self, name: str) -> Found | None:
+        """The record, or None if there is none."""
+
+    @abstractmethod
+    def swap(self, name: str, state: LeaseState, version: str | None) -> str | None:
+        """Write `state` in the place of the record `version` (None: of nothing).
+
+        Returns:
+            The version of what was written; None if something else was there.
+
+        Raises:
+            StoreUnavailable, TimedOut: it may have been written or not.
+        """
+
+    @abstractmethod
+    def time_s(self) -> float | None:
+        """Seconds since the epoch by the keeper's own clock, which all holders share; None if it does not tell."""
+
+    def close(self) -> None:
+        """Release connections."""
+
+
+class ObjectLeaseStore(LeaseStore):
+    """Leases as objects `<name>.lease.json` of a store with conditional writes.
+
+    Raises:
+        Unsupported: the store has no conditional writes.
+    """
+
+    def __init__(self, store: Store) -> None:
+        if not store.capabilities.conditional:
+            raise Unsupported(
+                f"{store!r} has no conditional writes, so it cannot hold a lease",
+                hint=f"`blobflow probe` shows what it can do; keep the leases in a SQL database ({setting('leases')}),"
+                " or the rounds in a store that has them",
+                store=store.url,
+                capability="conditional writes",
+            )
+        self.url = store.url
+        self._store = store
+
+    @override
+    def read(self, name: str) -> Found | None:
+        found = read_record(self._store, name + LEASE_SUFFIX, LeaseState)
+        return Found(*found) if found else None
+
+    @override
+    def swap(self, name: str, state: LeaseState, version: str | None) -> str | None:
+        return write_record(self._store, name + LEASE_SUFFIX, state, version)
+
+    @override
+    def time_s(self) -> float | None:
+        return self._store.server_time_s()

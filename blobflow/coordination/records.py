@@ -1,0 +1,65 @@
+"""Small JSON objects that are replaced by compare-and-swap: what leases and refs are kept in."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
+from blobflow.errors import (
+    ArtifactInvalid,
+    ObjectNotFound,
+    PreconditionFailed,
+)
+from blobflow.stores.base import PutMode, Store
+from blobflow.untrusted import MAX_COUNT, read_model
+
+_MAX_BYTES: Final = MAX_MANIFEST_BYTES + 64 * 1024
+"""A lease remembers the cursor of its last round, which may be as long as a manifest has room for."""
+
+
+def read_record(store: Store, key: str, kind: type[Any]) -> tuple[Any, str] | None:
+    """The record under `key` and its entity tag, or None if there is none.
+
+    Raises:
+        ArtifactInvalid: the object is not such a record.
+    """
+    try:
+        data, meta = store.get(key, max_bytes=_MAX_BYTES)
+    except ObjectNotFound:
+        return None
+    try:
+        return read_model(kind, data, kind.__name__), meta.e_tag
+    except ArtifactInvalid as error:
+        raise ArtifactInvalid(
+            f"object {key!r} is not a {kind.__name__}: {error.message}",
+            hint="somebody else wrote it; look at it, then remove it",
+            key=key,
+        ) from error
+
+
+def write_record(store: Store, key: str, state: BaseModel, e_tag: str | None) -> str | None:
+    """Write `state` in the place of the object `e_tag` (None: of nothing); its e_tag, or None if the race is lost."""
+    mode = PutMode.OVERWRITE
+    if store.capabilities.conditional:
+        mode = PutMode.UPDATE if e_tag else PutMode.CREATE
+    data = json.dumps(state.model_dump(mode="json"), ensure_ascii=False).encode()
+    try:
+        return store.put(
+            key, data, mode=mode, e_tag=e_tag if mode is PutMode.UPDATE else None, content_type="application/json"
+        ).e_tag
+    except PreconditionFailed:
+        return None
+
+
+def next_count(count: int, name: str) -> int:
+    """The next generation or round.
+
+    Raises:
+        ArtifactInvalid: there is none: nobody has come that far, so somebody else wrote the record.
+    """
+    if count >= MAX_COUNT:
+        raise ArtifactInvalid(f"the record of {name!r} is at the end of its count", hint="remove it", key=name)
+    return count + 1

@@ -1,0 +1,237 @@
+"""Refs: names such as `orders/latest` that point to an artifact and are moved in one step.
+
+A ref refuses what a round before the newest one publishes; see `blobflow.coordination.lease`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Annotated, Final, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from blobflow.artifact.manifest import Sha256Digest
+from blobflow.coordination.records import next_count, read_record, write_record
+from blobflow.errors import (
+    ArtifactNotFound,
+    InvalidKey,
+    LeaseLost,
+    StoreUnavailable,
+    TemporaryError,
+    TimedOut,
+    TransferBusy,
+)
+from blobflow.stores.base import Store, check_key
+from blobflow.transport.catalog import REF_SUFFIX, read_manifest_bytes
+from blobflow.untrusted import Counter, UtcTime
+
+MAX_HISTORY: Final = 20
+"""Earlier places a ref remembers: two nights of hourly rounds, and far below the size limit
+of a record even with the longest keys."""
+
+_REF_ATTEMPTS: Final = 20
+_NO_DIGEST: Final = "sha256:" + "0" * 64
+"""Of a ref that is fenced and has never named anything; its key is empty."""
+
+
+def _named(key: str) -> str:
+    """The key that a ref names; anybody who writes to the bucket writes refs, and what they name is printed."""
+    try:
+        return check_key(key) if key else key
+    except InvalidKey as error:
+        raise ValueError("it is not a key") from error
+
+
+RefKey: TypeAlias = Annotated[str, AfterValidator(_named)]
+
+
+class RefEntry(BaseModel):
+    """Where a ref pointed once."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: RefKey
+    manifest_sha256: Sha256Digest
+    generation: Counter
+    write_id: str
+    updated_at: UtcTime
+    round_number: Counter = 0
+    """Of the round that made what it names; 0: moved by hand, or by an older blobflow."""
+
+
+class RefState(BaseModel):
+    """Where a ref points."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: RefKey
+    manifest_sha256: Sha256Digest
+    generation: Counter
+    write_id: str
+    """Of the move to here."""
+    updated_at: UtcTime
+    round_number: Counter = 0
+    """Rounds before this one move it no more; 0: moved by hand only, or by an older blobflow."""
+    made_by_round: Counter = 0
+    """Of the round that moved it here; 0: moved by hand, or by an older blobflow."""
+    fence_id: str = ""
+    """Of the write that raised `round_number` without a move."""
+    history: tuple[RefEntry, ...] = ()
+    """Where it pointed before, the latest first; at most `MAX_HISTORY`."""
+
+    def entries(self) -> list[RefEntry]:
+        """Where it points and where it pointed before, the latest first."""
+        here = RefEntry(
+            key=self.key,
+            manifest_sha256=self.manifest_sha256,
+            generation=self.generation,
+            write_id=self.write_id,
+            updated_at=self.updated_at,
+            round_number=self.made_by_round,
+        )
+        return [here, *self.history] if self.key else []
+
+
+def read_ref(store: Store, name: str) -> RefState | None:
+    """Where the ref `name` points, or None if there is no such ref."""
+    found = read_record(store, name + REF_SUFFIX, RefState)
+    return found[0] if found and found[0].key else None
+
+
+def newest_round(store: Store, name: str) -> int:
+    """The number of the latest round that has moved or fenced the ref `name`; 0 if none has."""
+    found = read_record(store, name + REF_SUFFIX, RefState)
+    return found[0].round_number if found else 0
+
+
+def move_ref(store: Store, name: str, key: str, digest: str, *, round_number: int | None = None) -> RefState:
+    """Point the ref `name` at an artifact, in one step; a ref that points there already is not moved.
+
+    Args:
+        round_number: Of the round that made the artifact: a ref that a later round has moved or fenced is not moved
+            back, however late a process wakes up. None: moved by hand, whatever it names.
+
+    Raises:
+        LeaseLost: a later round has moved or fenced it; its artifact is the newer one.
+        TransferBusy: others moved it again and again meanwhile.
+    """
+    write_id = uuid.uuid4().hex
+
+    def moved(found: RefState | None) -> RefState:
+        if found is not None:
+            check_round(name, found, round_number)
+            reached = max(found.round_number, round_number or 0)
+            if (found.key, found.manifest_sha256) == (key, digest):
+                if reached == found.round_number:
+                    return found
+                # It stays where it is, but rounds before this one must not move it any more.
+                return found.model_copy(update={"round_number": reached, "fence_id": write_id})
+        return RefState(
+            key=key,
+            manifest_sha256=digest,
+            generation=next_count(found.generation, name) if found else 1,
+            write_id=write_id,
+            updated_at=datetime.now(timezone.utc),
+            round_number=max(found.round_number if found else 0, round_number or 0),
+            made_by_round=round_number or 0,
+            fence_id=found.fence_id if found else "",
+            history=tuple(found.entries()[:MAX_HISTORY]) if found else (),
+        )
+
+    return _change_ref(store, name, write_id, moved)
+
+
+def fence_ref(store: Store, name: str, generation: int, *, still_ours: Callable[[], None] = lambda: None) -> int:
+    """Keep all earlier rounds from moving the ref `name` from now on; returns the number of this round.
+
+    It is the lease's generation, unless the ref has seen that number, because somebody removed the lease's record and
+    its count began again.
+
+    Args:
+        still_ours: Asked before the number is written, and raises if the lease was lost: a process that stood still
+            since it won the lease must not shut its successor out, whose number may be the lower one if somebody
+            removed the lease's record.
+
+    Raises:
+        TransferBusy: others moved it again and again meanwhile.
+    """
+    fence_id = uuid.uuid4().hex
+
+    def fenced(found: RefState | None) -> RefState:
+        # Between the look at the ref and the write that names its version: who was succeeded before is told here, and
+        # who is succeeded now finds another version.
+        still_ours()
+        number = max(generation, next_count(found.round_number, name) if found else 1)
+        if found is not None:
+            return found.model_copy(update={"round_number": number, "fence_id": fence_id})
+        return RefState(
+            key="",
+            manifest_sha256=_NO_DIGEST,
+            generation=0,
+            write_id="",
+            updated_at=datetime.now(timezone.utc),
+            round_number=number,
+            fence_id=fence_id,
+        )
+
+    return _change_ref(store, name, fence_id, fenced).round_number
+
+
+def check_round(name: str, found: RefState, round_number: int | None) -> None:
+    """Return if what round `round_number` made may still be published under the ref `name`.
+
+    Raises:
+        LeaseLost: a later round has moved or fenced the ref.
+    """
+    if round_number is not None and round_number < found.round_number:
+        raise LeaseLost(
+            f"ref {name!r} belongs to round {found.round_number}, and this is round {round_number}",
+            hint="a newer snapshot is published, or about to be; leave it to that one",
+            name=name,
+            generation=round_number,
+        )
+
+
+def _change_ref(store: Store, name: str, write_id: str, change: Callable[[RefState | None], RefState]) -> RefState:
+    """Replace a ref by what `change` makes of it; one that it gives back as it is stays untouched."""
+    check_key(name)
+    tried: RefState | None = None
+    unanswered: TemporaryError | None = None
+    for _ in range(_REF_ATTEMPTS):
+        found = read_record(store, name + REF_SUFFIX, RefState)
+        if tried is not None and found is not None:
+            now = found[0]
+            if write_id in {now.write_id, now.fence_id, *(entry.write_id for entry in now.history)}:
+                return tried  # it arrived, whatever its answer was, or would have been
+        if unanswered is not None:
+            raise unanswered
+        state = change(found[0] if found else None)
+        if found and state == found[0]:
+            return state
+        try:
+            if write_record(store, name + REF_SUFFIX, state, found[1] if found else None):
+                return state
+        except (StoreUnavailable, TimedOut) as error:
+            unanswered = error
+        tried = state
+    raise TransferBusy(f"ref {name!r} is being moved by others", key=name)
+
+
+def name_artifact(store: Store, ref: str, key: str, digest: str, *, round_number: int | None = None) -> RefState:
+    """Point a ref at an artifact, as `move_ref` does, where `prune` may remove that artifact at the same moment.
+
+    Raises:
+        TransferBusy: it is being removed; verify it again.
+        LeaseLost: as `move_ref`.
+    """
+    before = read_ref(store, ref)
+    moved = move_ref(store, ref, key, digest, round_number=round_number)
+    try:
+        read_manifest_bytes(store, key)
+    except ArtifactNotFound as error:
+        if before is not None:
+            move_ref(store, ref, before.key, before.manifest_sha256, round_number=round_number)
+        raise TransferBusy(f"{key!r} is being removed at this moment", hint="try again", key=key) from error
+    return moved

@@ -1,0 +1,1 @@
+"""What watches over stored artifacts: garbage collection and retention."""

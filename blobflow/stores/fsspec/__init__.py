@@ -1,0 +1,1 @@
+"""The fsspec store: any file system that fsspec knows."""

@@ -1,0 +1,542 @@
+"""The ends of a transfer that are more than streams: sources that are pinned, targets that appear whole or not at all.
+
+A `PinnedSource` says which version of itself it is and opens at any offset, so that a transfer that is taken up again
+need not read from the beginning. A `SessionTarget` keeps what it was given under a session that another process can
+continue, and shows it in one step at the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from pathlib import Path
+from typing import ClassVar, Final, NamedTuple, Protocol
+from urllib.parse import parse_qs, quote
+
+from typing_extensions import override
+
+from blobflow.checksum import combine_all, crc32c
+from blobflow.config import MIB
+from blobflow.durable import check_room
+from blobflow.engine.plan import TransferPlan
+from blobflow.errors import (
+    ChecksumMismatch,
+    DestinationNotEmpty,
+    DiskTooSmall,
+    KeyConflict,
+    NoSuchUpload,
+    ObjectChanged,
+    ObjectNotFound,
+    SourceChanged,
+    TransferBusy,
+    Unsupported,
+    UploadIncomplete,
+    UsageError,
+    setting,
+    writing,
+)
+from blobflow.private import open_own
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, Store, check_key, check_object_size, check_readable
+from blobflow.streams.checkpoint import TransferCheckpoint
+
+log = logging.getLogger(__name__)
+
+BEGIN_AGAIN: Final = "begin again without the checkpoint"
+_READ_BACK_BYTES: Final = MIB
+
+
+class Pin(NamedTuple):
+    """What a source says of itself."""
+
+    version: str | None
+    """Changes with its bytes; None if it cannot say."""
+    size: int | None
+    """Bytes; None if it cannot say."""
+
+
+class OpenedSource(Protocol):
+    """A pinned source from some offset on."""
+
+    def readinto(self, view: memoryview, /) -> int:
+        """Bytes put into `view`, 0 at the end."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class PinnedSource(ABC):
+    """A source of one version, from any offset. Its reads bound their own silence and repeat what may be repeated."""
+
+    @abstractmethod
+    def pin(self) -> Pin:
+        """Look at the source; what `open` gives from now on is of this version."""
+
+    @abstractmethod
+    def open(self, offset: int) -> OpenedSource:
+        """The bytes of the pinned version from `offset`.
+
+        Raises, as do the reads:
+            SourceChanged: the source has another version now.
+        """
+
+
+class SessionTarget(ABC):
+    """A target that is written in sessions and shows what it got at their end. For one transfer at a time."""
+
+    takes_chunks: ClassVar[bool]
+    """One write is one chunk, durable when it returns, and bounds its own silence."""
+
+    @abstractmethod
+    def begin(self, checkpoint: TransferCheckpoint, chunk_size: int) -> int:
+        """Get ready to be written from `checkpoint.offset`, which is set back to 0 if what was there is gone.
+
+        Returns:
+            Bytes per chunk; every write but the last has as many, if the target takes chunks.
+        """
+
+    def prefix(self) -> OpenedSource | None:
+        """The bytes before the offset where `begin` found it, if the target can read them."""
+        return None
+
+    @abstractmethod
+    def write(self, offset: int, data: memoryview) -> int:
+        """Take some of `data`, at least one byte; returns how many."""
+
+    def flush(self) -> None:
+        """Make what was written durable; may be called while another thread writes."""
+
+    @abstractmethod
+    def finish(self, checkpoint: TransferCheckpoint) -> None:
+        """Prove what was written and show it."""
+
+    @abstractmethod
+    def leave(self, *, keep: bool) -> None:
+        """The transfer failed: leave the session to be taken up, or remove it."""
+
+
+class ObjectSource(PinnedSource):
+    """An object in a store, pinned to its e_tag.
+
+    Args:
+        e_tag: The version that is expected; by default the one that is there when the transfer begins.
+    """
+
+    def __init__(self, store: Store, key: str, *, e_tag: str | None = None) -> None:
+        self._store = store
+        self._key = check_key(key)
+        self._expected = e_tag
+        self._meta: ObjectMeta | None = None
+
+    def __repr__(self) -> str:
+        return f"<ObjectSource {self._key!r} in {self._store.url}>"
+
+    @override
+    def pin(self) -> Pin:
+        self._meta = meta = self._store.head(self._key)
+        if self._expected not in (None, meta.e_tag):
+            raise SourceChanged(
+                f"{self._key!r} was replaced: it has e_tag {meta.e_tag}, not {self._expected}",
+                hint=BEGIN_AGAIN,
+                what="e_tag",
+                expected=self._expected,
+                actual=meta.e_tag,
+            )
+        return Pin(meta.e_tag, meta.size)
+
+    @override
+    def open(self, offset: int) -> OpenedSource:
+        meta = self._meta or self._store.head(self._key)
+        return _OpenedObject(self._store, meta, offset)
+
+
+class _OpenedObject:
+    def __init__(self, store: Store, meta: ObjectMeta, offset: int) -> None:
+        self._store = store
+        self._meta = meta
+        self._offset = offset
+
+    def readinto(self, view: memoryview) -> int:
+        meta = self._meta
+        view = view[: max(0, meta.size - self._offset)]
+        try:
+            self._store.get_range_into(meta.key, self._offset, view, e_tag=meta.e_tag)
+        except ObjectChanged as error:
+            raise SourceChanged(
+                f"{meta.key!r} was replaced while it was read", hint=BEGIN_AGAIN, what="e_tag", expected=meta.e_tag
+            ) from error
+        self._offset += len(view)
+        return len(view)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class FileTarget(SessionTarget):
+    """A local file that appears whole, under its name, when the transfer has succeeded.
+
+    Until then its bytes are in `.<name>.blobflow-partial` beside it. They stay there when a transfer fails that may be
+    taken up; the one that takes it up reads them back instead of the source, to hash them. They are removed when the
+    transfer failed for good (its bytes are wrong, or there is no checkpoint).
+
+    Args:
+        path: Its directory must exist.
+        overwrite: Replace a file that is there.
+
+    Raises, from a transfer:
+        DestinationNotEmpty: something is there already.
+        RefusedError: what lies under the name of the partial file is not this user's: another one could change it.
+        TransferBusy: another process writes the same file.
+        DiskTooSmall: there is less room than the source has bytes, where it says how many.
+        DiskFull: there is no room.
+    """
+
+    takes_chunks = False
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        self.path = Path(path).absolute()
+        self._overwrite = overwrite
+        self._partial = self.path.with_name(f".{self.path.name}.blobflow-partial")
+        self._descriptor = -1
+        self._begun_at = 0
+
+    def __repr__(self) -> str:
+        return f"<FileTarget {self.path}>"
+
+    @override
+    def begin(self, checkpoint: TransferCheckpoint, chunk_size: int) -> int:
+        self._refuse_existing()
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(self._partial), os.lstat(self.path)):
+                os.unlink(self._partial)  # a process was killed between the two names of what it had finished
+        with writing(self.path):
+            descriptor = open_own(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            size = os.fstat(descriptor).st_size
+            # Whoever held the lock before may have given the file its final name, or removed it.
+            if not self._partial.exists() or os.stat(self._partial).st_ino != os.fstat(descriptor).st_ino:
+                raise BlockingIOError
+            if size < checkpoint.offset:
+                checkpoint.restart()
+            try:
+                check_room(self.path.parent, (checkpoint.total_size or 0) - checkpoint.offset)
+            except DiskTooSmall:
+                if not size:
+                    self._partial.unlink()
+                raise
+            with writing(self.path):
+                os.ftruncate(descriptor, checkpoint.offset)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise TransferBusy(f"another process writes {self.path}", path=str(self.path)) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._descriptor, self._begun_at = descriptor, checkpoint.offset
+        return chunk_size
+
+    @override
+    def prefix(self) -> OpenedSource:
+        return _OpenedPrefix(self._descriptor, self._begun_at)
+
+    @override
+    def write(self, offset: int, data: memoryview) -> int:
+        with writing(self.path):
+            return os.pwrite(self._descriptor, data, offset)
+
+    @override
+    def flush(self) -> None:
+        with writing(self.path):
+            os.fsync(self._descriptor)
+
+    @override
+    def finish(self, checkpoint: TransferCheckpoint) -> None:
+        self.flush()
+        with writing(self.path):
+            self._publish()
+        self._close()
+
+    def _publish(self) -> None:
+        if self._overwrite:
+            os.rename(self._partial, self.path)
+        else:
+            try:
+                os.link(self._partial, self.path)  # a rename would replace what somebody else put there
+            except FileExistsError:
+                self._refuse_existing()
+                raise
+            os.unlink(self._partial)
+        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    @override
+    def leave(self, *, keep: bool) -> None:
+        if not keep:
+            with suppress(FileNotFoundError):
+                os.unlink(self._partial)
+        self._close()
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
+
+    def _refuse_existing(self) -> None:
+        if not self._overwrite and os.path.lexists(self.path):
+            raise DestinationNotEmpty(f"{self.path} exists already", path=str(self.path))
+
+
+class _OpenedPrefix:
+    def __init__(self, descriptor: int, end: int) -> None:
+        self._descriptor = descriptor
+        self._position = 0
+        self._end = end
+
+    def readinto(self, view: memoryview) -> int:
+        count = os.preadv(self._descriptor, [view[: self._end - self._position]], self._position)
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        """The descriptor is the target's."""
+
+
+class ObjectTarget(SessionTarget):
+    """An object in a store, made by a multipart upload; the length need not be known beforehand.
+
+    A chunk is a part, and memory is two parts. The upload id stands in the checkpoint, so that any process can take
+    the transfer up: it goes on behind the last part that the checkpoint counts, if the store still holds all of them,
+    and else from the beginning.
+
+    The object appears when everything was sent and the digest was right. Before, the parts that the store lists are
+    compared with those that were sent, and their CRC32C are combined and held against the one of the whole; a part
+    that was sent before the transfer was taken up takes part in that where the store tells its CRC32C. The upload is
+    completed with that checksum, and the object is looked at once more.
+
+    A transfer that fails leaves the upload to be taken up. It is aborted if the bytes are wrong, and if there was
+    neither a checkpoint nor somebody to save one. What nobody takes up, `blobflow gc` removes.
+
+    Args:
+        overwrite: Replace the object that is there. Without it, two transfers to one key at the same moment may still
+            meet: the last one that completes wins.
+        part_size: Bytes per part. Default: the profile's chunk size, grown where the size is known and takes more
+            than the store's number of parts; 10,000 parts of 8 MiB are 78 GiB.
+        content_type: Of the object.
+
+    Attributes:
+        meta: What the store says of the object, once it is there.
+
+    Raises, from a transfer:
+        KeyConflict: there is an object under the key.
+        Unsupported: the store has no multipart uploads (open the file with fsspec, and give the stream), or there
+            are too many parts.
+        UploadIncomplete, ChecksumMismatch: the store does not hold what was sent.
+    """
+
+    takes_chunks = True
+
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        *,
+        overwrite: bool = False,
+        part_size: int | None = None,
+        content_type: str = "application/octet-stream",
+    ) -> None:
+        self._store = store
+        self._key = check_key(key)
+        self._overwrite = overwrite
+        self._asked_part_size = part_size
+        self._content_type = content_type
+        self._session = _Session("", 0)
+        self._crcs: dict[int, int] = {}
+        self.meta: ObjectMeta | None = None
+
+    def __repr__(self) -> str:
+        return f"<ObjectTarget {self._key!r} in {self._store.url}>"
+
+    @override
+    def begin(self, checkpoint: TransferCheckpoint, chunk_size: int) -> int:
+        if not self._store.capabilities.multipart:
+            raise Unsupported(
+                f"{self._store.url} has no multipart uploads",
+                hint="open the file with fsspec and give the stream as the target",
+                store=self._store.url,
+                capability="multipart",
+            )
+        check_readable(self._store)
+        self.meta, self._crcs = None, {}
+        if checkpoint.upload_session_url is not None:
+            self._session = _Session.parse(checkpoint.upload_session_url, self._place)
+            if self._take_up(checkpoint):
+                return self._session.part_size
+            log.info("transfer.restarted session=%s key=%s", checkpoint.session_id, self._key)
+            self._store.abort_multipart(self._key, self._session.upload_id)
+        checkpoint.restart()
+        self._refuse_existing()
+        check_object_size(self._store, self._key, checkpoint.total_size or 0)
+        part_size = self._part_size(checkpoint.total_size, chunk_size)
+        upload_id = self._store.create_multipart(self._key, part_size=part_size, content_type=self._content_type)
+        self._session = _Session(upload_id, part_size)
+        checkpoint.upload_session_url = self._session.url(self._place)
+        return part_size
+
+    @override
+    def write(self, offset: int, data: memoryview) -> int:
+        before, rest = divmod(offset, self._session.part_size)
+        if rest or self.meta is not None:
+            raise SourceChanged(f"the source goes on behind {offset} bytes, where it had ended", hint=BEGIN_AGAIN)
+        if before >= self._store.capabilities.max_parts:
+            raise Unsupported(
+                f"more than {before} parts of {self._session.part_size} bytes",
+                hint=f"begin again with a larger {setting('part_size')}",
+                store=self._store.url,
+                capability="max_parts",
+            )
+        crc = crc32c(data)
+        self._store.put_part(self._key, self._session.upload_id, before + 1, Body(len(data), lambda: (data,), crc))
+        self._crcs[before + 1] = crc
+        return len(data)
+
+    @override
+    def finish(self, checkpoint: TransferCheckpoint) -> None:
+        if self.meta is not None:
+            return  # a process before this one completed it
+        if not checkpoint.offset:
+            self._store.put_part(self._key, self._session.upload_id, 1, Body.of(b""))
+        try:
+            parts = self._proven_parts(checkpoint)
+            self._refuse_existing()
+            self._store.complete_multipart(self._key, self._session.upload_id, parts)
+        except NoSuchUpload:
+            # The answer to an attempt that succeeded may have been lost.
+            if not self._is_there(checkpoint):
+                raise
+            return
+        self.meta = made = self._store.head(self._key)
+        attested = made.crc32c if self._store.capabilities.attests_crc32c else None
+        if made.size != checkpoint.offset or attested not in (None, checkpoint.prefix_crc32c):
+            raise UploadIncomplete(
+                f"{self._key!r} is not what was sent as soon as it was complete: it has {made.size} bytes",
+                hint="find out who else writes to this key",
+                key=self._key,
+                expected=checkpoint.offset,
+                actual=made.size,
+            )
+
+    @override
+    def leave(self, *, keep: bool) -> None:
+        if not keep and self.meta is None:
+            self._store.abort_multipart(self._key, self._session.upload_id)
+
+    @property
+    def _place(self) -> str:
+        return f"{self._store.url}/{quote(self._key)}"
+
+    def _part_size(self, total_size: int | None, chunk_size: int) -> int:
+        capabilities = self._store.capabilities
+        return TransferPlan.for_upload(
+            total_size or 0,
+            self._asked_part_size or chunk_size,
+            min_part_size=capabilities.min_part_size,
+            max_part_size=capabilities.max_part_size,
+            max_parts=capabilities.max_parts,
+        ).part_size
+
+    def _refuse_existing(self) -> None:
+        if not self._overwrite and self._store.exists(self._key):
+            raise KeyConflict(f"there is an object under {self._key!r}", key=self._key)
+
+    def _take_up(self, checkpoint: TransferCheckpoint) -> bool:
+        """Whether the store holds every part that the checkpoint counts, or the whole object."""
+        try:
+            held = {part.part_number: part for part in self._store.list_parts(self._key, self._session.upload_id)}
+        except NoSuchUpload:
+            return self._is_there(checkpoint)
+        lengths = self._lengths(checkpoint.offset)
+        if any(number not in held or held[number].size != length for number, length in lengths.items()):
+            return False
+        crcs = {number: held[number].crc32c for number in lengths}
+        self._crcs = {number: crc for number, crc in crcs.items() if crc is not None}
+        return len(self._crcs) < len(lengths) or self._combined(lengths) == checkpoint.prefix_crc32c
+
+    def _is_there(self, checkpoint: TransferCheckpoint) -> bool:
+        """Whether the object under the key has all the bytes of the checkpoint; reads them if nobody attests them."""
+        try:
+            meta = self._store.head(self._key)
+            if not checkpoint.is_complete or meta.size != checkpoint.offset:
+                return False
+            actual = meta.crc32c if self._store.capabilities.attests_crc32c else None
+            if actual is None:
+                actual, buffer = 0, memoryview(bytearray(_READ_BACK_BYTES))
+                for offset in range(0, meta.size, len(buffer)):
+                    view = buffer[: meta.size - offset]
+                    self._store.get_range_into(self._key, offset, view, e_tag=meta.e_tag)
+                    actual = crc32c(view, actual)
+        except (ObjectNotFound, ObjectChanged):
+            return False
+        if actual == checkpoint.prefix_crc32c:
+            self.meta = meta
+        return self.meta is not None
+
+    def _lengths(self, size: int) -> dict[int, int]:
+        """The lengths of the parts of `size` bytes, by number; an empty object has one empty part."""
+        return {part.number: part.length for part in TransferPlan(size, self._session.part_size)} if size else {}
+
+    def _combined(self, lengths: dict[int, int]) -> int:
+        return combine_all((self._crcs[number], length) for number, length in lengths.items())
+
+    def _proven_parts(self, checkpoint: TransferCheckpoint) -> list[PartMeta]:
+        lengths = self._lengths(checkpoint.offset) or {1: 0}
+        held = {part.part_number: part for part in self._store.list_parts(self._key, self._session.upload_id)}
+        for number, length in lengths.items():
+            found = held.get(number)
+            if (
+                found is None
+                or found.size != length
+                or found.crc32c not in (None, self._crcs.get(number, found.crc32c))
+            ):
+                raise UploadIncomplete(
+                    f"part {number} of {self._key!r} is {'missing' if found is None else 'damaged'} in the store",
+                    key=self._key,
+                    expected=len(lengths),
+                    actual=len(held),
+                )
+            if found.crc32c is not None:
+                self._crcs[number] = found.crc32c
+        if self._crcs.keys() >= lengths.keys() and self._combined(lengths) != checkpoint.prefix_crc32c:
+            raise ChecksumMismatch(
+                f"the parts of {self._key!r} are not the bytes of the source",
+                what=self._key,
+                expected=checkpoint.prefix_crc32c,
+                actual=self._combined(lengths),
+            )
+        return [held[number]._replace(crc32c=self._crcs.get(number)) for number in lengths]
+
+
+class _Session(NamedTuple):
+    """What a checkpoint keeps of a multipart upload, written as a URL."""
+
+    upload_id: str
+    part_size: int
+
+    def url(self, place: str) -> str:
+        return f"{place}?uploadId={quote(self.upload_id, safe='')}&partSize={self.part_size}"
+
+    @classmethod
+    def parse(cls, url: str, place: str) -> _Session:
+        where, _, query = url.rpartition("?")
+        fields = parse_qs(query)
+        try:
+            session = cls(fields["uploadId"][0], int(fields["partSize"][0]))
+        except (KeyError, ValueError) as error:
+            raise UsageError(f"{url!r} is not the session of an object") from error
+        if where != place or session.part_size <= 0:
+            raise UsageError(f"the checkpoint belongs to {where}, not to {place}", hint=BEGIN_AGAIN)
+        return session

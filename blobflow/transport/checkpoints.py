@@ -1,0 +1,244 @@
+"""Journals of transfers: what became of each, over all attempts, on whatever machine.
+
+A journal is a hint, never the truth. What the store (or the stage of a download) holds is looked at in every attempt,
+and it wins: so a record that was lost, is old, or lies costs a line in a log and no byte. What a journal adds is the
+story: that this is the third attempt, that run 5f2c had come to 61 GB, that it has been going for two hours.
+
+`TransferJournal` decides what is written and when; a home keeps it: `LocalCheckpointStore` here, Dagster's event log in
+`blobflow.dagster.checkpoints`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from blobflow.errors import ArtifactInvalid, UsageError, writing
+from blobflow.owner import process_owner
+from blobflow.private import PrivateDirectory
+from blobflow.streams.checkpoint import TransferRecord
+from blobflow.untrusted import Counter, Timestamp, as_model, read_object
+
+log = logging.getLogger(__name__)
+
+VERSION: Final = 1
+INTERVAL_S: Final = 10.0
+"""Seconds between two checkpoints of a running transfer: rows of an event log are never removed."""
+
+_TRANSFER_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,200}")
+
+
+class Checkpoint(BaseModel):
+    """A transfer's record at one moment, and its place in the chain of attempts."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    version: int = VERSION
+    record: TransferRecord
+    attempt: int = Field(
+        ge=1, lt=1 << 63, description="Processes that worked on the transfer so far, this one included."
+    )
+    sequence: int = Field(ge=1, lt=1 << 63, description="Checkpoints so far, over all attempts.")
+    writer: str = Field(description="Who wrote it: a run id, or host and process.")
+    continues: str = Field(default="", description="The writer of the attempt before this one.")
+    began_at: Timestamp = Field(description="When this attempt began; seconds since the epoch.")
+    saved_at: Timestamp = Field(description="When this was written; seconds since the epoch.")
+
+    @property
+    def bytes_moved(self) -> int:
+        """What this attempt has moved itself."""
+        return self.record.bytes_done - self.record.bytes_resumed
+
+    @property
+    def bytes_per_s(self) -> float:
+        """How fast this attempt is on average; 0.0 at its beginning."""
+        seconds = self.saved_at - self.began_at
+        return self.bytes_moved / seconds if seconds > 0 else 0.0
+
+    def to_json(self) -> str:
+        """One line of JSON, under 2 KB with any key that S3 takes."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Checkpoint:
+        """The inverse of `to_json`, also of what older versions wrote.
+
+        Raises:
+            UsageError: not a checkpoint, or written by a newer version whose meaning is unknown here.
+        """
+        try:
+            document = read_object(text, "checkpoint")
+            version = as_model(_Versioned, document, "checkpoint").version
+            if version <= VERSION:
+                return as_model(cls, document, "checkpoint")
+        except ArtifactInvalid as error:
+            raise UsageError(f"not a checkpoint: {error.message}") from error
+        raise UsageError(
+            f"the checkpoint has version {version}, this blobflow reads up to {VERSION}",
+            hint="a newer blobflow wrote it; use that one, or let the transfer go on by what the store holds",
+        )
+
+
+class _Versioned(BaseModel):
+    """All that may be read of a checkpoint before its version is known."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    version: Counter
+
+
+class CheckpointStore(Protocol):
+    """Where the checkpoints of transfers are kept."""
+
+    def read(self, transfer_id: str) -> str | None:
+        """The newest checkpoint of a transfer as it was written; None if there is none."""
+        ...
+
+    def append(self, checkpoint: Checkpoint) -> None:
+        """Keep another checkpoint. When this returns, it survives the death of the process."""
+        ...
+
+
+class TransferJournal:
+    """Load, save and settle the checkpoints of transfers; one object per process, used by one thread.
+
+    `save` is made to be the `on_checkpoint` of `upload`, `download` and `verify`. It writes the first record of an
+    attempt, at most one per `interval_s` while it runs, and always the last one (`done` or `failed`).
+
+    Args:
+        writer: Who writes; by default this process.
+        clock: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        home: CheckpointStore,
+        *,
+        writer: str | None = None,
+        interval_s: float = INTERVAL_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._home = home
+        self._writer = writer or process_owner()
+        self._interval_s = interval_s
+        self._clock = clock
+        self._last: dict[str, Checkpoint] = {}
+        """The last checkpoint of each transfer that this process has written."""
+
+    def __repr__(self) -> str:
+        return f"<TransferJournal of {self._writer}, {len(self._last)} transfers>"
+
+    def load(self, transfer_id: str) -> Checkpoint | None:
+        """The newest checkpoint of a transfer, whoever wrote it; None if there is none.
+
+        Raises:
+            UsageError: a newer blobflow wrote it, or it is damaged.
+        """
+        text = self._home.read(transfer_id)
+        return Checkpoint.from_json(text) if text is not None else None
+
+    def written(self, transfer_id: str) -> Checkpoint | None:
+        """The last checkpoint of a transfer that this process wrote."""
+        return self._last.get(transfer_id)
+
+    def save(self, record: TransferRecord) -> Checkpoint | None:
+        """Keep a record; None if none was due, or if another process has written since: then the story is its own."""
+        mine = self._last.get(record.transfer_id)
+        now = self._clock()
+        if mine is None:
+            checkpoint = self._first(record, now)
+        elif record.state == "running" and 0 <= now - mine.saved_at < self._interval_s:
+            return None
+        else:
+            latest = self._readable(record.transfer_id)
+            if latest is not None and latest.sequence > mine.sequence:
+                return None
+            checkpoint = mine.model_copy(update={"record": record, "sequence": mine.sequence + 1, "saved_at": now})
+        self._home.append(checkpoint)
+        self._last[record.transfer_id] = checkpoint
+        return checkpoint
+
+    def done(self, transfer_id: str) -> Checkpoint | None:
+        """The store shows that a transfer is complete: say so, if the journal still has it under way.
+
+        For transfers that were completed by a process which died before it could write its last checkpoint.
+        """
+        latest = self._readable(transfer_id)
+        if latest is None or latest.record.state == "done":
+            return None
+        record = latest.record
+        whole = {"parts_done": record.parts_total, "bytes_done": record.bytes_total, "state": "done"}
+        return self.save(record.model_copy(update=whole))
+
+    def _first(self, record: TransferRecord, now: float) -> Checkpoint:
+        """The first checkpoint of an attempt, which continues the chain of those before."""
+        before = self._readable(record.transfer_id)
+        again = before is not None and before.record.state != "done"
+        if before is not None and again:
+            log.info(
+                "journal.continued transfer=%s attempt=%d after=%s journal_bytes=%d found_bytes=%d",
+                *(record.transfer_id, before.attempt + 1, before.writer, before.record.bytes_done, record.bytes_done),
+            )
+        return Checkpoint(
+            record=record,
+            attempt=before.attempt + 1 if before and again else 1,
+            sequence=before.sequence + 1 if before else 1,
+            writer=self._writer,
+            continues=before.writer if before and again else "",
+            began_at=now,
+            saved_at=now,
+        )
+
+    def _readable(self, transfer_id: str) -> Checkpoint | None:
+        """The newest checkpoint; none where it cannot be read, because the store knows better anyway."""
+        try:
+            return self.load(transfer_id)
+        except UsageError as error:
+            log.warning("journal.refused transfer=%s error=%r", transfer_id, error.message)
+            return None
+
+
+class LocalCheckpointStore:
+    """One file per transfer in a directory: a line of JSON per checkpoint, fsynced.
+
+    Several processes may append to one file; a line that a crash has torn is passed over.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+
+    def __repr__(self) -> str:
+        return f"<LocalCheckpointStore {self._directory}>"
+
+    def read(self, transfer_id: str) -> str | None:
+        path = self._path(transfer_id)
+        try:
+            with PrivateDirectory.at(self._directory, make=False) as directory:
+                data = directory.read(path.name)
+        except FileNotFoundError:
+            return None
+        whole = [line for line in data.split(b"\n")[:-1] if line.startswith(b"{") and line.endswith(b"}")]
+        return whole[-1].decode(errors="replace") if whole else None
+
+    def append(self, checkpoint: Checkpoint) -> None:
+        path = self._path(checkpoint.record.transfer_id)
+        # The newline before ends a line that somebody was killed in.
+        line = f"\n{checkpoint.to_json()}\n".encode()
+        with writing(path), PrivateDirectory.at(self._directory) as directory:
+            descriptor = directory.open(path.name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            with open(descriptor, "ab", buffering=0) as file:
+                file.write(line)
+                os.fsync(file.fileno())
+            directory.sync()
+
+    def _path(self, transfer_id: str) -> Path:
+        if not _TRANSFER_ID.fullmatch(transfer_id):
+            raise UsageError(f"invalid transfer id {transfer_id!r}", hint="use letters, digits, `_` and `-`")
+        return self._directory / f"{transfer_id}.jsonl"

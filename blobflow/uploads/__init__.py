@@ -1,0 +1,1 @@
+"""What every multipart upload shares: its intent in the bucket, and its progress."""

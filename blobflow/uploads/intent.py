@@ -1,0 +1,365 @@
+"""The intent: the object `<key>.upload.json` that lets any machine take an upload up again (docs/format.md).
+
+It is written before the first part and removed after the sibling manifest is published. It names the upload id, the
+part size and the exact manifest, and remembers the CRC32C of the parts that were acknowledged.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import random
+import sys
+import time
+import uuid
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Final
+
+from blobflow.artifact.limits import MAX_MANIFEST_BYTES
+from blobflow.artifact.manifest import Manifest, artifact_digest, is_private
+from blobflow.engine.plan import MAX_PARTS
+from blobflow.errors import (
+    ArtifactInvalid,
+    BlobflowError,
+    NoSuchUpload,
+    ObjectNotFound,
+    ObjectTooLarge,
+    PreconditionFailed,
+    TransferBusy,
+)
+from blobflow.owner import owner_is_gone, process_owner
+from blobflow.stores.base import PutMode, Store
+from blobflow.untrusted import quoted, read_object
+
+log = logging.getLogger(__name__)
+
+FORMAT: Final = "blobflow.upload/1"
+SUFFIX: Final = ".upload.json"
+TTL_S: Final = 120.0
+"""Seconds after its last renewal for which an intent keeps uploads of other content away; renewed at a third."""
+
+_MAX_BYTES: Final = 4 * MAX_MANIFEST_BYTES
+_LATEST_S: Final = 1e11
+"""Seconds since the epoch, in the year 5138."""
+_SAVE_ATTEMPTS: Final = 20
+_SAVE_PAUSE_S: Final = 0.25
+
+
+@dataclass(frozen=True)
+class FrameLog:
+    """What a layer's upload has compressed so far: it says where each part begins (docs/layers.md)."""
+
+    codec: str
+    """Other bytes come of another one."""
+    frame_size: int
+    """Bytes before compression; equal for all frames but the last of the head and the last of all."""
+    sizes: array[int] = field(default_factory=lambda: array("I"))
+    """Of the frames from the first, compressed."""
+    crcs: array[int] = field(default_factory=lambda: array("I"))
+    """CRC32C of what went into each of them."""
+
+    def longer(self, other: FrameLog | None) -> FrameLog:
+        """The one of the two that knows more frames; they are logs of the same bytes."""
+        return other if other is not None and len(other.sizes) > len(self.sizes) else self
+
+    def encode(self) -> dict[str, Any]:
+        return {
+            "codec": self.codec,
+            "frame_size": self.frame_size,
+            "sizes": _pack(self.sizes),
+            "crc32c": _pack(self.crcs),
+        }
+
+    @classmethod
+    def parse(cls, document: dict[str, Any]) -> FrameLog:
+        """The inverse of `encode`."""
+        sizes, crcs = _unpack(document["sizes"]), _unpack(document["crc32c"])
+        if len(sizes) != len(crcs) or _whole(document["frame_size"]) <= 0:
+            raise ValueError("frames")
+        return cls(_words(document["codec"]), document["frame_size"], sizes, crcs)
+
+
+@dataclass(frozen=True)
+class Intent:
+    """One upload under way."""
+
+    manifest_bytes: bytes
+    upload_id: str
+    part_size: int
+    owner: str
+    generation: int
+    expires_at: float
+    """Seconds since the epoch."""
+    write_id: str
+    """Differs in every write, so that two equal intents are still two."""
+    crcs: dict[int, int]
+    """CRC32C of the parts that the store has acknowledged, by part number."""
+    replaces: str | None = None
+    """Digest of the artifact that this upload will replace, if it was told to."""
+    frames: FrameLog | None = None
+    """Of a layer."""
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest.parse(self.manifest_bytes)
+
+    def is_alive(self, now: float) -> bool:
+        """Whether its owner may still be at work."""
+        return now < self.expires_at and not owner_is_gone(self.owner)
+
+    def encode(self) -> bytes:
+        """The JSON document; the checksums of 10,000 parts take 54 kB."""
+        numbers = sorted(self.crcs)
+        packed = array("I", (self.crcs[number] for number in numbers))
+        document: dict[str, Any] = {
+            "format": FORMAT,
+            "artifact_digest": artifact_digest(self.manifest_bytes),
+            "upload_id": self.upload_id,
+            "part_size": self.part_size,
+            "owner": self.owner,
+            "generation": self.generation,
+            "expires_at": self.expires_at,
+            "write_id": self.write_id,
+            "replaces": self.replaces,
+            "parts": _encode_ranges(numbers),
+            "crc32c": _pack(packed),
+            "manifest": self.manifest_bytes.decode(),
+        }
+        if self.frames is not None:
+            document["frames"] = self.frames.encode()
+        return json.dumps(document, ensure_ascii=False).encode()
+
+    @classmethod
+    def parse(cls, data: bytes) -> Intent:
+        """The inverse of `encode`.
+
+        Raises:
+            ArtifactInvalid: not an intent of a known version, or damaged.
+        """
+        if len(data) > _MAX_BYTES:
+            raise ArtifactInvalid(f"the intent of an upload exceeds {_MAX_BYTES} bytes", actual=len(data))
+        document: dict[str, Any] = read_object(data, "intent of an upload")
+        found = document.get("format")
+        if found != FORMAT:
+            raise ArtifactInvalid(f"the intent has format {quoted(found)}, this blobflow reads {FORMAT!r}")
+        try:
+            packed = _unpack(document["crc32c"])
+            intent = cls(
+                manifest_bytes=document["manifest"].encode(),
+                upload_id=_words(document["upload_id"]),
+                part_size=_whole(document["part_size"]),
+                owner=_words(document["owner"]),
+                generation=_whole(document["generation"]),
+                expires_at=_time(document["expires_at"]),
+                write_id=_words(document["write_id"]),
+                crcs=dict(zip(_decode_ranges(document["parts"]), packed, strict=True)),
+                replaces=None if document["replaces"] is None else _words(document["replaces"]),
+                frames=FrameLog.parse(document["frames"]) if "frames" in document else None,
+            )
+            digest = document["artifact_digest"]
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ArtifactInvalid(f"the intent of an upload is damaged: {quoted(error)}") from error
+        if artifact_digest(intent.manifest_bytes) != digest or intent.part_size <= 0:
+            raise ArtifactInvalid("the intent of an upload contradicts itself")
+        manifest = Manifest.parse(intent.manifest_bytes)
+        frames = intent.frames
+        size = manifest.body.size + len(intent.manifest_bytes) if frames is None else sum(frames.sizes)
+        if size > intent.part_size * MAX_PARTS:
+            raise ArtifactInvalid(f"the intent of an upload has parts of {intent.part_size} bytes for {size} bytes")
+        return intent
+
+
+class IntentKeeper:
+    """Reads and writes the intent of one key. Every write is a compare-and-swap where the store has one."""
+
+    def __init__(
+        self, store: Store, key: str, *, clock: Callable[[], float] = time.time, owner: str | None = None
+    ) -> None:
+        self._store = store
+        self._key = key + SUFFIX
+        self._clock = clock
+        self._owner = owner
+        """In the name of whom it writes; None: of this process."""
+        self._e_tag = ""
+        self.intent: Intent | None = None
+        self._renewed_at = clock()
+
+    def __repr__(self) -> str:
+        return f"<IntentKeeper {self._key} {'held' if self.intent else 'empty'}>"
+
+    def load(self) -> Intent | None:
+        """The intent in the store, or None. One that is damaged, or too large, counts as none and is replaced."""
+        try:
+            data, meta = self._store.get(self._key, max_bytes=_MAX_BYTES)
+        except ObjectNotFound:
+            self.intent, self._e_tag = None, ""
+            return None
+        except ObjectTooLarge:
+            meta = self._store.head(self._key)
+            if meta.size <= _MAX_BYTES:
+                raise  # another one meanwhile, that must not be replaced unread
+            self.intent, self._e_tag = None, meta.e_tag
+            return None
+        self._e_tag = meta.e_tag
+        try:
+            self.intent = Intent.parse(data)
+        except ArtifactInvalid:
+            self.intent = None
+        return self.intent
+
+    def is_alive(self) -> bool:
+        """Whether somebody may be at work on the loaded intent."""
+        return self.intent is not None and self.intent.is_alive(self._clock())
+
+    def begin(
+        self,
+        manifest_bytes: bytes,
+        upload_id: str,
+        part_size: int,
+        *,
+        replaces: str | None = None,
+        frames: FrameLog | None = None,
+    ) -> bool:
+        """Write a new intent in the place of what `load` saw. False: somebody else was first."""
+        intent = Intent(
+            manifest_bytes=manifest_bytes,
+            upload_id=upload_id,
+            part_size=part_size,
+            owner=self._owner or process_owner(),
+            generation=self.intent.generation + 1 if self.intent else 1,
+            expires_at=self._clock() + TTL_S,
+            write_id=uuid.uuid4().hex,
+            crcs={},
+            replaces=replaces,
+            frames=frames,
+        )
+        return self._write(intent)
+
+    def save(self, crcs: dict[int, int], frames: FrameLog | None = None) -> None:
+        """Add acknowledged parts and renew the intent; merges with what a joined uploader wrote.
+
+        Raises:
+            TransferBusy: the intent now belongs to another upload; this one must stop.
+            NoSuchUpload: there is no intent any more, or a new one for the same payload: a joined uploader has
+                published, or given up.
+        """
+        mine = self.intent
+        if mine is None:
+            raise AssertionError("save without an intent")
+        for attempt in range(_SAVE_ATTEMPTS):
+            current = self.intent
+            if current is None or (current.upload_id != mine.upload_id and current.manifest.same_body(mine.manifest)):
+                raise NoSuchUpload(
+                    f"the intent of {self._key.removesuffix(SUFFIX)!r} is gone",
+                    key=self._key.removesuffix(SUFFIX),
+                    upload_id=mine.upload_id,
+                )
+            if current.upload_id != mine.upload_id:
+                break
+            renewed = replace(
+                current,
+                owner=self._owner or process_owner(),
+                expires_at=self._clock() + TTL_S,
+                write_id=uuid.uuid4().hex,
+                crcs={**current.crcs, **crcs},
+                frames=frames.longer(current.frames) if frames else current.frames,
+            )
+            if self._write(renewed):
+                return
+            if attempt:  # many lanes save at once
+                time.sleep(random.uniform(0, min(_SAVE_PAUSE_S, 0.001 * 2**attempt)))
+            self.load()
+        raise TransferBusy(f"another upload took {self._key.removesuffix(SUFFIX)!r} over", key=self._key)
+
+    def renewal_due(self) -> bool:
+        """Whether a third of the time to live is over."""
+        return self._clock() - self._renewed_at > TTL_S / 3
+
+    def release(self, upload_id: str) -> None:
+        """Keep other content away no longer, as well as it can be done; the upload can still be taken up."""
+        if self.intent is not None and self.intent.upload_id == upload_id:
+            try:
+                self._write(replace(self.intent, expires_at=self._clock(), write_id=uuid.uuid4().hex))
+            except BlobflowError as error:
+                log.info("intent.release_failed key=%s error=%s", self._key, error)
+
+    def remove(self, upload_id: str) -> None:
+        """The upload is published or given up. An intent that meanwhile belongs to another upload is left alone."""
+        current = self.load()
+        if current is None or current.upload_id == upload_id:
+            self._store.delete(self._key)
+        self.intent, self._e_tag = None, ""
+
+    def _write(self, intent: Intent) -> bool:
+        mode, e_tag = PutMode.OVERWRITE, None
+        if self._store.capabilities.conditional:
+            mode, e_tag = (PutMode.UPDATE, self._e_tag) if self._e_tag else (PutMode.CREATE, None)
+        try:
+            meta = self._store.put(
+                self._key,
+                intent.encode(),
+                mode=mode,
+                e_tag=e_tag,
+                content_type="application/json",
+                private=is_private(intent.manifest_bytes),
+            )
+        except PreconditionFailed:
+            return False
+        self.intent, self._e_tag, self._renewed_at = intent, meta.e_tag, self._clock()
+        return True
+
+
+def _pack(values: array[int]) -> str:
+    """As base64, 4 bytes each."""
+    return base64.b64encode(_little_endian(values).tobytes()).decode()
+
+
+def _unpack(text: str) -> array[int]:
+    return _little_endian(array("I", base64.b64decode(text, validate=True)))
+
+
+def _little_endian(values: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        values = values[:]
+        values.byteswap()
+    return values
+
+
+def _encode_ranges(numbers: list[int]) -> str:
+    """`[1, 2, 3, 7]` as `1-3,7`."""
+    starts = [n for before, n in pairwise([-1, *numbers]) if n != before + 1]
+    ends = [n for n, after in pairwise([*numbers, -1]) if after != n + 1]
+    return ",".join(f"{start}-{end}" if start != end else str(start) for start, end in zip(starts, ends, strict=True))
+
+
+def _words(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("not a text")
+    return value
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ValueError("not a whole number")
+    return value
+
+
+def _time(value: object) -> float:
+    if not isinstance(value, int | float) or not -_LATEST_S <= value <= _LATEST_S:
+        raise ValueError("not a time")
+    return float(value)
+
+
+def _decode_ranges(text: str) -> Iterable[int]:
+    before = 0
+    for piece in text.split(",") if text else ():
+        start, _, end = piece.partition("-")
+        first, last = int(start), int(end or start)
+        if not before < first <= last <= 10_000:  # rising, so that no text stands for more numbers than there are
+            raise ValueError(f"part numbers {piece[:50]!r}")
+        before = last
+        yield from range(first, last + 1)
