@@ -97,7 +97,7 @@ site: $(READY) ## the documentation site in site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lock: $(READY) ## renew requirements.lock from pyproject.toml (UPGRADE=--upgrade for newer versions)
-	@$(BIN)/uv pip compile pyproject.toml --extra ui --group dev --universal --python-version 3.10 \
+	@$(BIN)/uv pip compile pyproject.toml --extra ui --group dev --group docs --universal --python-version 3.10 \
 	    --generate-hashes --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" \
 	    $(UPGRADE) --quiet --output-file requirements.lock
 

@@ -88,6 +88,7 @@ def test_the_lock_covers_every_dependency_with_hashes():
         *tables["project"]["dependencies"],
         *tables["project"]["optional-dependencies"]["ui"],
         *tables["dependency-groups"]["dev"],
+        *tables["dependency-groups"]["docs"],
         *tables["build-system"]["requires"],
     ]
     entries = locked()
