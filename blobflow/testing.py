@@ -633,8 +633,8 @@ class StoreContract:
                 lambda key=key: store.copy(key, "target"),
                 lambda key=key: store.copy("source", key),
             ]
-            if store.capabilities.multipart:
-                calls.append(lambda key=key: store.create_multipart(key, part_size=store.capabilities.min_part_size))
+            if store.capabilities().multipart:
+                calls.append(lambda key=key: store.create_multipart(key, part_size=store.capabilities().min_part_size))
             for call in calls:
                 with _raises(InvalidKey):
                     call()
@@ -758,7 +758,7 @@ class StoreContract:
 
     def test_conditional_writes_are_refused_where_they_are_not_safe(self, store: Store) -> None:
         """A store without conditional writes says so instead of pretending."""
-        if store.capabilities.conditional:
+        if store.capabilities().conditional:
             raise unittest.SkipTest("the store has conditional writes")
         for mode, e_tag in ((PutMode.CREATE, None), (PutMode.UPDATE, '"x"')):
             with _raises(Unsupported) as refusal:
@@ -926,7 +926,7 @@ class StoreContract:
     def test_one_small_part_is_enough(self, store: Store) -> None:
         """The last part may be smaller than the others, also when it is the only one."""
         self._need_multipart(store)
-        upload_id = store.create_multipart("small", part_size=store.capabilities.min_part_size + 10)
+        upload_id = store.create_multipart("small", part_size=store.capabilities().min_part_size + 10)
         part = store.put_part("small", upload_id, 1, Body.of(b"tiny"))
         assert store.complete_multipart("small", upload_id, [part]).size == 4
         assert store.get("small", max_bytes=4).data == b"tiny"
@@ -1024,7 +1024,7 @@ class StoreContract:
     def test_uploads_are_told_apart(self, store: Store) -> None:
         """Uploads of one key do not mix, and are listed by prefix."""
         self._need_multipart(store)
-        size = max(store.capabilities.min_part_size, 10)
+        size = max(store.capabilities().min_part_size, 10)
         ids = {key: store.create_multipart(key, part_size=size) for key in ("b/one", "a/one", "b/two")}
         second = store.create_multipart("b/one", part_size=size)
         store.put_part("b/one", second, 1, Body.of(b"second"))
@@ -1037,7 +1037,7 @@ class StoreContract:
     def test_an_upload_id_belongs_to_its_key(self, store: Store) -> None:
         """Under another key the id is unknown."""
         self._need_multipart(store)
-        upload_id = store.create_multipart("one", part_size=max(store.capabilities.min_part_size, 10))
+        upload_id = store.create_multipart("one", part_size=max(store.capabilities().min_part_size, 10))
         part = store.put_part("one", upload_id, 1, Body.of(b"1"))
         for call in (
             lambda: store.put_part("two", upload_id, 1, Body.of(b"2")),
@@ -1070,7 +1070,7 @@ class StoreContract:
     def test_parts_may_come_from_several_processes(self, store: Store) -> None:
         """Processes send parts of one upload at once, and any of them completes it."""
         self._need_multipart(store)
-        size = max(store.capabilities.min_part_size, 10_000)
+        size = max(store.capabilities().min_part_size, 10_000)
         upload_id = store.create_multipart("large", part_size=size)
         jobs = [("parts", "large", upload_id, size, numbers) for numbers in ([5, 1], [4, 2], [3])]
         assert self._in_processes(store, jobs) == ["2", "2", "1"]
@@ -1081,7 +1081,7 @@ class StoreContract:
 
     def test_multipart_is_refused_where_there_is_none(self, store: Store) -> None:
         """A store without multipart uploads names itself and what it lacks."""
-        if store.capabilities.multipart:
+        if store.capabilities().multipart:
             raise unittest.SkipTest("the store has multipart uploads")
         for call in (
             lambda: store.create_multipart("key", part_size=1),
@@ -1099,18 +1099,18 @@ class StoreContract:
 
     @staticmethod
     def _need_conditional(store: Store) -> None:
-        if not store.capabilities.conditional:
+        if not store.capabilities().conditional:
             raise unittest.SkipTest("the store has no conditional writes")
 
     @staticmethod
     def _need_multipart(store: Store) -> None:
-        if not store.capabilities.multipart:
+        if not store.capabilities().multipart:
             raise unittest.SkipTest("the store has no multipart uploads")
 
     def _parts(self, store: Store, count: int) -> tuple[list[bytes], bytes]:
         """Parts of the smallest size the store takes, the last one smaller, and all of them together."""
         self._need_multipart(store)
-        size = max(store.capabilities.min_part_size, 10_000)
+        size = max(store.capabilities().min_part_size, 10_000)
         data = _noise(size * count - size // 3)
         return [data[start : start + size] for start in range(0, len(data), size)], data
 

@@ -6,6 +6,7 @@ import os
 import random
 import stat
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +129,12 @@ def keys(store: Store) -> list[str]:
 def local_store(path: Path) -> LocalStore:
     """A local store at `<path>/store`."""
     return LocalStore(path / "store")
+
+
+def declare(store: Store, **changes: Any) -> None:
+    """Have a store say other capabilities from now on."""
+    declared = replace(store.capabilities(), **changes)
+    store.capabilities = lambda: declared
 
 
 def watched(store: Store) -> FaultyStore:

@@ -79,7 +79,7 @@ class ObjectLeaseStore(LeaseStore):
     """
 
     def __init__(self, store: Store) -> None:
-        if not store.capabilities.conditional:
+        if not store.capabilities().conditional:
             raise Unsupported(
                 f"{store!r} has no conditional writes, so it cannot hold a lease",
                 hint=f"`blobflow probe` shows what it can do; keep the leases in a SQL database ({setting('leases')}),"

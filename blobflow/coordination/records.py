@@ -43,7 +43,7 @@ def read_record(store: Store, key: str, kind: type[Any]) -> tuple[Any, str] | No
 def write_record(store: Store, key: str, state: BaseModel, e_tag: str | None) -> str | None:
     """Write `state` in the place of the object `e_tag` (None: of nothing); its e_tag, or None if the race is lost."""
     mode = PutMode.OVERWRITE
-    if store.capabilities.conditional:
+    if store.capabilities().conditional:
         mode = PutMode.UPDATE if e_tag else PutMode.CREATE
     data = json.dumps(state.model_dump(mode="json"), ensure_ascii=False).encode()
     try:

@@ -153,7 +153,7 @@ class BlobflowResource(TransferResource):
             StoreConfigurationError: `leases` is not the URL of a database, or its driver is not installed.
         """
         if self.leases is None:
-            return ObjectLeaseStore(store) if store.capabilities.conditional else None
+            return ObjectLeaseStore(store) if store.capabilities().conditional else None
         # SQLAlchemy takes a quarter of a second to import.
         from blobflow.coordination.sql_lease_store import SqlLeaseStore
 

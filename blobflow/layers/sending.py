@@ -294,7 +294,7 @@ class _Finishing:
                 expected=meta.object_size,
                 actual=made.size,
             )
-        mode = PutMode.CREATE if self.store.capabilities.conditional else PutMode.OVERWRITE
+        mode = PutMode.CREATE if self.store.capabilities().conditional else PutMode.OVERWRITE
         try:
             self._put(meta, mode)
         except PreconditionFailed:
@@ -330,7 +330,7 @@ class _Sending(_Finishing):
         if (there := self._settled()) is not None:
             return there
         check_readable(self.store)
-        capabilities = self.store.capabilities
+        capabilities = self.store.capabilities()
         # The size is not known yet, so the parts are made large enough for content that does not shrink at all.
         bound = Codec.bound(self.plan.size) + 128 * len(self.plan) + seek_table_size(len(self.plan))
         part_size = TransferPlan.for_upload(
@@ -383,7 +383,7 @@ class _Sending(_Finishing):
     def _send_whole(self) -> Sent:
         """A layer that fits into one part; or, compressed twice, one for a store without multipart uploads."""
         frames, kept = FrameLog(self.codec.name, self.plan.frame_size), bytearray()
-        in_memory = self.store.capabilities.multipart
+        in_memory = self.store.capabilities().multipart
         crc = 0
         books = self._books(None, lambda: None)
         books.begin()
@@ -404,7 +404,7 @@ class _Sending(_Finishing):
             lambda: (kept, table) if in_memory else self._again(table),
             crc32c(table, crc),
         )
-        mode = PutMode.CREATE if self.store.capabilities.conditional else PutMode.OVERWRITE
+        mode = PutMode.CREATE if self.store.capabilities().conditional else PutMode.OVERWRITE
         try:
             made = self.store.put(self.key, body, mode=mode, content_type=CONTENT_TYPE, private=self.is_private)
         except PreconditionFailed:
@@ -460,7 +460,7 @@ class _Sending(_Finishing):
 
     def _abort_others(self, upload_id: str) -> None:
         """Abort what others left: who has not got the intent by now does not get it, and gives up by itself."""
-        if not self.store.capabilities.conditional:
+        if not self.store.capabilities().conditional:
             return
         for upload in self.store.list_uploads(self.key):
             if upload.key == self.key and upload.upload_id != upload_id:

@@ -174,7 +174,7 @@ def _remove(store: Store, key: str, neighbours: Sequence[str]) -> bool:
         is_named = key in _named(store, neighbours)
     finally:
         if is_named:
-            mode = PutMode.CREATE if store.capabilities.conditional else PutMode.OVERWRITE
+            mode = PutMode.CREATE if store.capabilities().conditional else PutMode.OVERWRITE
             with suppress(PreconditionFailed):  # it was uploaded anew
                 store.put(
                     key + MANIFEST_SUFFIX,

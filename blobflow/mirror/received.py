@@ -83,7 +83,6 @@ class ReceivedStore(Store):
         self._paths: dict[str, str] = {}
         """Where the payloads are, by key; a complete snapshot never changes, it may only be gone."""
         self.url = f"received:{self._data_dir}"
-        self.capabilities = Capabilities(multipart=False, conditional=False)
 
     def snapshot(self, key: str) -> SnapshotId:
         """Which snapshot the artifact under `key` is.
@@ -126,6 +125,10 @@ class ReceivedStore(Store):
         return gone
 
     # Reading
+
+    @override
+    def capabilities(self) -> Capabilities:
+        return Capabilities(multipart=False, conditional=False)
 
     @override
     def get(self, key: str, *, max_bytes: int) -> StoredObject:

@@ -98,12 +98,12 @@ class Capabilities:
 
 
 def check_readable(store: Store) -> None:
-    """Refuse to send to a store from which nobody could read it; reading its abilities may send requests.
+    """Refuse to send to a store from which nobody could read it; asking for its capabilities may send requests.
 
     Raises:
         Unsupported: its server ignores ranges.
     """
-    if not store.capabilities.ranges:
+    if not store.capabilities().ranges:
         raise Unsupported(
             f"{store.url} cannot be read in ranges: what is sent there could not be verified or fetched",
             hint="`blobflow probe` shows what the server does; use another server, or another way to this one",
@@ -118,7 +118,7 @@ def check_put_size(store: Store, key: str, size: int) -> None:
     Raises:
         Unsupported: naming both sizes.
     """
-    limit = store.capabilities.max_put_size
+    limit = store.capabilities().max_put_size
     if limit is not None and size > limit:
         raise Unsupported(
             f"{key!r} has {size} bytes, and {store.url} takes at most {limit} in one request: it has no multipart"
@@ -136,7 +136,7 @@ def check_object_size(store: Store, key: str, size: int) -> None:
     Raises:
         Unsupported: naming both sizes.
     """
-    limit = store.capabilities.max_object_size
+    limit = store.capabilities().max_object_size
     if limit is not None and size > limit:
         raise Unsupported(
             f"{key!r} has {size} bytes, and {store.url} takes objects of at most {limit}",
@@ -320,8 +320,10 @@ class Store(ABC):
 
     url: str
     """For people and metadata; never with credentials."""
-    capabilities: Capabilities
-    """Reading it may send requests, where the abilities of a server have to be found out first."""
+
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What the store can do. The first call may send requests, where that has to be found out first."""
 
     @property
     def server(self) -> Server:
@@ -359,7 +361,7 @@ class Store(ABC):
 
         Raises:
             PreconditionFailed: the object exists (CREATE), or is another or absent (UPDATE).
-            Unsupported: a conditional mode on a store without `capabilities.conditional`.
+            Unsupported: a conditional mode on a store without `Capabilities.conditional`.
         """
 
     @abstractmethod

@@ -122,7 +122,7 @@ class ProbeReport(BaseModel):
         return finding is not None and finding.holds
 
     def apply(self, declared: Capabilities) -> Capabilities:
-        """What plans may rely upon: of the declared abilities those that hold, and what was found beyond them."""
+        """What plans may rely upon: of the declared capabilities those that hold, and what was found beyond them."""
         return replace(
             declared,
             # Parts that nobody lists can be neither proven nor taken up again.
@@ -177,11 +177,11 @@ def probe(store: Store, *, now: Callable[[], float] = time.time, **retrying: Any
 
 
 class ProbedStore(RetryingStore):
-    """A retrying store whose `capabilities` are found out when they are first asked for.
+    """A retrying store whose capabilities a probe finds out when they are first asked for.
 
     What this user found before is used for 30 days, after a look at the report in the store, which costs one GET per
     process. Whoever only reads, or uploads what is there already, does not ask at all. Credentials that may not try
-    things out get the abilities without those that have to be found out. Two threads or processes may probe at the same
+    things out get the capabilities that need no probe. Two threads or processes may probe at the same
     time: they find the same.
 
     A report in the store can have been put there by anybody who may write to it. It is never believed; but a newer one
@@ -203,23 +203,22 @@ class ProbedStore(RetryingStore):
         **retrying: Any,
     ) -> None:
         super().__init__(store, **retrying)
-        # For the requests about the report, because `put` of this store asks for the abilities.
+        # For the requests about the report, because `put` of this store asks for the capabilities.
         self._plain = RetryingStore(store, **retrying)
         self._retrying = retrying
         self._memory = memory or ProbeMemory()
         self._now = now
-        self._abilities: Capabilities | None = None
+        self._found: Capabilities | None = None
 
-    @property
     @override
     def capabilities(self) -> Capabilities:
-        if self._abilities is None:
-            self._abilities = self._find_out()
-        return self._abilities
+        if self._found is None:
+            self._found = self._find_out()
+        return self._found
 
     def _find_out(self) -> Capabilities:
         try:
-            return self.report().apply(self.store.capabilities)
+            return self.report().apply(self.store.capabilities())
         except StoreConfigurationError as error:
             if not _is_forbidden(error):
                 raise
@@ -229,7 +228,7 @@ class ProbedStore(RetryingStore):
                 error.fields.get("operation"),
                 "nothing that was not found out is relied upon; the probe needs the rights of an upload",
             )
-            return replace(self.store.capabilities, conditional=False, attests_crc32c=False)
+            return replace(self.store.capabilities(), conditional=False, attests_crc32c=False)
 
     def report(self, *, fresh: bool = False) -> ProbeReport:
         """What the server can do: what this user found in the last 30 days, else what a probe finds now.
@@ -245,7 +244,7 @@ class ProbedStore(RetryingStore):
         if mine is not None and not self._is_outdated(mine, told):
             return mine
         report = probe(self.store, now=self._now, **self._retrying)
-        self._abilities = report.apply(self.store.capabilities)
+        self._found = report.apply(self.store.capabilities())
         self._memory.keep(self._place, report.model_dump_json().encode())
         self._tell([report, *(r for r in told if r.endpoint != report.endpoint)])
         return report
@@ -308,7 +307,7 @@ class ProbedStore(RetryingStore):
         content_type: str = "application/octet-stream",
         private: bool = False,
     ) -> ObjectMeta:
-        if mode is not PutMode.OVERWRITE and not self.capabilities.conditional:
+        if mode is not PutMode.OVERWRITE and not self.capabilities().conditional:
             raise Unsupported(
                 f"{self.url} has no conditional writes that can be relied upon",
                 hint="`blobflow probe` shows why",
@@ -434,7 +433,7 @@ class _Trial:
         try:
             upload_id = self._store.create_multipart(key, part_size=len(_FIRST))
         except BlobflowError:
-            self._begun_unseen = self._store.capabilities.multipart
+            self._begun_unseen = self._store.capabilities().multipart
             raise
         self._uploads.append((key, upload_id))
         return upload_id
@@ -552,7 +551,7 @@ class _Trial:
             pass
         else:
             raise _No(f"a put with a wrong {checksum} was accepted")
-        if not self._store.capabilities.multipart:
+        if not self._store.capabilities().multipart:
             return f"a put with a wrong {checksum} was refused"
         upload_id = self._begin(key)
         try:

@@ -39,10 +39,9 @@ class WrappingStore(Store):
         del operation, key
         return attempt()
 
-    @property
     @override
-    def capabilities(self) -> Capabilities:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.store.capabilities
+    def capabilities(self) -> Capabilities:
+        return self.store.capabilities()
 
     @property
     @override

@@ -363,7 +363,7 @@ class ObjectTarget(SessionTarget):
 
     @override
     def begin(self, checkpoint: TransferCheckpoint, chunk_size: int) -> int:
-        if not self._store.capabilities.multipart:
+        if not self._store.capabilities().multipart:
             raise Unsupported(
                 f"{self._store.url} has no multipart uploads",
                 hint="open the file with fsspec and give the stream as the target",
@@ -392,7 +392,7 @@ class ObjectTarget(SessionTarget):
         before, rest = divmod(offset, self._session.part_size)
         if rest or self.meta is not None:
             raise SourceChanged(f"the source goes on behind {offset} bytes, where it had ended", hint=BEGIN_AGAIN)
-        if before >= self._store.capabilities.max_parts:
+        if before >= self._store.capabilities().max_parts:
             raise Unsupported(
                 f"more than {before} parts of {self._session.part_size} bytes",
                 hint=f"begin again with a larger {setting('part_size')}",
@@ -420,7 +420,7 @@ class ObjectTarget(SessionTarget):
                 raise
             return
         self.meta = made = self._store.head(self._key)
-        attested = made.crc32c if self._store.capabilities.attests_crc32c else None
+        attested = made.crc32c if self._store.capabilities().attests_crc32c else None
         if made.size != checkpoint.offset or attested not in (None, checkpoint.prefix_crc32c):
             raise UploadIncomplete(
                 f"{self._key!r} is not what was sent as soon as it was complete: it has {made.size} bytes",
@@ -440,7 +440,7 @@ class ObjectTarget(SessionTarget):
         return f"{self._store.url}/{quote(self._key)}"
 
     def _part_size(self, total_size: int | None, chunk_size: int) -> int:
-        capabilities = self._store.capabilities
+        capabilities = self._store.capabilities()
         return TransferPlan.for_upload(
             total_size or 0,
             self._asked_part_size or chunk_size,
@@ -472,7 +472,7 @@ class ObjectTarget(SessionTarget):
             meta = self._store.head(self._key)
             if not checkpoint.is_complete or meta.size != checkpoint.offset:
                 return False
-            actual = meta.crc32c if self._store.capabilities.attests_crc32c else None
+            actual = meta.crc32c if self._store.capabilities().attests_crc32c else None
             if actual is None:
                 actual, buffer = 0, memoryview(bytearray(_READ_BACK_BYTES))
                 for offset in range(0, meta.size, len(buffer)):

@@ -273,7 +273,7 @@ class _ServerCopy(MultipartUpload):
 
     def _prove(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, books: TransferProgress) -> None:
         """Hold the copy to the CRC32C of the manifest: the attested one, or that of its bytes."""
-        attested = made.crc32c if self.store.capabilities.attests_crc32c else None
+        attested = made.crc32c if self.store.capabilities().attests_crc32c else None
         actual = self._read_back(made, plan, meter, books) if attested is None else attested
         if actual != self.payload.payload_crc32c:
             raise self.differs(actual)

@@ -148,7 +148,7 @@ def begin_upload(
         KeyConflict, TransferBusy, ArtifactNotFound, ArtifactInvalid: as `upload`.
     """
     check_artifact_key(key)
-    if not store.capabilities.multipart:
+    if not store.capabilities().multipart:
         raise Unsupported(
             f"{store.url} has no multipart uploads that can be relied upon, and lanes need them",
             hint="send it in one lane: then it goes in a single request; `blobflow probe` shows what the server does",

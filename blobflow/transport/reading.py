@@ -154,7 +154,7 @@ def verify(
 
 def _attested_crc32c(store: Store, payload: ObjectMeta) -> int | None:
     """The CRC32C that the store tells, if it may be believed; to find that out may cost requests."""
-    return payload.crc32c if payload.crc32c is not None and store.capabilities.attests_crc32c else None
+    return payload.crc32c if payload.crc32c is not None and store.capabilities().attests_crc32c else None
 
 
 class _Turnstile:

@@ -178,7 +178,7 @@ def run(errand: UploadRequest, multipart: type[MultipartUpload] | None = None) -
     def way(replaces: str | None) -> UploadResult:
         check_readable(errand.store)
         check_object_size(errand.store, errand.key, errand.payload.payload_size)
-        kind = (multipart or MultipartUpload) if errand.store.capabilities.multipart else _StreamUpload
+        kind = (multipart or MultipartUpload) if errand.store.capabilities().multipart else _StreamUpload
         return kind(errand, replaces).run(started)
 
     return skip_if_published(errand, way)
@@ -341,7 +341,7 @@ class _Upload:
                 expected=self.payload.payload_size,
                 actual=made.size,
             )
-        mode = PutMode.CREATE if self.store.capabilities.conditional else PutMode.OVERWRITE
+        mode = PutMode.CREATE if self.store.capabilities().conditional else PutMode.OVERWRITE
         manifest_bytes = self.payload.manifest_bytes
         try:
             self.store.put(
@@ -528,7 +528,7 @@ class MultipartUpload(_Upload):
         raise TransferBusy(f"too many processes begin an upload to {self.key!r}", key=self.key)
 
     def _plan(self) -> TransferPlan:
-        capabilities = self.store.capabilities
+        capabilities = self.store.capabilities()
         return TransferPlan.for_upload(
             self.payload.payload_size,
             self.profile.chunk_size,

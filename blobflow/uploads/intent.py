@@ -296,7 +296,7 @@ class IntentKeeper:
 
     def _write(self, intent: Intent) -> bool:
         mode, e_tag = PutMode.OVERWRITE, None
-        if self._store.capabilities.conditional:
+        if self._store.capabilities().conditional:
             mode, e_tag = (PutMode.UPDATE, self._e_tag) if self._e_tag else (PutMode.CREATE, None)
         try:
             meta = self._store.put(

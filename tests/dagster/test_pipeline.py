@@ -315,7 +315,7 @@ def test_a_round_that_another_run_holds_is_left_to_it(place):
 def test_a_store_without_conditional_writes_needs_no_lease(place: Place):
     """Where no lease can be held, the pipeline works without one."""
     resource = place.resource(store=place.unconditional)
-    assert not resource.get_store().capabilities.conditional
+    assert not resource.get_store().capabilities().conditional
     assert place.run(resource=resource).success
     assert read_tree(place.current) == TREE
 

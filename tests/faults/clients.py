@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import botocore.config
@@ -13,6 +12,7 @@ from pydantic import SecretStr
 from blobflow.stores.retry import RetryingStore
 from blobflow.stores.s3.store import S3Options, S3Store
 from tests.fault_proxy import FaultProxy
+from tests.kit import declare
 from tests.servers import S3Endpoint
 from tests.strict_s3 import ACCESS_KEY_ID, REGION, SECRET_ACCESS_KEY, StrictS3
 
@@ -53,7 +53,7 @@ class Stores:
         inner = S3Store(S3Options.model_validate(given | options))
         # As a probe would find out; the strict S3 is proven to be strict.
         attests = isinstance(server, StrictS3)
-        inner.capabilities = replace(inner.capabilities, min_part_size=min_part_size, attests_crc32c=attests)
+        declare(inner, min_part_size=min_part_size, attests_crc32c=attests)
         store = RetryingStore(inner, sleep=self.naps.append)
         self._stack.callback(store.close)
         return store

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from typing_extensions import override
 
 from blobflow.checksum import Buffer
 from blobflow.coordination.lease import Lease
@@ -32,12 +33,15 @@ class Shelf(Store):
     """Objects in memory, as far as leases and refs need them; the next write meets its fate."""
 
     url = "shelf:"
-    capabilities = Capabilities()
 
     def __init__(self) -> None:
         self.objects: dict[str, tuple[bytes, str]] = {}
         self.fate = "arrives"
         self._numbers = count()
+
+    @override
+    def capabilities(self) -> Capabilities:
+        return Capabilities()
 
     def get(self, key: str, *, max_bytes: int) -> StoredObject:
         if key not in self.objects:

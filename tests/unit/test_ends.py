@@ -11,7 +11,6 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ from blobflow.errors import (
 from blobflow.stores.base import Body, Store
 from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FailAfter, FaultyStore, Hook, Request, scripted_faults
-from tests.kit import Killed, dies_at, give_away, keys, noise, watched
+from tests.kit import Killed, declare, dies_at, give_away, keys, noise, watched
 from tests.servers import S3Endpoint
 from tests.strict_s3 import StrictS3
 
@@ -612,7 +611,7 @@ def test_a_checkpoint_of_another_target_is_refused(store: LocalStore):
 
 def test_a_stream_that_outgrows_the_number_of_parts_is_refused(store: LocalStore):
     """With the remedy: larger parts."""
-    store.capabilities = replace(store.capabilities, max_parts=4)
+    declare(store, max_parts=4)
     with pytest.raises(Unsupported) as refusal:
         transfer(pieces(), ObjectTarget(store, KEY), PROFILE)
     assert "part_size" in refusal.value.hint

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ from blobflow.durable import free_bytes
 from blobflow.errors import DiskTooSmall
 from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FaultyStore, write_tree
-from tests.kit import SERIAL, SMALL, Killed, artifact_of, dies_before, keys, local_store, noise
+from tests.kit import SERIAL, SMALL, Killed, artifact_of, declare, dies_before, keys, local_store, noise
 
 KEY = "a.tar"
 CONTENT = 300_000
@@ -126,7 +125,7 @@ def test_an_upload_to_a_local_store_is_refused_before_the_first_byte(
     """A directory as a store has as much room as its file system; parts that it holds already need none."""
     store = local_store(tmp_path)
     if not multipart:
-        store.capabilities = replace(store.capabilities, multipart=False)
+        declare(store, multipart=False)
     room(CONTENT)
     with pytest.raises(DiskTooSmall, match=r"are needed, 300,000 are free"):
         upload(store, KEY, artifact, profile=SERIAL)

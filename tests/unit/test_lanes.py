@@ -319,10 +319,9 @@ class Forgetful(WrappingStore):
         self._md5s: dict[int, str] = {}
         self._tells = tells
 
-    @property
     @override
     def capabilities(self) -> Capabilities:
-        return replace(self.store.capabilities, conditional=False)
+        return replace(self.store.capabilities(), conditional=False)
 
     @override
     def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,20 @@ from blobflow.testing import (
     write_tree,
 )
 from blobflow.uploads.intent import SUFFIX, IntentKeeper
-from tests.kit import SERIAL, SMALL, TREE, Killed, dies_at, dies_before, keys, local_store, noise, sized, watched
+from tests.kit import (
+    SERIAL,
+    SMALL,
+    TREE,
+    Killed,
+    declare,
+    dies_at,
+    dies_before,
+    keys,
+    local_store,
+    noise,
+    sized,
+    watched,
+)
 from tests.servers import S3Endpoint
 
 NAME = "web-1"
@@ -662,10 +674,10 @@ def test_short_reads_do_not_change_a_byte(source: Path, tmp_path: Path, monkeypa
 @pytest.mark.seed("W3.7")
 def test_limits_are_kept_before_anything_is_sent(store: LocalStore, source: Path, tmp_path: Path):
     """Parts grow with the layer; what cannot fit is refused without a request that writes."""
-    store.capabilities = replace(store.capabilities, max_parts=3, min_part_size=1)
+    declare(store, max_parts=3, min_part_size=1)
     host = Host(tmp_path, store)
     assert host.sync(source).parts == 1
-    store.capabilities = replace(store.capabilities, max_part_size=5000, max_parts=2)
+    declare(store, max_part_size=5000, max_parts=2)
     (source / "more").write_bytes(noise(9000, 4))
     before = len(host.store.log)
     with pytest.raises(Unsupported, match="do not fit"):

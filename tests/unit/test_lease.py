@@ -15,10 +15,10 @@ from blobflow.coordination.lease_store import Found, LeaseState, ObjectLeaseStor
 from blobflow.coordination.refs import MAX_HISTORY, fence_ref, newest_round
 from blobflow.errors import ArtifactInvalid, InvalidKey, LeaseLost, StoreUnavailable, TransferBusy, Unsupported
 from blobflow.owner import process_owner
-from blobflow.stores.base import Capabilities
 from blobflow.stores.local.store import LocalStore
 from blobflow.stores.retry import RetryingStore
 from blobflow.testing import FailAfter, FailBefore, FaultyStore, Hook, Request, scripted_faults
+from tests.kit import declare
 
 A, B = "sha256:" + "a" * 64, "sha256:" + "b" * 64
 
@@ -158,7 +158,7 @@ def test_a_lost_answer_is_settled_by_reading_back(store: LocalStore, clock: Cloc
 
 def test_a_store_without_conditional_writes_holds_no_lease(store: LocalStore):
     """A clear refusal instead of a lease that protects nothing."""
-    store.capabilities = Capabilities(conditional=False)
+    declare(store, conditional=False)
     with pytest.raises(Unsupported, match="no conditional writes"):
         Lease(store, "orders/round")
 

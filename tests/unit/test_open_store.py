@@ -90,7 +90,7 @@ def test_other_schemes_go_through_fsspec() -> None:
     store = inner(open_store("memory://place/below"))
     assert isinstance(store, FsspecStore)
     assert store.url == "memory://place/below"
-    assert not store.capabilities.multipart
+    assert not store.capabilities().multipart
 
 
 @pytest.mark.seed("1.12")

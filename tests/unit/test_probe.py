@@ -81,7 +81,7 @@ def probed_s3(endpoint: S3Endpoint) -> tuple[ProbeReport, Capabilities]:
         report = store.report()
         assert keys(store) == [REPORT_KEY]
         assert store.list_uploads() == []
-        return report, store.capabilities
+        return report, store.capabilities()
 
 
 def test_a_strict_s3_has_every_ability(strict: StrictS3) -> None:
@@ -115,7 +115,7 @@ def test_a_local_store_keeps_its_promises(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     report = probe(store)
     assert lacking(report) == {"attests_crc32c"}
-    assert report.apply(store.capabilities) == store.capabilities
+    assert report.apply(store.capabilities()) == store.capabilities()
     assert keys(store) == store.list_uploads() == []
 
 
@@ -124,7 +124,7 @@ def test_a_file_system_without_uploads_is_found_to_have_none() -> None:
     store = open_store("memory://probed")
     report = probe(store)
     assert lacking(report) == {"multipart", "lists_parts", "pages_parts", "aborts_uploads", "attests_crc32c"}
-    applied = report.apply(store.capabilities)
+    applied = report.apply(store.capabilities())
     assert (applied.multipart, applied.conditional, applied.attests_crc32c) == (False, True, False)
     assert keys(store) == []
 
@@ -339,7 +339,7 @@ def test_one_page_of_parts_makes_larger_parts(tmp_path: Path) -> None:
     """Where a listing ends after its first page, an upload has no more parts than fit on it."""
     from blobflow.engine.plan import TransferPlan
 
-    capabilities = ProbedStore(KnowsOnePage(tmp_path)).capabilities
+    capabilities = ProbedStore(KnowsOnePage(tmp_path)).capabilities()
     limits = {name: getattr(capabilities, name) for name in ("min_part_size", "max_part_size", "max_parts")}
     assert len(TransferPlan.for_upload(5000 * 1024, 1024, **limits)) <= 1000
 
@@ -415,12 +415,12 @@ class Named(LocalStore):
 
 def test_the_report_costs_later_processes_one_get(tmp_path: Path) -> None:
     """The first process probes and leaves a report, the next one reads it, once."""
-    ProbedStore(LocalStore(tmp_path)).capabilities  # noqa: B018  # asking is what is tested
+    ProbedStore(LocalStore(tmp_path)).capabilities()
     sent = FaultyStore(LocalStore(tmp_path))
     store = ProbedStore(sent)
     assert sent.log == []
-    assert store.capabilities.conditional
-    assert store.capabilities.multipart
+    assert store.capabilities().conditional
+    assert store.capabilities().multipart
     assert sent.log == [Request("get", REPORT_KEY, 1)]
 
 
@@ -510,10 +510,10 @@ def plant(store: Store, report: ProbeReport, holds: bool | None = None, **change
 def test_a_planted_report_enables_nothing(tmp_path: Path, server: Callable[[Path], Store]) -> None:
     """Whatever a report in the bucket promises, a server is relied upon only for what this user saw."""
     truth = probe(server(tmp_path))
-    declared = server(tmp_path).capabilities
+    declared = server(tmp_path).capabilities()
     plant(server(tmp_path), truth, holds=True, probed_at=datetime.now(timezone.utc))
     store = ProbedStore(server(tmp_path))
-    assert store.capabilities == truth.apply(declared)
+    assert store.capabilities() == truth.apply(declared)
     plant(server(tmp_path), truth, holds=True, probed_at=datetime.now(timezone.utc))
     assert ProbedStore(server(tmp_path)).capabilities == truth.apply(declared)
 
@@ -532,18 +532,18 @@ def test_a_planted_report_makes_no_verification_shallow(tmp_path: Path) -> None:
 def test_a_newer_report_that_misses_something_makes_us_look_again(tmp_path: Path) -> None:
     """A server that was changed is noticed as soon as anybody probed it; a report that lies costs one probe."""
     clock = Clock()
-    assert ProbedStore(Honest(tmp_path), now=clock).capabilities.attests_crc32c
+    assert ProbedStore(Honest(tmp_path), now=clock).capabilities().attests_crc32c
     clock.now += 60
     plant(LocalStore(tmp_path), probe(Parrot(tmp_path), now=clock))
     changed = ProbedStore(Parrot(tmp_path), now=clock)
-    assert not changed.capabilities.attests_crc32c
+    assert not changed.capabilities().attests_crc32c
     clock.now += 60
     report = changed.report(fresh=True)
     clock.now += 60
     plant(LocalStore(tmp_path), report, holds=False, probed_at=datetime.fromtimestamp(clock(), timezone.utc))
-    assert ProbedStore(Honest(tmp_path), now=clock).capabilities.conditional
+    assert ProbedStore(Honest(tmp_path), now=clock).capabilities().conditional
     sent = FaultyStore(Honest(tmp_path))
-    assert ProbedStore(sent, now=clock).capabilities.conditional
+    assert ProbedStore(sent, now=clock).capabilities().conditional
     assert sent.log == [Request("get", REPORT_KEY, 1)]
 
 
@@ -607,7 +607,7 @@ def test_a_memory_that_is_not_ours_is_not_believed(tmp_path: Path, spoil: str) -
             shutil.rmtree(file.parent)
             file.parent.write_bytes(b"")
     store = ProbedStore(sent := FaultyStore(Parrot(tmp_path / "store")), memory=ProbeMemory(cache))
-    assert not store.capabilities.attests_crc32c
+    assert not store.capabilities().attests_crc32c
     assert len(sent.log) > 10
 
 
@@ -617,7 +617,7 @@ def test_without_a_home_every_process_probes(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Path, "home", classmethod(lambda _: (_ for _ in ()).throw(RuntimeError("no home"))))
     for _ in range(2):
         sent = FaultyStore(LocalStore(tmp_path))
-        assert ProbedStore(sent).capabilities.conditional
+        assert ProbedStore(sent).capabilities().conditional
         assert len(sent.log) > 10
 
 
@@ -637,7 +637,7 @@ def test_readers_without_the_right_to_write_read(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         assert verify(store, "a.tar").mode_used == "deep"
     assert "probe.forbidden" in caplog.text
-    assert not store.capabilities.conditional
+    assert not store.capabilities().conditional
 
 
 def test_who_may_only_read_believes_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -651,7 +651,7 @@ def test_who_may_only_read_believes_nobody(tmp_path: Path, monkeypatch: pytest.M
 def test_an_absent_report_that_looks_forbidden_is_absent(tmp_path: Path) -> None:
     """Without the right to list, AWS answers 403 for what is absent; the probe is made all the same."""
     faults = scripted_faults({("get", 1): denied("get")(Request("get", "", 1)) or FailBefore()})
-    assert ProbedStore(FaultyStore(Honest(tmp_path), faults)).capabilities.attests_crc32c
+    assert ProbedStore(FaultyStore(Honest(tmp_path), faults)).capabilities().attests_crc32c
 
 
 def test_a_right_that_is_missing_says_nothing_of_the_server(tmp_path: Path) -> None:
@@ -771,7 +771,7 @@ def test_a_report_that_cannot_be_written_is_used(tmp_path: Path, caplog: pytest.
     def faults(request: Request) -> FailBefore | None:
         return denied("put")(request) if request.key == REPORT_KEY else None
 
-    assert ProbedStore(FaultyStore(Honest(tmp_path), faults)).capabilities.attests_crc32c
+    assert ProbedStore(FaultyStore(Honest(tmp_path), faults)).capabilities().attests_crc32c
     assert "probe.not_told" in caplog.text
 
 
@@ -782,7 +782,7 @@ def test_the_report_holds_no_credentials(strict: StrictS3) -> None:
     """The object in the store shows no secret; an endpoint cannot hold one."""
     endpoint = strict.endpoint
     with closing(open_store(f"s3://{endpoint.new_bucket()}", **s3_options(endpoint))) as store:
-        assert store.capabilities.conditional
+        assert store.capabilities().conditional
         document = store.get(REPORT_KEY, max_bytes=100_000).data.decode()
     assert endpoint.endpoint_url in document
     assert endpoint.secret_access_key not in document

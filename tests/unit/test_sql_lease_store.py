@@ -23,9 +23,8 @@ from blobflow.errors import (
     Unsupported,
 )
 from blobflow.sql import SqlTable
-from blobflow.stores.base import Capabilities
 from blobflow.testing import write_tree
-from tests.kit import TREE, local_store
+from tests.kit import TREE, declare, local_store
 
 
 class Clock:
@@ -130,7 +129,7 @@ def test_the_clock_is_the_servers(postgres_url: str, name: str, monkeypatch: pyt
 def test_a_store_without_conditional_writes_has_rounds(url: str, tmp_path: Path):
     """With its lease in a database; without one it is told where to put it."""
     store = local_store(tmp_path)
-    store.capabilities = Capabilities(conditional=False)
+    declare(store, conditional=False)
     exporter = DirectoryExporter(path=write_tree(tmp_path / "source", TREE))
     with pytest.raises(Unsupported) as refusal:
         run_export_round(store, "orders", exporter)

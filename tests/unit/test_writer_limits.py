@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from blobflow.backends.files import export_files
 from blobflow.errors import KeyConflict, Unsupported, UnsupportedSource
 from blobflow.stores.s3.options import S3Options, largest_object
 from blobflow.testing import FaultyStore, Hook, Request, write_tree
-from tests.kit import SMALL, artifact_of, keys, local_store, noise
+from tests.kit import SMALL, artifact_of, declare, keys, local_store, noise
 
 KEY = "a.tar"
 
@@ -65,15 +64,13 @@ def test_an_object_above_the_largest_of_its_provider_is_refused_before_sending(s
     """Both sizes are named; not a byte was sent, and no upload was begun."""
     artifact = artifact_of(tmp_path)
     store = local_store(tmp_path)
-    store.capabilities = replace(
-        store.capabilities, max_object_size=artifact.payload_size - 1, multipart=surface != "one request"
-    )
+    declare(store, max_object_size=artifact.payload_size - 1, multipart=surface != "one request")
     send: Callable[..., object] = begin_upload if surface == "lanes" else upload
     with pytest.raises(Unsupported, match=rf"{artifact.payload_size} bytes.*at most {artifact.payload_size - 1}"):
         send(store, KEY, artifact, profile=SMALL)
     assert keys(store) == []
     assert store.list_uploads() == []
-    store.capabilities = replace(store.capabilities, max_object_size=artifact.payload_size)
+    declare(store, max_object_size=artifact.payload_size)
     assert upload(store, KEY, artifact, profile=SMALL).status == "uploaded"
 
 
@@ -106,7 +103,7 @@ def test_what_was_published_during_an_upload_in_one_request_is_not_replaced(tmp_
     """Without multipart uploads the payload appears when its request ends: the key is looked at once more before."""
     one, other = artifact_of(tmp_path / "one", {"f": noise(20_000)}), artifact_of(tmp_path / "other", {"g": "other"})
     store = local_store(tmp_path)
-    store.capabilities = replace(store.capabilities, multipart=False)
+    declare(store, multipart=False)
 
     def publish_other(_: Request) -> None:
         upload(store, KEY, other, profile=SMALL)

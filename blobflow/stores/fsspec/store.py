@@ -158,7 +158,7 @@ class FsspecStore(Store):
         self._azure = "az" in protocols  # where a backslash is a slash
         self._appears_on_close = bool(protocols & _APPEAR_ON_CLOSE)
         self._bears_threads = self._memory or bool(getattr(implementation, "async_impl", False))
-        self.capabilities = Capabilities(multipart=False, conditional=self._memory)
+        self._capabilities = Capabilities(multipart=False, conditional=self._memory)
         idle_options = _IDLE_OPTIONS.get(scheme)
         self._storage_options = {**(idle_options(idle_timeout) if idle_options else {}), **given}
         self._idle_timeout = idle_timeout
@@ -166,6 +166,10 @@ class FsspecStore(Store):
         self._container_seen = False
         self._local = self._memory or "file" in protocols
         self._clients = ClientPool(self._connect, idle_timeout_s=idle_timeout, threaded=not self._local)
+
+    @override
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
 
     @override
     def put(
@@ -181,7 +185,7 @@ class FsspecStore(Store):
         check_key(key)
         if (mode is PutMode.UPDATE) != (e_tag is not None):
             raise UsageError("an e_tag belongs to PutMode.UPDATE, and to it alone", key=key)
-        if mode is not PutMode.OVERWRITE and not self.capabilities.conditional:
+        if mode is not PutMode.OVERWRITE and not self.capabilities().conditional:
             raise self._unsupported("conditional writes")
         content = plain(body, self)
         if self._memory:

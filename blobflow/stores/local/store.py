@@ -134,11 +134,14 @@ class LocalStore(Store):
     ) -> None:
         self.root = expanded(root).absolute()
         self.url = self.root.as_uri()
-        self.capabilities = Capabilities()
         self._now_ns = now_ns
         self._straggler_patience_s = straggler_patience_s
         self._journals: dict[str, _JournalState] = {}
         self._swept = False
+
+    @override
+    def capabilities(self) -> Capabilities:
+        return Capabilities()
 
     @override
     def server_time_s(self) -> float:
@@ -301,8 +304,8 @@ class LocalStore(Store):
     @override
     def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
         with self._upload("put_part", key, upload_id, fcntl.LOCK_SH) as upload:
-            if not 1 <= part_number <= self.capabilities.max_parts:
-                raise UsageError(f"part number {part_number} is not in 1..{self.capabilities.max_parts}", key=key)
+            if not 1 <= part_number <= self.capabilities().max_parts:
+                raise UsageError(f"part number {part_number} is not in 1..{self.capabilities().max_parts}", key=key)
             if body.size > upload.part_size:
                 raise UsageError(
                     f"part {part_number} of {key!r} has {body.size} bytes, more than the part size {upload.part_size}",

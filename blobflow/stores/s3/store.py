@@ -136,7 +136,7 @@ class S3Store(Store):
         self.options = options
         self._prefix = options.prefix.strip("/") + "/" if options.prefix.strip("/") else ""
         self.url = f"s3://{options.bucket}/{self._prefix}".rstrip("/")
-        self.capabilities = Capabilities(
+        self._capabilities = Capabilities(
             min_part_size=MIN_PART_BYTES,
             max_part_size=MAX_PART_BYTES,
             max_parts=MAX_PARTS,
@@ -155,6 +155,10 @@ class S3Store(Store):
         self._region: str | None = None
         """Where the bucket is, once a server has said that it is elsewhere."""
         self._skew_s = 0.0
+
+    @override
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
 
     @property
     @override
