@@ -515,7 +515,7 @@ def test_a_planted_report_enables_nothing(tmp_path: Path, server: Callable[[Path
     store = ProbedStore(server(tmp_path))
     assert store.capabilities() == truth.apply(declared)
     plant(server(tmp_path), truth, holds=True, probed_at=datetime.now(timezone.utc))
-    assert ProbedStore(server(tmp_path)).capabilities == truth.apply(declared)
+    assert ProbedStore(server(tmp_path)).capabilities() == truth.apply(declared)
 
 
 def test_a_planted_report_makes_no_verification_shallow(tmp_path: Path) -> None:
