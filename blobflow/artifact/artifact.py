@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from pydantic import JsonValue
 
+from blobflow.artifact.index import Index
 from blobflow.artifact.limits import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Tally, over_the_limit
 from blobflow.artifact.manifest import (
     DATA_NAME,
@@ -27,14 +28,11 @@ from blobflow.artifact.manifest import (
     artifact_digest,
 )
 from blobflow.artifact.small_file_lock import SmallFileLock
+from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap, manifest_entry_length, payload_crc32c
 from blobflow.checksum import crc32c, sha256
 from blobflow.errors import ArtifactInvalid, ArtifactNotFound, ChecksumMismatch, DigestMismatch, SourceChanged, reading
 from blobflow.trees import open_below
 from blobflow.version import __version__
-
-if TYPE_CHECKING:
-    from blobflow.artifact.index import Index
-    from blobflow.artifact.tarmap import TarMap
 
 REFERENCE_NAME: Final = "REFERENCE.parquet"
 _MAX_REFERENCE_BYTES: Final = 256 << 20
@@ -101,15 +99,11 @@ class Artifact:
     @property
     def payload_size(self) -> int:
         """Bytes of the payload (the tar)."""
-        from blobflow.artifact.tarmap import manifest_entry_length
-
         return manifest_entry_length(len(self.manifest_bytes)) + self.manifest.body.size
 
     @property
     def payload_crc32c(self) -> int:
         """The CRC32C of the payload, computed, not read."""
-        from blobflow.artifact.tarmap import payload_crc32c
-
         return payload_crc32c(self.manifest_bytes, self.manifest.body.size, self.manifest.body.crc32c)
 
     @cached_property
@@ -122,9 +116,9 @@ class Artifact:
     @cached_property
     def index(self) -> Index:
         """The members."""
-        from blobflow.artifact.index import Index
+        from blobflow.artifact.index_parquet import decode_index  # loads pyarrow, which takes 0.2 s
 
-        return Index.decode(self.index_bytes, members=self.manifest.members)
+        return decode_index(self.index_bytes, members=self.manifest.members)
 
     @cached_property
     def layout(self) -> TarMap:
@@ -154,8 +148,6 @@ def checked_layout(manifest_bytes: bytes, manifest: Manifest, index: Index) -> T
     Raises:
         ArtifactInvalid: naming what differs.
     """
-    from blobflow.artifact.tarmap import TarMap
-
     # First, because a promise is below 2**63: sizes that are lies cannot overflow the layout after that.
     if manifest.bytes != index.total_bytes:
         raise _contradiction("bytes", manifest.bytes, index.total_bytes)
@@ -215,7 +207,7 @@ class PayloadSource:
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        from blobflow.artifact.index import decode_origins
+        from blobflow.artifact.index_parquet import decode_origins  # loads pyarrow, which takes 0.2 s
 
         self.layout = artifact.layout
         self.size = artifact.layout.size
@@ -235,8 +227,6 @@ class PayloadSource:
             self._read_into(offset, buffer)
 
     def _read_into(self, offset: int, buffer: memoryview) -> None:
-        from blobflow.artifact.tarmap import FIRST_MEMBER
-
         position = 0
         for span in self.layout.spans(offset, len(buffer)):
             target = buffer[position : position + span.length]
@@ -315,13 +305,12 @@ def write_artifact(
         holes: Bytes of the members that took no room at the source.
         private: The rows that only their owner may read; see `blobflow.artifact.privacy`.
     """
-    from blobflow.artifact.index import encode_origins
-    from blobflow.artifact.tarmap import TarMap
+    from blobflow.artifact.index_parquet import encode_index, encode_origins  # loads pyarrow, which takes 0.2 s
 
     tally = Tally()
     for path, size in zip(index.paths, index.sizes, strict=True):
         tally.add(path, size)
-    index_bytes = index.encode()
+    index_bytes = encode_index(index)
     if len(index_bytes) > MAX_INDEX_BYTES:
         raise over_the_limit("bytes in its index", MAX_INDEX_BYTES)
     index_crc = crc32c(index_bytes)

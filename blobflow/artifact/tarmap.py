@@ -10,14 +10,12 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
+from blobflow.artifact.index import Index
 from blobflow.artifact.manifest import DATA_NAME, FILE_MODE, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.privacy import PrivateRows
 from blobflow.checksum import combine_crc32c, crc32c
-
-if TYPE_CHECKING:
-    from blobflow.artifact.index import Index
 
 BLOCK: Final = 512
 _END: Final = bytes(2 * BLOCK)

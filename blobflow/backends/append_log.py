@@ -31,6 +31,7 @@ from pydantic import ConfigDict, Field, JsonValue
 from typing_extensions import override
 
 from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.landing import fsync_directory, try_flock
 from blobflow.artifact.privacy import directory_is_private, file_is_private
 from blobflow.backends.base import ExportResult, OnProgress
 from blobflow.backends.files import export_files
@@ -329,8 +330,6 @@ class AppendLog:
 
     def _clear_away(self) -> None:
         """Remove the files that the newest one has replaced, and half ones."""
-        from blobflow.artifact.landing import fsync_directory
-
         with writing(self.path):
             fsync_directory(self.path)
             newest = _newest(self.path)
@@ -492,8 +491,6 @@ class AppendLogImporter(VersionedImporter):
 
 
 def _take_lock(path: Path) -> int:
-    from blobflow.artifact.landing import try_flock
-
     with writing(path):
         lock = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     if not try_flock(lock, fcntl.LOCK_EX):

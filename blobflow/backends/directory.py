@@ -16,8 +16,10 @@ from pydantic import ConfigDict, Field, JsonValue, field_validator
 
 from blobflow.artifact.artifact import write_artifact
 from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
+from blobflow.artifact.index import Index, Member, path_fault
+from blobflow.artifact.landing import check_destination
 from blobflow.artifact.limits import Tally
-from blobflow.artifact.manifest import DATA_NAME
+from blobflow.artifact.manifest import DATA_NAME, EXECUTABLE_MODE, FILE_MODE
 from blobflow.artifact.members import open_regular
 from blobflow.artifact.privacy import PrivateRows, directory_is_private, encode, file_is_private
 from blobflow.backends.base import ExportResult, OnProgress
@@ -168,10 +170,6 @@ class DirectoryExporter(KnownFields):
             DiskFull: there is no room at `dest`.
             Unsupported: mode `link` cannot make hard links at `dest`.
         """
-        # Not at the top: pyarrow behind them costs 0.3 s, and a pipeline is defined more often than it is run.
-        from blobflow.artifact.index import Index, Member
-        from blobflow.artifact.landing import check_destination
-
         started = time.monotonic()
         root = self._root()
         check_destination(dest)
@@ -291,9 +289,6 @@ class DirectoryExporter(KnownFields):
         Returns:
             Their names, which of them are links, and which of these lead to where only the owner comes.
         """
-        from blobflow.artifact.index import path_fault
-        from blobflow.artifact.manifest import EXECUTABLE_MODE, FILE_MODE
-
         below: list[tuple[str, bool, bool]] = []
         kept = 0
         with reading(prefix or root), os.scandir(cursor.descriptor) as listed:

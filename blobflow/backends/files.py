@@ -14,7 +14,9 @@ from pydantic import JsonValue
 
 from blobflow.artifact.artifact import write_artifact
 from blobflow.artifact.hashing import FileHash, hash_descriptor, hash_files
-from blobflow.artifact.manifest import DATA_NAME
+from blobflow.artifact.index import Index, Member
+from blobflow.artifact.landing import check_destination
+from blobflow.artifact.manifest import DATA_NAME, FILE_MODE
 from blobflow.artifact.members import open_regular, visit_members
 from blobflow.artifact.privacy import PrivateRows, encode
 from blobflow.backends.base import ExportResult, OnProgress
@@ -85,11 +87,6 @@ def export_files(
         DestinationNotEmpty: `dest` holds something.
         DiskFull, RefusedError: `dest` cannot be written.
     """
-    # Not at the top: pyarrow behind them costs 0.3 s, and a pipeline is defined more often than it is run.
-    from blobflow.artifact.index import Index, Member
-    from blobflow.artifact.landing import check_destination
-    from blobflow.artifact.manifest import FILE_MODE
-
     started = time.monotonic()
     check_destination(dest)
     with all_or_nothing(dest):

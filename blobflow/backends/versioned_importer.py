@@ -15,6 +15,8 @@ from typing import Final, Literal
 from pydantic import ConfigDict, Field, JsonValue, field_validator
 
 from blobflow.artifact.artifact import Artifact, write_durably
+from blobflow.artifact.landing import fsync_directory, sync_tree, try_flock
+from blobflow.artifact.leftovers import remove_stages
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.members import verify_members
 from blobflow.backends.base import ImportResult, OnProgress
@@ -137,8 +139,6 @@ class VersionedImporter(KnownFields, ABC):
 
     def load(self, artifact: Artifact, *, consume: bool) -> Path:
         """Make the artifact a version: by rename if it may be consumed, by copy otherwise."""
-        from blobflow.artifact.landing import fsync_directory, sync_tree
-
         version = self._versions / _version_name(artifact.digest)
         self._versions.mkdir(parents=True, exist_ok=True)
         if artifact.path == version:
@@ -175,8 +175,6 @@ class VersionedImporter(KnownFields, ABC):
         Raises:
             TransferBusy: somebody writes to what is shown now; it stays shown.
         """
-        from blobflow.artifact.landing import fsync_directory
-
         fresh = self.path / ".current.new"
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(Path("versions") / version.name / DATA_NAME)
@@ -186,8 +184,6 @@ class VersionedImporter(KnownFields, ABC):
     @contextmanager
     def _alone(self) -> Generator[None]:
         """Hold the mirror: two imports at once would clear away each other's half copies."""
-        from blobflow.artifact.landing import try_flock
-
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             lock = os.open(self.path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
@@ -246,8 +242,6 @@ class VersionedImporter(KnownFields, ABC):
 
         What was last written to before this artifact was made belongs to an older one, that nobody comes back for.
         """
-        from blobflow.artifact.leftovers import remove_stages
-
         made_at = artifact.manifest.created_at.timestamp()
         incoming = self.path / INCOMING_NAME
         remove_stages(incoming, idle_since=made_at)

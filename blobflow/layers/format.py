@@ -29,6 +29,7 @@ from blobflow.artifact.manifest import (
     Sha256Digest,
     artifact_digest,
 )
+from blobflow.artifact.tarmap import manifest_entry_length, member_length
 from blobflow.checksum import Buffer, crc32c
 from blobflow.config import MIB
 from blobflow.engine.plan import Part, TransferPlan
@@ -255,8 +256,6 @@ class LayerMeta(BaseModel):
 
 def plan_of(manifest_bytes: bytes, frame_size: int) -> FramePlan:
     """The frames of the layer with that manifest, which tells the sizes of head and tar."""
-    from blobflow.artifact.tarmap import manifest_entry_length, member_length
-
     manifest = Manifest.parse(manifest_bytes)
     own = manifest_entry_length(len(manifest_bytes))
     size = own + manifest.body.size

@@ -130,7 +130,7 @@ class _Known:
     @classmethod
     def read(cls, path: Path) -> _Known | None:
         """None if there is none, or none that can be used."""
-        from blobflow.artifact.index import decode_origins
+        from blobflow.artifact.index_parquet import decode_origins  # loads pyarrow, which takes 0.2 s
 
         try:
             artifact = Artifact.open(path / "artifact")

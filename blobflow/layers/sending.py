@@ -16,6 +16,7 @@ from typing import Final, NamedTuple
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.artifact.tarmap import payload_crc32c
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
@@ -265,8 +266,6 @@ class _Finishing:
         Raises:
             ChecksumMismatch: they differ.
         """
-        from blobflow.artifact.tarmap import payload_crc32c
-
         manifest = Manifest.parse(self.manifest_bytes)
         expected = payload_crc32c(self.manifest_bytes, manifest.body.size, manifest.body.crc32c)
         lengths = (self.plan.frame(number).length for number in range(1, len(self.plan) + 1))

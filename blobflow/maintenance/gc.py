@@ -18,8 +18,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
 
+from blobflow.artifact.leftovers import remove_stages
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import MANIFEST_NAME, Manifest
+from blobflow.artifact.tarmap import manifest_entry
 from blobflow.errors import (
     ArtifactInvalid,
     InvalidKey,
@@ -35,6 +37,7 @@ from blobflow.stores.base import ObjectMeta, Store, UploadMeta
 from blobflow.stores.probe import TRIAL_PREFIX
 from blobflow.transport import MANIFEST_SUFFIX
 from blobflow.transport.catalog import DAMAGED_SUFFIX, LEASE_SUFFIX, REF_SUFFIX
+from blobflow.transport.remote import payload_size
 from blobflow.uploads.intent import SUFFIX as INTENT_SUFFIX
 from blobflow.uploads.intent import Intent, IntentKeeper
 
@@ -217,9 +220,6 @@ class _Collection:
 
     def _is_payload(self, meta: ObjectMeta) -> bool:
         """Whether the object begins with a manifest that speaks of an object of this size."""
-        from blobflow.artifact.tarmap import manifest_entry
-        from blobflow.transport.remote import payload_size
-
         try:
             block = self._store.get_range(meta.key, 0, _BLOCK, e_tag=meta.e_tag)
             name, size = block[:100].rstrip(b"\0"), int(block[124:135], 8)
@@ -292,7 +292,4 @@ def collect_stages(
         UsageError: an age below 0.
     """
     check_age(older_than_s)
-    # Not at the top: a collection in a store needs nothing of what lands artifacts.
-    from blobflow.artifact.leftovers import remove_stages
-
     return remove_stages(Path(directory), idle_since=clock() - older_than_s, dry_run=dry_run)

@@ -22,7 +22,8 @@ from pydantic import JsonValue
 from typing_extensions import override
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
-from blobflow.artifact.manifest import MANIFEST_NAME, artifact_digest
+from blobflow.artifact.manifest import FILE_MODE, MANIFEST_NAME, artifact_digest
+from blobflow.artifact.tarmap import header
 from blobflow.checksum import Buffer
 from blobflow.coordination.refs import MAX_HISTORY, RefEntry, RefState
 from blobflow.errors import NotFoundError, ObjectNotFound, ObjectTooLarge, Unsupported
@@ -190,9 +191,6 @@ class ReceivedStore(Store):
 
     def _look(self, key: str, received: Received) -> _Offered | None:
         """The artifact in a snapshot, if it is one: it begins with the manifest that the snapshot's digest names."""
-        from blobflow.artifact.manifest import FILE_MODE
-        from blobflow.artifact.tarmap import header
-
         path = f"{received.id.database}/{received.path.name}"
         meta = self._files.head(path)
         if meta.size < _HEADER:

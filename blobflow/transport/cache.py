@@ -29,6 +29,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.leftovers import remove_stages
+from blobflow.artifact.members import verify_members
 from blobflow.config import ChunkProfile
 from blobflow.errors import (
     DiskFull,
@@ -181,8 +182,6 @@ class ArtifactCache:
             if artifact.digest != digest or (stamp is not None and stamp != _stamp(entry)):
                 return None
             if stamp is None or self._check == "sha256":
-                from blobflow.artifact.members import verify_members
-
                 verify_members(artifact)
         except (IntegrityError, NotFoundError, UnsupportedSource, FileNotFoundError) as error:
             log.warning("cache.entry_damaged path=%s error=%s", entry, error)

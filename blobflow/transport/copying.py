@@ -16,6 +16,7 @@ from typing import Final, Literal
 from typing_extensions import override
 
 from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.artifact.tarmap import manifest_entry, payload_crc32c
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
@@ -159,8 +160,6 @@ class RemotePayload:
     def __init__(
         self, remote: RemoteArtifact, manifest_bytes: bytes | None = None, meter: _Meter | None = None
     ) -> None:
-        from blobflow.artifact.tarmap import manifest_entry, payload_crc32c
-
         self.remote = remote
         self.meter = meter or _Meter()
         self.manifest_bytes = manifest_bytes or remote.manifest_bytes

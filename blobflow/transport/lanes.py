@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.landing import Landing, Stage
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import TransferPlan
 from blobflow.errors import (
@@ -353,8 +354,6 @@ def begin_download(
         TransferBusy: somebody is landing the artifact there; it may be lanes that were divided earlier.
         DestinationNotEmpty, ArtifactNotFound, IntegrityError, HostileArtifact: as `download`.
     """
-    from blobflow.artifact.landing import Stage
-
     if lanes < 1:
         raise UsageError(f"{lanes} lanes move nothing")
     profile = profile or ChunkProfile()
@@ -403,8 +402,6 @@ def fetch_lane(
         ObjectChanged, DigestMismatch: the artifact was replaced meanwhile.
         DestinationNotEmpty, IntegrityError, HostileArtifact: as `download`.
     """
-    from blobflow.artifact.landing import Landing, Stage
-
     started = time.monotonic()
     if not 0 <= lane < ticket.lanes:
         raise UsageError(f"there is no lane {lane} of {ticket.lanes}")

@@ -8,10 +8,14 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from blobflow.artifact.artifact import Artifact
+from blobflow.artifact.checker import PayloadChecker
+from blobflow.artifact.landing import Landing, Stage
 from blobflow.artifact.manifest import Manifest
+from blobflow.artifact.members import verify_members
+from blobflow.artifact.tarmap import TarMap
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
@@ -20,12 +24,6 @@ from blobflow.fields import check_choice
 from blobflow.stores.base import ObjectMeta, Store
 from blobflow.transport.remote import RemoteArtifact
 from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
-
-if TYPE_CHECKING:
-    from blobflow.artifact.landing import Landing, Stage
-    from blobflow.artifact.tarmap import TarMap
-
-# Both need the index and with it pyarrow (0.3 s to import): imported where something is fetched.
 
 VerifyMode: TypeAlias = Literal["auto", "shallow", "deep"]
 
@@ -191,8 +189,6 @@ def _read_members(
     on_checkpoint: OnRecord | None,
 ) -> int:
     """Read manifest, index and a slice of the members, hold them to their checksums, and return how many bytes."""
-    from blobflow.artifact.checker import PayloadChecker
-
     layout = remote.open_layout()
     start, size = layout.slice_of_members(*sample)
     plan = TransferPlan(size, profile.chunk_size, start=start)
@@ -261,8 +257,6 @@ def download(
         ObjectChanged: it was replaced meanwhile; try again.
         TransferBusy: another process lands the same artifact at the same place.
     """
-    from blobflow.artifact.landing import Landing, Stage
-
     started = time.monotonic()
     profile = profile or ChunkProfile()
     dest = Path(dest).absolute()
@@ -358,8 +352,6 @@ def failures_noted(landing: Landing, books: TransferProgress) -> Generator[None]
 
 def _holds(dest: Path, digest: str) -> bool:
     """Whether `dest` is the artifact `digest`, every member verified."""
-    from blobflow.artifact.members import verify_members
-
     try:
         artifact = Artifact.open(dest)
     except BlobflowError:

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from blobflow.artifact.artifact import check_index_bytes, checked_layout
-from blobflow.artifact.manifest import INDEX_NAME, Manifest, artifact_digest
+from blobflow.artifact.index import index_bytes_limit
+from blobflow.artifact.manifest import FILE_MODE, INDEX_NAME, Manifest, artifact_digest
+from blobflow.artifact.tarmap import (
+    TarMap,
+    header,
+    manifest_entry,
+    manifest_entry_length,
+    member_length,
+    payload_crc32c,
+)
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import (
@@ -25,16 +34,9 @@ from blobflow.streams.checkpoint import TransferRecord
 from blobflow.transport.catalog import read_manifest_bytes
 from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress, transfer_id
 
-if TYPE_CHECKING:
-    from blobflow.artifact.tarmap import TarMap
-
-# pyarrow, which the index needs, costs 0.3 s: it is imported only when the layout is asked for.
-
 
 def payload_size(manifest_bytes: bytes, manifest: Manifest) -> int:
     """Bytes of the payload that belongs to a manifest."""
-    from blobflow.artifact.tarmap import manifest_entry_length
-
     return manifest_entry_length(len(manifest_bytes)) + manifest.body.size
 
 
@@ -97,8 +99,6 @@ class RemoteArtifact:
         Raises:
             ArtifactInvalid: they differ, or there is none.
         """
-        from blobflow.artifact.tarmap import manifest_entry
-
         entry = manifest_entry(self.manifest_bytes)
         self.head = self.store.get_range(self.key, 0, len(entry), e_tag=self.payload.e_tag)
         if self.head != entry:
@@ -111,9 +111,7 @@ class RemoteArtifact:
 
     def open_layout(self) -> TarMap:
         """Fetch the index and derive the layout of the whole payload from it, everything checked."""
-        from blobflow.artifact.index import Index, index_bytes_limit
-        from blobflow.artifact.manifest import FILE_MODE
-        from blobflow.artifact.tarmap import header, member_length
+        from blobflow.artifact.index_parquet import decode_index  # loads pyarrow, which takes 0.2 s
 
         self.check_embedded()
         size = self.manifest.index.size
@@ -128,13 +126,11 @@ class RemoteArtifact:
         self.index_bytes = entry[start : start + size]
         check_index_bytes(self.index_bytes, self.manifest)
         self.head += entry
-        index = Index.decode(self.index_bytes, members=self.manifest.members)
+        index = decode_index(self.index_bytes, members=self.manifest.members)
         return checked_layout(self.manifest_bytes, self.manifest, index)
 
     @property
     def payload_crc32c(self) -> int:
-        from blobflow.artifact.tarmap import payload_crc32c
-
         return payload_crc32c(self.manifest_bytes, self.manifest.body.size, self.manifest.body.crc32c)
 
     def fetch(self, part: Part, buffer: memoryview, arrived: Arrived | None = None) -> memoryview:

@@ -15,6 +15,7 @@ from typing_extensions import Self
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.artifact.tarmap import manifest_entry
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
@@ -539,8 +540,6 @@ class MultipartUpload(_Upload):
 
     def completed_by_somebody(self) -> ObjectMeta | None:
         """The payload under the key, if it is this artifact's: its embedded manifest is as unique as its digest."""
-        from blobflow.artifact.tarmap import manifest_entry
-
         head = manifest_entry(self.payload.manifest_bytes)
         try:
             meta = self.store.head(self.key)

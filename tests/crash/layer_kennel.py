@@ -42,7 +42,7 @@ def work(order: dict[str, Any]) -> int:
 
 def main() -> None:
     """Serve orders until standard input ends."""
-    import blobflow.artifact.index
+    import blobflow.artifact.index_parquet
     import blobflow.layers.sync  # noqa: F401
 
     for line in sys.stdin:

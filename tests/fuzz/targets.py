@@ -19,7 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from blobflow.artifact.index import Index, Member, decode_origins, encode_origins
+from blobflow.artifact.index import Index, Member
+from blobflow.artifact.index_parquet import decode_index, decode_origins, encode_index, encode_origins
 from blobflow.artifact.landing import Landing, Stage, _Notes
 from blobflow.artifact.manifest import BodyInfo, IndexInfo, Manifest
 from blobflow.backends.append_log import _records as log_records
@@ -124,7 +125,7 @@ def _manifest() -> bytes:
 
 
 def _index(data: bytes) -> object:
-    return Index.decode(data, members=3)
+    return decode_index(data, members=3)
 
 
 def _layer_meta() -> bytes:
@@ -444,7 +445,7 @@ def targets() -> dict[str, Target]:
     row = b'{"index": 0, "kind": "get", "key": "a", "status": "done", "size": 1, "e_tag": "x", "payload": "eA=="}\n'
     return {
         "manifest": Target(Manifest.parse, (_manifest(),)),
-        "index": Target(_index, (_members().encode(),)),
+        "index": Target(_index, (encode_index(_members()),)),
         "origins": Target(
             lambda data: decode_origins(data, members=2), (encode_origins(array("Q", [1, 2]), array("q", [3, 4])),)
         ),

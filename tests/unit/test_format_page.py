@@ -8,7 +8,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from blobflow.artifact.artifact import write_artifact
-from blobflow.artifact.index import _SCHEMA, Index, Member
+from blobflow.artifact.index import Index, Member
+from blobflow.artifact.index_parquet import _SCHEMA
 from blobflow.artifact.manifest import Manifest
 from blobflow.artifact.tarmap import header
 from blobflow.checksum import crc32c, sha256

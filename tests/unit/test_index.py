@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blobflow.artifact import index as index_module
-from blobflow.artifact.index import Index, Member, decode_origins, encode_origins, path_fault
+from blobflow.artifact.index import Index, Member, path_fault
+from blobflow.artifact.index_parquet import _SCHEMA as SCHEMA
+from blobflow.artifact.index_parquet import decode_index, decode_origins, encode_index, encode_origins
 from blobflow.artifact.limits import ROWS_PER_GROUP
 from blobflow.checksum import EMPTY_SHA256, crc32c, sha256
 from blobflow.errors import ArtifactInvalid, HostileArtifact
@@ -22,7 +23,6 @@ from blobflow.errors import ArtifactInvalid, HostileArtifact
 HELLO = Member("hello", 5, 0o644, 1_700_000_000_000_000_000, sha256(b"hello"), crc32c(b"hello"))
 EMPTY = Member("empty", 0, 0o644, 0, EMPTY_SHA256, 0)
 DIRECTORY = Member("dir/", 0, 0o755, 0, EMPTY_SHA256, 0)
-SCHEMA = index_module._SCHEMA
 
 
 def index_of(*members: Member) -> Index:
@@ -33,7 +33,7 @@ def index_of(*members: Member) -> Index:
 
 
 def renamed(*paths: str, member: Member = HELLO) -> bytes:
-    return index_of(*(member._replace(path=path) for path in paths)).encode()
+    return encode_index(index_of(*(member._replace(path=path) for path in paths)))
 
 
 def parquet(schema: pa.Schema = SCHEMA, rows: int = 1, **columns: Any) -> bytes:
@@ -54,7 +54,7 @@ def parquet(schema: pa.Schema = SCHEMA, rows: int = 1, **columns: Any) -> bytes:
 def test_an_index_survives_parquet():
     """Rows come back as they went in, in order."""
     members = [DIRECTORY, EMPTY, HELLO, HELLO._replace(path="ünï/日本", mode=0o755)]
-    index = Index.decode(index_of(*members).encode(), members=4)
+    index = decode_index(encode_index(index_of(*members)), members=4)
     assert list(index) == members
     assert (len(index), index.total_bytes) == (4, 10)
     assert repr(index) == "<Index 4 members, 10 bytes>"
@@ -64,7 +64,7 @@ def test_an_index_survives_parquet():
 
 def test_no_members_are_an_index():
     """An empty directory is exported as an index without rows."""
-    assert len(Index.decode(Index().encode(), members=0)) == 0
+    assert len(decode_index(encode_index(Index()), members=0)) == 0
 
 
 def test_many_members_span_row_groups():
@@ -72,7 +72,7 @@ def test_many_members_span_row_groups():
     count = 2 * ROWS_PER_GROUP + 10
     data = renamed(*(f"{i:08}" for i in range(count)))
     assert pq.ParquetFile(io.BytesIO(data)).num_row_groups == 3
-    index = Index.decode(data, members=count)
+    index = decode_index(data, members=count)
     assert index.paths[0] == "00000000"
     assert index.paths[-1] == f"{count - 1:08}"
 
@@ -115,7 +115,7 @@ def test_the_digests_depend_on_content_and_nothing_else():
 def test_paths_that_must_never_be_written_are_refused(path: str):
     """Each is refused by name, before anything of the payload is fetched."""
     with pytest.raises(HostileArtifact) as refusal:
-        Index.decode(renamed(path), members=1)
+        decode_index(renamed(path), members=1)
     assert refusal.value.path == path
     assert path_fault(path) == refusal.value.reason
 
@@ -156,7 +156,7 @@ def test_deep_paths_are_checked_in_the_memory_of_their_rows():
 def test_rows_that_contradict_the_rules_are_refused(members: list[Member], reason: str):
     """Duplicates, foreign modes, impossible sizes, a name that is a file and a directory at once."""
     with pytest.raises(HostileArtifact, match=reason):
-        Index.decode(index_of(*members).encode(), members=len(members))
+        decode_index(encode_index(index_of(*members)), members=len(members))
 
 
 @pytest.mark.seed("1.17")
@@ -171,14 +171,14 @@ def test_another_schema_is_refused():
         SCHEMA.remove(5),
     ):
         with pytest.raises(ArtifactInvalid, match="another schema"):
-            Index.decode(parquet(schema), members=1)
+            decode_index(parquet(schema), members=1)
 
 
 @pytest.mark.seed("1.17")
 def test_another_name_of_the_first_column_is_refused():
     """That column is looked for by its name, before the schema is compared."""
     with pytest.raises(ArtifactInvalid, match="not readable as Parquet"):
-        Index.decode(parquet(SCHEMA).replace(b"path", b"peth"), members=1)
+        decode_index(parquet(SCHEMA).replace(b"path", b"peth"), members=1)
 
 
 @pytest.mark.seed("1.17")
@@ -187,28 +187,28 @@ def test_null_cells_are_refused():
     nullable = pa.schema([field.with_nullable(True) for field in SCHEMA])
     for name in SCHEMA.names:
         with pytest.raises(ArtifactInvalid):
-            Index.decode(parquet(nullable, 1, **{name: [None]}), members=1)
+            decode_index(parquet(nullable, 1, **{name: [None]}), members=1)
 
 
 @pytest.mark.parametrize("members", [0, 2, 10**9])
 def test_another_number_of_rows_is_refused(members: int):
     """The manifest's count is held to."""
     with pytest.raises(ArtifactInvalid):
-        Index.decode(renamed("a"), members=members)
+        decode_index(renamed("a"), members=members)
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"PAR1" * 100, renamed("a")[:-1], renamed("a")[20:]])
 def test_what_is_not_parquet_is_refused(data: bytes):
     """Damage is ArtifactInvalid, whatever the reader says."""
     with pytest.raises(ArtifactInvalid):
-        Index.decode(data, members=1)
+        decode_index(data, members=1)
 
 
 def test_paths_that_are_not_utf8_are_refused():
     """A column that calls itself text and is not."""
     good = parquet(path=["abcdefgh"])
     with pytest.raises((ArtifactInvalid, HostileArtifact)):
-        Index.decode(good.replace(b"abcdefgh", b"\xff\xfebcdefg"), members=1)
+        decode_index(good.replace(b"abcdefgh", b"\xff\xfebcdefg"), members=1)
 
 
 @pytest.mark.seed("1.17")
@@ -216,13 +216,13 @@ def test_a_row_group_beyond_the_limits_is_refused():
     """Too many rows in one group are refused from the footer, before they are decoded."""
     rows = ROWS_PER_GROUP + 1
     with pytest.raises(ArtifactInvalid, match=f"row group 0 of the index has {rows} rows"):
-        Index.decode(parquet(rows=rows), members=rows)
+        decode_index(parquet(rows=rows), members=rows)
 
 
 _BOMB = """
 import io, resource, sys
 import pyarrow as pa, pyarrow.parquet as pq
-from blobflow.artifact import index
+from blobflow.artifact import index_parquet
 from blobflow.errors import BlobflowError
 
 rows = 65_536
@@ -231,14 +231,14 @@ columns = {
     "path": pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["x" * 16_000])),
     "size": [5] * rows, "mode": [0o644] * rows, "mtime_ns": [0] * rows, "sha256": [digest] * rows, "crc32c": [0] * rows,
 }
-fields = [pa.field("path", columns["path"].type, nullable=False), *list(index._SCHEMA)[1:]]
+fields = [pa.field("path", columns["path"].type, nullable=False), *list(index_parquet._SCHEMA)[1:]]
 sink = io.BytesIO()
 pq.write_table(pa.table(columns, schema=pa.schema(fields)), sink, store_schema=False)
 data = sink.getvalue()
 del sink, columns
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    index.Index.decode(data, members=rows)
+    index_parquet.decode_index(data, members=rows)
 except BlobflowError as error:
     print(type(error).__name__, len(data), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """

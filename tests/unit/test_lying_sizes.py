@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from blobflow import ChunkProfile, copy_artifact, download, verify
 from blobflow.artifact.index import Index, Member
+from blobflow.artifact.index_parquet import encode_index
 from blobflow.artifact.manifest import BodyInfo, IndexInfo, Manifest
 from blobflow.artifact.tarmap import TarMap, header, manifest_entry
 from blobflow.checksum import crc32c, sha256
@@ -45,7 +46,7 @@ def liar(tmp_path: Path) -> Liar:
     """Its manifest, its index and its `head` all tell of one file of 2 EiB; all of it would be holes."""
     index = Index()
     index.append(Member("file", HUGE, 0o644, 0, bytes(range(32)), 5))
-    encoded = index.encode()
+    encoded = encode_index(index)
     about = IndexInfo(size=len(encoded), sha256=sha256(encoded).hex(), crc32c=crc32c(encoded))
     layout = TarMap(0, len(encoded), index)
     manifest = Manifest(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from blobflow.artifact.artifact import checked_layout, write_artifact
 from blobflow.artifact.index import Index, Member
+from blobflow.artifact.index_parquet import decode_index
 from blobflow.artifact.manifest import Manifest, is_private
 from blobflow.artifact.privacy import MAX_PRIVATE_CHARS, PrivateRows, directory_is_private, encode, file_is_private
 from blobflow.checksum import crc32c, sha256
@@ -94,6 +95,6 @@ def test_ranges_that_make_no_sense_are_refused(tmp_path: Path, ranges: object) -
 def test_rows_that_are_not_there_are_refused(tmp_path: Path) -> None:
     """Manifest and index contradict each other where a private row is not in the index."""
     manifest = manifest_of(tmp_path / "a", "1-2")
-    index = Index.decode((tmp_path / "a/INDEX.parquet").read_bytes(), members=2)
+    index = decode_index((tmp_path / "a/INDEX.parquet").read_bytes(), members=2)
     with pytest.raises(ArtifactInvalid, match="private is 1-2"):
         checked_layout(manifest.encode(), manifest, index)
