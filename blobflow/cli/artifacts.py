@@ -18,10 +18,11 @@ from blobflow.scratch import scratch_directory
 
 if TYPE_CHECKING:
     from blobflow.artifact.artifact import Artifact
-    from blobflow.backends import Exporter, ExportResult, ImportResult
+    from blobflow.backends import Exporter, ExportResult
     from blobflow.config import ChunkProfile
+    from blobflow.mirror.update import MirrorUpdate
     from blobflow.stores.base import Store
-    from blobflow.transport import DownloadResult, UploadResult
+    from blobflow.transport import UploadResult
     from blobflow.uploads.progress import OnProgress
 
 
@@ -252,17 +253,14 @@ def pull(
     settings.resumes = True
     started = time.monotonic()
     with settings.open_store() as store, show_progress() as progress:
-        options: dict[str, Any] = {
-            "profile": settings.transfer_profile(),
-            "expected_digest": digest,
-            "on_progress": transferred(progress),
-        }
+        profile = settings.transfer_profile()
         if target is not None:
             made_with = {"rewind": True} if rewind else {}
-            imported, result = pull_into(*target, store, key, progress, options, **made_with)
-            status, path = imported.status, imported.path
+            update = update_target(*target, store, key, digest, profile, progress, **made_with)
+            result, status, path = update.download, update.imported.status, update.imported.path
         else:
-            result = download(store, key, dest or "", **options)
+            watch = transferred(progress)
+            result = download(store, key, dest or "", profile=profile, expected_digest=digest, on_progress=watch)
             status, path = result.status, result.path
     seconds = time.monotonic() - started
     settings.report(
@@ -288,18 +286,26 @@ def pull(
     )
 
 
-def pull_into(
-    backend: str, target: Path, store: Store, key: str, progress: Progress, options: dict[str, Any], **made_with: Any
-) -> tuple[ImportResult, DownloadResult]:
-    """Download into the importer's own staging, so that the import is a rename; what is alive there is left alone.
+def update_target(
+    backend: str,
+    target: Path,
+    store: Store,
+    key: str,
+    expected_digest: str | None,
+    profile: ChunkProfile,
+    progress: Progress,
+    **made_with: Any,
+) -> MirrorUpdate:
+    """Have the mirror in `target` show the artifact under `key`.
 
     Args:
-        options: Of the download.
         made_with: Fields of the importer beside its path.
     """
     from blobflow.artifact.manifest import Manifest, artifact_digest
-    from blobflow.backends import backend_classes, import_artifact
-    from blobflow.transport import DownloadResult, download, read_manifest_bytes
+    from blobflow.backends import backend_classes
+    from blobflow.mirror.update import update_mirror
+    from blobflow.transport import read_manifest_bytes
+    from blobflow.transport.remote import check_expected
     from blobflow.untrusted import plain, quoted
 
     importer = backend_classes(backend)[1](path=target, **made_with)
@@ -311,15 +317,9 @@ def pull_into(
             hint=f"--import {plain(manifest.backend)} TARGET",
             key=key,
         )
-    alive = importer.current()
-    if alive is not None and alive.digest == offered == (options["expected_digest"] or offered):
-        result = DownloadResult("unchanged", key, importer.data, offered, alive.manifest, alive.payload_size, 0, 0, 0.0)
-        artifact = alive
-    else:
-        result = download(store, key, importer.staging(offered), **options)
-        artifact = result.path
-    show = processed(progress, "import")
-    return import_artifact(artifact, importer, consume=True, on_progress=show, key=key), result
+    check_expected(key, offered, expected_digest)
+    watch, show = transferred(progress), processed(progress, "import")
+    return update_mirror(store, key, offered, importer, profile=profile, on_progress=watch, on_import=show)
 
 
 @click.command(cls=Command)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from blobflow.cli.artifacts import pull_into
+from blobflow.cli.artifacts import update_target
 from blobflow.cli.formatting import from_before, human_size, members_of, table
-from blobflow.cli.progress import processed, show_progress, transferred
+from blobflow.cli.progress import processed, show_progress
 from blobflow.cli.settings import BACKENDS, PATH, SIZE, CommandGroup, DigestType, DurationType, Settings
 from blobflow.errors import NotFoundError
 
@@ -219,12 +219,9 @@ def mirror_import(
     if state is None:
         raise NotFoundError(f"no complete artifact of {database!r} was received in {directory}", path=str(directory))
     with show_progress() as progress:
-        options: dict[str, Any] = {
-            "profile": settings.transfer_profile(),
-            "expected_digest": state.manifest_sha256,
-            "on_progress": transferred(progress),
-        }
-        imported, result = pull_into(backend, target, store, state.key, progress, options)
+        profile = settings.transfer_profile()
+        update = update_target(backend, target, store, state.key, state.manifest_sha256, profile, progress)
+    result, imported = update.download, update.imported
     snapshot, cursor = store.snapshot(state.key), store.follow(state.key, imported.cursor)
     removed = store.prune(state.key, keep)
     seconds = time.monotonic() - started

@@ -1,4 +1,8 @@
-"""At-most-once export rounds: lease, export, upload, ref, completion; and the local artifact is gone afterwards."""
+"""At-most-once export rounds: lease, number, export, upload, ref, completion.
+
+`run_export_round` does a whole round in one process. Where its steps are processes, one after the other, the first
+holds an `ExportRound` during the export, and hands a `RoundToken` to those that publish and complete it.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,19 @@ import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
+
+from pydantic import JsonValue
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends.base import Exporter
 from blobflow.config import ChunkProfile
-from blobflow.coordination.lease import Lease
+from blobflow.coordination.lease import Lease, record_completion
 from blobflow.coordination.lease_store import LeaseStore, ObjectLeaseStore
 from blobflow.coordination.refs import RefState, fence_ref, name_artifact, newest_round
-from blobflow.errors import BlobflowError
+from blobflow.errors import BlobflowError, TransferBusy
 from blobflow.stores.base import Store, check_key
 from blobflow.transport import ProgressEvent, UploadResult, upload
 from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key
@@ -28,7 +34,11 @@ log = logging.getLogger(__name__)
 
 DEFAULT_TTL_S: Final = 60.0
 DEFAULT_SILENCE_S: Final = 3600.0
-"""Longer than exporters that tell no progress usually take; shorter than a night."""
+"""Longer than exporters that report no progress usually take; shorter than a night."""
+TAKING_TTL_S: Final = 10.0
+"""Time to live of a lease that is held for three requests."""
+
+_TAKING_WAIT_S: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -65,12 +75,183 @@ def content_key(name: str, artifact: Artifact) -> str:
     return f"{name}/{content[:16]}-{executables[:8]}{private}.tar"
 
 
-def round_number(store: Store, lease: Lease, ref: str) -> int:
-    """The number of the round that `lease` is held for, above that of every round that has moved or fenced `ref`.
+@dataclass(frozen=True)
+class RoundToken:
+    """Identifies a round after its export, so that another process can publish and complete it.
 
-    It is the lease's generation, unless somebody removed the lease's object and the count began again.
+    It consists of plain JSON values: `RoundToken(**token.to_json_dict())` is an equal token.
     """
-    return max(lease.generation, newest_round(store, ref) + 1)
+
+    name: str
+    """The lease of the round is `<name>/round`."""
+    ref: str | None = None
+    """The full name of the ref that the round moves, e.g. `orders/latest`; None: it moves none."""
+    number: int | None = None
+    """The ref refuses rounds with a lower number than its own. None: no leases are kept, so nothing is refused."""
+    generation: int | None = None
+    """Of the round's lease, whose record receives the completion. None: no leases are kept."""
+
+    def to_json_dict(self) -> dict[str, str | int | None]:
+        """The fields as JSON values."""
+        return asdict(self)
+
+    def publish(self, store: Store, key: str, digest: str) -> RefState | None:
+        """Point the ref of the round at its artifact, and return the ref; None if the round moves no ref.
+
+        May be called again after a crash.
+
+        Raises:
+            LeaseLost: a later round has moved or fenced the ref; its artifact is the newer one.
+            TransferBusy: `prune` removes this artifact at the same moment.
+        """
+        if self.ref is None:
+            return None
+        return name_artifact(store, self.ref, key, digest, round_number=self.number)
+
+    def complete(self, leases: LeaseStore | None, cursor: JsonValue) -> bool:
+        """Record the cursor of a round whose lease was handed over. May be called again after a crash.
+
+        Returns:
+            False: a later round has begun, and its completion is the newer one. True also where no leases are kept.
+        """
+        if leases is None or self.generation is None:
+            return True
+        return record_completion(leases, _lease_name(self.name), self.generation, cursor)
+
+
+class ExportRound:
+    """The right to export under a name, held by this process from `begin` until `complete` or `hand_over`.
+
+    Without leases (None) nobody else is kept away, and all methods succeed without doing anything.
+
+    | step | `run_export_round` | several processes, one after the other |
+    |---|---|---|
+    | `begin` | yes | the first one |
+    | within `kept_alive`: number the round | `fence` | `take_number` |
+    | within `kept_alive`: export | yes | the first one |
+    | `hand_over` | no | the first one |
+    | `RoundToken.publish` | within `kept_alive` | a later one |
+    | complete | `complete` | `RoundToken.complete`, a later one |
+    """
+
+    def __init__(self, store: Store, name: str, ref: str | None, lease: Lease | None) -> None:
+        self._store = store
+        self._lease = lease
+        self.token = RoundToken(name, ref, generation=lease.generation if lease else None)
+
+    def __repr__(self) -> str:
+        return f"<ExportRound {self.token.name} number {self.token.number}, {self._lease!r}>"
+
+    @classmethod
+    def begin(
+        cls, store: Store, name: str, *, ref: str | None, leases: LeaseStore | None, ttl_s: float = DEFAULT_TTL_S
+    ) -> ExportRound | None:
+        """Begin a round; None if another process is in the middle of one.
+
+        Args:
+            ref: The full name of the ref that is moved at the end, e.g. `orders/latest`.
+            ttl_s: Seconds without a sign of life of this process after which others may take the round over.
+        """
+        lease = Lease(leases, _lease_name(name), ttl_s=ttl_s) if leases else None
+        if lease is not None and not lease.try_acquire():
+            return None
+        return cls(store, name, ref, lease)
+
+    @contextmanager
+    def kept_alive(self, max_silence_s: float = DEFAULT_SILENCE_S) -> Generator[Callable[..., None]]:
+        """Renew the lease during the block for as long as the work in it makes progress.
+
+        Gives a function that the work calls as it goes on, with any arguments; it raises `LeaseLost` once another
+        process has the lease. If the block raises, the lease is released at once.
+        """
+        if self._lease is None:
+            yield lambda *_: None
+            return
+        try:
+            with kept_alive(self._lease, max_silence_s) as progress:
+                yield progress
+        except BaseException:
+            self.abandon()
+            raise
+
+    def take_number(self) -> RoundToken:
+        """Give the round a number above that of every round that has moved or fenced the ref.
+
+        Earlier rounds may still move the ref until this one does.
+        """
+        if self._lease is not None:
+            # The lease's generation, unless its record was removed and the count began again.
+            newest = newest_round(self._store, self.token.ref) if self.token.ref else 0
+            self.token = replace(self.token, number=max(self._lease.generation, newest + 1))
+        return self.token
+
+    def fence(self) -> RoundToken:
+        """Give the round its number, and keep all earlier rounds from moving the ref from now on.
+
+        Raises:
+            LeaseLost: another process has taken the round over.
+        """
+        if self._lease is not None and self.token.ref:
+            number = fence_ref(self._store, self.token.ref, self._lease.generation, still_ours=self._lease.renew)
+            self.token = replace(self.token, number=number)
+        return self.token
+
+    def renew(self) -> None:
+        """Hold the round for another `ttl_s` seconds.
+
+        Raises:
+            LeaseLost: another process has taken the round over.
+        """
+        if self._lease is not None:
+            self._lease.renew()
+
+    def hand_over(self) -> None:
+        """Release the lease after the export; another process publishes and completes the round by its token.
+
+        Raises:
+            LeaseLost: another process has taken the round over; what was exported must not be handed on.
+        """
+        if self._lease is not None:
+            self._lease.release()
+
+    def abandon(self) -> None:
+        """End a round that publishes nothing: release the lease now, or, if that fails, let it expire."""
+        if self._lease is not None:
+            self._lease.abandon()
+
+    def complete(self, cursor: JsonValue) -> None:
+        """Record the cursor of the published round and release the lease.
+
+        Raises:
+            LeaseLost: another process has taken the round over.
+        """
+        if self._lease is not None:
+            self._lease.complete(cursor)
+
+
+def take_token(
+    store: Store, name: str, *, ref: str, leases: LeaseStore | None, ttl_s: float = TAKING_TTL_S
+) -> RoundToken:
+    """The token of a round that has nothing to export: numbered above every earlier one, its lease free again.
+
+    It is taken before the artifact is made: of two processes that publish, the one that began later has the newer
+    artifact.
+
+    Args:
+        ttl_s: Time to live of the lease, which is held for three requests; half as long as others are waited for.
+
+    Raises:
+        TransferBusy: a round under this name is in progress and did not end in time.
+    """
+    deadline = time.monotonic() + 2 * ttl_s
+    while (taken := ExportRound.begin(store, name, ref=ref, leases=leases, ttl_s=ttl_s)) is None:
+        if time.monotonic() > deadline:
+            raise TransferBusy(f"a round of {name!r} is under way", key=name)
+        time.sleep(_TAKING_WAIT_S)
+    try:
+        return taken.take_number()
+    finally:
+        taken.abandon()
 
 
 def run_export_round(
@@ -86,61 +267,64 @@ def run_export_round(
     leases: LeaseStore | str | None = None,
     on_progress: Callable[[ProgressEvent], None] | None = None,
 ) -> RoundResult | None:
-    """Export and publish once, however many processes try: None means that another one is doing it.
+    """Export and publish once, however many processes try: None means that another process is doing it.
 
     The artifact goes to `<name>/<content digest>.tar`, then the ref `<name>/<ref>` is moved to it. The lease is
-    renewed by a heartbeat; winning it keeps every earlier round from moving the ref any more. On every path out of
-    here the local artifact is deleted, and on every failure the lease is given up at once.
+    renewed by a heartbeat; winning it keeps every earlier round from moving the ref. On every path out of here the
+    local artifact is deleted, and on every failure the lease is released at once.
 
     Args:
         scratch_dir: Where the artifact is made; the system's temporary directory by default.
         ttl_s: Seconds without a sign of life of the process after which others may take the round over.
         max_silence_s: Seconds without progress of the export or the upload after which the lease is no longer
-            renewed; who hangs for good does not hold the round for ever.
+            renewed, so that a process that hangs does not hold the round for ever.
         leases: Where the lease is kept, or the SQLAlchemy URL of a database that keeps it; the store by default.
 
     Raises:
-        LeaseLost: this process was silent for too long, and another took over; the ref is the other's.
+        LeaseLost: this process was silent for too long, and another process took over; the ref is the other's.
         TransferBusy: `prune` removes the very artifact at this moment; the next round uploads it again.
         Unsupported: the store has no conditional writes, and no other place for the lease was named.
     """
     with _opened(store, leases) as opened:
-        lease = Lease(opened, f"{name}/round", ttl_s=ttl_s)
-        if not lease.try_acquire():
+        held = ExportRound.begin(store, name, ref=f"{name}/{ref}" if ref else None, leases=opened, ttl_s=ttl_s)
+        if held is None:
             return None
-        generation = lease.generation
         scratch: Path | None = None
         try:
-            with kept_alive(lease, max_silence_s) as progress:
+            with held.kept_alive(max_silence_s) as progress:
 
                 def report(event: ProgressEvent) -> None:
                     progress()
                     if on_progress:
                         on_progress(event)
 
-                number = fence_ref(store, f"{name}/{ref}", generation, still_ours=lease.renew) if ref else None
+                token = held.fence()
                 scratch = Path(tempfile.mkdtemp(prefix=".blobflow-round-", dir=scratch_dir))
                 artifact = exporter.export(scratch / "artifact", on_progress=progress).artifact
-                lease.renew()
+                held.renew()
                 uploaded = upload(store, content_key(name, artifact), artifact, profile=profile, on_progress=report)
-                lease.renew()
-                moved = None
-                if ref:
-                    target = (uploaded.key, uploaded.artifact_digest)
-                    moved = name_artifact(store, f"{name}/{ref}", *target, round_number=number)
-        except BaseException:
-            lease.abandon()
-            raise
+                held.renew()
+                moved = token.publish(store, uploaded.key, uploaded.artifact_digest)
         finally:
             if scratch is not None:
                 with suppress(OSError):
                     remove_tree(scratch)
         try:
-            lease.complete(artifact.manifest.cursor)
+            held.complete(artifact.manifest.cursor)
         except BlobflowError as error:
             # The artifact is published: losing the completion record costs observability, not correctness.
             log.warning("round.completion_failed name=%s error=%s", name, error)
-        return RoundResult(upload=uploaded, generation=generation, ref=moved)
+        assert token.generation is not None, "this round has a lease"
+        return RoundResult(upload=uploaded, generation=token.generation, ref=moved)
+
+
+def _lease_name(name: str) -> str:
+    return f"{name}/round"
+
+
+def round_number(store: Store, lease: Lease, ref: str) -> int:
+    """The number of the round that `lease` is held for, above that of every round that has moved or fenced `ref`."""
+    return max(lease.generation, newest_round(store, ref) + 1)
 
 
 @contextmanager

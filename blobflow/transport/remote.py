@@ -40,6 +40,21 @@ def payload_size(manifest_bytes: bytes, manifest: Manifest) -> int:
     return manifest_entry_length(len(manifest_bytes)) + manifest.body.size
 
 
+def check_expected(key: str, digest: str, expected_digest: str | None) -> None:
+    """Return if `key` holds the artifact that the caller expects, or if he expects none.
+
+    Raises:
+        DigestMismatch: it holds another one.
+    """
+    if expected_digest and digest != expected_digest:
+        raise DigestMismatch(
+            f"{key!r} is the artifact {digest}, not {expected_digest}",
+            what=key,
+            expected=expected_digest,
+            actual=digest,
+        )
+
+
 @dataclass
 class RemoteArtifact:
     """An artifact in a store, opened for reading: its parts verified as far as nothing but contents is open."""
@@ -66,13 +81,7 @@ class RemoteArtifact:
         manifest_bytes = read_manifest_bytes(store, key)
         manifest = Manifest.parse(manifest_bytes, key)
         digest = artifact_digest(manifest_bytes)
-        if expected_digest and digest != expected_digest:
-            raise DigestMismatch(
-                f"{key!r} is the artifact {digest}, not {expected_digest}",
-                what=key,
-                expected=expected_digest,
-                actual=digest,
-            )
+        check_expected(key, digest, expected_digest)
         try:
             payload = store.head(key)
         except ObjectNotFound as error:

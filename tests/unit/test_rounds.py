@@ -10,7 +10,9 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,10 +26,12 @@ from blobflow import (
     RoundResult,
     read_ref,
     run_export_round,
+    upload,
     verify,
 )
-from blobflow.coordination.refs import fence_ref
-from blobflow.coordination.rounds import content_key
+from blobflow.coordination.lease_store import ObjectLeaseStore
+from blobflow.coordination.refs import fence_ref, move_ref
+from blobflow.coordination.rounds import ExportRound, RoundToken, content_key, take_token
 from blobflow.errors import LeaseLost, StoreUnavailable, TimedOut, TransferBusy
 from blobflow.stores.local.store import LocalStore
 from blobflow.testing import Executable, FailBefore, Fault, FaultyStore, Hook, Request, Tree, write_tree
@@ -178,6 +182,141 @@ def test_a_changed_execute_bit_is_a_new_round(store: LocalStore, scratch: Path, 
     second = run_export_round(store, "orders", exporter, scratch_dir=scratch)
     assert second is not None
     assert second.upload.status == "uploaded"
+
+
+# A round in several processes
+
+
+def begin(store: LocalStore, **options: Any) -> ExportRound | None:
+    return ExportRound.begin(store, "orders", ref="orders/latest", leases=ObjectLeaseStore(store), **options)
+
+
+def exported(store: LocalStore, *, fenced: bool = False) -> tuple[ExportRound, RoundToken]:
+    """A round whose export has ended, and its token as another process reads it."""
+    held = begin(store)
+    assert held is not None
+    with held.kept_alive():
+        token = held.fence() if fenced else held.take_number()
+    held.hand_over()
+    return held, RoundToken(**json.loads(json.dumps(token.to_json_dict())))
+
+
+@pytest.mark.seed("1.22", "W1.7")
+def test_another_process_publishes_and_completes_a_round(store: LocalStore, tmp_path: Path):
+    """All that it needs is the token, which passes through JSON; both may be done again after a crash."""
+    artifact = artifact_of(tmp_path)
+    upload(store, "orders/1.tar", artifact)
+    held, token = exported(store)
+    assert token == held.token == RoundToken("orders", "orders/latest", number=1, generation=1)
+    assert lease_of(store)["owner"] == ""
+    for _ in range(2):
+        moved = token.publish(store, "orders/1.tar", artifact.digest)
+        assert moved == read_ref(store, "orders/latest")
+        assert moved is not None
+        assert (moved.key, moved.round_number) == ("orders/1.tar", 1)
+        assert token.complete(ObjectLeaseStore(store), "tuesday")
+        assert (lease_of(store)["owner"], lease_of(store)["cursor"]) == ("", "tuesday")
+
+
+@pytest.mark.seed("W1.7")
+def test_a_later_round_closes_an_earlier_one_that_was_handed_over(store: LocalStore, tmp_path: Path):
+    """Once the later round has published, the earlier one neither moves the ref nor completes."""
+    artifact = artifact_of(tmp_path)
+    for key in ("orders/1.tar", "orders/2.tar"):
+        upload(store, key, artifact)
+    (_, first), (_, second) = exported(store), exported(store)
+    assert (first.number, second.number) == (1, 2)
+    second.publish(store, "orders/2.tar", artifact.digest)
+    with pytest.raises(LeaseLost, match="belongs to round 2, and this is round 1"):
+        first.publish(store, "orders/1.tar", artifact.digest)
+    assert not first.complete(ObjectLeaseStore(store), "late")
+    assert second.complete(ObjectLeaseStore(store), "in time")
+    assert lease_of(store)["cursor"] == "in time"
+
+
+@pytest.mark.seed("W1.7")
+@pytest.mark.parametrize("fenced", [True, False])
+def test_a_fence_closes_earlier_rounds_before_the_later_one_publishes(store: LocalStore, tmp_path: Path, fenced: bool):
+    """With a number alone, the earlier round may still publish until the later one does."""
+    artifact = artifact_of(tmp_path)
+    upload(store, "orders/1.tar", artifact)
+    _, first = exported(store)
+    exported(store, fenced=fenced)
+    with pytest.raises(LeaseLost) if fenced else nullcontext():
+        first.publish(store, "orders/1.tar", artifact.digest)
+    assert (read_ref(store, "orders/latest") is None) is fenced
+
+
+def test_a_round_is_numbered_above_its_ref_when_its_lease_begins_again(store: LocalStore):
+    """Somebody removed the record of the lease: the number continues where the ref is."""
+    move_ref(store, "orders/latest", "orders/7.tar", "sha256:" + "7" * 64, round_number=7)
+    assert exported(store)[1].number == 8
+    assert exported(store, fenced=True)[1].number == 8
+
+
+def test_a_failing_block_gives_the_round_up(store: LocalStore):
+    """Whatever is raised while a round is kept alive: the next round begins at once."""
+    held = begin(store)
+    assert held is not None
+    assert begin(store) is None
+    with pytest.raises(Unlucky), held.kept_alive():
+        raise Unlucky
+    assert lease_of(store)["owner"] == ""
+    assert begin(store) is not None
+
+
+@pytest.mark.seed("W1.7")
+def test_a_lost_round_is_not_handed_over(store: LocalStore):
+    """Its progress, its renewal and its end say so, and what it exported stays where it is."""
+    held = begin(store)
+    assert held is not None
+    with held.kept_alive() as progress:
+        progress(1, 2)
+        assert Lease(store, "orders/round", clock=lambda: 1e12).try_acquire()
+        with pytest.raises(LeaseLost):
+            held.renew()
+        with pytest.raises(LeaseLost):
+            progress(2, 2)
+    with pytest.raises(LeaseLost):
+        held.hand_over()
+    with pytest.raises(LeaseLost):
+        held.complete(None)
+
+
+def test_a_round_without_leases_keeps_nobody_away(store: LocalStore, tmp_path: Path):
+    """Where nothing keeps leases, every process has its round; the ref moves as if by hand."""
+    upload(store, "orders/1.tar", artifact := artifact_of(tmp_path))
+    rounds = [ExportRound.begin(store, "orders", ref="orders/latest", leases=None) for _ in range(2)]
+    for held in rounds:
+        assert held is not None
+        with held.kept_alive() as progress:
+            progress(1, 2)
+            token = held.fence()
+            assert token == held.take_number() == RoundToken("orders", "orders/latest")
+        held.renew()
+        held.hand_over()
+        assert token.publish(store, "orders/1.tar", artifact.digest) is not None
+        assert token.complete(None, "tuesday")
+        held.complete("tuesday")
+        held.abandon()
+    assert not [meta.key for meta in store.list() if meta.key.endswith(".lease.json")]
+
+
+@pytest.mark.seed("W1.7")
+def test_a_token_without_an_export_numbers_what_is_published(store: LocalStore):
+    """Each token is above the one before, and the lease is free again; a round in progress is waited for."""
+
+    def take(ttl_s: float = 10.0) -> int | None:
+        return take_token(store, "orders", ref="orders/latest", leases=ObjectLeaseStore(store), ttl_s=ttl_s).number
+
+    assert [take(), take()] == [1, 2]
+    held = begin(store)
+    with pytest.raises(TransferBusy, match="a round of 'orders' is under way"):
+        take(ttl_s=0.01)
+    assert held is not None
+    held.abandon()
+    assert take() == 4
+    assert take_token(store, "orders", ref="orders/latest", leases=None).number is None
 
 
 class Scripted:
