@@ -12,7 +12,6 @@ that group: several users can use one volume on purpose.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from blobflow.durable import names_file, try_lock
 from blobflow.errors import RefusedError
 from blobflow.trees import make_directories, remove_entries, remove_tree
 
@@ -177,10 +177,7 @@ class PrivateDirectory:
 
     def names_file(self, name: str, descriptor: int) -> bool:
         """Whether `name` still is the open file or directory."""
-        try:
-            return os.path.samestat(os.fstat(descriptor), self.stat(name))
-        except FileNotFoundError:
-            return False
+        return names_file(name, descriptor, dir_fd=self.descriptor)
 
     def unlink(self, name: str) -> None:
         """Remove a file or a link; absent is fine."""
@@ -206,11 +203,7 @@ class PrivateDirectory:
         Args:
             shared: With others that hold it shared, too.
         """
-        try:
-            fcntl.flock(self.descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+        return try_lock(self.descriptor, shared=shared)
 
     def sync(self) -> None:
         """Make the names in it durable."""

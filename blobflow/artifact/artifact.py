@@ -30,6 +30,7 @@ from blobflow.artifact.manifest import (
 from blobflow.artifact.small_file_lock import SmallFileLock
 from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap, manifest_entry_length, payload_crc32c
 from blobflow.checksum import crc32c, sha256
+from blobflow.durable import replace_file
 from blobflow.errors import ArtifactInvalid, ArtifactNotFound, ChecksumMismatch, DigestMismatch, SourceChanged, reading
 from blobflow.trees import open_below
 from blobflow.version import __version__
@@ -332,24 +333,9 @@ def write_artifact(
         body=BodyInfo(size=layout.size - layout.body_start, crc32c=layout.body_crc32c(index_crc)),
     )
     if origins is not None:
-        write_durably(dest / REFERENCE_NAME, encode_origins(*origins), private=private is not None)
-    write_durably(dest / INDEX_NAME, index_bytes, private=private is not None)
-    write_durably(dest / MANIFEST_NAME, manifest.encode(), private=private is not None)
+        replace_file(dest / REFERENCE_NAME, encode_origins(*origins), private=private is not None)
+    replace_file(dest / INDEX_NAME, index_bytes, private=private is not None)
+    replace_file(dest / MANIFEST_NAME, manifest.encode(), private=private is not None)
     artifact = Artifact.open(dest)
     artifact.__dict__.update(index_bytes=index_bytes, index=index)
     return artifact
-
-
-def write_durably(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Put a file in place whole, with its bytes on disk; making its name durable is left to the caller.
-
-    Args:
-        private: Whether only its owner may read it; so it is with what names a private member.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    mode = 0o600 if private else 0o666
-    with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(partial, path)

@@ -8,9 +8,7 @@ the whole and publishes it.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -22,14 +20,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from blobflow.artifact.artifact import write_durably
 from blobflow.artifact.checker import PayloadChecker, Place
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.members import permissions, visit_members
 from blobflow.artifact.small_file_lock import SmallFileLock
 from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
 from blobflow.checksum import combine_all, crc32c
-from blobflow.durable import check_room, too_small
+from blobflow.durable import (
+    append_lines,
+    check_room,
+    fsync_directory,
+    names_file,
+    replace_file,
+    sync_tree,
+    too_small,
+    try_lock,
+    whole_lines,
+    write_all,
+)
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import (
     ArtifactInvalid,
@@ -121,33 +129,6 @@ def _mount_of(descriptor: int) -> str:
         return str(os.fstat(descriptor).st_dev)
 
 
-def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(path: Path) -> None:
-    """Make everything written so far below `path` durable: one syncfs(2) where there is one, else sync(2).
-
-    One call, because a tree of 100,000 small files would need 100,000 times an fsync.
-    """
-    syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
-    if syncfs is None:
-        os.sync()
-        return
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if syncfs(descriptor):
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(path))
-    finally:
-        os.close(descriptor)
-
-
 class Stage:
     """The private directory beside a destination where one artifact lands.
 
@@ -201,7 +182,7 @@ class Stage:
         Raises:
             TransferBusy: another process lands the same artifact at the same destination.
         """
-        with self._locked(fcntl.LOCK_EX):
+        with self._locked():
             self._take_over(self._journal)
             if self.part_size is not None:
                 self._append([{"boot": boot_id()}])
@@ -216,7 +197,7 @@ class Stage:
             TransferBusy: another process holds the stage alone, or is this very lane.
             NotFoundError: the stage is not divided into that many lanes (see `divide`).
         """
-        with self._locked(fcntl.LOCK_SH):
+        with self._locked(shared=True):
             self._take_over(self._journal)
             if self.part_size is None or self.lanes != lanes:
                 raise NotFoundError(
@@ -228,19 +209,19 @@ class Stage:
             self._journal_name = f"{_LANE_PREFIX}{number}"
             with open(self._journal, "ab") as own:
                 # Two processes that land the same part would take each other's files away.
-                if not try_flock(own.fileno(), fcntl.LOCK_EX):
+                if not try_lock(own.fileno()):
                     raise TransferBusy(f"another process is lane {number} of {self.dest}", path=str(self.dest))
                 self._take_over(self._journal)
                 self._append([{"artifact": self.artifact_digest, "part_size": self.part_size}, {"boot": boot_id()}])
                 yield self
 
     @contextmanager
-    def _locked(self, kind: int) -> Generator[None]:
+    def _locked(self, *, shared: bool = False) -> Generator[None]:
         with writing(self.dest):
             make_directories(self.dest.parent)
             self.path.mkdir(mode=0o700, exist_ok=True)
         with lock_of(self.path) as lock:
-            if lock is None or not try_flock(lock, kind):
+            if lock is None or not try_lock(lock, shared=shared):
                 raise TransferBusy(f"another process is landing {self.dest}", path=str(self.dest))
             with self._opened():
                 if not self._is_open(lock):
@@ -270,7 +251,7 @@ class Stage:
             try:
                 self.check_destination()
                 self.tree.mkdir(exist_ok=True)
-                return os.path.samestat(os.fstat(lock), os.lstat(self._at / _LOCK_NAME))
+                return names_file(self._at / _LOCK_NAME, lock)
             except (FileNotFoundError, DestinationNotEmpty):
                 return False
 
@@ -355,10 +336,8 @@ class Stage:
             self._append([{"drop": number} for number in dropped], durable=True)
 
     def _append(self, records: Iterable[Mapping[str, int | str]], *, durable: bool = False) -> None:
-        # The newline in front ends a line that a killed process left torn, which would swallow this one.
-        data = "".join(f"\n{json.dumps(record)}" for record in records) + "\n"
         with writing(self.dest), open(self._journal, "ab", buffering=0) as file:
-            file.write(data.encode())
+            append_lines(file.fileno(), map(json.dumps, records))
             if durable:
                 os.fsync(file.fileno())
 
@@ -417,7 +396,7 @@ class Stage:
     def sweep(self) -> None:
         """Remove what a process left that published the stage and could not, or did not live to, remove it."""
         with lock_of(self.path) as lock:
-            if lock is not None and try_flock(lock, fcntl.LOCK_EX):
+            if lock is not None and try_lock(lock):
                 self.discard()
 
     def discard(self) -> None:
@@ -456,7 +435,7 @@ class _Notes:
         notes = cls()
         try:
             with open(journal, "rb") as file:
-                while line := file.readline(_MAX_NOTE_BYTES):
+                for _, line in whole_lines(file, longest=_MAX_NOTE_BYTES):
                     notes._take(line)
         except FileNotFoundError:
             return notes
@@ -464,7 +443,7 @@ class _Notes:
         return notes
 
     def _take(self, line: bytes) -> None:
-        """Take one line; one that is torn by a kill, or damaged, tells nothing."""
+        """Take one line; one that is damaged, or was torn before others followed it, tells nothing."""
         try:
             match read_json(line, "journal"):
                 case {"artifact": str(), "part_size": int(size)} if 1 <= size <= _MAX_PART_BYTES:
@@ -513,15 +492,6 @@ def lock_of(stage: Path) -> Generator[int | None]:
     finally:
         if lock is not None:
             os.close(lock)
-
-
-def try_flock(descriptor: int, kind: int) -> bool:
-    """Take a lock without waiting; closing the descriptor gives it back."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def remove_stage(stage: Path) -> None:
@@ -647,7 +617,7 @@ class Landing:
             )
         with writing(self.stage.dest):
             for name, content in ((INDEX_NAME, index_bytes), (MANIFEST_NAME, manifest_bytes)):
-                write_durably(self.stage.tree / name, content, private=bool(self.layout.private))
+                replace_file(self.stage.tree / name, content, private=bool(self.layout.private))
         self.stage.publish()
 
     def forget(self, error: DigestMismatch) -> None:
@@ -793,7 +763,7 @@ class _Writer:
 def _write_sparsely(descriptor: int, offset: int, data: memoryview) -> None:
     """Write `data` at `offset`, leaving out runs of zeros where the file already has a hole."""
     if len(data) < len(_HOLE):
-        _write_all(descriptor, offset, data)
+        write_all(descriptor, data, offset)
         return
     start = 0
     for position in range(0, len(data) - len(_HOLE) + 1, len(_HOLE)):
@@ -802,9 +772,9 @@ def _write_sparsely(descriptor: int, offset: int, data: memoryview) -> None:
             continue
         run = data[position : position + len(_HOLE)]
         if bytes(run) == _HOLE and _is_hole(descriptor, offset + position):
-            _write_all(descriptor, offset + start, data[start:position])
+            write_all(descriptor, data[start:position], offset + start)
             start = position + len(_HOLE)
-    _write_all(descriptor, offset + start, data[start:])
+    write_all(descriptor, data[start:], offset + start)
 
 
 def _is_hole(descriptor: int, offset: int) -> bool:
@@ -813,10 +783,3 @@ def _is_hole(descriptor: int, offset: int) -> bool:
         return os.lseek(descriptor, offset, os.SEEK_DATA) >= offset + len(_HOLE)
     except OSError as error:
         return error.errno == errno.ENXIO  # nothing but holes up to the end
-
-
-def _write_all(descriptor: int, offset: int, data: memoryview) -> None:
-    while data:
-        count = os.pwrite(descriptor, data, offset)
-        data = data[count:]
-        offset += count

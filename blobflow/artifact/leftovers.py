@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 from pathlib import Path
 
-from blobflow.artifact.landing import REPLACED_NAME, STAGE_PREFIX, lock_of, remove_stage, try_flock
+from blobflow.artifact.landing import REPLACED_NAME, STAGE_PREFIX, lock_of, remove_stage
+from blobflow.durable import try_lock
 from blobflow.errors import BlobflowError, RefusedError
 
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def remove_stages(directory: Path, *, idle_since: float, dry_run: bool = False) 
                 _log.warning("stage.stays path=%s reason=it may hold what somebody changed; restore again", path)
                 continue
             with lock_of(path) as lock:
-                if lock is None or not try_flock(lock, fcntl.LOCK_EX):
+                if lock is None or not try_lock(lock):
                     continue
                 if not dry_run:
                     remove_stage(path)

@@ -16,7 +16,6 @@ file, with the old sequence numbers, and the new file takes the old one's place 
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import logging
@@ -31,12 +30,12 @@ from pydantic import ConfigDict, Field, JsonValue
 from typing_extensions import override
 
 from blobflow.artifact.artifact import Artifact
-from blobflow.artifact.landing import fsync_directory, try_flock
 from blobflow.artifact.privacy import directory_is_private, file_is_private
 from blobflow.backends.base import ExportResult, OnProgress
 from blobflow.backends.files import export_files
 from blobflow.backends.versioned_importer import VersionedImporter
 from blobflow.checksum import crc32c
+from blobflow.durable import append_at, fsync_directory, take_lock_file, whole_lines
 from blobflow.errors import (
     ArtifactInvalid,
     BlobflowError,
@@ -44,7 +43,6 @@ from blobflow.errors import (
     HostileArtifact,
     NotFoundError,
     RefusedError,
-    TransferBusy,
     UsageError,
     expanded,
     setting,
@@ -164,7 +162,7 @@ class AppendLog:
         self._sync = sync
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(self.path)
+        self._lock = take_lock_file(self.path / _LOCK_NAME, f"another process writes to the log {self.path}")
         try:
             newest = _newest(self.path)
             if newest is None:
@@ -179,9 +177,6 @@ class AppendLog:
             os.close(self._lock)
             raise
         try:
-            with writing(self.path):
-                self._file.truncate(self._replay.end)
-                self._file.seek(self._replay.end)
             self._clear_away()
             self._compact_if_due()
         except BaseException:
@@ -283,23 +278,12 @@ class AppendLog:
         data = b"".join(lines)
         if not data:
             return
-        try:
-            with writing(self.path):
-                _write_all(self._file, data)
-                if self._sync:
-                    os.fsync(self._file.fileno())
-        except BaseException:
-            # It was not acknowledged, and the next record must not stand behind half a line.
-            try:
-                self._file.truncate(self._replay.end)
-                self._file.seek(self._replay.end)
-            except OSError:
-                self.close()  # who opens it next cuts the end off
-            raise
+        with writing(self.path):
+            end = append_at(self._file.fileno(), self._replay.end, data, durable=self._sync)
         for line in lines:
             # As a reader would take it, so that the state shares nothing with what the caller goes on using.
             self._replay.fold(cast("LogRecord", _parsed(line)))
-        self._replay.end += len(data)
+        self._replay.end = end
         self._compact_if_due()
 
     def _write_whole(self) -> io.FileIO:
@@ -315,15 +299,14 @@ class AppendLog:
             file = open(partial, "wb", buffering=0, opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115 - it becomes the log's own
             try:
                 head = _sealed({"log": _FORMAT, "base": replay.cursor, "records": len(records)})
-                _write_all(file, head + b"".join(map(_encode, records)))
-                os.fsync(file.fileno())
+                end = append_at(file.fileno(), 0, head + b"".join(map(_encode, records)))
                 os.rename(partial, path)
             except BaseException:
                 file.close()
                 partial.unlink()
                 raise
         replay.base = replay.cursor
-        replay.end = replay.compacted_end = file.tell()
+        replay.end = replay.compacted_end = end
         # Sorted, as it would be read.
         replay.state = {record.key: record for record in records}
         return file
@@ -469,7 +452,7 @@ class AppendLogImporter(VersionedImporter):
     @override
     def swap(self, version: Path) -> None:
         if self.data.exists():
-            lock = _take_lock(self.data)
+            lock = take_lock_file(self.data / _LOCK_NAME, f"another process writes to the log {self.data}")
             try:
                 # Somebody may have appended since the import began.
                 self._check_order(Artifact.open(version).manifest.cursor)
@@ -488,15 +471,6 @@ class AppendLogImporter(VersionedImporter):
                 expected=alive,
                 actual=offered,
             )
-
-
-def _take_lock(path: Path) -> int:
-    with writing(path):
-        lock = os.open(path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    if not try_flock(lock, fcntl.LOCK_EX):
-        os.close(lock)
-        raise TransferBusy(f"another process writes to the log {path}", path=str(path))
-    return lock
 
 
 def _newest(path: Path) -> Path | None:
@@ -521,30 +495,21 @@ def _open_newest(path: Path) -> io.BufferedReader:
     raise NotFoundError(f"there is no log in {path}", path=str(path))
 
 
-def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
-    """The lines that the file has at this moment, however many are appended meanwhile; the last may be torn."""
-    left = os.fstat(stream.fileno()).st_size
-    while left and (line := stream.readline(left)):
-        left -= len(line)
-        yield line
-
-
 def _records(stream: io.BufferedReader) -> Iterator[tuple[bytes, LogRecord | _Head]]:
-    """Every whole line with what it says: the head first, then records. A torn last line is left out."""
-    lines = _lines(stream)
-    offset = 0
-    line = next(lines, None)
-    while line is not None:
-        following = next(lines, None)
+    """Every whole line with what it says: the head first, then records. A torn end is left out."""
+    size = os.fstat(stream.fileno()).st_size
+    read_to = 0
+    for end, line in whole_lines(stream):
         record = _parsed(line)
         if record is not None:
             yield line, record
-        elif following is None and offset:
-            log.info("log.torn file=%s offset=%d bytes=%d", stream.name, offset, len(line))
+        elif not read_to or end < size:
+            raise _damaged(stream.name, read_to)
         else:
-            raise _damaged(stream.name, offset)
-        offset += len(line)
-        line = following
+            break  # a power cut may take bytes in the middle of the last write
+        read_to = end
+    if read_to < size:
+        log.info("log.torn file=%s offset=%d bytes=%d", stream.name, read_to, size - read_to)
 
 
 def _parsed(line: bytes) -> LogRecord | _Head | None:
@@ -609,9 +574,3 @@ def _sealed(document: dict[str, JsonValue]) -> bytes:
     except (TypeError, ValueError, RecursionError) as error:
         raise UsageError(f"the record is no JSON: {error}") from error
     return body + b',"crc32c":%d}\n' % crc32c(body)
-
-
-def _write_all(file: io.FileIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) or 0 :]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from abc import ABC, abstractmethod
@@ -14,16 +13,15 @@ from typing import Final, Literal
 
 from pydantic import ConfigDict, Field, JsonValue, field_validator
 
-from blobflow.artifact.artifact import Artifact, write_durably
-from blobflow.artifact.landing import fsync_directory, sync_tree, try_flock
+from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.leftovers import remove_stages
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.members import verify_members
 from blobflow.backends.base import ImportResult, OnProgress
 from blobflow.backends.files import copy_member, place_members
 from blobflow.backends.mirror_history import HistoryEntry, add_to_history, read_history
-from blobflow.durable import check_room, copies_take_room
-from blobflow.errors import ArtifactNotFound, RefusedError, TransferBusy, UnsupportedSource, expanded, writing
+from blobflow.durable import check_room, copies_take_room, fsync_directory, replace_file, sync_tree, take_lock_file
+from blobflow.errors import ArtifactNotFound, RefusedError, UnsupportedSource, expanded, writing
 from blobflow.fields import KnownFields
 from blobflow.trees import remove_tree
 from blobflow.untrusted import quoted
@@ -160,8 +158,8 @@ class VersionedImporter(KnownFields, ABC):
             private = artifact.layout.private
             partial.mkdir(0o700 if private.covers(len(artifact.index)) else 0o777)
             place_members(artifact.index.paths, artifact.data, partial / DATA_NAME, copy_member, private)
-            write_durably(partial / INDEX_NAME, artifact.index_bytes, private=bool(private))
-            write_durably(partial / MANIFEST_NAME, artifact.manifest_bytes, private=bool(private))
+            replace_file(partial / INDEX_NAME, artifact.index_bytes, private=bool(private))
+            replace_file(partial / MANIFEST_NAME, artifact.manifest_bytes, private=bool(private))
             sync_tree(partial)
             os.rename(partial, version)
             if consume:
@@ -186,10 +184,8 @@ class VersionedImporter(KnownFields, ABC):
         """Hold the mirror: two imports at once would clear away each other's half copies."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        lock = take_lock_file(self.path / _LOCK_NAME, f"another process imports into {self.path}")
         try:
-            if not try_flock(lock, fcntl.LOCK_EX):
-                raise TransferBusy(f"another process imports into {self.path}", path=str(self.path))
             yield
         finally:
             os.close(lock)

@@ -16,10 +16,10 @@ from typing import Final
 from pydantic import BaseModel, ConfigDict
 from typing_extensions import override
 
-from blobflow.artifact.artifact import write_durably
-from blobflow.artifact.landing import REPLACED_NAME, Landing, Stage, check_destination, fsync_directory
+from blobflow.artifact.landing import REPLACED_NAME, Landing, Stage, check_destination
 from blobflow.artifact.manifest import DATA_NAME, Manifest
 from blobflow.config import MIB, ChunkProfile
+from blobflow.durable import fsync_directory, replace_file
 from blobflow.errors import BlobflowError, DestinationNotEmpty, RefusedError, setting, writing
 from blobflow.layers.format import LayerMeta, manifest_digest, tree_digest
 from blobflow.layers.remote import RemoteLayer
@@ -235,7 +235,7 @@ class _LayerStage(Stage):
         self.forget_all()  # what lies here after the exchange is another tree
         if replaces:
             if self._replaceable.earlier is not None and not self._replaceable.overwrite:
-                write_durably(self._note, _Exchange(old=self._replaceable.earlier, new=new).model_dump_json().encode())
+                replace_file(self._note, _Exchange(old=self._replaceable.earlier, new=new).model_dump_json().encode())
             exchange(members, self.dest)  # what was there is in the stage now, and goes with it
         else:
             os.rename(members, self.dest)

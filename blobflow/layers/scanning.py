@@ -11,7 +11,6 @@ A cache, and of this machine alone: who removes it pays one reading of every fil
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -24,10 +23,10 @@ from typing import Final
 
 from blobflow.artifact.artifact import REFERENCE_NAME, Artifact
 from blobflow.artifact.hashing import FileHash
-from blobflow.artifact.landing import try_flock
 from blobflow.artifact.privacy import encode
 from blobflow.backends.base import OnProgress
 from blobflow.backends.directory import DirectoryExporter, Scan
+from blobflow.durable import try_lock
 from blobflow.errors import BlobflowError, TransferBusy, writing
 from blobflow.private import PrivateDirectory
 from blobflow.trees import remove_tree
@@ -71,7 +70,7 @@ class StatCache:
         ):
             lock = own.open("lock", os.O_RDWR | os.O_CREAT)
         try:
-            if not try_flock(lock, fcntl.LOCK_EX):
+            if not try_lock(lock):
                 raise TransferBusy(
                     f"another process is looking at {self._exporter.path}", path=str(self._exporter.path)
                 )

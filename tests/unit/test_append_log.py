@@ -135,12 +135,14 @@ class TestLog:
         with AppendLog(path) as log:
             log.append("a", 1)
 
-            def full(file: Any, data: bytes) -> None:
-                file.write(data[: len(data) // 2])
+            real = os.pwrite
+
+            def full(descriptor: int, data: memoryview, offset: int) -> int:
+                real(descriptor, data[: len(data) // 2], offset)
                 raise OSError(errno.ENOSPC, "no room")
 
             with monkeypatch.context() as patch:
-                patch.setattr(append_log, "_write_all", full)
+                patch.setattr(os, "pwrite", full)
                 with pytest.raises(DiskFull):
                     log.append("b", 2)
             assert (log.cursor, log.items()) == (1, {"a": 1})

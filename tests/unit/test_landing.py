@@ -88,7 +88,7 @@ def test_a_stage_is_held_by_one(tmp_path: Path):
 def test_a_stage_that_was_removed_under_the_lock_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The other process finished between our open and our lock: try again, and it will be there."""
     stage = Stage(tmp_path / "dest", DIGEST)
-    monkeypatch.setattr("blobflow.artifact.landing.fcntl.flock", lambda *_: shutil.rmtree(stage.path))
+    monkeypatch.setattr("fcntl.flock", lambda *_: shutil.rmtree(stage.path))
     with pytest.raises(TransferBusy), stage.held():
         pass
 
