@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from blobflow.mirror import MirrorReceiver, Snapshot, SnapshotEnvelope, SnapshotId
     from blobflow.mirror.status import MirrorStatus, mirror_history, mirror_status
     from blobflow.stores import Store, open_store
-    from blobflow.streams.checkpoint import TransferCheckpoint, TransferRecord
+    from blobflow.streams.checkpoint import TransferCheckpoint
     from blobflow.streams.ends import FileTarget, ObjectSource, ObjectTarget
     from blobflow.streams.http_source import HttpSource
     from blobflow.streams.transfer import TransferResult, transfer
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
         upload,
         verify,
     )
+    from blobflow.uploads.progress import TransferRecord
 
 _HOMES = {
     "blobflow.artifact.artifact": ("Artifact",),
@@ -92,10 +93,11 @@ _HOMES = {
     "blobflow.backends.append_log": ("AppendLog",),
     "blobflow.batch": ("BatchExecutor", "BatchResult", "Delete", "Deleted", "Get", "Got", "Insert", "Inserted"),
     "blobflow.config": ("ChunkProfile",),
-    "blobflow.streams.checkpoint": ("TransferCheckpoint", "TransferRecord"),
+    "blobflow.streams.checkpoint": ("TransferCheckpoint",),
     "blobflow.streams.ends": ("FileTarget", "ObjectSource", "ObjectTarget"),
     "blobflow.streams.http_source": ("HttpSource",),
     "blobflow.streams.transfer": ("TransferResult", "transfer"),
+    "blobflow.uploads.progress": ("TransferRecord",),
     "blobflow.errors": ("BlobflowError",),
     "blobflow.mirror.status": ("MirrorStatus", "mirror_history", "mirror_status"),
     "blobflow.layers": ("LayerRestoreResult", "LayerSync", "LayerSyncResult"),

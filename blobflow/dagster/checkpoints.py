@@ -24,9 +24,9 @@ from blobflow.dagster import metadata as md
 from blobflow.dagster.fencing import RunFence
 from blobflow.dagster.progress import ProgressLog
 from blobflow.errors import UsageError
-from blobflow.streams.checkpoint import TransferRecord
 from blobflow.transport import ProgressEvent
 from blobflow.transport.checkpoints import Checkpoint, TransferJournal
+from blobflow.uploads.progress import TransferRecord
 
 TRANSFERS: Final = dg.AssetKey(["blobflow", "transfers"])
 """The journal. It needs no definition and no partitions definition: observations may name any partition."""

@@ -8,7 +8,7 @@ from pydantic import JsonValue
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends.base import ExportResult
-from blobflow.streams.checkpoint import TransferRecord
+from blobflow.uploads.progress import TransferRecord
 
 if TYPE_CHECKING:
     from blobflow.layers import LayerSyncResult

@@ -118,19 +118,19 @@ def land_layer(
         plan = landing_plan(layout, stage)
         stage.check_room(layout, plan, _may_be_holes(layer))
         landing = Landing(stage, layout, plan, digests=profile.verify_digest)
-        books: TransferProgress = remote.books(
+        progress: TransferProgress = remote.progress(
             landing.plan, profile, "download", landing.sync, on_progress, on_checkpoint
         )
-        with failures_noted(landing, books):
-            land_parts(remote, landing, landing.plan.numbers, books, workers=workers)
+        with failures_noted(landing, progress):
+            land_parts(remote, landing, landing.plan.numbers, progress, workers=workers)
             contents = (remote.manifest_bytes, remote.index_bytes)
-            landing.finish(remote.head, remote.payload_crc32c, *contents, books.tick)
-    books.done()
+            landing.finish(remote.head, remote.payload_crc32c, *contents, progress.tick)
+    progress.done()
     return Landed(
         parts=len(landing.plan),
-        bytes_received=books.bytes_moved + len(remote.head),
-        bytes_resumed=books.bytes_resumed,
-        checkpoints_saved=books.saved,
+        bytes_received=progress.bytes_moved + len(remote.head),
+        bytes_resumed=progress.bytes_resumed,
+        checkpoints_saved=progress.saved,
         seconds=time.monotonic() - started,
         kept=stage.kept,
     )

@@ -1,6 +1,6 @@
 """Sending a layer: compressed as it goes, taken up again by any process, visible by its metadata, which comes last.
 
-Intents, the parts that the store holds, and the books are those of `blobflow.transport`; what differs is that nobody
+Intents, the parts that the store holds, and the progress are those of `blobflow.transport`; what differs is that nobody
 knows the size of the object before the last frame is compressed.
 """
 
@@ -46,10 +46,9 @@ from blobflow.layers.names import layer_key, meta_key
 from blobflow.layers.remote import find_bytes, read_meta
 from blobflow.owner import process_owner
 from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store, check_put_size, check_readable
-from blobflow.streams.checkpoint import TransferRecord
 from blobflow.transport.uploading import proven_parts
 from blobflow.uploads.intent import FrameLog, Intent, IntentKeeper
-from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress, transfer_id
+from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 
 log = logging.getLogger(__name__)
 
@@ -384,16 +383,16 @@ class _Sending(_Finishing):
         frames, kept = FrameLog(self.codec.name, self.plan.frame_size), bytearray()
         in_memory = self.store.capabilities().multipart
         crc = 0
-        books = self._books(None, lambda: None)
-        books.begin()
+        progress = self._progress(None, lambda: None)
+        progress.begin()
         for number, frame, content_crc in self._frames():
             frames.sizes.append(len(frame))
             frames.crcs.append(content_crc)
             crc = crc32c(frame, crc)
             if in_memory:
                 kept += frame
-            books.moved(self.plan.frame(number).length)
-            books.tick()
+            progress.moved(self.plan.frame(number).length)
+            progress.tick()
         self.check_contents(frames)
         table = encode_seek_table(frames.sizes, self.plan)
         meta = meta_of(self.manifest_bytes, frames.codec, self.plan, frames.sizes)
@@ -412,7 +411,7 @@ class _Sending(_Finishing):
                 return there
             made = self.store.put(self.key, body, content_type=CONTENT_TYPE, private=self.is_private)
         self.publish(meta, made)
-        books.done()
+        progress.done()
         return Sent(meta, bytes_sent=meta.object_size)
 
     def _frames(self) -> Iterator[tuple[int, bytes, int]]:
@@ -510,31 +509,31 @@ class _Sending(_Finishing):
         window = 2 * self.errand.profile.workers
         cutter = PartCutter(self.plan, frames, first_part=first_part, part_size=part_size, window=window)
         self.crcs = {number: held.crcs[number] for number in proven}
-        books = self._books(upload_id, lambda: self.keeper.save(self.crcs, cutter.log()))
+        progress = self._progress(upload_id, lambda: self.keeper.save(self.crcs, cutter.log()))
         for number in range(1, cutter.first_frame):
-            books.resumed(self.plan.frame(number).length)
+            progress.resumed(self.plan.frame(number).length)
         sent = Sent(meta_of(self.manifest_bytes, frames.codec, self.plan, [0] * len(self.plan)))
         for number in range(1, first_part):
             sent.parts_resumed += 1
             sent.bytes_resumed += plan.part(number).length
-        books.begin()
+        progress.begin()
         if size is None or first_part <= len(plan):
             try:
-                self._compress(upload_id, cutter, held, books, sent)
+                self._compress(upload_id, cutter, held, progress, sent)
             except NoSuchUpload:
                 raise
             except BaseException:
-                books.failed()
+                progress.failed()
                 raise
             frames = cutter.log()
-            books.save()
+            progress.save()
         plan = TransferPlan(sum(frames.sizes) + seek_table_size(len(self.plan)), part_size)
         sent.meta, made = self.complete(upload_id, plan, frames)
-        sent.parts, sent.checkpoints_saved = len(plan), books.saved
-        books.done()
+        sent.parts, sent.checkpoints_saved = len(plan), progress.saved
+        progress.done()
         return sent, made
 
-    def _compress(self, upload_id: str, cutter: PartCutter, held: Held, books: TransferProgress, sent: Sent) -> None:
+    def _compress(self, upload_id: str, cutter: PartCutter, held: Held, progress: TransferProgress, sent: Sent) -> None:
         """Compress the frames from where the first missing part begins, and send the parts that the store lacks."""
         table_number = len(self.plan) + 1
         items = [self.plan.frame(number) for number in range(cutter.first_frame, table_number)]
@@ -564,10 +563,10 @@ class _Sending(_Finishing):
                     sent.parts_resumed += 1
                     sent.bytes_resumed += part.length
             if item.number != table_number:
-                books.moved(item.length)
+                progress.moved(item.length)
 
         def tick() -> None:
-            books.tick()
+            progress.tick()
             if self.keeper.renewal_due():
                 self.keeper.save(self.crcs, cutter.log())
 
@@ -589,25 +588,15 @@ class _Sending(_Finishing):
         self.store.put_part(self.key, upload_id, cut.number, body)
         return _PartDone(cut.number, len(cut.data), crc, was_sent=True)
 
-    def _books(self, upload_id: str | None, save: Callable[[], None]) -> TransferProgress:
-        """The books count frames, because the parts are not known beforehand, and the bytes of the tar."""
-        digest = artifact_digest(self.manifest_bytes)
-        record = TransferRecord(
-            transfer_id=transfer_id(self.store, self.key, digest, "upload"),
-            kind="upload",
-            key=self.key,
-            artifact_digest=digest,
-            upload_id=upload_id,
-            part_size=self.plan.frame_size,
-            parts_total=len(self.plan),
-            parts_done=0,
-            bytes_done=0,
-            bytes_total=self.plan.size,
-            state="running",
-        )
+    def _progress(self, upload_id: str | None, save: Callable[[], None]) -> TransferProgress:
+        """Counts frames, because the parts are not known beforehand, and the bytes of the tar."""
         return TransferProgress(
-            record,
-            interval=self.errand.profile.checkpoint_interval,
+            *(self.store, self.key, artifact_digest(self.manifest_bytes), "upload"),
+            part_size=self.plan.frame_size,
+            parts=len(self.plan),
+            size=self.plan.size,
+            profile=self.errand.profile,
+            upload_id=upload_id,
             save=save,
             on_progress=self.errand.on_progress,
             on_checkpoint=self.errand.on_checkpoint,

@@ -1,8 +1,8 @@
-"""The durable record of a transfer that is under way."""
+"""The checkpoint of a stream: how far it has come, in a form that survives the process."""
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -80,27 +80,3 @@ class TransferCheckpoint(BaseModel):
                 hint="continue this transfer with the newer blobflow that began it",
             )
         return checkpoint
-
-
-class TransferRecord(BaseModel):
-    """What is told of an artifact's transfer at each checkpoint; the store holds the truth, this is a hint."""
-
-    model_config = ConfigDict(frozen=True)
-
-    transfer_id: str = Field(description="Same store, key, artifact and direction: same id, on every machine.")
-    kind: Literal["upload", "verify", "download", "copy"]
-    key: str
-    artifact_digest: str
-    upload_id: str | None = None
-    part_size: Counter
-    parts_total: Counter
-    parts_done: Counter
-    bytes_done: Counter
-    bytes_total: Counter
-    parts_resumed: Counter = Field(default=0, description="Of `parts_done`, what the store or the stage held before.")
-    bytes_resumed: Counter = Field(default=0, description="Of `bytes_done`, likewise.")
-    state: Literal["running", "done", "failed"]
-
-    def to_json_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return self.model_dump(mode="json")

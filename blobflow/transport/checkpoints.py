@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from blobflow.errors import ArtifactInvalid, UsageError, writing
 from blobflow.owner import process_owner
 from blobflow.private import PrivateDirectory
-from blobflow.streams.checkpoint import TransferRecord
 from blobflow.untrusted import Counter, Timestamp, as_model, read_object
+from blobflow.uploads.progress import TransferRecord
 
 log = logging.getLogger(__name__)
 

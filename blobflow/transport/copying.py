@@ -104,10 +104,10 @@ def copy_artifact(
         raise UsageError(f"{source_key!r} cannot be copied to itself", key=source_key)
     in_place = in_place or _is_same_server(source_store, source_key, target_store, target_key)
     payload = RemotePayload(RemoteArtifact.open(source_store, source_key, expected_digest))
-    errand = UploadRequest(
+    request = UploadRequest(
         target_store, target_key, payload, profile, overwrite, on_progress, on_checkpoint, "copy", _DAMAGED
     )
-    result = run(errand, _ServerCopy if in_place else MultipartUpload)
+    result = run(request, _ServerCopy if in_place else MultipartUpload)
     meter = payload.meter
     return CopyResult(
         status="unchanged" if result.status == "unchanged" else "copied",
@@ -232,16 +232,16 @@ class _ServerCopy(MultipartUpload):
     """
 
     @override
-    def make(self, upload_id: str, plan: TransferPlan, books: TransferProgress) -> ObjectMeta:
+    def make(self, upload_id: str, plan: TransferPlan, progress: TransferProgress) -> ObjectMeta:
         payload = self.payload
         if not isinstance(payload, RemotePayload):
             raise AssertionError("a copy brings what is in a store")
         if self.replaces is not None or not payload.is_as_stored:
-            return super().make(upload_id, plan, books)
+            return super().make(upload_id, plan, progress)
         payload.meter.server_side = True
         self.delete_old_manifest(upload_id)
         try:
-            books.begin()
+            progress.begin()
             try:
                 move_parts(
                     [Part(1, 0, plan.size)],
@@ -249,7 +249,7 @@ class _ServerCopy(MultipartUpload):
                     workers=1,
                     buffer_size=1,
                     on_moved=lambda _part, _made: None,
-                    on_tick=lambda: self.tick(books),
+                    on_tick=lambda: self.tick(progress),
                 )
             except (StoreConfigurationError, Unsupported) as refused:
                 if _is_same_place(payload.remote.store, self.store):
@@ -257,27 +257,27 @@ class _ServerCopy(MultipartUpload):
                 # What we may read and what we may write, the server need not bring together.
                 _log.info("copy.streamed key=%s refused=%s", self.key, refused)
                 payload.meter.server_side = False
-                return super().make(upload_id, plan, books)
+                return super().make(upload_id, plan, progress)
             made = self.store.head(self.key)
-            self._prove(made, plan, payload.meter, books)
+            self._prove(made, plan, payload.meter, progress)
         except ChecksumMismatch:
             self.store.delete(self.key)
             self.give_up(upload_id)
             raise
         except BaseException:
-            books.failed()
+            progress.failed()
             raise
         self.store.abort_multipart(self.key, upload_id)
         return made
 
-    def _prove(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, books: TransferProgress) -> None:
+    def _prove(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, progress: TransferProgress) -> None:
         """Hold the copy to the CRC32C of the manifest: the attested one, or that of its bytes."""
         attested = made.crc32c if self.store.capabilities().attests_crc32c else None
-        actual = self._read_back(made, plan, meter, books) if attested is None else attested
+        actual = self._read_back(made, plan, meter, progress) if attested is None else attested
         if actual != self.payload.payload_crc32c:
             raise self.differs(actual)
 
-    def _read_back(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, books: TransferProgress) -> int:
+    def _read_back(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, progress: TransferProgress) -> int:
         crcs: dict[int, int] = {}
 
         def move(part: Part, buffer: memoryview) -> int:
@@ -291,7 +291,7 @@ class _ServerCopy(MultipartUpload):
 
         def moved(part: Part, crc: int) -> None:
             crcs[part.number] = crc
-            books.moved(part.length)
+            progress.moved(part.length)
 
         move_parts(
             plan,
@@ -299,6 +299,6 @@ class _ServerCopy(MultipartUpload):
             workers=self.profile.workers,
             buffer_size=min(plan.part_size, self.profile.chunk_size),
             on_moved=moved,
-            on_tick=lambda: self.tick(books),
+            on_tick=lambda: self.tick(progress),
         )
         return combine_all((crcs[part.number], part.length) for part in plan)

@@ -157,19 +157,19 @@ def begin_upload(
             capability="multipart uploads",
         )
     check_readable(store)
-    errand = _errand(store, key, artifact, profile, overwrite=overwrite)
+    request = _request(store, key, artifact, profile, overwrite=overwrite)
 
     def claim(replaces: str | None) -> UploadTicket:
-        check_object_size(store, key, errand.payload.payload_size)
-        upload = MultipartUpload(errand, replaces, owner=_OWNER)
+        check_object_size(store, key, request.payload.payload_size)
+        upload = MultipartUpload(request, replaces, owner=_OWNER)
         upload_id, plan = upload.claim()
         if not upload.is_new:
             upload.keeper.save({})
         return UploadTicket(key, upload_id, upload.payload.digest, plan.part_size, len(plan), plan.size)
 
-    begun = skip_if_published(errand, claim)
+    begun = skip_if_published(request, claim)
     if isinstance(begun, UploadResult):
-        return UploadTicket(key, "", begun.artifact_digest, errand.profile.chunk_size, 0, begun.bytes_total)
+        return UploadTicket(key, "", begun.artifact_digest, request.profile.chunk_size, 0, begun.bytes_total)
     return begun
 
 
@@ -199,26 +199,26 @@ def send_parts(
         raise UsageError(f"the upload has parts 1 to {ticket.parts}, not {unknown[0]}", key=ticket.key)
     if not ticket.upload_id:
         return LaneResult("unchanged", 0, 0, 0, time.monotonic() - started)
-    errand = _errand(store, ticket.key, artifact, profile, on_progress=on_progress, on_checkpoint=on_checkpoint)
-    upload, plan = _taken_up(errand, ticket)
-    books = upload.upload_books(ticket.upload_id, plan)
-    _narrow(books, plan, numbers, ",".join(map(str, numbers)))
+    request = _request(store, ticket.key, artifact, profile, on_progress=on_progress, on_checkpoint=on_checkpoint)
+    upload, plan = _taken_up(request, ticket)
+    progress = upload.upload_progress(ticket.upload_id, plan)
+    _narrow(progress, plan, numbers, ",".join(map(str, numbers)))
     try:
         _check_held(upload, ticket)
-        upload.send(ticket.upload_id, plan, books, numbers)
+        upload.send(ticket.upload_id, plan, progress, numbers)
     except NoSuchUpload:
         # A commit came before this call, which then is one too many.
         if upload.completed_by_somebody() is None:
             raise
         return LaneResult("unchanged", len(numbers), 0, 0, time.monotonic() - started)
-    books.done()
+    progress.done()
     return LaneResult(
         status="moved",
         parts=len(numbers),
-        bytes_moved=books.bytes_moved,
-        bytes_resumed=books.bytes_resumed,
+        bytes_moved=progress.bytes_moved,
+        bytes_resumed=progress.bytes_resumed,
         seconds=time.monotonic() - started,
-        checkpoints_saved=books.saved,
+        checkpoints_saved=progress.saved,
     )
 
 
@@ -248,36 +248,36 @@ def commit_upload(
         KeyConflict, TransferBusy: as `upload`.
     """
     started = time.monotonic()
-    errand = _errand(store, ticket.key, artifact, profile, on_progress=on_progress, on_checkpoint=on_checkpoint)
+    request = _request(store, ticket.key, artifact, profile, on_progress=on_progress, on_checkpoint=on_checkpoint)
 
     def commit(_: str | None) -> UploadResult:
         if not ticket.upload_id:
             raise _gone(ticket)
-        upload, plan = _taken_up(errand, ticket)
-        books = upload.upload_books(ticket.upload_id, plan)
+        upload, plan = _taken_up(request, ticket)
+        progress = upload.upload_progress(ticket.upload_id, plan)
 
-        def make(upload_id: str, plan: TransferPlan, books: TransferProgress) -> ObjectMeta:
+        def make(upload_id: str, plan: TransferPlan, progress: TransferProgress) -> ObjectMeta:
             _check_held(upload, ticket)
             upload.crcs, unproven = upload.held(upload_id, plan)
             missing = [part.number for part in plan.missing(upload.crcs) if part.number not in unproven]
             if missing:
                 raise _incomplete(ticket, missing, lanes)
             if unproven:
-                upload.send(upload_id, plan, books, range(1, len(plan) + 1))
+                upload.send(upload_id, plan, progress, range(1, len(plan) + 1))
             else:
                 for part in plan:
-                    books.resumed(part.length)
-                books.begin()
+                    progress.resumed(part.length)
+                progress.begin()
             return upload.complete(upload_id, plan)
 
-        if not upload.bring(ticket.upload_id, plan, books, make):
+        if not upload.bring(ticket.upload_id, plan, progress, make):
             raise _gone(ticket)
-        return upload.result(books, started)
+        return upload.result(progress, started)
 
-    return skip_if_published(errand, commit)
+    return skip_if_published(request, commit)
 
 
-def _errand(
+def _request(
     store: Store,
     key: str,
     artifact: Artifact | str | Path,
@@ -293,15 +293,15 @@ def _errand(
     return UploadRequest(store, key, artifact, profile or ChunkProfile(), overwrite, on_progress, on_checkpoint)
 
 
-def _taken_up(errand: UploadRequest, ticket: UploadTicket) -> tuple[MultipartUpload, TransferPlan]:
+def _taken_up(request: UploadRequest, ticket: UploadTicket) -> tuple[MultipartUpload, TransferPlan]:
     """The upload of the ticket, with the manifest that it was begun with."""
-    upload = MultipartUpload(errand, None, owner=_OWNER)  # only the intent knows what may be replaced
+    upload = MultipartUpload(request, None, owner=_OWNER)  # only the intent knows what may be replaced
     intent = upload.keeper.load()
     if intent is not None and intent.upload_id == ticket.upload_id:
         upload.replaces = intent.replaces
         if intent.manifest_bytes != upload.payload.manifest_bytes:
             upload.payload = upload.payload.adopt(intent.manifest_bytes)
-    elif errand.payload.digest != ticket.artifact_digest:
+    elif request.payload.digest != ticket.artifact_digest:
         raise _gone(ticket)
     return upload, TransferPlan(upload.payload.payload_size, ticket.part_size)
 
@@ -421,29 +421,29 @@ def fetch_lane(
     with stage.lane(lane, ticket.lanes):
         landing = Landing(stage, layout, landing_plan(layout, stage), digests=profile.verify_digest)
         numbers = landing.plan.numbers[lane :: ticket.lanes]
-        books = remote.books(landing.plan, profile, "download", landing.sync, on_progress, on_checkpoint)
-        _narrow(books, landing.plan, numbers, f"{lane} of {ticket.lanes}")
-        with failures_noted(landing, books):
-            land_parts(remote, landing, numbers, books, workers=profile.workers)
-            books.save()  # whoever goes on may be another machine, and believes only what is synced
-    books.done()
+        progress = remote.progress(landing.plan, profile, "download", landing.sync, on_progress, on_checkpoint)
+        _narrow(progress, landing.plan, numbers, f"{lane} of {ticket.lanes}")
+        with failures_noted(landing, progress):
+            land_parts(remote, landing, numbers, progress, workers=profile.workers)
+            progress.save()  # whoever goes on may be another machine, and believes only what is synced
+    progress.done()
     return LaneResult(
         status="moved",
         parts=len(numbers),
-        bytes_moved=books.bytes_moved,
-        bytes_resumed=books.bytes_resumed,
+        bytes_moved=progress.bytes_moved,
+        bytes_resumed=progress.bytes_resumed,
         seconds=time.monotonic() - started,
-        checkpoints_saved=books.saved,
+        checkpoints_saved=progress.saved,
     )
 
 
-def _narrow(books: TransferProgress, plan: TransferPlan, numbers: Collection[int], name: str) -> None:
-    """Let the books of a transfer be those of some of its parts.
+def _narrow(progress: TransferProgress, plan: TransferPlan, numbers: Collection[int], name: str) -> None:
+    """Let the progress of a transfer be those of some of its parts.
 
     Under an id of their own: checkpoints of lanes that are at work at the same time are several stories.
     """
-    record = books.record
-    books.record = record.model_copy(
+    record = progress.record
+    progress.record = record.model_copy(
         update={
             "transfer_id": f"{record.transfer_id}-{hashlib.sha256(name.encode()).hexdigest()[:8]}",
             "parts_total": len(numbers),

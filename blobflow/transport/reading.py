@@ -192,8 +192,8 @@ def _read_members(
     layout = remote.open_layout()
     start, size = layout.slice_of_members(*sample)
     plan = TransferPlan(size, profile.chunk_size, start=start)
-    books = remote.books(plan, profile, "verify", lambda: None, on_progress, on_checkpoint)
-    books.begin()
+    progress = remote.progress(plan, profile, "verify", lambda: None, on_progress, on_checkpoint)
+    progress.begin()
     checker = PayloadChecker(layout)
     turnstile = _Turnstile()
 
@@ -213,14 +213,14 @@ def _read_members(
             move,
             workers=profile.workers,
             buffer_size=min(profile.chunk_size, size),
-            on_moved=lambda _, length: books.moved(length),
-            on_tick=books.tick,
+            on_moved=lambda _, length: progress.moved(length),
+            on_tick=progress.tick,
         )
         checker.settle()
     except BaseException:
-        books.failed()
+        progress.failed()
         raise
-    books.done()
+    progress.done()
     return len(remote.head) + size
 
 
@@ -283,12 +283,12 @@ def download(
         plan = landing_plan(layout, stage)
         stage.check_room(layout, plan, remote.manifest.holes)
         landing = Landing(stage, layout, plan, digests=profile.verify_digest)
-        books = remote.books(plan, profile, "download", landing.sync, on_progress, on_checkpoint)
-        with failures_noted(landing, books):
-            land_parts(remote, landing, plan.numbers, books, workers=profile.workers)
+        progress = remote.progress(plan, profile, "download", landing.sync, on_progress, on_checkpoint)
+        with failures_noted(landing, progress):
+            land_parts(remote, landing, plan.numbers, progress, workers=profile.workers)
             contents = (remote.manifest_bytes, remote.index_bytes)
-            landing.finish(remote.head, remote.payload_crc32c, *contents, books.tick)
-    books.done()
+            landing.finish(remote.head, remote.payload_crc32c, *contents, progress.tick)
+    progress.done()
     return DownloadResult(
         status="downloaded",
         key=key,
@@ -296,11 +296,11 @@ def download(
         artifact_digest=remote.digest,
         manifest=remote.manifest,
         bytes_total=remote.payload.size,
-        bytes_received=books.bytes_moved + len(remote.head),
-        bytes_resumed=books.bytes_resumed,
+        bytes_received=progress.bytes_moved + len(remote.head),
+        bytes_resumed=progress.bytes_resumed,
         seconds=time.monotonic() - started,
         parts=len(plan),
-        checkpoints_saved=books.saved,
+        checkpoints_saved=progress.saved,
     )
 
 
@@ -312,13 +312,13 @@ def landing_plan(layout: TarMap, stage: Stage) -> TransferPlan:
 
 
 def land_parts(
-    remote: RemoteArtifact, landing: Landing, numbers: range, books: TransferProgress, *, workers: int
+    remote: RemoteArtifact, landing: Landing, numbers: range, progress: TransferProgress, *, workers: int
 ) -> None:
     """Fetch and land those of the parts `numbers` that the stage lacks."""
     rest = landing.plan.rest(numbers, landing.stage.done)
     for number in rest.done:
-        books.resumed(landing.plan.part(number).length)
-    books.begin()
+        progress.resumed(landing.plan.part(number).length)
+    progress.begin()
 
     def move(part: Part, buffer: memoryview) -> int:
         with landing.arrival(part, buffer) as arrival:
@@ -331,22 +331,22 @@ def land_parts(
         move,
         workers=workers,
         buffer_size=min(landing.plan.part_size, landing.plan.size),
-        on_moved=lambda _, length: books.moved(length),
-        on_tick=books.tick,
+        on_moved=lambda _, length: progress.moved(length),
+        on_tick=progress.tick,
     )
 
 
 @contextmanager
-def failures_noted(landing: Landing, books: TransferProgress) -> Generator[None]:
+def failures_noted(landing: Landing, progress: TransferProgress) -> Generator[None]:
     """Whatever stops the landing: what has landed is saved, and what turned out to be wrong is fetched again."""
     try:
         yield
     except DigestMismatch as error:
-        books.failed()
+        progress.failed()
         landing.forget(error)
         raise
     except BaseException:
-        books.failed()
+        progress.failed()
         raise
 
 

@@ -30,9 +30,8 @@ from blobflow.errors import (
     SizeMismatch,
 )
 from blobflow.stores.base import Arrived, ObjectMeta, Store
-from blobflow.streams.checkpoint import TransferRecord
 from blobflow.transport.catalog import read_manifest_bytes
-from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress, transfer_id
+from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 
 
 def payload_size(manifest_bytes: bytes, manifest: Manifest) -> int:
@@ -151,7 +150,7 @@ class RemoteArtifact:
             self.store.get_range_arriving(self.key, part.offset, view, arrived, e_tag=self.payload.e_tag)
         return view
 
-    def books(
+    def progress(
         self,
         plan: TransferPlan,
         profile: ChunkProfile,
@@ -160,21 +159,14 @@ class RemoteArtifact:
         on_progress: OnProgress | None,
         on_checkpoint: OnRecord | None,
     ) -> TransferProgress:
-        record = TransferRecord(
-            transfer_id=transfer_id(self.store, self.key, self.digest, kind),
-            kind=kind,
-            key=self.key,
-            artifact_digest=self.digest,
-            part_size=plan.part_size,
-            parts_total=len(plan),
-            parts_done=0,
-            bytes_done=len(self.head),
-            bytes_total=len(self.head) + plan.size,
-            state="running",
-        )
+        """That of fetching the parts of `plan`; the head of the payload is here already."""
         return TransferProgress(
-            record,
-            interval=profile.checkpoint_interval,
+            *(self.store, self.key, self.digest, kind),
+            part_size=plan.part_size,
+            parts=len(plan),
+            size=plan.size,
+            head_size=len(self.head),
+            profile=profile,
             save=save,
             on_progress=on_progress,
             on_checkpoint=on_checkpoint,

@@ -43,11 +43,10 @@ from blobflow.stores.base import (
     check_readable,
     check_room_for,
 )
-from blobflow.streams.checkpoint import TransferRecord
 from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key, read_manifest_bytes
 from blobflow.transport.remote import payload_size
 from blobflow.uploads.intent import IntentKeeper
-from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress, transfer_id
+from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +167,7 @@ def upload(
     return run(UploadRequest(store, key, artifact, profile or ChunkProfile(), overwrite, on_progress, on_checkpoint))
 
 
-def run(errand: UploadRequest, multipart: type[MultipartUpload] | None = None) -> UploadResult:
+def run(request: UploadRequest, multipart: type[MultipartUpload] | None = None) -> UploadResult:
     """Bring the payload under its key, or find out that it is there.
 
     Args:
@@ -177,25 +176,25 @@ def run(errand: UploadRequest, multipart: type[MultipartUpload] | None = None) -
     started = time.monotonic()
 
     def way(replaces: str | None) -> UploadResult:
-        check_readable(errand.store)
-        check_object_size(errand.store, errand.key, errand.payload.payload_size)
-        kind = (multipart or MultipartUpload) if errand.store.capabilities().multipart else _StreamUpload
-        return kind(errand, replaces).run(started)
+        check_readable(request.store)
+        check_object_size(request.store, request.key, request.payload.payload_size)
+        kind = (multipart or MultipartUpload) if request.store.capabilities().multipart else _StreamUpload
+        return kind(request, replaces).run(started)
 
-    return skip_if_published(errand, way)
+    return skip_if_published(request, way)
 
 
-def skip_if_published(errand: UploadRequest, bring: Callable[[str | None], _Brought]) -> _Brought | UploadResult:
+def skip_if_published(request: UploadRequest, bring: Callable[[str | None], _Brought]) -> _Brought | UploadResult:
     """What `bring` returns, which is given the digest of the artifact to replace; or `unchanged`, if all is there."""
     started = time.monotonic()
-    store, key = errand.store, errand.key
+    store, key = request.store, request.key
     for _ in range(_CLAIM_ATTEMPTS):
         replaces: str | None = None
         if (existing_bytes := _published(store, key)) is not None:
             replaces = artifact_digest(existing_bytes)
-            existing = _replaceable(existing_bytes, errand)
+            existing = _replaceable(existing_bytes, request)
             # A manifest that lost its payload is repaired by uploading again.
-            if existing is not None and _payload_is_there(errand, existing_bytes):
+            if existing is not None and _payload_is_there(request, existing_bytes):
                 _remove_leftover(store, key, existing_bytes)
                 size = payload_size(existing_bytes, existing)
                 return UploadResult("unchanged", key, replaces, existing, size, 0, 0, time.monotonic() - started)
@@ -220,7 +219,7 @@ def _published(store: Store, key: str) -> bytes | None:
         raise ArtifactInvalid(f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key) from error
 
 
-def _replaceable(existing_bytes: bytes, errand: UploadRequest) -> Manifest | None:
+def _replaceable(existing_bytes: bytes, request: UploadRequest) -> Manifest | None:
     """The manifest under the key if it is of the same content, None if it may be replaced.
 
     Raises:
@@ -228,32 +227,32 @@ def _replaceable(existing_bytes: bytes, errand: UploadRequest) -> Manifest | Non
         ArtifactInvalid: likewise, of a damaged one.
     """
     try:
-        existing = Manifest.parse(existing_bytes, errand.key)
+        existing = Manifest.parse(existing_bytes, request.key)
     except ArtifactInvalid:
-        if not errand.overwrite:
+        if not request.overwrite:
             raise
         return None
-    if existing.same_content(errand.payload.manifest):
+    if existing.same_content(request.payload.manifest):
         return existing
-    if errand.overwrite:
+    if request.overwrite:
         return None
-    mine = errand.payload.manifest
+    mine = request.payload.manifest
     modes_alone = existing.model_copy(update={"private": mine.private}).same_content(mine)
     raise KeyConflict(
-        f"key {errand.key!r} holds another artifact"
+        f"key {request.key!r} holds another artifact"
         + (": the same files, of which others are private" if modes_alone else ""),
-        key=errand.key,
-        expected=errand.payload.digest,
+        key=request.key,
+        expected=request.payload.digest,
         actual=artifact_digest(existing_bytes),
     )
 
 
-def _payload_is_there(errand: UploadRequest, manifest_bytes: bytes) -> bool:
+def _payload_is_there(request: UploadRequest, manifest_bytes: bytes) -> bool:
     try:
-        found = errand.store.head(errand.key)
+        found = request.store.head(request.key)
     except ObjectNotFound:
         return False
-    return found.e_tag != errand.damaged and found.size == payload_size(manifest_bytes, Manifest.parse(manifest_bytes))
+    return found.e_tag != request.damaged and found.size == payload_size(manifest_bytes, Manifest.parse(manifest_bytes))
 
 
 def _remove_leftover(store: Store, key: str, manifest_bytes: bytes) -> None:
@@ -274,39 +273,30 @@ def _remove_leftover(store: Store, key: str, manifest_bytes: bytes) -> None:
 class _Upload:
     """What all ways of uploading share: publishing, and the result."""
 
-    def __init__(self, errand: UploadRequest, replaces: str | None) -> None:
-        self.errand = errand
-        self.store = errand.store
-        self.key = errand.key
-        self.payload = errand.payload
-        self.profile = errand.profile
+    def __init__(self, request: UploadRequest, replaces: str | None) -> None:
+        self.request = request
+        self.store = request.store
+        self.key = request.key
+        self.payload = request.payload
+        self.profile = request.profile
         self.replaces = replaces
-        self.is_private = errand.payload.manifest.private is not None
+        self.is_private = request.payload.manifest.private is not None
         """Whether others than its owner must not read the payload, where it becomes a file."""
 
     def run(self, started: float) -> UploadResult:
         raise NotImplementedError
 
-    def books(self, plan: TransferPlan, upload_id: str | None, save: Callable[[], None]) -> TransferProgress:
-        record = TransferRecord(
-            transfer_id=transfer_id(self.store, self.key, self.payload.digest, self.errand.kind),
-            kind=self.errand.kind,
-            key=self.key,
-            artifact_digest=self.payload.digest,
-            upload_id=upload_id,
-            part_size=plan.part_size,
-            parts_total=len(plan),
-            parts_done=0,
-            bytes_done=0,
-            bytes_total=plan.size,
-            state="running",
-        )
+    def new_progress(self, plan: TransferPlan, upload_id: str | None, save: Callable[[], None]) -> TransferProgress:
         return TransferProgress(
-            record,
-            interval=self.profile.checkpoint_interval,
+            *(self.store, self.key, self.payload.digest, self.request.kind),
+            part_size=plan.part_size,
+            parts=len(plan),
+            size=plan.size,
+            profile=self.profile,
+            upload_id=upload_id,
             save=save,
-            on_progress=self.errand.on_progress,
-            on_checkpoint=self.errand.on_checkpoint,
+            on_progress=self.request.on_progress,
+            on_checkpoint=self.request.on_checkpoint,
         )
 
     def delete_published_manifest(self) -> None:
@@ -376,24 +366,24 @@ class _Upload:
         expected = self.payload.payload_crc32c
         return ChecksumMismatch(
             f"the payload of {self.payload!r} has CRC32C {actual:08x}, its manifest says {expected:08x}",
-            hint=self.errand.if_differs,
+            hint=self.request.if_differs,
             what="payload",
             expected=expected,
             actual=actual,
         )
 
-    def result(self, books: TransferProgress, started: float) -> UploadResult:
+    def result(self, progress: TransferProgress, started: float) -> UploadResult:
         return UploadResult(
             status="uploaded",
             key=self.key,
             artifact_digest=self.payload.digest,
             manifest=self.payload.manifest,
-            bytes_total=books.record.bytes_total,
-            bytes_sent=books.bytes_moved,
-            bytes_resumed=books.bytes_resumed,
+            bytes_total=progress.record.bytes_total,
+            bytes_sent=progress.bytes_moved,
+            bytes_resumed=progress.bytes_resumed,
             seconds=time.monotonic() - started,
-            parts=books.record.parts_total,
-            checkpoints_saved=books.saved,
+            parts=progress.record.parts_total,
+            checkpoints_saved=progress.saved,
         )
 
 
@@ -405,32 +395,32 @@ class _StreamUpload(_Upload):
         check_put_size(self.store, self.key, source.size)
         check_room_for(self.store, source.size)
         plan = TransferPlan(source.size, self.profile.chunk_size)
-        books = self.books(plan, None, save=lambda: None)
-        books.begin()
+        progress = self.new_progress(plan, None, save=lambda: None)
+        progress.begin()
         expected = self.payload.payload_crc32c
 
         def chunks() -> Iterator[memoryview]:
-            nonlocal books
-            books = self.books(plan, None, save=lambda: None)
+            nonlocal progress
+            progress = self.new_progress(plan, None, save=lambda: None)
             crc = 0
             for chunk in source.chunks(0, source.size, memoryview(bytearray(self.profile.chunk_size))):
                 crc = crc32c(chunk, crc)
-                if books.bytes_moved + len(chunk) == source.size:
+                if progress.bytes_moved + len(chunk) == source.size:
                     if crc != expected:
                         raise self.differs(crc)
                     # Looked at before the transfer, and once more before it replaces anything.
                     self.delete_published_manifest()
                 yield chunk
-                books.moved(len(chunk))
-                books.tick()
+                progress.moved(len(chunk))
+                progress.tick()
 
         self.delete_published_manifest()
         made = self.store.put(
             self.key, Body(source.size, chunks, expected), content_type=CONTENT_TYPE, private=self.is_private
         )
         self.publish(made)
-        books.done()
-        return self.result(books, started)
+        progress.done()
+        return self.result(progress, started)
 
 
 class MultipartUpload(_Upload):
@@ -440,8 +430,8 @@ class MultipartUpload(_Upload):
         owner: In whose name the intent is kept; None: of this process.
     """
 
-    def __init__(self, errand: UploadRequest, replaces: str | None, *, owner: str | None = None) -> None:
-        super().__init__(errand, replaces)
+    def __init__(self, request: UploadRequest, replaces: str | None, *, owner: str | None = None) -> None:
+        super().__init__(request, replaces)
         self.keeper = IntentKeeper(self.store, self.key, owner=owner)
         self.is_new = False
         """Whether nobody can have sent parts before."""
@@ -452,26 +442,26 @@ class MultipartUpload(_Upload):
         for _ in range(_CLAIM_ATTEMPTS):
             self.crcs = {}
             upload_id, plan = self.claim()
-            books = self.upload_books(upload_id, plan)
-            if self.bring(upload_id, plan, books, self.make):
-                return self.result(books, started)
+            progress = self.upload_progress(upload_id, plan)
+            if self.bring(upload_id, plan, progress, self.make):
+                return self.result(progress, started)
         raise TransferBusy(f"the upload of {self.key!r} was taken away {_CLAIM_ATTEMPTS} times", key=self.key)
 
-    def upload_books(self, upload_id: str, plan: TransferPlan) -> TransferProgress:
+    def upload_progress(self, upload_id: str, plan: TransferPlan) -> TransferProgress:
         """Books that save into the intent."""
-        return self.books(plan, upload_id, save=lambda: self.keeper.save(self.crcs))
+        return self.new_progress(plan, upload_id, save=lambda: self.keeper.save(self.crcs))
 
     def bring(
         self,
         upload_id: str,
         plan: TransferPlan,
-        books: TransferProgress,
+        progress: TransferProgress,
         make: Callable[[str, TransferPlan, TransferProgress], ObjectMeta],
     ) -> bool:
         """Make the payload and publish it. False: the upload is gone, and nobody completed it."""
         try:
             try:
-                made = make(upload_id, plan, books)
+                made = make(upload_id, plan, progress)
             except NoSuchUpload as error:
                 # Somebody completed, aborted or expired it: the object itself says which.
                 settled = self.completed_by_somebody()
@@ -481,14 +471,14 @@ class MultipartUpload(_Upload):
                     return False
                 made = settled
                 for part in plan.missing(self.crcs):
-                    books.resumed(part.length)  # sent by whoever completed the upload
+                    progress.resumed(part.length)  # sent by whoever completed the upload
             self.publish(made)
         except BaseException:
             # This process may live on and export again: its own intent must not keep it away then.
             self.keeper.release(upload_id)
             raise
         self.keeper.remove(upload_id)
-        books.done()
+        progress.done()
         return True
 
     # Claiming
@@ -543,7 +533,7 @@ class MultipartUpload(_Upload):
         head = manifest_entry(self.payload.manifest_bytes)
         try:
             meta = self.store.head(self.key)
-            if meta.size == self.payload.payload_size and meta.e_tag != self.errand.damaged:
+            if meta.size == self.payload.payload_size and meta.e_tag != self.request.damaged:
                 found = self.store.get_range(self.key, 0, len(head), e_tag=meta.e_tag)
                 return meta if found == head else None
         except (ObjectNotFound, ObjectChanged):
@@ -552,27 +542,27 @@ class MultipartUpload(_Upload):
 
     # Sending
 
-    def make(self, upload_id: str, plan: TransferPlan, books: TransferProgress) -> ObjectMeta:
+    def make(self, upload_id: str, plan: TransferPlan, progress: TransferProgress) -> ObjectMeta:
         """Send what is missing, prove it, and make the payload of it."""
-        self.send(upload_id, plan, books, range(1, len(plan) + 1))
+        self.send(upload_id, plan, progress, range(1, len(plan) + 1))
         return self.complete(upload_id, plan)
 
-    def send(self, upload_id: str, plan: TransferPlan, books: TransferProgress, numbers: Collection[int]) -> None:
+    def send(self, upload_id: str, plan: TransferPlan, progress: TransferProgress, numbers: Collection[int]) -> None:
         """Send those of the parts that the store does not hold, and save their checksums."""
         self.crcs, unproven = self.held(upload_id, plan)
         for number in self.crcs.keys() & set(numbers):
-            books.resumed(plan.part(number).length)
-        books.begin()
+            progress.resumed(plan.part(number).length)
+        progress.begin()
         try:
             missing = [part for part in plan.missing(self.crcs) if part.number in numbers]
             check_room_for(self.store, sum(part.length for part in missing if part.number not in unproven))
-            self._send(upload_id, plan, books, missing, unproven)
+            self._send(upload_id, plan, progress, missing, unproven)
         except NoSuchUpload:
             raise
         except BaseException:
-            books.failed()
+            progress.failed()
             raise
-        books.save()
+        progress.save()
 
     def complete(self, upload_id: str, plan: TransferPlan) -> ObjectMeta:
         """Prove that the parts, whose checksums are all known, are the payload, and make it of them."""
@@ -623,7 +613,12 @@ class MultipartUpload(_Upload):
         return known, unproven
 
     def _send(
-        self, upload_id: str, plan: TransferPlan, books: TransferProgress, missing: list[Part], unproven: dict[int, str]
+        self,
+        upload_id: str,
+        plan: TransferPlan,
+        progress: TransferProgress,
+        missing: list[Part],
+        unproven: dict[int, str],
     ) -> None:
         if not missing:
             return
@@ -642,9 +637,9 @@ class MultipartUpload(_Upload):
             crc, sent = outcome
             self.crcs[part.number] = crc
             if sent:
-                books.moved(part.length)
+                progress.moved(part.length)
             else:
-                books.resumed(part.length)
+                progress.resumed(part.length)
 
         move_parts(
             missing,
@@ -652,12 +647,12 @@ class MultipartUpload(_Upload):
             workers=self.profile.workers,
             buffer_size=min(plan.part_size, self.profile.chunk_size),
             on_moved=moved,
-            on_tick=lambda: self.tick(books),
+            on_tick=lambda: self.tick(progress),
         )
 
-    def tick(self, books: TransferProgress) -> None:
+    def tick(self, progress: TransferProgress) -> None:
         """Show the progress and keep the intent alive, as often as each is due."""
-        books.tick()
+        progress.tick()
         if self.keeper.renewal_due():
             self.keeper.save(self.crcs)
 

@@ -1,4 +1,4 @@
-"""What the calling thread keeps while parts move: progress, checkpoints, and a last record when something fails."""
+"""The progress of a transfer in parts: counted by the calling thread, saved as checkpoints, reported to callbacks."""
 
 from __future__ import annotations
 
@@ -6,21 +6,53 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable
-from typing import Final, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
+from pydantic import BaseModel, ConfigDict, Field
+
+from blobflow.config import ChunkProfile
+from blobflow.errors import NoSuchUpload
 from blobflow.stores.base import Store
-from blobflow.streams.checkpoint import TransferRecord
+from blobflow.untrusted import Counter
 
 log = logging.getLogger(__name__)
 
 _PROGRESS_S: Final = 0.5
 
 
+TransferKind: TypeAlias = Literal["upload", "verify", "download", "copy"]
+
+
+class TransferRecord(BaseModel):
+    """What is told of an artifact's transfer at each checkpoint; the store holds the truth, this is a hint."""
+
+    model_config = ConfigDict(frozen=True)
+
+    transfer_id: str = Field(description="Same store, key, artifact and direction: same id, on every machine.")
+    kind: TransferKind
+    key: str
+    artifact_digest: str
+    upload_id: str | None = None
+    part_size: Counter
+    parts_total: Counter
+    parts_done: Counter
+    bytes_done: Counter
+    bytes_total: Counter
+    parts_resumed: Counter = Field(default=0, description="Of `parts_done`, what the store or the stage held before.")
+    bytes_resumed: Counter = Field(default=0, description="Of `bytes_done`, likewise.")
+    state: Literal["running", "done", "failed"]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.model_dump(mode="json")
+
+
 class ProgressEvent(NamedTuple):
     """How far a transfer is; bytes count the payload."""
 
-    phase: Literal["upload", "verify", "download", "copy"]
+    phase: TransferKind
     bytes_done: int
     bytes_total: int
     bytes_resumed: int
@@ -45,29 +77,51 @@ def transfer_id(store: Store, key: str, digest: str, kind: str) -> str:
 
 
 class TransferProgress:
-    """The books of one transfer; used by one thread.
+    """Counts what one transfer has moved, saves it, and reports it; used by one thread.
 
     Args:
-        record: How it stands at the beginning.
-        interval: Parts between two checkpoints.
-        save: Makes the parts that were moved so far durable.
-        on_progress: Told about twice a second.
-        on_checkpoint: Told at the beginning, after each `save`, and at the end.
+        digest: Of the artifact.
+        parts: How many there are.
+        size: Bytes to move.
+        head_size: Bytes, beyond `size`, that are there when the transfer begins.
+        save: Makes the parts that were moved so far durable; called every `profile.checkpoint_interval` parts.
+        on_progress: Called about twice a second.
+        on_checkpoint: Called at the beginning, after each `save`, and at the end.
     """
 
     def __init__(
         self,
-        record: TransferRecord,
+        store: Store,
+        key: str,
+        digest: str,
+        kind: TransferKind,
         *,
-        interval: int,
-        save: Callable[[], None],
+        part_size: int,
+        parts: int,
+        size: int,
+        profile: ChunkProfile,
+        head_size: int = 0,
+        upload_id: str | None = None,
+        save: Callable[[], None] = lambda: None,
         on_progress: OnProgress | None,
         on_checkpoint: OnRecord | None,
     ) -> None:
-        self.record = record
+        self.record = TransferRecord(
+            transfer_id=transfer_id(store, key, digest, kind),
+            kind=kind,
+            key=key,
+            artifact_digest=digest,
+            upload_id=upload_id,
+            part_size=part_size,
+            parts_total=parts,
+            parts_done=0,
+            bytes_done=head_size,
+            bytes_total=head_size + size,
+            state="running",
+        )
         self.saved = 0
         self.bytes_moved = 0
-        self._interval = interval
+        self._interval = profile.checkpoint_interval
         self._save = save
         self._on_progress = on_progress
         self._on_checkpoint = on_checkpoint
@@ -141,3 +195,14 @@ class TransferProgress:
             self.save()
         except Exception as error:  # noqa: BLE001  # the first error is the one to report
             log.warning("transfer.last_checkpoint_failed key=%s error=%r", self.record.key, error)
+
+    @contextmanager
+    def failure_saved(self) -> Generator[None]:
+        """Calls `failed` if the block fails; of an upload that is gone there is nothing to save."""
+        try:
+            yield
+        except NoSuchUpload:
+            raise
+        except BaseException:
+            self.failed()
+            raise

@@ -47,10 +47,11 @@ from blobflow.stores.base import Body, PutMode
 from blobflow.stores.local.store import LocalStore
 from blobflow.stores.probe import ProbedStore
 from blobflow.stores.s3 import xml as s3_xml
-from blobflow.streams.checkpoint import TransferCheckpoint, TransferRecord
+from blobflow.streams.checkpoint import TransferCheckpoint
 from blobflow.transport.checkpoints import Checkpoint, LocalCheckpointStore
 from blobflow.untrusted import read_json
 from blobflow.uploads.intent import Intent
+from blobflow.uploads.progress import TransferRecord
 
 SCRATCH_VARIABLE: Final = "BLOBFLOW_FUZZ_SCRATCH"
 """Where the fuzzer's processes, which end without a word, make theirs: whoever starts them removes it."""

@@ -18,9 +18,9 @@ from blobflow.private import PrivateDirectory
 from blobflow.scratch import scratch_directory
 from blobflow.stores import PutMode
 from blobflow.stores.local.store import LocalStore
-from blobflow.streams.checkpoint import TransferRecord
 from blobflow.testing import Fifo, Symlink, Tree, read_tree, write_tree
 from blobflow.transport.checkpoints import LocalCheckpointStore, TransferJournal
+from blobflow.uploads.progress import TransferRecord
 from tests.kit import give_away
 
 VICTIM: Tree = {
