@@ -783,27 +783,6 @@ class StoreContract:
         store.get_range_into("object", 3, memoryview(buffer)[2:6])
         assert buffer == b"..3456.."
 
-    def test_a_range_is_handed_out_while_it_arrives(self, store: Store) -> None:
-        """Run after run without a gap, each as it lies there; what the caller raises comes out."""
-        data = _noise(2_500_000)
-        e_tag = store.put("object", data).e_tag
-        buffer = bytearray(2_200_000)
-        runs: list[tuple[int, int]] = []
-
-        def arrived(start: int, stop: int) -> None:
-            assert buffer[start:stop] == data[1000 + start : 1000 + stop]
-            runs.append((start, stop))
-
-        store.get_range_arriving("object", 1000, memoryview(buffer), arrived, e_tag=e_tag)
-        assert [start for start, _ in runs] == [0, *(stop for _, stop in runs[:-1])]
-        assert runs[-1][1] == len(buffer)
-
-        def refuse(start: int, stop: int) -> None:
-            raise ArithmeticError(start, stop)
-
-        with _raises(ArithmeticError):
-            store.get_range_arriving("object", 0, memoryview(buffer), refuse)
-
     def test_a_range_beyond_the_end_is_refused(self, store: Store) -> None:
         """An object that ends before the buffer is full is not what the caller thinks it is."""
         store.put("object", b"0123456789")

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from blobflow.artifact.checker import PayloadChecker, Place
+from blobflow.artifact.checker import PayloadChecker
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.members import permissions, visit_members
 from blobflow.artifact.small_file_lock import SmallFileLock
@@ -558,21 +558,10 @@ class Landing:
             IntegrityError: the bytes are not what the index promises; nothing wrong is kept as finished.
             DiskFull, RefusedError: it cannot be written; finished parts are kept.
         """
-        with self.arrival(part, data) as arrival:
-            arrival.arrived(0, part.length)
-            return arrival.settle()
-
-    @contextmanager
-    def arrival(self, part: Part, buffer: memoryview) -> Generator[Arrival]:
-        """The landing of a part that is being put into `buffer`."""
-        with _Writer(self.stage.tree / DATA_NAME, self.layout) as writer:
-            yield Arrival(self, part, buffer[: part.length], writer)
-
-    def check(self, part: Part, data: memoryview, place: Place | None) -> None:
-        """Hold a part to the index, and keep its contents through `place`; see `Arrival.settle`."""
         crowd = self._crowd.around(self.layout.entries_in(part.offset, part.length))
-        with crowd, writing(self.stage.dest):
-            self._checker.consume(part.offset, data, place)
+        with _Writer(self.stage.tree / DATA_NAME, self.layout) as writer, crowd, writing(self.stage.dest):
+            self._checker.consume(part.offset, data, writer.place)
+        return crc32c(data)
 
     def landed(self, part: Part, crc: int) -> None:
         """Note a part that `land` has finished; a killed process loses none of them. Thread-safe.
@@ -638,54 +627,6 @@ class Landing:
                     raise DigestMismatch(f"the stage of {self.stage.dest} lost bytes", what=path, member=member)
                 yield buffer[:count]
                 length -= count
-
-
-class Arrival:
-    """A part on its way: what has arrived of it is looked at while it is in the processor's cache.
-
-    Its CRC32C is always taken then. Written is then what lies inside the content of one large member; all else is
-    checked before it is written. Why: docs/design/017-while-it-arrives.md.
-    """
-
-    def __init__(self, landing: Landing, part: Part, data: memoryview, writer: _Writer) -> None:
-        self._landing = landing
-        self._part = part
-        self._data = data
-        self._writer = writer
-        self._crc = 0
-        self._inside = _inside_of(landing.layout, part)
-
-    def arrived(self, start: int, stop: int) -> None:
-        """Take the run `start` to `stop` of the part; see `Store.get_range_arriving`.
-
-        Raises:
-            DiskFull, RefusedError: it cannot be written.
-        """
-        run = self._data[start:stop]
-        self._crc = crc32c(run, self._crc if start else 0)
-        if self._inside is not None:
-            member, offset = self._inside
-            with writing(self._landing.stage.dest):
-                self._writer.place(member, offset + start, run)
-
-    def settle(self) -> int:
-        """Check all of the part, which has arrived, and write what is not yet; returns its CRC32C.
-
-        Raises:
-            IntegrityError: the bytes are not what the index promises; nothing wrong is kept as finished.
-            DiskFull, RefusedError: it cannot be written; finished parts are kept.
-        """
-        self._landing.check(self._part, self._data, None if self._inside else self._writer.place)
-        return self._crc
-
-
-def _inside_of(layout: TarMap, part: Part) -> tuple[int, int] | None:
-    """The member and its content's offset, if the part is nothing but a piece of that."""
-    span = next(layout.spans(part.offset, part.length), None)
-    if span is None or span.content_offset < 0 or span.length != part.length:
-        return None
-    member = span.entry - FIRST_MEMBER
-    return None if span.length == layout.index.sizes[member] else (member, span.content_offset)
 
 
 class _Writer:

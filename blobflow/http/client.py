@@ -110,26 +110,10 @@ class Response:
         Raises:
             WireError: the connection broke or went silent.
         """
-        return self._fill(buffer, 0, len(buffer))
-
-    def runs_into(self, buffer: memoryview, run_bytes: int) -> Iterator[tuple[int, int]]:
-        """Fill `buffer` as `read_into` does, and give `(start, stop)` of each run of it as soon as that is there.
-
-        Raises:
-            WireError: the connection broke or went silent.
-        """
-        start = 0
-        while start < len(buffer):
-            stop = self._fill(buffer, start, min(start + run_bytes, len(buffer)))
-            if stop == start:
-                return
-            yield start, stop
-            start = stop
-
-    def _fill(self, buffer: memoryview, filled: int, stop: int) -> int:
+        filled = 0
         try:
-            while filled < stop:
-                received = self._response.receive_into(buffer[filled:stop])
+            while filled < len(buffer):
+                received = self._response.receive_into(buffer[filled:])
                 if not received:
                     break
                 filled += received

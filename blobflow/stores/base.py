@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from blobflow.checksum import Buffer, crc32c
 from blobflow.durable import too_small
@@ -283,10 +283,6 @@ def check_key(key: str) -> str:
     return key
 
 
-Arrived: TypeAlias = Callable[[int, int], None]
-"""See `Store.get_range_arriving`."""
-
-
 class Coroutines(ABC):
     """Small objects of a store, whole, for the coroutines of one event loop: many requests at a time in one thread.
 
@@ -491,18 +487,6 @@ class Store(ABC):
         buffer = bytearray(length)
         self.get_range_into(key, offset, memoryview(buffer), e_tag=e_tag)
         return bytes(buffer)
-
-    def get_range_arriving(
-        self, key: str, offset: int, buffer: memoryview, arrived: Arrived, *, e_tag: str | None = None
-    ) -> None:
-        """`get_range_into` that hands out each run of the buffer while it is still in the processor's cache.
-
-        Args:
-            arrived: Called in this thread with `(start, stop)`, run after run without a gap. A request that is
-                repeated begins again at 0, and what was handed out before counts no more. What it raises ends the call.
-        """
-        self.get_range_into(key, offset, buffer, e_tag=e_tag)
-        arrived(0, len(buffer))
 
     def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
         """`list_parts` in pages of at most `page_size`, where the store has pages: to find out whether they end."""

@@ -11,7 +11,7 @@ from blobflow.activity import doing
 from blobflow.checksum import Buffer
 from blobflow.errors import SlowDown
 from blobflow.limits import AdaptiveLimit, Bandwidth
-from blobflow.stores.base import Arrived, Body, Coroutines, ObjectMeta, PartMeta, PutMode, Store, StoredObject
+from blobflow.stores.base import Body, Coroutines, ObjectMeta, PartMeta, PutMode, Store, StoredObject
 from blobflow.stores.wrapping import WrappingStore
 
 
@@ -64,13 +64,6 @@ class LimitedStore(WrappingStore):
     def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
         with self._place(len(buffer)):
             self.store.get_range_into(key, offset, buffer, e_tag=e_tag)
-
-    @override
-    def get_range_arriving(
-        self, key: str, offset: int, buffer: memoryview, arrived: Arrived, *, e_tag: str | None = None
-    ) -> None:
-        with self._place(len(buffer)):
-            self.store.get_range_arriving(key, offset, buffer, arrived, e_tag=e_tag)
 
     @override
     def coroutines(self) -> Coroutines | None:

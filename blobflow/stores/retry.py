@@ -22,7 +22,7 @@ from blobflow.errors import (
     TimedOut,
 )
 from blobflow.forks import reset_after_fork_of
-from blobflow.stores.base import Arrived, Body, Coroutines, ObjectMeta, PutMode, Store
+from blobflow.stores.base import Body, Coroutines, ObjectMeta, PutMode, Store
 from blobflow.stores.wrapping import WrappingStore
 
 _log = logging.getLogger(__name__)
@@ -126,12 +126,6 @@ class RetryingStore(WrappingStore):
             return None
         _log.info("store.put_arrived key=%s", key)
         return found.meta
-
-    @override
-    def get_range_arriving(
-        self, key: str, offset: int, buffer: memoryview, arrived: Arrived, *, e_tag: str | None = None
-    ) -> None:
-        self._call("get_range", key, lambda: self.store.get_range_arriving(key, offset, buffer, arrived, e_tag=e_tag))
 
     @override
     def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:

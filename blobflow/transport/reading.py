@@ -321,9 +321,7 @@ def land_parts(
     progress.begin()
 
     def move(part: Part, buffer: memoryview) -> int:
-        with landing.arrival(part, buffer) as arrival:
-            remote.fetch(part, buffer, arrival.arrived)
-            landing.landed(part, arrival.settle())
+        landing.landed(part, landing.land(part, remote.fetch(part, buffer)))
         return part.length
 
     move_parts(

@@ -29,7 +29,7 @@ from blobflow.errors import (
     ReplacementInProgress,
     SizeMismatch,
 )
-from blobflow.stores.base import Arrived, ObjectMeta, Store
+from blobflow.stores.base import ObjectMeta, Store
 from blobflow.transport.catalog import read_manifest_bytes
 from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 
@@ -141,13 +141,10 @@ class RemoteArtifact:
     def payload_crc32c(self) -> int:
         return payload_crc32c(self.manifest_bytes, self.manifest.body.size, self.manifest.body.crc32c)
 
-    def fetch(self, part: Part, buffer: memoryview, arrived: Arrived | None = None) -> memoryview:
-        """The bytes of a part of the pinned payload; see `Store.get_range_arriving` for `arrived`."""
+    def fetch(self, part: Part, buffer: memoryview) -> memoryview:
+        """The bytes of a part of the pinned payload."""
         view = buffer[: part.length]
-        if arrived is None:
-            self.store.get_range_into(self.key, part.offset, view, e_tag=self.payload.e_tag)
-        else:
-            self.store.get_range_arriving(self.key, part.offset, view, arrived, e_tag=self.payload.e_tag)
+        self.store.get_range_into(self.key, part.offset, view, e_tag=self.payload.e_tag)
         return view
 
     def progress(

@@ -13,7 +13,6 @@ import pytest
 from blobflow import Artifact, TransferRecord, download, upload
 from blobflow.artifact.landing import STAGE_PREFIX, Landing, Stage, check_destination, remove_stage
 from blobflow.artifact.tarmap import FIRST_MEMBER
-from blobflow.checksum import crc32c
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import DestinationNotEmpty, DigestMismatch, DiskFull, RefusedError, TransferBusy
 from blobflow.stores.local.store import LocalStore
@@ -188,40 +187,15 @@ def test_old_bytes_never_shine_through_a_hole(tmp_path: Path):
             assert (stage.tree / "data" / "f").read_bytes() == bytes(400_000)
 
 
-def test_a_part_that_arrives_twice_counts_as_it_came_last(tmp_path: Path):
-    """A request that broke is repeated from the start: checksum, SHA-256 and file are those of the second answer."""
-    (tmp_path / "source").mkdir()
-    content = noise(3_000_000)
-    (tmp_path / "source" / "f").write_bytes(content)
-    artifact = artifact_of(tmp_path)
-    with Stage(tmp_path / "dest", artifact.digest).held() as stage:
-        landing = Landing(stage, artifact.layout, plan_of(artifact, 1_000_000))
-        for number in range(1, len(landing.plan) + 1):
-            part, data = part_of(artifact, landing, number)
-            buffer = memoryview(bytearray(part.length))
-            with landing.arrival(part, buffer) as arrival:
-                arrival.arrived(0, min(700, part.length))  # zeros, which the file does not have
-                buffer[:] = data
-                for start in range(0, part.length, 300_000):
-                    arrival.arrived(start, min(start + 300_000, part.length))
-                crc = arrival.settle()
-            assert crc == crc32c(data)
-            landing.landed(part, crc)
-        assert (stage.tree / "data" / "f").read_bytes() == content
-
-
-def test_only_large_members_are_written_before_they_are_checked(artifact: Artifact, tmp_path: Path):
-    """A small file whose bytes are wrong never comes into being, however its part arrives."""
+def test_a_small_file_whose_bytes_are_wrong_never_comes_into_being(artifact: Artifact, tmp_path: Path):
+    """A part is checked before it is written."""
     with Stage(tmp_path / "dest", artifact.digest).held() as stage:
         landing = Landing(stage, artifact.layout, plan_of(artifact, 1 << 20))
         part, data = part_of(artifact, landing, 1)
         small = next(m for m, size in enumerate(artifact.layout.index.sizes) if size)
         data[artifact.layout.content_range(small + FIRST_MEMBER)[0] - part.offset] ^= 1
-        with landing.arrival(part, data) as arrival:
-            arrival.arrived(0, part.length)
-            assert [path for path in stage.tree.rglob("*") if path.is_file() and path.stat().st_size] == []
-            with pytest.raises(DigestMismatch):
-                arrival.settle()
+        with pytest.raises(DigestMismatch):
+            landing.land(part, data)
         assert not (stage.tree / "data" / artifact.layout.index.paths[small]).exists()
 
 

@@ -47,7 +47,6 @@ from blobflow.errors import (
 )
 from blobflow.http.client import HttpError, Response
 from blobflow.stores.base import (
-    Arrived,
     Body,
     Capabilities,
     Coroutines,
@@ -115,9 +114,6 @@ PAGE = 1000
 
 ABORT_ROUNDS = 5
 """A part that was under way while its upload was aborted may appear afterwards; then it is aborted again."""
-
-RUN_BYTES = 1024**2
-"""What is handed out of an answer at once: small enough for the processor's cache, and few system calls."""
 
 _SKEW_S = 60.0
 """Less is not why a request is refused: S3 takes a quarter of an hour."""
@@ -228,15 +224,6 @@ class S3Store(Store):
 
     @override
     def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
-        self._get_range(key, offset, buffer, None, e_tag)
-
-    @override
-    def get_range_arriving(
-        self, key: str, offset: int, buffer: memoryview, arrived: Arrived, *, e_tag: str | None = None
-    ) -> None:
-        self._get_range(key, offset, buffer, arrived, e_tag)
-
-    def _get_range(self, key: str, offset: int, buffer: memoryview, arrived: Arrived | None, e_tag: str | None) -> None:
         check_key(key)
         buffer = buffer.cast("B")
         wanted = len(buffer)
@@ -274,12 +261,7 @@ class S3Store(Store):
                     expected=offset + wanted,
                     actual=end,
                 )
-            received = 0
-            if arrived is None:
-                received = answer.read_into(buffer)
-            else:
-                for start, received in answer.runs_into(buffer, RUN_BYTES):
-                    arrived(start, received)
+            received = answer.read_into(buffer)
             if received < wanted:
                 raise cut_short(call, received, wanted)
 
