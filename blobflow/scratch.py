@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from blobflow.durable import names_file
 from blobflow.errors import RefusedError, TransferBusy, writing
 from blobflow.private import PrivateDirectory
 from blobflow.trees import make_directories
@@ -51,7 +52,7 @@ def scratch_directory(source: Path, parent: Path | None = None) -> Generator[Pat
             except FileNotFoundError:
                 continue
             with scratch:
-                if not scratch.hold() or not os.fstat(scratch.descriptor).st_nlink:
+                if not scratch.hold() or not names_file(name, scratch.descriptor, dir_fd=above):
                     continue
                 try:
                     yield scratch.path

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 from typing import Final
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from blobflow.durable import append_lines, replace_file, whole_lines
 from blobflow.errors import ArtifactInvalid
 from blobflow.private import open_own
 from blobflow.untrusted import UtcTime, read_model
@@ -35,7 +37,7 @@ class HistoryEntry(BaseModel):
 
 
 def read_history(mirror: Path) -> list[HistoryEntry]:
-    """The imports into a mirror that are remembered, oldest first; lines torn by a kill are passed over."""
+    """The imports into a mirror that are remembered, oldest first; what a kill left of a line is passed over."""
     try:
         # O_NONBLOCK: a pipe that somebody put there must not hang; it means nothing for files.
         with open(mirror / HISTORY_NAME, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -43,7 +45,7 @@ def read_history(mirror: Path) -> list[HistoryEntry]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     entries: list[HistoryEntry] = []
-    for line in data.splitlines():
+    for _, line in whole_lines(io.BytesIO(data)):
         try:
             entries.append(read_model(HistoryEntry, line, "line of the history"))
         except ArtifactInvalid:
@@ -54,12 +56,13 @@ def read_history(mirror: Path) -> list[HistoryEntry]:
 def add_to_history(mirror: Path, entry: HistoryEntry) -> None:
     """Append an import, durably. The caller holds the mirror, because a long history is written anew."""
     path = mirror / HISTORY_NAME
-    # The newline in front ends a line that a killed process left torn, which would swallow this one.
     descriptor = open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    with os.fdopen(descriptor, "ab", buffering=0) as file:
-        file.write(b"\n" + entry.model_dump_json().encode() + b"\n")
-        os.fsync(file.fileno())
-        too_long = file.tell() > _MAX_BYTES
+    try:
+        append_lines(descriptor, [entry.model_dump_json()])
+        os.fsync(descriptor)
+        too_long = os.fstat(descriptor).st_size > _MAX_BYTES
+    finally:
+        os.close(descriptor)
     if too_long:
         kept: list[bytes] = []
         size = 0
@@ -69,9 +72,4 @@ def add_to_history(mirror: Path, entry: HistoryEntry) -> None:
             if kept and size > _MAX_BYTES // 2:
                 break
             kept.append(line)
-        partial = mirror / f".{HISTORY_NAME}.partial"
-        with open(partial, "wb") as file:
-            file.writelines(reversed(kept))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        replace_file(path, b"".join(reversed(kept)))

@@ -10,7 +10,6 @@ one step. Whoever runs the same file again executes what is in neither, and what
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Final, cast
+from typing import Any, Final, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +27,7 @@ import pyarrow.parquet as pq
 from blobflow.artifact.pages import DELTA_BYTE_ARRAY, DICTIONARY, FileBytes, check_foreign_footer, column_chunks, pages
 from blobflow.batch.operations import BatchResult, Delete, Get, Got, Insert, Inserted, Operation
 from blobflow.batch.stream import BatchExecutor
+from blobflow.durable import append_at, names_file, try_lock, whole_lines
 from blobflow.errors import (
     ArtifactInvalid,
     BlobflowError,
@@ -370,43 +370,41 @@ class _Journal:
         self._digest = digest
         self._payloads = payloads
         self._fresh = fresh
+        self._end = 0
+        """Bytes of the whole lines."""
         self._rows: list[str] = []
         self._flushed_at = 0.0
 
     def __enter__(self) -> _Journal:
         with writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = open_own(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-            self._file: IO[bytes] = os.fdopen(descriptor, "a+b")
+            self._descriptor = open_own(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+            self._file = os.fdopen(self._descriptor, "rb")
+        # Whoever has just ended has taken the journal along.
+        if not try_lock(self._descriptor) or not names_file(self._path, self._descriptor):
+            self._file.close()
+            hint = "wait for it to end"
+            raise TransferBusy(f"another process works on {self._table}", hint=hint, path=str(self._table))
         try:
             self._begin()
         except BaseException:
-            if not os.fstat(self._file.fileno()).st_size:
+            if not os.fstat(self._descriptor).st_size:
                 self._path.unlink(missing_ok=True)
             self._file.close()
             raise
         return self
 
     def _begin(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._busy() from None
-        if not os.fstat(self._file.fileno()).st_nlink:
-            raise self._busy()  # it has just ended, and taken the journal along
         if self._fresh:
-            self._file.truncate(0)
+            os.ftruncate(self._descriptor, 0)
             self._table.unlink(missing_ok=True)
-        self._file.seek(0)
-        header = self._file.readline()
-        if header.endswith(b"\n"):
+        _, header = next(whole_lines(self._file), (0, b""))
+        if header:
             self._check(self._parsed(header).get("operations_sha256"))
             for _, row in self._read():
                 self._learn(row)
-            self._file.seek(self._end)
-            self._file.truncate()  # half a line, if there is one
             return
-        self._file.truncate(0)
+        os.ftruncate(self._descriptor, 0)
         head = json.dumps({"format": FORMAT, "operations_sha256": self._digest})
         before = self._of_table() if self._table.exists() else ()
         rows = (json.dumps(row) for row in before if self._learn(row))
@@ -414,9 +412,6 @@ class _Journal:
         self._write([head, *filter(None, [first])])
         for row in rows:
             self._write([row])
-
-    def _busy(self) -> TransferBusy:
-        return TransferBusy(f"another process works on {self._table}", hint="wait for it to end", path=str(self._table))
 
     def _check(self, digest: Any) -> None:
         if digest != self._digest:
@@ -439,11 +434,10 @@ class _Journal:
 
     def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Offset and content of each whole line after the first."""
-        self._file.seek(0)
-        self._end = len(self._file.readline())
-        while (line := self._file.readline()).endswith(b"\n"):
-            yield self._end, self._row_in(line)
-            self._end += len(line)
+        for end, line in whole_lines(self._file):
+            if end > len(line):
+                yield end - len(line), self._row_in(line)
+            self._end = end
 
     def _parsed(self, line: bytes) -> dict[str, Any]:
         try:
@@ -496,15 +490,15 @@ class _Journal:
             self._flush()
 
     def _flush(self) -> None:
-        rows, self._rows = self._rows, []
         self._flushed_at = time.monotonic()
-        if rows:
-            self._write(rows)
+        if self._rows:
+            self._write(self._rows)
+            self._rows = []
 
     def _write(self, lines: list[str]) -> None:
+        data = "".join(f"{line}\n" for line in lines).encode()
         with writing(self._path):
-            self._file.write("".join(line + "\n" for line in lines).encode())
-            self._file.flush()
+            self._end = append_at(self._descriptor, self._end, data, durable=False)
 
     def publish(self) -> _Counts:
         """Turn the journal into the table, which appears whole."""

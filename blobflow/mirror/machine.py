@@ -21,6 +21,7 @@ A refusal changes nothing.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from pydantic import JsonValue
 
 from blobflow.checksum import Buffer, combine_crc32c, crc32c
 from blobflow.config import MIB
+from blobflow.durable import whole_lines
 from blobflow.errors import (
     BlobflowError,
     ChecksumMismatch,
@@ -327,13 +329,11 @@ def _line(record: dict[str, Any]) -> bytes:
 
 
 def _records(journal: bytes) -> Iterable[tuple[dict[str, Any], int]]:
-    """The whole records from the beginning, each with the offset behind it."""
-    end = 0
-    for line in journal.splitlines(keepends=True):
+    """The whole records from the beginning, each with the offset after it."""
+    for end, line in whole_lines(io.BytesIO(journal)):
         told, _, text = line.partition(b" ")
-        if not line.endswith(b"\n") or told != b"%08x" % crc32c(text[:-1]):
+        if told != b"%08x" % crc32c(text[:-1]):
             return
-        end += len(line)
         try:
             record = read_object(text, "record")
         except BlobflowError:

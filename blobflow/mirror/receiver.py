@@ -11,7 +11,6 @@ database lie beside each other, in the order of their positions, and none ever t
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -26,6 +25,7 @@ from typing import Final, Literal, NamedTuple, overload
 
 from blobflow.checksum import Buffer
 from blobflow.config import MIB
+from blobflow.durable import append_at, lock, try_lock, write_all
 from blobflow.errors import (
     AtCapacity,
     BlobflowError,
@@ -129,11 +129,9 @@ class MirrorReceiver:
         self._guard = threading.Lock()
         with writing(self._directory), _directory_of(self._directory, make=True) as own:
             self._lock_file = own.open(".lock", os.O_RDWR | os.O_CREAT)
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._lock_file):
             os.close(self._lock_file)
-            raise TransferBusy(f"another receiver uses {self._directory}", path=str(self._directory)) from None
+            raise TransferBusy(f"another receiver uses {self._directory}", path=str(self._directory))
 
     def handle(self, envelope: SnapshotEnvelope) -> Pending | Committed:
         """Take one chunk; see the table in `blobflow.mirror.machine`. It is written when this returns.
@@ -467,7 +465,7 @@ class _Files:
     def follow(self, snapshot: SnapshotId, cursor: Cursor) -> Step:
         """Note that a complete snapshot was imported. Other processes may do so at the same time."""
         with suppress(FileNotFoundError), self._own() as own, _file(own, self.journal, os.O_RDONLY) as journal:
-            fcntl.flock(journal, fcntl.LOCK_EX)
+            lock(journal)
             # Without repair: what is not complete is the receiver's, which may be writing to it.
             step = machine.follow(self.restore(snapshot, repair=False), cursor)
             for action in step.actions:
@@ -502,18 +500,16 @@ class _Files:
         with _doing("begin journal", self.journal), self._own() as own:
             fresh = self.journal.with_suffix(".journal-new")
             with _file(own, fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:
-                _write_all(file, record, 0)
-                os.fsync(file)
+                self._journal_end = append_at(file, 0, record)
             own.rename(fresh.name, self.journal.name)
             own.sync()
-            self._journal_end = len(record)
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
         with _doing("open partial file", self.partial), self._own() as own, _file(own, self.partial, flags):
             own.sync()
 
     def _write(self, offset: int, data: Buffer) -> None:
         with _doing("write partial chunk", self.partial), self._own() as own, _file(own, self.partial) as file:
-            _write_all(file, data, offset)
+            write_all(file, data, offset)
 
     def _checkpoint(self, record: bytes) -> None:
         with _doing("sync partial file", self.partial), self._own() as own:
@@ -521,10 +517,7 @@ class _Files:
                 with _file(own, self.partial, os.O_RDONLY) as file:
                     os.fdatasync(file)
         with _doing("append to journal", self.journal), self._own() as own, _file(own, self.journal) as file:
-            os.ftruncate(file, self._journal_end)  # of a record that somebody was killed in
-            _write_all(file, record, self._journal_end)
-            os.fsync(file)
-            self._journal_end += len(record)
+            self._journal_end = append_at(file, self._journal_end, record)
 
     def _commit(self) -> None:
         reading = os.O_RDONLY
@@ -568,13 +561,6 @@ def _file(directory: PrivateDirectory, path: Path, flags: int = os.O_RDWR) -> Ge
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _write_all(descriptor: int, data: Buffer, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
 
 
 def _doing(operation: str, path: Path) -> AbstractContextManager[None]:

@@ -7,7 +7,6 @@ continue, and shows it in one step at the end.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -20,7 +19,7 @@ from typing_extensions import override
 
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import MIB
-from blobflow.durable import check_room
+from blobflow.durable import check_room, fsync_directory, names_file, try_lock
 from blobflow.engine.plan import TransferPlan
 from blobflow.errors import (
     ChecksumMismatch,
@@ -214,11 +213,10 @@ class FileTarget(SessionTarget):
         with writing(self.path):
             descriptor = open_own(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            size = os.fstat(descriptor).st_size
             # Whoever held the lock before may have given the file its final name, or removed it.
-            if not self._partial.exists() or os.stat(self._partial).st_ino != os.fstat(descriptor).st_ino:
-                raise BlockingIOError
+            if not try_lock(descriptor) or not names_file(self._partial, descriptor):
+                raise TransferBusy(f"another process writes {self.path}", path=str(self.path))
+            size = os.fstat(descriptor).st_size
             if size < checkpoint.offset:
                 checkpoint.restart()
             try:
@@ -229,9 +227,6 @@ class FileTarget(SessionTarget):
                 raise
             with writing(self.path):
                 os.ftruncate(descriptor, checkpoint.offset)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise TransferBusy(f"another process writes {self.path}", path=str(self.path)) from None
         except BaseException:
             os.close(descriptor)
             raise
@@ -269,11 +264,7 @@ class FileTarget(SessionTarget):
                 self._refuse_existing()
                 raise
             os.unlink(self._partial)
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        fsync_directory(self.path.parent)
 
     @override
     def leave(self, *, keep: bool) -> None:

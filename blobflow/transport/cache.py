@@ -14,7 +14,6 @@ feet of its users: locks end with the process, also when it is killed.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -31,6 +30,7 @@ from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.leftovers import remove_stages
 from blobflow.artifact.members import verify_members
 from blobflow.config import ChunkProfile
+from blobflow.durable import lock, try_lock
 from blobflow.errors import (
     DiskFull,
     IntegrityError,
@@ -278,12 +278,10 @@ def _alone(root: PrivateDirectory, name: str, on_wait: Callable[[], None] | None
         with writing(root.path):
             descriptor = root.open(name, os.O_RDWR | os.O_CREAT)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(descriptor):
                 if on_wait:
                     on_wait()
-                fcntl.flock(descriptor, fcntl.LOCK_EX)  # a signal whose handler raises ends the wait
+                lock(descriptor)  # a signal whose handler raises ends the wait
             if not root.names_file(name, descriptor):
                 continue  # whoever held it has removed it, and whoever comes now locks another one
             try:

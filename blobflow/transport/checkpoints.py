@@ -20,6 +20,7 @@ from typing import Final, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from blobflow.durable import append_lines, whole_lines
 from blobflow.errors import ArtifactInvalid, UsageError, writing
 from blobflow.owner import process_owner
 from blobflow.private import PrivateDirectory
@@ -220,22 +221,25 @@ class LocalCheckpointStore:
     def read(self, transfer_id: str) -> str | None:
         path = self._path(transfer_id)
         try:
-            with PrivateDirectory.at(self._directory, make=False) as directory:
-                data = directory.read(path.name)
+            with (
+                PrivateDirectory.at(self._directory, make=False) as directory,
+                os.fdopen(directory.open(path.name, os.O_RDONLY), "rb") as file,
+            ):
+                # A line that was torn, and ended by the newline before the next one, is not a record either.
+                records = [line for _, line in whole_lines(file) if line.startswith(b"{") and line.endswith(b"}\n")]
         except FileNotFoundError:
             return None
-        whole = [line for line in data.split(b"\n")[:-1] if line.startswith(b"{") and line.endswith(b"}")]
-        return whole[-1].decode(errors="replace") if whole else None
+        return records[-1].decode(errors="replace").rstrip("\n") if records else None
 
     def append(self, checkpoint: Checkpoint) -> None:
         path = self._path(checkpoint.record.transfer_id)
-        # The newline before ends a line that somebody was killed in.
-        line = f"\n{checkpoint.to_json()}\n".encode()
         with writing(path), PrivateDirectory.at(self._directory) as directory:
             descriptor = directory.open(path.name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-            with open(descriptor, "ab", buffering=0) as file:
-                file.write(line)
-                os.fsync(file.fileno())
+            try:
+                append_lines(descriptor, [checkpoint.to_json()])
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
             directory.sync()
 
     def _path(self, transfer_id: str) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from blobflow import durable
 from blobflow.durable import (
     append_at,
     append_lines,
@@ -230,3 +231,12 @@ class TestLocks:
         with pytest.raises(RefusedError):
             take_lock_file(path, "nobody")
         assert not path.with_name("elsewhere").exists()
+
+
+def test_every_lock_is_taken_here():
+    """Only `durable` calls flock(2); the other modules say what they want by its functions."""
+    package = Path(durable.__file__).parent
+    found = {
+        str(module.relative_to(package)) for module in package.rglob("*.py") if "fcntl.flock(" in module.read_text()
+    }
+    assert {name for name in found if not name.startswith("stores/local/")} == {"durable.py"}
