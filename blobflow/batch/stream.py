@@ -21,6 +21,7 @@ from typing import Any, Final, TypeAlias, cast
 
 from typing_extensions import Self
 
+from blobflow.backoff import DEFAULT_PATIENCE_S
 from blobflow.batch.operations import (
     ALL_PERMISSIONS,
     PIECE_BYTES,
@@ -47,7 +48,7 @@ from blobflow.batch.runners import (
 from blobflow.errors import AtCapacity, BlobflowError, PayloadTooLarge, PermissionMissing, SlowDown, UsageError
 from blobflow.limits import AdaptiveLimit, ByteBudget, Permits, memory_budget
 from blobflow.stores.base import ObjectMeta, Store, check_key
-from blobflow.stores.retry import DEFAULT_PATIENCE_S, RetryingStore
+from blobflow.stores.retry import RetryingStore
 
 MAX_PAYLOAD_BYTES: Final = 1024 * 1024
 """Of an insert. What is larger deserves an upload that can be resumed."""

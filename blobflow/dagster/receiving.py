@@ -19,6 +19,7 @@ from pydantic import Field, JsonValue
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends import Importer, ImportResult, OnProgress
+from blobflow.backoff import DEFAULT_PATIENCE_S
 from blobflow.dagster import metadata as md
 from blobflow.dagster.mirror import MIRRORS, ArtifactMirror, artifact_mirror
 from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY
@@ -27,7 +28,6 @@ from blobflow.dagster.translator import BlobflowTranslator
 from blobflow.errors import UsageError, expanded
 from blobflow.mirror import Bootstrapping, ReceivedStore, SnapshotId, read_snapshots
 from blobflow.stores import Store
-from blobflow.stores.retry import DEFAULT_PATIENCE_S
 
 KEEP_SNAPSHOTS: Final = 2
 """The one that is shown, and the one before, to go back to."""

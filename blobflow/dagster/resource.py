@@ -9,12 +9,12 @@ import dagster as dg
 from pydantic import Field, PrivateAttr, model_validator
 from typing_extensions import Self
 
+from blobflow.backoff import DEFAULT_PATIENCE_S
 from blobflow.config import ChunkProfile
 from blobflow.coordination.lease_store import LeaseStore, ObjectLeaseStore
 from blobflow.errors import UsageError, expanded
 from blobflow.fields import KnownFields, check_names
 from blobflow.stores import Store, open_store
-from blobflow.stores.retry import DEFAULT_PATIENCE_S
 
 STORE_DIR: Final = "blobflow/store"
 SCRATCH_DIR: Final = "blobflow/scratch"

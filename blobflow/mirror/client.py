@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import re
 import ssl
 import time
@@ -14,6 +13,7 @@ from urllib.parse import urlencode, urlsplit
 
 from blobflow import errors
 from blobflow.activity import Activity, doing
+from blobflow.backoff import DEFAULT_PATIENCE_S, Backoff
 from blobflow.checksum import Buffer
 from blobflow.config import MIB
 from blobflow.credentials import cleaned
@@ -32,7 +32,6 @@ from blobflow.http.client import HttpClient, HttpError, Response
 from blobflow.mirror.envelope import SnapshotId, head_bytes
 from blobflow.mirror.sending import DEFAULT_CHUNK_BYTES, Snapshot
 from blobflow.stores.base import Body
-from blobflow.stores.retry import DEFAULT_PATIENCE_S
 from blobflow.untrusted import plain, read_object
 from blobflow.version import __version__
 
@@ -45,8 +44,6 @@ _MAX_ANSWER_BYTES: Final = 8 * MIB
 _MAX_FIELDS: Final = 20
 _FIELD: Final = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _LARGEST: Final = 1 << 64
-_FIRST_WAIT_S: Final = 0.25
-_LONGEST_WAIT_S: Final = 20.0
 
 
 @dataclass(frozen=True)
@@ -140,7 +137,7 @@ class MirrorClient:
         on_progress: Callable[[int, int], None] | None,
     ) -> PushResult:
         started = self._clock()
-        tries = _Tries(activity, self._patience_s, self._sleep, self._clock)
+        backoff = Backoff(self._patience_s, self._clock)
         total, sent = snapshot.total_bytes, 0
         held: int | None = None
         at: dict[str, Any] | None = None
@@ -158,15 +155,16 @@ class MirrorClient:
                 end = min(total, offset + request_bytes)
                 sent += end - offset
                 at = self._send(snapshot, offset, end, chunk_bytes)
-                tries.succeeded()
+                activity.went_on()
+                backoff = Backoff(self._patience_s, self._clock)
             except (OffsetRegressionError, TemporaryError) as error:
                 at = None
-                tries.failed(error)
+                self._wait(backoff, error, activity)
             except ChecksumMismatch as error:
                 if error.fields.get("what") == "snapshot":
                     raise
                 at = None  # a chunk was damaged on its way
-                tries.failed(error)
+                self._wait(backoff, error, activity)
         status = "pushed" if sent or not total else "unchanged"
         return PushResult(status, snapshot.id, total, sent, held or 0, self._clock() - started)
 
@@ -194,6 +192,13 @@ class MirrorClient:
 
     def __repr__(self) -> str:
         return f"<MirrorClient {self.url}>"
+
+    def _wait(self, backoff: Backoff, error: BlobflowError, activity: Activity) -> None:
+        """Wait before the next attempt; raises `error` if there is none."""
+        wait_s = backoff.wait_s(error)
+        log.info("mirror.retry error=%s failures=%d", type(error).__name__, backoff.failures)
+        activity.blocked_by(f"{error.message}; next attempt in {wait_s:.0f} s")
+        self._sleep(wait_s)
 
     def _send(self, snapshot: Snapshot, offset: int, end: int, chunk_bytes: int) -> dict[str, Any]:
         """One request's worth; where the receiver stands then."""
@@ -303,36 +308,3 @@ def _fields_of(told: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(fields.get("retry_after_s", 0), int | float):
         del fields["retry_after_s"]
     return fields
-
-
-class _Tries:
-    """Waits between attempts, exponentially with full jitter, until the patience is used up."""
-
-    def __init__(
-        self, activity: Activity, patience_s: float, sleep: Callable[[float], None], clock: Callable[[], float]
-    ) -> None:
-        self._activity = activity
-        self._patience_s = patience_s
-        self._sleep = sleep
-        self._clock = clock
-        self.succeeded()
-
-    def succeeded(self) -> None:
-        self._activity.went_on()
-        self._failures = 0
-        self._deadline: float | None = None
-
-    def failed(self, error: BlobflowError) -> None:
-        """Wait; raises `error` if that was the last attempt."""
-        now = self._clock()
-        if self._deadline is None:
-            self._deadline = now + self._patience_s
-        if now >= self._deadline:
-            raise error
-        log.info("mirror.retry error=%s failures=%d", type(error).__name__, self._failures + 1)
-        asked_s = float(error.fields.get("retry_after_s", 0))
-        backoff_s = random.uniform(0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**self._failures))
-        self._failures += 1
-        wait_s = min(max(asked_s, backoff_s), self._deadline - now)
-        self._activity.blocked_by(f"{error.message}; next attempt in {wait_s:.0f} s")
-        self._sleep(wait_s)

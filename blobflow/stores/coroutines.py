@@ -12,10 +12,11 @@ from typing import TypeVar
 from typing_extensions import override
 
 from blobflow.activity import doing
-from blobflow.errors import BlobflowError, SlowDown, StoreUnavailable, TimedOut
+from blobflow.backoff import Backoff
+from blobflow.errors import BlobflowError, SlowDown
 from blobflow.limits import AdaptiveLimit, Bandwidth
 from blobflow.stores.base import Body, Coroutines, ObjectMeta, StoredObject
-from blobflow.stores.retry import Patience, RetryingStore
+from blobflow.stores.retry import RetryingStore
 
 _T = TypeVar("_T")
 
@@ -44,19 +45,13 @@ class RetryingCoroutines(Coroutines):
         await self._inner.close()
 
     async def _call(self, operation: str, key: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
-        patience: Patience | None = None
+        backoff = Backoff(self._store.patience_s, self._store.clock)
         with doing(f"{operation} of {key!r}", where=self._store.place, task=asyncio.current_task()) as activity:
             while True:
                 try:
                     return await attempt()
                 except BlobflowError as error:
-                    self._store.locate(error)
-                    if not isinstance(error, StoreUnavailable | TimedOut):
-                        raise
-                    patience = patience or self._store.patience(operation, key)
-                    wait_s = patience.wait_s(error)
-                    if wait_s is None:
-                        raise
+                    wait_s = self._store.wait_s(backoff, operation, key, error)
                     reason = error.message
                 activity.blocked_by(f"{reason}; next attempt in {wait_s:.0f} s")
                 await asyncio.sleep(wait_s)

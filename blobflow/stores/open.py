@@ -10,11 +10,12 @@ from urllib.parse import unquote
 
 from pydantic import ValidationError
 
+from blobflow.backoff import DEFAULT_PATIENCE_S
 from blobflow.errors import InvalidStoreUrl, UsageError
 from blobflow.limits import shared_bandwidth, shared_requests
 from blobflow.stores.base import Store
 from blobflow.stores.limited import LimitedStore
-from blobflow.stores.retry import DEFAULT_PATIENCE_S, RetryingStore
+from blobflow.stores.retry import RetryingStore
 
 _HINT = "use s3://bucket/prefix, file:///absolute/path, a path, or the URL of an fsspec file system"
 

@@ -22,6 +22,7 @@ from typing import Any, Final, Literal, TypeVar
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import override
 
+from blobflow.backoff import DEFAULT_PATIENCE_S
 from blobflow.checksum import Buffer, crc32c
 from blobflow.errors import (
     BlobflowError,
@@ -40,7 +41,7 @@ from blobflow.errors import (
 )
 from blobflow.stores.base import Body, Capabilities, ObjectMeta, PutMode, Store
 from blobflow.stores.probe_memory import ProbeMemory
-from blobflow.stores.retry import DEFAULT_PATIENCE_S, RetryingStore
+from blobflow.stores.retry import RetryingStore
 from blobflow.stores.wrapping import WrappingStore
 
 _log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from typing import TypeVar
 from typing_extensions import override
 
 from blobflow.activity import doing
+from blobflow.backoff import DEFAULT_PATIENCE_S, Backoff
 from blobflow.checksum import Buffer
 from blobflow.errors import (
     BlobflowError,
@@ -29,12 +30,6 @@ _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-DEFAULT_PATIENCE_S = 120.0
-"""Longer than a store's restart or a failover; shorter than an operator's."""
-
-_FIRST_WAIT_S = 0.25
-_LONGEST_WAIT_S = 20.0
-"""Beyond that, waiting longer helps the store no more and costs the transfer its restart."""
 _READ_BACK_BYTES = 2 * 1024 * 1024
 """Conditional writes are manifests, refs and leases; all of them are below this size."""
 
@@ -42,8 +37,8 @@ _READ_BACK_BYTES = 2 * 1024 * 1024
 class RetryingStore(WrappingStore):
     """Repeats the calls of `store` that failed with `StoreUnavailable`, `SlowDown` or `TimedOut`; any store fits in.
 
-    The waits are exponential with full jitter, and at least as long as the store asks for. A call fails when its
-    patience is used up, with the error of its last attempt; `ObjectChanged` and all other errors pass through at once.
+    When is the rule of `blobflow.backoff`. A call fails when its patience ends, with the error of its last attempt;
+    `ObjectChanged` and all other errors pass through at once.
 
     A conditional put may meet its own success: the first attempt arrived, its answer was lost, and the second one is
     refused. Then the object is read back, and equal bytes count as success. Two writers who put equal bytes cannot be
@@ -55,14 +50,14 @@ class RetryingStore(WrappingStore):
 
     Args:
         store: The store that makes the attempts.
-        patience_s: Seconds from the first failure of a call to its last attempt. They do not begin with the call,
-            because one attempt alone may be silent for that long before it times out.
+        patience_s: Seconds from the first failure of a call to its last attempt.
         sleep: Waits that many seconds.
         clock: Monotonic seconds.
 
     Attributes:
         retries: Attempts repeated so far, over all calls.
         slow_downs: Those among them that the store answered with SlowDown.
+        patience_s: As given.
         clock: Monotonic seconds.
     """
 
@@ -77,7 +72,7 @@ class RetryingStore(WrappingStore):
         super().__init__(store)
         self.retries = 0
         self.slow_downs = 0
-        self._patience_s = patience_s
+        self.patience_s = patience_s
         self._sleep = sleep
         self.clock = clock
         self.reset_after_fork()
@@ -148,19 +143,13 @@ class RetryingStore(WrappingStore):
 
     @override
     def _call(self, operation: str, key: str, attempt: Callable[[], _T]) -> _T:
-        patience: Patience | None = None
+        backoff = Backoff(self.patience_s, self.clock)
         with doing(f"{operation} of {key!r}", where=self.place) as activity:
             while True:
                 try:
                     return attempt()
                 except BlobflowError as error:
-                    self.locate(error)
-                    if not isinstance(error, StoreUnavailable | TimedOut):
-                        raise
-                    patience = patience or self.patience(operation, key)
-                    wait_s = patience.wait_s(error)
-                    if wait_s is None:
-                        raise
+                    wait_s = self.wait_s(backoff, operation, key, error)
                     reason = error.message
                 activity.blocked_by(f"{reason}; next attempt in {wait_s:.0f} s")
                 self._sleep(wait_s)
@@ -183,16 +172,16 @@ class RetryingStore(WrappingStore):
             endpoint = ""
         return f"{self.url} at {endpoint}" if endpoint else self.url
 
-    def locate(self, error: BlobflowError) -> None:
-        """Have an error of the store say where it happened."""
+    def wait_s(self, backoff: Backoff, operation: str, key: str, error: BlobflowError) -> float:
+        """Seconds until a call that failed with `error` is repeated, which is counted and logged.
+
+        Raises:
+            `error` itself, located, where it is not repeated.
+        """
         error.locate(self.url, self.place())
-
-    def patience(self, operation: str, key: str) -> Patience:
-        """What a call has whose first attempt has just failed."""
-        return Patience(self, operation, key, self.clock() + self._patience_s)
-
-    def note_retry(self, operation: str, key: str, attempt: int, wait_s: float, error: BlobflowError) -> None:
-        """Count and log that an attempt failed and will be repeated."""
+        if not isinstance(error, StoreUnavailable | TimedOut):
+            raise error
+        wait_s = backoff.wait_s(error)
         with self._lock:
             self.retries += 1
             self.slow_downs += isinstance(error, SlowDown)
@@ -200,49 +189,12 @@ class RetryingStore(WrappingStore):
             "store.retry operation=%s key=%s attempt=%d wait_s=%.2f error=%s",
             operation,
             key,
-            attempt,
+            backoff.failures,
             wait_s,
             type(error).__name__,
         )
+        return wait_s
 
     @override
     def __repr__(self) -> str:
         return f"<RetryingStore {self.store!r}, {self.retries} retries>"
-
-
-class Patience:
-    """How often a call is repeated, and when; it does no waiting itself, so threads and coroutines share it."""
-
-    def __init__(self, store: RetryingStore, operation: str, key: str, ends_at: float) -> None:
-        self._store = store
-        self._operation = operation
-        self._key = key
-        self._ends_at = ends_at
-        self._attempts = 0
-        self._backoff = _backoff()
-
-    def wait_s(self, error: BlobflowError) -> float | None:
-        """Seconds until the next attempt; None where `error` was the last word."""
-        left = self._ends_at - self._store.clock()
-        asked: float = error.fields.get("retry_after_s", 0.0)
-        wait_s = max(asked, min(self._backoff(self._attempts + 1), left))
-        if left <= 0 or wait_s > left:
-            return None
-        self._attempts += 1
-        self._store.note_retry(self._operation, self._key, self._attempts, wait_s, error)
-        return wait_s
-
-
-def _backoff() -> Callable[[int], float]:
-    """Gives the wait after an attempt, counted from 1: exponential with full jitter."""
-    # Not at the top: it imports asyncio, and most calls never fail.
-    from tenacity import RetryCallState, Retrying, wait_random_exponential
-
-    wait = wait_random_exponential(multiplier=_FIRST_WAIT_S, max=_LONGEST_WAIT_S)
-    state = RetryCallState(Retrying(), None, (), {})
-
-    def after(attempt: int) -> float:
-        state.attempt_number = attempt
-        return wait(state)
-
-    return after

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import random
 import re
 import ssl
 import time
@@ -21,6 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 from typing_extensions import override
 
 from blobflow.activity import Activity, doing
+from blobflow.backoff import DEFAULT_PATIENCE_S, Backoff
 from blobflow.checksum import crc32c
 from blobflow.errors import (
     BlobflowError,
@@ -35,7 +35,6 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.http.client import HttpClient, HttpError, Response
-from blobflow.stores.retry import DEFAULT_PATIENCE_S
 from blobflow.streams.ends import BEGIN_AGAIN, Pin, PinnedSource
 from blobflow.version import __version__
 
@@ -45,8 +44,6 @@ _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _MAX_REDIRECTS: Final = 10
 _PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 _SLOW_DOWN: Final = frozenset({429, 503})
-_FIRST_WAIT_S: Final = 0.25
-_LONGEST_WAIT_S: Final = 20.0
 _SKIP_BYTES: Final = 256 * 1024
 _SAFE: Final = "/%:@!$&'()*+,;=~-._"
 
@@ -112,14 +109,14 @@ class HttpSource(PinnedSource):
 
     @override
     def pin(self) -> Pin:
-        patience = self.patience()
+        backoff = self.backoff()
         with doing(f"look at {self}") as activity:
             while True:
                 try:
                     self._pin = self._look()
                     return self._pin
                 except TemporaryError as error:
-                    patience.after(error, activity)
+                    self.wait(backoff, error, activity)
 
     @override
     def open(self, offset: int) -> OpenedUrl:
@@ -172,9 +169,15 @@ class HttpSource(PinnedSource):
             proxy=_environment_proxy(place) if self._proxy is None else self._proxy or None,
         )
 
-    def patience(self) -> _Patience:
-        """A new share of patience."""
-        return _Patience(self._patience_s, self._sleep, self._clock)
+    def backoff(self) -> Backoff:
+        """For an attempt to read on, which begins with all of the patience."""
+        return Backoff(self._patience_s, self._clock)
+
+    def wait(self, backoff: Backoff, error: TemporaryError, activity: Activity) -> None:
+        """Wait before the next attempt; raises `error` if there is none."""
+        wait_s = backoff.wait_s(error)
+        activity.blocked_by(f"{error.message}; next attempt in {wait_s:.0f} s")
+        self._sleep(wait_s)
 
     def failed(self, error: HttpError, offset: int) -> BlobflowError:
         """What a broken exchange means."""
@@ -211,7 +214,7 @@ class OpenedUrl:
             return self._readinto(view, activity)
 
     def _readinto(self, view: memoryview, activity: Activity) -> int:
-        patience = self._source.patience()
+        backoff = self._source.backoff()
         while not self._ended and self._offset != self._pin.size:
             try:
                 if self._got is None:
@@ -220,7 +223,7 @@ class OpenedUrl:
             except TemporaryError as error:
                 self.close()
                 log.info("http.broken source=%s offset=%d error=%s", self._source, self._offset, type(error).__name__)
-                patience.after(error, activity)
+                self._source.wait(backoff, error, activity)
                 continue
             except BaseException:
                 self.close()
@@ -319,31 +322,6 @@ class OpenedUrl:
             expected=expected,
             actual=actual,
         )
-
-
-class _Patience:
-    """Waits between attempts: exponential with full jitter, and as long as the server asks for."""
-
-    def __init__(self, patience_s: float, sleep: Callable[[float], None], clock: Callable[[], float]) -> None:
-        self._patience_s = patience_s
-        self._sleep = sleep
-        self._clock = clock
-        self._attempts = 0
-        self._deadline: float | None = None
-
-    def after(self, error: TemporaryError, activity: Activity) -> None:
-        """Wait before the next attempt; raises `error` if that would take too long."""
-        now = self._clock()
-        if self._deadline is None:
-            self._deadline = now + self._patience_s
-        left = self._deadline - now
-        asked_s: float = getattr(error, "retry_after_s", 0.0)
-        wait_s = max(asked_s, min(left, random.uniform(0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**self._attempts))))
-        if left <= 0 or wait_s > left:
-            raise error
-        self._attempts += 1
-        activity.blocked_by(f"{error.message}; next attempt in {wait_s:.0f} s")
-        self._sleep(wait_s)
 
 
 class _Place(NamedTuple):

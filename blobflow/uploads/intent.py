@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import random
 import sys
 import time
 import uuid
@@ -21,6 +20,7 @@ from typing import Any, Final
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import Manifest, artifact_digest, is_private
+from blobflow.backoff import jittered_wait_s
 from blobflow.engine.plan import MAX_PARTS
 from blobflow.errors import (
     ArtifactInvalid,
@@ -271,7 +271,7 @@ class IntentKeeper:
             if self._write(renewed):
                 return
             if attempt:  # many lanes save at once
-                time.sleep(random.uniform(0, min(_SAVE_PAUSE_S, 0.001 * 2**attempt)))
+                time.sleep(jittered_wait_s(attempt + 1, first_s=0.001, longest_s=_SAVE_PAUSE_S))
             self.load()
         raise TransferBusy(f"another upload took {self._key.removesuffix(SUFFIX)!r} over", key=self._key)
 

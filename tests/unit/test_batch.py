@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
-import importlib
 import os
 import threading
 import time
@@ -209,9 +208,7 @@ def test_the_window_is_configurable(store: Store) -> None:
 def test_slow_down_halves_the_window_and_success_widens_it(store: Store) -> None:
     """A store that says SlowDown gets half as many operations at a time, one more for each window that succeeds."""
     script = scripted_faults({("put", 5): FailBefore(SlowDown("slow", retry_after_s=0.0))})
-    # One request after the other, as results are taken: otherwise the window can widen again before anybody looks. The
-    # first retry of a process imports its arithmetic, which takes long on a busy machine.
-    importlib.import_module("tenacity")
+    # One request after the other, as results are taken: otherwise the window can widen again before anybody looks.
     begun, taken, pulled = 0, 0, 0
     changed = threading.Condition()
 

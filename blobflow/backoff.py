@@ -1,0 +1,70 @@
+"""When a failed attempt is repeated: one rule for stores, HTTP sources and pushes, for threads and for coroutines.
+
+1. The wait after the n-th failure is random between 0 and 0.25 s * 2**(n - 1), at most 20 s. That is exponential
+   backoff with full jitter: clients that failed together do not come back together.
+2. It is at least as long as the server asks for (`Retry-After`, RFC 9110, section 10.2.3).
+3. Patience begins with the first failure, because one attempt alone may be silent for long before it times out. A
+   random wait ends with the patience, so that the last attempt is made then. Where the server asks for more than is
+   left of it, the call fails at once, with its error: the server does not want an earlier request.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import Final
+
+from blobflow.errors import BlobflowError
+
+DEFAULT_PATIENCE_S: Final = 120.0
+"""Longer than a store's restart or a failover; shorter than an operator's."""
+
+_FIRST_WAIT_S: Final = 0.25
+_LONGEST_WAIT_S: Final = 20.0
+"""Beyond that, waiting longer helps the server no more and costs the transfer its restart."""
+_MAX_DOUBLINGS: Final = 30
+"""More change nothing, and 2**1100 is not a float."""
+
+
+def jittered_wait_s(failures: int, *, first_s: float, longest_s: float) -> float:
+    """A random wait after that many failures, at least one; see rule 1."""
+    return random.uniform(0.0, min(longest_s, first_s * 2 ** min(failures - 1, _MAX_DOUBLINGS)))
+
+
+class Backoff:
+    """The waits of one call, until it succeeds or its patience ends. It does not wait itself: its caller does.
+
+    Args:
+        patience_s: Seconds from the first failure to the last attempt.
+        clock: Monotonic seconds.
+
+    Attributes:
+        failures: Of the call so far.
+    """
+
+    def __init__(self, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.failures = 0
+        self._patience_s = patience_s
+        self._clock = clock
+        self._ends_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Backoff after {self.failures} failures>"
+
+    def wait_s(self, error: BlobflowError) -> float:
+        """Seconds to wait before the next attempt, after one that failed with `error`.
+
+        Raises:
+            `error` itself, where there is no next attempt.
+        """
+        now = self._clock()
+        if not self.failures:
+            self._ends_at = now + self._patience_s
+        self.failures += 1
+        left_s = self._ends_at - now
+        asked_s: float = getattr(error, "retry_after_s", None) or 0.0
+        if left_s <= 0 or asked_s > left_s:
+            raise error
+        wait_s = jittered_wait_s(self.failures, first_s=_FIRST_WAIT_S, longest_s=_LONGEST_WAIT_S)
+        return max(asked_s, min(wait_s, left_s))
