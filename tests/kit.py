@@ -7,7 +7,6 @@ import random
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,20 +74,6 @@ def read_parquet(path: Path, column: str) -> list[Any]:
     import pyarrow.parquet as pq
 
     return pq.ParquetFile(path).read().column(column).to_pylist()
-
-
-class Clock:
-    """The time of a store and of who looks after it, moved by hand; intents are written by the real one."""
-
-    def __init__(self) -> None:
-        self.now = datetime.now(timezone.utc).timestamp()
-
-    def __call__(self) -> float:
-        return self.now
-
-    def ns(self) -> int:
-        """For a `LocalStore`."""
-        return int(self.now * 1e9)
 
 
 class Killed(BaseException):

@@ -15,9 +15,10 @@ from blobflow.errors import StoreUnavailable, UsageError
 from blobflow.testing import FailBefore, Fault, Hook, Request, read_tree
 from blobflow.transport import ProgressEvent
 from blobflow.transport.checkpoints import Checkpoint
+from tests.clock import Clock
 from tests.dagster.kit import MIRROR, REMOTE, FaultyResource, Place, facts, failure
 from tests.kit import TREE
-from tests.unit.test_journal import ID, Time, record
+from tests.unit.test_journal import ID, record
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def checkpoints(instance: dg.DagsterInstance, kind: str) -> list[Checkpoint]:
     return [each for each in written if each.record.kind == kind]
 
 
-def journal_of(instance: dg.DagsterInstance, clock: Time, lines: list[str]) -> StepJournal:
+def journal_of(instance: dg.DagsterInstance, clock: Clock, lines: list[str]) -> StepJournal:
     home = ObservationHome(instance, instance.report_runless_asset_event)
     return StepJournal(home, RunFence(instance, None), lines.append, writer="run-1", clock=clock)
 
@@ -107,7 +108,7 @@ def test_an_output_that_does_not_tell_its_instance_is_refused():
 
 def test_numbers_keep_their_labels(ephemeral):
     """Every observation of a transfer carries the same numeric labels, which is what Dagster plots."""
-    clock = Time()
+    clock = Clock(1_000_000.0)
     journal = journal_of(ephemeral, clock, [])
     journal.save(record(2, parts_resumed=2, bytes_resumed=200))
     clock.now += 10
@@ -132,7 +133,7 @@ def test_numbers_keep_their_labels(ephemeral):
 
 def test_a_transfer_without_checkpoints_shows_itself_every_thirty_seconds(ephemeral):
     """On a slow link a checkpoint may take an hour; that something moves is seen before."""
-    clock, lines = Time(), list[str]()
+    clock, lines = Clock(1_000_000.0), list[str]()
     journal = journal_of(ephemeral, clock, lines)
     journal.save(record(0))
     for seconds in range(1, 2 * int(LIVE_S) + 2):
@@ -145,7 +146,7 @@ def test_a_transfer_without_checkpoints_shows_itself_every_thirty_seconds(epheme
 
 def test_the_next_attempt_says_where_it_begins(ephemeral):
     """The step's log names the run before and the bytes that are kept; its observation links to that run."""
-    clock, lines = Time(), list[str]()
+    clock, lines = Clock(1_000_000.0), list[str]()
     journal_of(ephemeral, clock, lines).save(record(0))
     home = ObservationHome(ephemeral, ephemeral.report_runless_asset_event)
     second = StepJournal(home, RunFence(ephemeral, None), lines.append, writer="run-2", clock=clock)

@@ -19,6 +19,7 @@ from blobflow.dagster.checkpoints import transfer_journal
 from blobflow.dagster.fencing import INTERVAL_S, RunFence, StepOrphaned
 from blobflow.testing import Fault, Hook, Request, read_tree, write_tree
 from blobflow.transport import verify
+from tests.clock import Clock
 from tests.dagster import location_s3
 from tests.dagster.kit import MIRROR, REMOTE, FaultyResource, Place, failure, materialization
 from tests.dagster.location_s3 import PARTS, WORKERS
@@ -95,10 +96,10 @@ def test_a_step_stops_when_its_run_is_over(how: str, ephemeral: dg.DagsterInstan
 
 def test_the_run_is_looked_at_every_few_seconds(ephemeral: dg.DagsterInstance, run: dg.DagsterRun):
     """A thousand ticks cost four queries, and the database learns nothing of how fast parts are."""
-    watched, now = Watched(ephemeral), 0.0
-    fence = RunFence(watched, run.run_id, clock=lambda: now)  # pyright: ignore[reportArgumentType]
+    watched, clock = Watched(ephemeral), Clock(0)
+    fence = RunFence(watched, run.run_id, clock=clock)  # pyright: ignore[reportArgumentType]
     for tick in range(1000):
-        now = tick * (4 * INTERVAL_S + 0.1) / 1000
+        clock.now = tick * (4 * INTERVAL_S + 0.1) / 1000
         fence.check()
     assert watched.asked == 4
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from blobflow.dagster.progress import ProgressLog
 from blobflow.transport import ProgressEvent
+from tests.clock import Clock
 
 
 class Story:
-    """A progress log with a clock of its own."""
+    """A progress log with its own clock."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.clock = Clock(0)
         self.lines: list[str] = []
-        self.progress = ProgressLog(self.lines.append, "upload", clock=lambda: self.now)
+        self.progress = ProgressLog(self.lines.append, "upload", clock=self.clock)
 
     def at(self, seconds: float, done: int, total: int = 1000, resumed: int = 0) -> int:
         """Report at that time; the number of lines so far."""
-        self.now = seconds
+        self.clock.now = seconds
         self.progress.transfer(ProgressEvent("upload", done, total, resumed))
         return len(self.lines)
 

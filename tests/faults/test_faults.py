@@ -23,6 +23,7 @@ from blobflow.testing import (
     read_tree,
 )
 from blobflow.uploads.intent import SUFFIX
+from tests.clock import Clock
 from tests.kit import SERIAL, SMALL, TREE, artifact_of, keys, local_store
 
 KEY = "a.tar"
@@ -162,8 +163,8 @@ def test_a_store_that_stays_away_is_temporary(artifact: Artifact, store: LocalSt
     def faults(request: Request) -> Fault | None:
         return FailBefore() if request.operation == "put_part" and request.number > 3 else None
 
-    now = iter(range(10**6))
-    impatient = RetryingStore(FaultyStore(store, faults), patience_s=5, sleep=lambda _: None, clock=lambda: next(now))
+    clock = Clock()
+    impatient = RetryingStore(FaultyStore(store, faults), patience_s=5, sleep=clock.sleep, clock=clock)
     with pytest.raises(StoreUnavailable) as answer:
         upload(impatient, KEY, artifact, profile=SERIAL)
     assert answer.value.exit_code == 75

@@ -17,6 +17,7 @@ import pytest
 from botocore.exceptions import ClientError, ConnectionClosedError
 from crc32c import crc32c
 
+from tests.clock import Clock
 from tests.faults.clients import Clients
 from tests.servers import Peer
 from tests.strict_s3 import (
@@ -440,17 +441,13 @@ def test_keys_of_any_kind_are_signed_alike(client: Any, strict_s3: StrictS3) -> 
 
 def test_old_signatures_and_tokens_are_refused(clients: Clients) -> None:
     """A clock 16 minutes away is too skewed, and a credential may expire at any time."""
-    now = [0.0]
-
-    def clock() -> float:
-        return time.time() + now[0]
-
+    clock = Clock(time.time())
     with StrictS3(clock=clock) as server:
         client = clients(server)
         client.create_bucket(Bucket=BUCKET)
-        now[0] = 16 * 60
+        clock.now += 16 * 60
         assert code_of(client.list_objects_v2, Bucket=BUCKET) == "RequestTimeTooSkewed"
-        now[0] = -14 * 60
+        clock.now -= 30 * 60
         assert code_of(client.list_objects_v2, Bucket=BUCKET) == ""
         server.expired.add(ACCESS_KEY_ID)
         assert code_of(client.list_objects_v2, Bucket=BUCKET) == "ExpiredToken"
@@ -541,15 +538,15 @@ def test_an_answer_may_lack_what_it_should_have(client: Any, strict_s3: StrictS3
 
 def test_a_rate_may_be_limited(client: Any, strict_s3: StrictS3) -> None:
     """Beyond so many requests per second there is SlowDown with Retry-After, until time has passed."""
-    now = [0.0]
-    throttle = Throttle(2, burst=2, retry_after_s=3, clock=lambda: now[0])
+    clock = Clock()
+    throttle = Throttle(2, burst=2, retry_after_s=3, clock=clock)
     strict_s3.script(Fault(throttle, "ListObjectsV2", times=None))
 
     def codes(count: int) -> list[str]:
         return [code_of(client.list_objects_v2, Bucket=BUCKET) for _ in range(count)]
 
     assert codes(3) == ["", "", "SlowDown"]
-    now[0] += 0.5
+    clock.now += 0.5
     assert codes(2) == ["", "SlowDown"]
     with pytest.raises(ClientError) as refused:
         client.list_objects_v2(Bucket=BUCKET)

@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from blobflow.coordination.lease import Lease
 from blobflow.coordination.lease_store import Found, LeaseState, LeaseStore
 from blobflow.errors import LeaseLost, StoreUnavailable, TransferBusy
+from tests.clock import Clock
 from tests.kit import sized
 
 TTL_S = 60.0
@@ -95,8 +96,8 @@ class LeaseStory(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 1000.0
-        self.cell = Cell(lambda: self.now)
+        self.clock = Clock()
+        self.cell = Cell(self.clock)
         self.truth = Belief()
         self.unsure: set[int] = set()
         """Actors whose write may still arrive, or has arrived without their knowing."""
@@ -110,7 +111,7 @@ class LeaseStory(RuleBasedStateMachine):
 
     def _lease(self) -> Lease:
         # The holder's process is alive all the time: only expiry frees the lease.
-        return Lease(self.cell, "round", ttl_s=TTL_S, ticks=lambda: self.now)
+        return Lease(self.cell, "round", ttl_s=TTL_S, ticks=self.clock)
 
     def _believes(self, actor: int) -> bool:
         try:
@@ -120,7 +121,7 @@ class LeaseStory(RuleBasedStateMachine):
         return True
 
     def _free(self) -> bool:
-        return self.truth.holder is None or self.now >= self.truth.until
+        return self.truth.holder is None or self.clock.now >= self.truth.until
 
     def _acts(self, actor: int, fate: str) -> int:
         """Its life; its next write meets `fate`."""
@@ -129,7 +130,7 @@ class LeaseStory(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1.0, 19.0, 25.0, 61.0]))
     def time_passes(self, seconds: float) -> None:
-        self.now += seconds
+        self.clock.now += seconds
 
     @rule(actor=actors, fate=fates)
     def acquire(self, actor: int, fate: str) -> None:
@@ -152,7 +153,7 @@ class LeaseStory(RuleBasedStateMachine):
             return
         assert won is free
         if won:
-            self.truth = Belief(life, self.now + TTL_S)
+            self.truth = Belief(life, self.clock.now + TTL_S)
 
     @rule(actor=actors, fate=fates)
     def renew(self, actor: int, fate: str) -> None:
@@ -175,7 +176,7 @@ class LeaseStory(RuleBasedStateMachine):
                 self.unsure.add(actor)
         else:
             assert owns, "renewed what somebody else has taken"
-            self.truth.until = self.now + TTL_S
+            self.truth.until = self.clock.now + TTL_S
 
     @rule(actor=actors, fate=fates, completes=st.booleans())
     def release(self, actor: int, fate: str, completes: bool) -> None:
@@ -232,7 +233,7 @@ class LeaseStory(RuleBasedStateMachine):
             assert not owns
             return
         assert owns, "a sleeper would have published"
-        self.truth.until = self.now + TTL_S
+        self.truth.until = self.clock.now + TTL_S
         self.published.append(lease.generation)
 
     def _vaguely(self, actor: int, act: Callable[[], object]) -> None:

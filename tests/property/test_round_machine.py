@@ -20,6 +20,7 @@ from blobflow.coordination.lease import Lease
 from blobflow.coordination.refs import MAX_HISTORY, fence_ref, move_ref, read_ref
 from blobflow.errors import LeaseLost, ObjectNotFound, PreconditionFailed, StoreUnavailable
 from blobflow.stores.base import Body, Capabilities, ObjectMeta, PutMode, Store, StoredObject
+from tests.clock import Clock
 from tests.kit import sized
 
 TTL_S = 60.0
@@ -91,7 +92,7 @@ class RoundStory(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = 1000.0
+        self.clock = Clock()
         self.shelf = Shelf()  # pyright: ignore[reportAbstractUsage]
         self.keys = count()
         self.actors = [self._actor() for _ in range(ACTORS)]
@@ -104,8 +105,7 @@ class RoundStory(RuleBasedStateMachine):
         self.published: list[str] = []
 
     def _actor(self) -> Actor:
-        clock = lambda: self.now  # noqa: E731
-        return Actor(Lease(self.shelf, "orders/round", ttl_s=TTL_S, clock=clock, ticks=clock))
+        return Actor(Lease(self.shelf, "orders/round", ttl_s=TTL_S, clock=self.clock, ticks=self.clock))
 
     def _holds(self, actor: Actor) -> bool:
         """As it believes itself."""
@@ -118,7 +118,7 @@ class RoundStory(RuleBasedStateMachine):
     @rule(which=actors, after_s=st.sampled_from([0.0, TTL_S]), sleeps=st.booleans(), fate=fates)
     def take_the_round(self, which: int, after_s: float, sleeps: bool, fate: str) -> None:
         """After so many seconds in which nobody renews anything; it may fall asleep before its turn is open."""
-        self.now += after_s
+        self.clock.now += after_s
         actor = self.actors[which]
         if not self._holds(actor) and actor.lease.try_acquire():
             self.taken += 1

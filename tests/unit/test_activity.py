@@ -20,6 +20,7 @@ from blobflow.stores import open_store
 from blobflow.stores.base import StoredObject
 from blobflow.stores.local.store import LocalStore
 from blobflow.stores.retry import RetryingStore
+from tests.clock import Clock
 from tests.servers import Peer, scripted_server
 
 SOON: Final = {"silence_s": 0.02, "look_s": 0.01}
@@ -59,17 +60,12 @@ def a_thread_that(block: Callable[[], object]) -> Generator[None]:
         thread.join()
 
 
-class Clock:
-    """`time.monotonic` of the module, moved by hand."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        monkeypatch.setattr(activity.time, "monotonic", lambda: self.now)
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    return Clock(monkeypatch)
+    """`time.monotonic` of the module."""
+    clock = Clock()
+    monkeypatch.setattr(activity.time, "monotonic", clock)
+    return clock
 
 
 def test_what_gets_no_answer_is_a_wait(clock: Clock):

@@ -19,6 +19,7 @@ from blobflow.stores import Store
 from blobflow.testing import FailBefore, Fault, FaultyStore, Request, Tree, read_tree, write_tree
 from blobflow.transport import UploadResult, upload
 from blobflow.transport.cache import ArtifactCache
+from tests.clock import Clock
 from tests.kit import SERIAL, TREE, Killed, artifact_of, dies_at, local_store, noise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +31,7 @@ class Shelf:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.root = path / "cache"
-        self.now = 1_000_000.0
+        self.clock = Clock()
         self.caches: list[ArtifactCache] = []
 
     def put(self, name: str, tree: Tree = TREE) -> UploadResult:
@@ -38,12 +39,12 @@ class Shelf:
 
     def cache(self, **options: Any) -> ArtifactCache:
         """As a process of its own has it: locks belong to open files, not to processes."""
-        self.caches.append(ArtifactCache(self.root, clock=lambda: self.now, **options))
+        self.caches.append(ArtifactCache(self.root, clock=self.clock, **options))
         return self.caches[-1]
 
     def get(self, cache: ArtifactCache, stored: UploadResult, store: Store | None = None) -> tuple[Artifact, int]:
         """The artifact, and the bytes that were fetched for it."""
-        self.now += 1
+        self.clock.now += 1
         artifact, download = cache.get(
             store or local_store(self.path), stored.key, stored.artifact_digest, profile=SERIAL
         )

@@ -33,6 +33,7 @@ from blobflow.cli.settings import BACKENDS as CHOICES
 from blobflow.cli.settings import Settings
 from blobflow.scratch import scratch_directory
 from blobflow.testing import Executable, Tree, read_tree, write_tree
+from tests.clock import Clock
 from tests.kit import flip_a_byte, noise
 
 PROGRAM = Path(sys.executable).with_name("blobflow")
@@ -710,13 +711,13 @@ def test_scratch_inside_the_source_is_refused(call: Call, tmp_path: Path, monkey
 
 def test_without_a_terminal_progress_is_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str]):
     """The rate and the time left are those of the last ten seconds; what was there before does not count."""
-    now = 100.0
-    lines = Lines(clock=lambda: now)
+    clock = Clock()
+    lines = Lines(clock=clock)
     lines.show("upload", 600 << 20, 1000 << 20)
     for done in (650, 690):
-        now += LINE_EVERY_S / 2
+        clock.now += LINE_EVERY_S / 2
         lines.show("upload", done << 20, 1000 << 20)
-    now += LINE_EVERY_S
+    clock.now += LINE_EVERY_S
     lines.show("upload", 690 << 20, 1000 << 20)
     assert capsys.readouterr().err.splitlines() == [
         "upload 690.0 MiB of 1000.0 MiB (69%), 9.0 MiB/s, 0:34 left",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -26,7 +27,8 @@ from blobflow.stores.local.store import LocalStore
 from blobflow.stores.probe import probe
 from blobflow.testing import FailBefore, FaultyStore, Hook, Request, read_tree, write_tree
 from blobflow.uploads.intent import TTL_S, IntentKeeper
-from tests.kit import SERIAL, TREE, Clock, Killed, artifact_of, dies_at, dies_before, keys, local_store, noise
+from tests.clock import Clock
+from tests.kit import SERIAL, TREE, Killed, artifact_of, dies_at, dies_before, keys, local_store, noise
 from tests.servers import S3Endpoint
 from tests.strict_s3 import Rules, StrictS3
 
@@ -37,7 +39,7 @@ GONE = f"{process_owner().rpartition('/')[0]}/{10**9}"
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(time.time())  # intents are written by the real one
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from blobflow.owner import process_owner
 from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FaultyStore, Hook, Request
 from blobflow.uploads.intent import SUFFIX, TTL_S, Intent, IntentKeeper
+from tests.clock import Clock
 from tests.unit.test_manifest import MANIFEST
 
 MANIFEST_BYTES = MANIFEST.encode()
@@ -32,14 +33,6 @@ INTENT = Intent(
     crcs={1: 0, 2: 0xFFFFFFFF, 3: 7, 9: 8},
     replaces="sha256:old",
 )
-
-
-class Clock:
-    def __init__(self, now: float = 1000.0) -> None:
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

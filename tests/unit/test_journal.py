@@ -14,6 +14,7 @@ import pytest
 from blobflow import TransferRecord, upload, verify
 from blobflow.errors import UsageError
 from blobflow.transport.checkpoints import Checkpoint, LocalCheckpointStore, TransferJournal
+from tests.clock import Clock
 from tests.kit import SERIAL, artifact_of, local_store
 
 ID = "0123456789abcdef"
@@ -36,16 +37,6 @@ def record(parts_done: int, state: str = "running", **changes: object) -> Transf
     return TransferRecord.model_validate({**facts, **changes})
 
 
-class Time:
-    """A clock that stands until it is told to go on."""
-
-    def __init__(self) -> None:
-        self.now = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Memory:
     """A home that counts what is written."""
 
@@ -61,8 +52,8 @@ class Memory:
 
 
 @pytest.fixture
-def clock() -> Time:
-    return Time()
+def clock() -> Clock:
+    return Clock(1_000_000.0)
 
 
 @pytest.fixture
@@ -79,7 +70,7 @@ def test_what_is_saved_is_found_by_another_process(home: LocalCheckpointStore):
     assert (found.record, found.writer, found.attempt, found.sequence) == (record(3), "run-1", 1, 1)
 
 
-def test_a_running_transfer_is_written_every_ten_seconds(clock: Time):
+def test_a_running_transfer_is_written_every_ten_seconds(clock: Clock):
     """The first record and the last are always written, those between at most every ten seconds."""
     home = Memory()
     journal = TransferJournal(home, clock=clock)
@@ -94,7 +85,7 @@ def test_a_running_transfer_is_written_every_ten_seconds(clock: Time):
     assert len(home.lines) == 5
 
 
-def test_a_clock_that_is_set_back_does_not_silence_the_journal(clock: Time):
+def test_a_clock_that_is_set_back_does_not_silence_the_journal(clock: Clock):
     """After the clock went back an hour, the next record is written."""
     journal = TransferJournal(Memory(), clock=clock)
     journal.save(record(0))
@@ -102,7 +93,7 @@ def test_a_clock_that_is_set_back_does_not_silence_the_journal(clock: Time):
     assert journal.save(record(1)) is not None
 
 
-def test_attempts_are_a_chain(home: LocalCheckpointStore, clock: Time):
+def test_attempts_are_a_chain(home: LocalCheckpointStore, clock: Clock):
     """Each attempt names the one before, counts itself, and measures its own speed."""
     TransferJournal(home, writer="run-1", clock=clock).save(record(0))
     clock.now += 60
@@ -127,7 +118,7 @@ def test_what_was_done_begins_a_new_story(home: LocalCheckpointStore):
     assert (again.attempt, again.sequence, again.continues) == (1, 3, "")
 
 
-def test_an_orphan_writes_nothing_into_its_successors_story(home: LocalCheckpointStore, clock: Time):
+def test_an_orphan_writes_nothing_into_its_successors_story(home: LocalCheckpointStore, clock: Clock):
     """Once the successor has written, neither progress nor failure of the one before is kept."""
     orphan = TransferJournal(home, writer="run-1", clock=clock)
     orphan.save(record(0))

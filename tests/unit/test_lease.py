@@ -18,17 +18,10 @@ from blobflow.owner import process_owner
 from blobflow.stores.local.store import LocalStore
 from blobflow.stores.retry import RetryingStore
 from blobflow.testing import FailAfter, FailBefore, FaultyStore, Hook, Request, scripted_faults
+from tests.clock import Clock
 from tests.kit import declare
 
 A, B = "sha256:" + "a" * 64, "sha256:" + "b" * 64
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -20,19 +20,7 @@ from blobflow.stores.limited import LimitedStore
 from blobflow.stores.local.store import LocalStore
 from blobflow.stores.retry import RetryingStore
 from blobflow.testing import FailBefore, FaultyStore, Request, scripted_faults
-
-
-class FakeTime:
-    """A clock that only sleeping moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def clock(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
+from tests.clock import Clock
 
 
 def test_a_budget_lets_no_more_through_than_it_has() -> None:
@@ -81,23 +69,23 @@ def test_workers_share_the_memory_budget(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_bandwidth_is_an_average_with_bursts_of_a_second() -> None:
     """Ten chunks of 1,000 bytes at 1,000 bytes per second take nine seconds after a burst of one."""
-    time = FakeTime()
-    bandwidth = Bandwidth(1000, clock=time.clock, sleep=time.sleep)
-    begin = time.now
+    clock = Clock()
+    bandwidth = Bandwidth(1000, clock=clock, sleep=clock.sleep)
+    begin = clock.now
     for _ in range(10):
         bandwidth.take(1000)
-    assert time.now - begin == pytest.approx(9.0)
+    assert clock.now - begin == pytest.approx(9.0)
 
 
 def test_a_chunk_larger_than_a_second_is_paid_for_afterwards() -> None:
     """A part of ten seconds' worth goes at once; the next one waits for it."""
-    time = FakeTime()
-    bandwidth = Bandwidth(1000, clock=time.clock, sleep=time.sleep)
-    begin = time.now
+    clock = Clock()
+    bandwidth = Bandwidth(1000, clock=clock, sleep=clock.sleep)
+    begin = clock.now
     bandwidth.take(10_000)
-    assert time.now == begin
+    assert clock.now == begin
     bandwidth.take(1)
-    assert time.now - begin == pytest.approx(10.0)
+    assert clock.now - begin == pytest.approx(10.0)
 
 
 @pytest.mark.parametrize("make", [ByteBudget, Bandwidth, AdaptiveLimit])

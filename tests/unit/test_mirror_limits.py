@@ -17,6 +17,7 @@ from blobflow.errors import AtCapacity, DiskFull, ObjectTooLarge, PermissionMiss
 from blobflow.mirror.client import MirrorClient
 from blobflow.mirror.door import Door
 from blobflow.mirror.server import MirrorServer, Sender, mirror_app, read_senders
+from tests.clock import Clock
 from tests.unit import test_http_client
 from tests.unit.test_mirror_http import TOKEN, request, serving
 
@@ -203,18 +204,17 @@ def test_a_sender_has_so_many_sessions_and_no_more(tmp_path: Path) -> None:
 
 def test_what_nobody_continues_expires(tmp_path: Path) -> None:
     """After the time, and not before; complete snapshots stay."""
-    now = time.time()
-    times = [now]
-    with MirrorReceiver(tmp_path / "data", expire_after_s=3600, clock=lambda: times[0]) as receiver:
+    clock = Clock(now := time.time())
+    with MirrorReceiver(tmp_path / "data", expire_after_s=3600, clock=clock) as receiver:
         receiver.handle(chunk(position=1, data=BYTES))
         receiver.handle(chunk(position=2))
-        times[0] = now + 3000
+        clock.now = now + 3000
         assert receiver.expire() == []
         for path in (tmp_path / "data").rglob("*.partial"):
             os.utime(path, (now + 3000, now + 3000))  # continued just now
-        times[0] = now + 4000
+        clock.now = now + 4000
         assert receiver.expire() == []
-        times[0] = now + 8000
+        clock.now = now + 8000
         assert [each.position for each in receiver.expire()] == [2]
         assert [each.position for each in receiver.snapshots()] == [1]
 

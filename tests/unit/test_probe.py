@@ -43,6 +43,7 @@ from blobflow.stores.probe import (
 from blobflow.stores.probe_memory import ProbeMemory
 from blobflow.stores.retry import RetryingStore
 from blobflow.testing import FailBefore, FaultyStore, Request, scripted_faults
+from tests.clock import Clock
 from tests.kit import SERIAL, SMALL, artifact_of, keys
 from tests.servers import S3Endpoint
 from tests.strict_s3 import StrictS3
@@ -389,15 +390,7 @@ def test_a_checksum_that_is_not_attested_refuses_nothing(tmp_path: Path) -> None
 
 # ---------------------------------------------------------------------------------------------------- when it is asked
 
-
-class Clock:
-    """Seconds since the epoch, moved by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
+SINCE_EPOCH_S = 1_800_000_000.0
 
 
 class Named(LocalStore):
@@ -437,7 +430,7 @@ def test_an_unchanged_push_does_not_ask(tmp_path: Path) -> None:
 
 def test_what_was_found_is_good_for_a_month(tmp_path: Path) -> None:
     """What was found is good for 30 days; one that is older, or comes from the future, is made anew."""
-    clock = Clock()
+    clock = Clock(SINCE_EPOCH_S)
 
     def probed_at() -> float:
         return ProbedStore(LocalStore(tmp_path), now=clock).report().probed_at.timestamp()
@@ -453,7 +446,7 @@ def test_what_was_found_is_good_for_a_month(tmp_path: Path) -> None:
 
 def test_a_report_is_renewed_on_demand(tmp_path: Path) -> None:
     """`fresh` does not look at the report that is there, and replaces it for everybody."""
-    clock = Clock()
+    clock = Clock(SINCE_EPOCH_S)
     store = ProbedStore(LocalStore(tmp_path), now=clock)
     store.report()
     clock.now += 60
@@ -531,7 +524,7 @@ def test_a_planted_report_makes_no_verification_shallow(tmp_path: Path) -> None:
 
 def test_a_newer_report_that_misses_something_makes_us_look_again(tmp_path: Path) -> None:
     """A server that was changed is noticed as soon as anybody probed it; a report that lies costs one probe."""
-    clock = Clock()
+    clock = Clock(SINCE_EPOCH_S)
     assert ProbedStore(Honest(tmp_path), now=clock).capabilities().attests_crc32c
     clock.now += 60
     plant(LocalStore(tmp_path), probe(Parrot(tmp_path), now=clock))
@@ -550,7 +543,7 @@ def test_a_newer_report_that_misses_something_makes_us_look_again(tmp_path: Path
 @pytest.mark.parametrize("seconds", [-60.0, 3600.0])
 def test_an_older_report_and_one_of_tomorrow_cost_nothing(tmp_path: Path, seconds: float) -> None:
     """Only what was seen between our own probe and now is a reason to probe again: a planted date wears nobody out."""
-    clock = Clock()
+    clock = Clock(SINCE_EPOCH_S)
     report = ProbedStore(LocalStore(tmp_path), now=clock).report()
     moment = datetime.fromtimestamp(clock() + seconds, timezone.utc)
     plant(LocalStore(tmp_path), report, holds=False, probed_at=moment)
@@ -670,20 +663,14 @@ def test_a_wrong_bucket_is_reported_as_such(tmp_path: Path) -> None:
         Lease(store, "orders/round")
 
 
-class Impatient(Clock):
-    """Time passes by sleeping only."""
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-
-    @property
-    def retrying(self) -> dict[str, Any]:
-        return {"sleep": self.sleep, "clock": self, "now": self}
+def waiting_by(clock: Clock) -> dict[str, Any]:
+    """Options of a store that waits by this clock only."""
+    return {"sleep": clock.sleep, "clock": clock, "now": clock}
 
 
 def test_a_passing_failure_is_no_finding(tmp_path: Path) -> None:
     """A server that does not answer at all has not shown that it cannot: nothing is remembered."""
-    inner, clock = LocalStore(tmp_path), Impatient()
+    inner, clock = LocalStore(tmp_path), Clock(SINCE_EPOCH_S)
     down = False
 
     def faults(request: Request) -> FailBefore | None:
@@ -692,17 +679,17 @@ def test_a_passing_failure_is_no_finding(tmp_path: Path) -> None:
         return FailBefore() if down else None
 
     with pytest.raises(StoreUnavailable):
-        ProbedStore(FaultyStore(inner, faults), **clock.retrying).report()
+        ProbedStore(FaultyStore(inner, faults), **waiting_by(clock)).report()
     assert not inner.exists(REPORT_KEY)
     assert lacking(ProbedStore(inner, now=clock).report()) == {"attests_crc32c"}
 
 
 def test_a_server_that_asks_for_patience_shows_nothing(tmp_path: Path) -> None:
     """SlowDown says that there is too much to do, whatever was asked: it is the error of the call, and no finding."""
-    clock = Impatient()
+    clock = Clock(SINCE_EPOCH_S)
     busy = FaultyStore(LocalStore(tmp_path), lambda r: FailBefore(SlowDown("503")) if r.operation == "head" else None)
     with pytest.raises(SlowDown):
-        probe(busy, **clock.retrying)
+        probe(busy, **waiting_by(clock))
 
 
 @pytest.mark.parametrize(
@@ -714,10 +701,10 @@ def test_a_server_that_asks_for_patience_shows_nothing(tmp_path: Path) -> None:
 )
 def test_one_stubborn_trial_costs_that_ability_only(tmp_path: Path, error: BlobflowError, evidence: str) -> None:
     """A request that fails for ever costs what needs it and 20 s in all, leaves nothing, and is soon tried again."""
-    inner, clock = LocalStore(tmp_path), Impatient()
+    inner, clock = LocalStore(tmp_path), Clock(SINCE_EPOCH_S)
     stubborn = FaultyStore(inner, lambda r: FailBefore(error) if r.operation == "list_parts" else None)
     began = clock.now
-    report = ProbedStore(stubborn, **clock.retrying).report()
+    report = ProbedStore(stubborn, **waiting_by(clock)).report()
     assert clock.now - began <= PATIENCE_S
     assert lacking(report) == {"lists_parts", "pages_parts", "aborts_uploads", "attests_crc32c"}
     assert report.lists_parts.evidence == f"{evidence}, while other requests succeeded"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,15 @@ from blobflow.stores.base import Store
 from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FailBefore, Fault, FaultyStore, Hook, Request
 from blobflow.transport import list_artifacts
-from tests.kit import SERIAL, Clock, Killed, artifact_of, dies_at, keys, noise
+from tests.clock import Clock
+from tests.kit import SERIAL, Killed, artifact_of, dies_at, keys, noise
 
 DAY_S = 24 * 3600.0
 
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
+    return Clock(time.time())  # intents are written by the real one
 
 
 @pytest.fixture

@@ -34,21 +34,7 @@ from blobflow.testing import (
     random_faults,
     scripted_faults,
 )
-
-
-class Clock:
-    """Time that passes only while somebody sleeps."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self.waits: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def sleep(self, seconds: float) -> None:
-        self.waits.append(seconds)
-        self.now += seconds
+from tests.clock import Clock
 
 
 @pytest.fixture
@@ -110,9 +96,9 @@ def test_patience_ends(faulty: FaultyStore, store: RetryingStore, clock: Clock) 
     with pytest.raises(StoreUnavailable, match="down") as refusal:
         store.head("key")
     assert (refusal.value.operation, refusal.value.key) == ("head", "key")
-    assert sum(clock.waits) == pytest.approx(120.0)
-    assert faulty.count("head") == len(clock.waits) + 1
-    assert len(clock.waits) < 60
+    assert sum(clock.slept) == pytest.approx(120.0)
+    assert faulty.count("head") == len(clock.slept) + 1
+    assert len(clock.slept) < 60
 
 
 def test_waits_grow_with_full_jitter(faulty: FaultyStore, store: RetryingStore, clock: Clock) -> None:
@@ -120,12 +106,12 @@ def test_waits_grow_with_full_jitter(faulty: FaultyStore, store: RetryingStore, 
     faulty.faults = always(StoreUnavailable("down"))
     first_waits: list[float] = []
     for _ in range(60):
-        clock.waits.clear()
+        clock.slept.clear()
         with pytest.raises(StoreUnavailable):
             store.head("key")
-        for attempt, wait in enumerate(clock.waits):
+        for attempt, wait in enumerate(clock.slept):
             assert 0 <= wait <= min(20.0, 0.25 * 2**attempt)
-        first_waits.append(clock.waits[0])
+        first_waits.append(clock.slept[0])
     assert min(first_waits) < 0.05
     assert max(first_waits) > 0.20
 
@@ -148,12 +134,12 @@ def test_the_store_may_ask_for_a_longer_wait(faulty: FaultyStore, store: Retryin
     faulty.store.put("key", b"data")
     faulty.faults = scripted_faults({("head", 1): FailBefore(SlowDown("later", retry_after_s=45.0))})
     store.head("key")
-    assert clock.waits == [45.0]
-    clock.waits.clear()
+    assert clock.slept == [45.0]
+    clock.slept.clear()
     faulty.faults = always(SlowDown("much later", retry_after_s=500.0))
     with pytest.raises(SlowDown, match="much later"):
         store.head("key")
-    assert clock.waits == []
+    assert clock.slept == []
 
 
 def test_patience_is_each_calls_own(faulty: FaultyStore, store: RetryingStore, clock: Clock) -> None:
@@ -163,7 +149,7 @@ def test_patience_is_each_calls_own(faulty: FaultyStore, store: RetryingStore, c
         clock.now += 100
         faulty.faults = scripted_faults({("head", first): FailBefore(SlowDown("later", retry_after_s=100.0))})
         store.head("key")
-    assert clock.waits == [100.0, 100.0, 100.0]
+    assert clock.slept == [100.0, 100.0, 100.0]
 
 
 def test_retries_are_logged(
@@ -176,9 +162,9 @@ def test_retries_are_logged(
         store.get("key", max_bytes=100)
     assert [record.getMessage() for record in caplog.records] == [
         f"store.retry operation=get key=key attempt={attempt} wait_s={wait:.2f} error=StoreUnavailable"
-        for attempt, wait in enumerate(clock.waits, 1)
+        for attempt, wait in enumerate(clock.slept, 1)
     ]
-    assert len(clock.waits) == 2
+    assert len(clock.slept) == 2
 
 
 # Bodies and listings
@@ -227,7 +213,7 @@ def test_the_patience_of_a_listing_begins_anew_with_every_key(
     faulty.faults = lambda request: Truncate(keep=1, error=late)
     listing = store.list()
     assert [next(listing).key for _ in keys] == keys
-    assert sum(clock.waits) == 500.0
+    assert sum(clock.slept) == 500.0
     faulty.faults = always(StoreUnavailable("down"))
     with pytest.raises(StoreUnavailable):
         list(store.list())

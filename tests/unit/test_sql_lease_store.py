@@ -24,15 +24,8 @@ from blobflow.errors import (
 )
 from blobflow.sql import SqlTable
 from blobflow.testing import write_tree
+from tests.clock import Clock
 from tests.kit import TREE, declare, local_store
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.slow)])
