@@ -58,10 +58,11 @@ def _have_streams() -> None:
 
 
 def _keep_the_heap_small() -> None:
-    """One heap for all threads, Arrow's too: what a thread keeps in one of its own is memory that nobody uses.
+    """Use one heap for all threads, Arrow's too. A heap per thread is memory that the other threads cannot use.
 
-    Large blocks stay out of it, whatever was freed before, so that they go back to the system when they are freed. A
-    command holds 10 to 25 MB less that way. Only the command line does so; a library must not decide it for others.
+    Large blocks stay outside of the heap, so that they go back to the system when they are freed. The peak of a push
+    of 200 MiB in 10,000 files is 120 MiB instead of 139 that way, and 120 instead of 136 for the pull. Only the command
+    line does so; a library must not decide it for others.
     """
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of the GNU C library
