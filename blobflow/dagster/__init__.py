@@ -14,7 +14,6 @@ defs = dg.Definitions.merge(
 """
 
 from blobflow.backends import DirectoryExporter, DirectoryImporter
-from blobflow.dagster.automation import export_schedule, mirror_condition
 from blobflow.dagster.batch import batch_asset, batch_op
 from blobflow.dagster.component import ArtifactMirrorComponent, ArtifactPipelineComponent
 from blobflow.dagster.handles import MirrorHandle, RemoteHandle, SnapshotHandle
@@ -22,12 +21,12 @@ from blobflow.dagster.handoff import HandoffIOManager
 from blobflow.dagster.io_manager import ArtifactIOManager, ArtifactRef
 from blobflow.dagster.jobs import gc_job, probe_check, probe_job, retention_job
 from blobflow.dagster.layers import layer_assets, layer_restore_job
-from blobflow.dagster.mirror import ArtifactMirror, artifact_mirror
-from blobflow.dagster.pipeline import ArtifactPipeline, artifact_pipeline
+from blobflow.dagster.mirror import ArtifactMirror, artifact_mirror, mirror_condition
+from blobflow.dagster.pipeline import ArtifactPipeline, artifact_pipeline, build_pipeline, export_schedule
 from blobflow.dagster.receiving import ReceiverResource, received_mirror
 from blobflow.dagster.resource import BlobflowResource, ProfileConfig
 from blobflow.dagster.sensors import artifact_partitions, manifest_sensor, ref_sensor
-from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
+from blobflow.dagster.spec import BlobflowAssetProps, BlobflowTranslator, PipelineSpec
 
 __all__ = [
     "ArtifactIOManager",
@@ -43,6 +42,7 @@ __all__ = [
     "DirectoryImporter",
     "HandoffIOManager",
     "MirrorHandle",
+    "PipelineSpec",
     "ProfileConfig",
     "ReceiverResource",
     "RemoteHandle",
@@ -52,6 +52,7 @@ __all__ = [
     "artifact_pipeline",
     "batch_asset",
     "batch_op",
+    "build_pipeline",
     "export_schedule",
     "gc_job",
     "layer_assets",

@@ -15,12 +15,14 @@ context.add_output_metadata(journal.metadata())
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeAlias
 
 import dagster as dg
 
 from blobflow.dagster import metadata as md
+from blobflow.dagster.failures import dagster_errors
 from blobflow.dagster.fencing import RunFence
 from blobflow.dagster.progress import ProgressLog
 from blobflow.errors import UsageError
@@ -70,6 +72,14 @@ def transfer_journal(
         run_id = run_id or context.run_id
         write = context.log_event
     return StepJournal(ObservationHome(instance, write), RunFence(instance, run_id), context.log.info, writer=run_id)
+
+
+@contextmanager
+def step_journal(context: dg.OpExecutionContext, retry_policy: dg.RetryPolicy | None) -> Iterator["StepJournal"]:
+    """Gives the journal of a step, and raises the core's errors as Dagster's, with how far the step had come."""
+    journal = transfer_journal(context)
+    with dagster_errors(context, retry_policy, journal.metadata, fence=journal.fence):
+        yield journal
 
 
 class ObservationHome:

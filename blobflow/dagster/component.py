@@ -42,12 +42,11 @@ from pydantic_core import InitErrorDetails
 from blobflow.backends import BACKENDS, backend_classes
 from blobflow.config import ChunkProfile
 from blobflow.coordination.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S
-from blobflow.dagster.automation import export_schedule
 from blobflow.dagster.mirror import MIRRORS, artifact_mirror
-from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, artifact_pipeline
+from blobflow.dagster.pipeline import build_pipeline, export_schedule
 from blobflow.dagster.resource import BlobflowResource, ProfileConfig
 from blobflow.dagster.sensors import Announce
-from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
+from blobflow.dagster.spec import DEFAULT_RETRY_POLICY, BlobflowAssetProps, BlobflowTranslator, PipelineSpec
 from blobflow.errors import UsageError, expanded
 from blobflow.fields import check_names
 from blobflow.stores.base import key_segment
@@ -551,7 +550,7 @@ class ArtifactPipelineComponent(_StoreComponent):
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002  # Dagster's signature
         """Assets, check, job, schedule, and the resource if the component has its own."""
         options = self._options(self.name, snapshot=self.exporter, mirror=self.importer)
-        pipeline = artifact_pipeline(
+        spec = PipelineSpec(
             exporter=self.exporter,
             importer=self.importer,
             partitions_def=self.partitions_def,
@@ -562,6 +561,7 @@ class ArtifactPipelineComponent(_StoreComponent):
             max_silence_s=self.max_silence_s,
             **options,
         )
+        pipeline = build_pipeline(spec)
         schedules = []
         if self.schedule is not None:
             timing = self.schedule

@@ -268,13 +268,7 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
                 ),
                 **self._verification(context, journal),
             )
-            if healed is not None:
-                facts |= {
-                    md.STATUS: "healed",
-                    md.DAMAGE: f"{type(healed.found).__name__}: {healed.found.message}",
-                    md.BYTES_SENT: healed.upload.bytes_sent,
-                    md.BYTES_RESUMED: healed.upload.bytes_resumed,
-                }
+            facts |= md.healing(healed)
         return proven, facts
 
     def _verification(self, context: dg.OutputContext, journal: StepJournal | None) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Transfers in lanes: a few steps, fixed when the code location loads, each of which moves every K-th part.
+"""Two of the five steps in lanes: graphs of a few steps, fixed when the code location loads, in the place of one op.
+
+Each lane moves every K-th part.
 
 | graph | nodes | what the last one proves |
 |---|---|---|
@@ -13,19 +15,19 @@ What the lanes hand to the last step is for people to read: an executor may lose
 last step goes by is the ticket, the store and the disk.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import dagster as dg
 
 from blobflow.backends import Importer
 from blobflow.dagster import metadata as md
-from blobflow.dagster.checkpoints import StepJournal
+from blobflow.dagster.checkpoints import StepJournal, step_journal
 from blobflow.dagster.handles import PIN, RemoteHandle, SnapshotHandle, StagedHandle, UploadHandle
 from blobflow.dagster.resource import BlobflowResource
-from blobflow.stores import Store
+from blobflow.dagster.spec import PipelineSpec, step_op
+from blobflow.dagster.steps import digest_if_gone, find_remote, find_snapshot, snapshot_facts, stage
 from blobflow.transport import (
     DownloadTicket,
     LaneResult,
@@ -37,26 +39,6 @@ from blobflow.transport import (
     send_parts,
 )
 from blobflow.uploads.progress import transfer_id
-
-MAX_LANES: Final = 64
-"""More steps than that in one asset are no picture any more, and each costs seconds of processor time."""
-
-
-class Steps(Protocol):
-    """What the lanes take from the pipeline that they belong to."""
-
-    @property
-    def name(self) -> str: ...
-
-    def op(
-        self, node: str, *, waits: Iterable[str] = (), pool: bool = False, **options: Any
-    ) -> Callable[[Callable[..., Any]], dg.OpDefinition]:
-        """The decorator of a step."""
-        ...
-
-    def step(self, context: dg.OpExecutionContext) -> AbstractContextManager[tuple[BlobflowResource, StepJournal]]:
-        """Gives the resource and the step's journal, and raises the core's errors as Dagster's."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -71,199 +53,246 @@ class LaneHandle:
     seconds: float
 
 
-def upload_in_lanes(
-    steps: Steps,
-    lanes: int,
-    waits: Sequence[str],
-    found: Callable[[dg.OpExecutionContext, BlobflowResource, Store], SnapshotHandle],
-    stored: Callable[[dg.OpExecutionContext, Store, SnapshotHandle], str | None],
-    facts: Callable[[Store, SnapshotHandle], dict[str, Any]],
-) -> dg.GraphDefinition:
-    """The graph `upload` of a pipeline, which ends with an `UploadHandle`.
+# -------------------------------------------------------------------------------------------------------------- upload
+
+
+def upload_graph(spec: PipelineSpec, waits: Sequence[str]) -> dg.GraphDefinition:
+    """The step `upload_snapshot` as a graph of `spec.lanes` lanes; it ends with an `UploadHandle`.
 
     Args:
-        waits: Names of the inputs, none of which has data, for which the first step waits.
-        found: The snapshot.
-        stored: The digest under which the store has the snapshot, if its artifact is gone from the disk; None if it is
-            at hand.
-        facts: What is known of the snapshot, for the materialization.
+        waits: Names of the inputs without data that the first step waits for.
     """
 
-    @steps.op("upload_plan", waits=waits, out={"snapshot": dg.Out(SnapshotHandle), "ticket": dg.Out(UploadTicket)})
+    @step_op(spec, "upload_plan", waits=waits, out={"snapshot": dg.Out(SnapshotHandle), "ticket": dg.Out(UploadTicket)})
     def begin(context: dg.OpExecutionContext):
-        with steps.step(context) as (blobflow, _):
-            store = blobflow.get_store()
-            snapshot = found(context, blobflow, store)
-            digest = stored(context, store, snapshot)
-            if digest is not None:
-                return snapshot, UploadTicket(snapshot.key, "", digest, 0, 0, 0)
-            ticket = begin_upload(store, snapshot.key, snapshot.path, profile=blobflow.get_profile())
-            context.log.info(
-                "upload.begun key=%s upload_id=%s parts=%d part_size=%d lanes=%d",
-                *(ticket.key, ticket.upload_id, ticket.parts, ticket.part_size, lanes),
-            )
-            return snapshot, ticket
+        return begin_upload_lanes(context, spec, spec.resource(context))
 
-    def send_of(lane: int) -> dg.OpDefinition:
-        @steps.op(f"upload_lane_{lane}", pool=True)
+    def lane_op(lane: int) -> dg.OpDefinition:
+        @step_op(spec, f"upload_lane_{lane}", pool=True)
         def send(context: dg.OpExecutionContext, snapshot: SnapshotHandle, ticket: UploadTicket) -> LaneHandle:
-            with steps.step(context) as (blobflow, journal):
-                store = blobflow.get_store()
-                if not ticket.upload_id or stored(context, store, snapshot) is not None:
-                    return _done(context, journal, lane, _NOTHING)
-                sent = send_parts(
-                    store,
-                    ticket,
-                    snapshot.path,
-                    ticket.numbers(lane, lanes),
-                    profile=blobflow.get_profile(),
-                    on_progress=journal.progress,
-                    on_checkpoint=journal.save,
-                )
-                return _done(context, journal, lane, sent)
+            return upload_lane(context, spec, spec.resource(context), snapshot, ticket, lane)
 
         return send
 
-    @steps.op("upload_commit")
+    @step_op(spec, "upload_commit")
     def commit(
         context: dg.OpExecutionContext, snapshot: SnapshotHandle, ticket: UploadTicket, sent: list[LaneHandle]
     ) -> UploadHandle:
-        with steps.step(context) as (blobflow, journal):
-            store = blobflow.get_store()
-            metadata = facts(store, snapshot)
-            digest = ticket.artifact_digest if not ticket.upload_id else stored(context, store, snapshot)
-            status, seconds, sent_again = "unchanged", 0.0, 0
-            if digest is None:
-                result = commit_upload(
-                    store,
-                    ticket,
-                    snapshot.path,
-                    lanes=lanes,
-                    profile=blobflow.get_profile(),
-                    on_progress=journal.progress,
-                    on_checkpoint=journal.save,
-                )
-                digest, status = result.artifact_digest, result.status
-                seconds, sent_again = result.seconds, result.bytes_sent
-            if status == "unchanged":
-                journal.done(transfer_id(store, snapshot.key, digest, "upload"))
-            metadata |= {md.STATUS: status, md.UPLOAD_SECONDS: round(_slowest(sent) + seconds, 3)}
-            metadata |= journal.metadata()
-            if len(sent) == lanes:
-                metadata |= _lane_facts(context, sent, md.BYTES_SENT)
-                metadata[md.BYTES_SENT] += sent_again
-            else:
-                metadata.pop(md.BYTES_RESUMED, None)
-            metadata.pop(md.PARTS, None)  # how the last step saw them: all done
-            context.log.info(
-                "upload.done status=%s key=%s lanes=%d told=%d bytes_sent=%s bytes_resumed=%s",
-                *(status, snapshot.key, lanes, len(sent)),
-                *(metadata.get(label, "unknown") for label in (md.BYTES_SENT, md.BYTES_RESUMED)),
-            )
-            context.add_output_metadata(metadata)
-            return UploadHandle.of(snapshot, digest, status, metadata)
+        return commit_upload_lanes(context, spec, spec.resource(context), snapshot, ticket, sent)
 
     def upload(**after: Any):
         snapshot, ticket = begin.alias("plan")(**after)
-        sent = [send_of(lane).alias(f"lane_{lane}")(snapshot, ticket) for lane in range(lanes)]
+        sent = [lane_op(lane).alias(f"lane_{lane}")(snapshot, ticket) for lane in range(spec.lanes)]
         return commit.alias("commit")(snapshot, ticket, sent)
 
-    return _graph(f"{steps.name}__upload", upload, waits)
+    return _graph(f"{spec.name}__upload", upload, waits)
 
 
-def download_in_lanes(
-    steps: Steps,
-    lanes: int,
-    waits: Sequence[str],
-    found: Callable[[dg.OpExecutionContext, Store], RemoteHandle],
-    importer_of: Callable[[dg.OpExecutionContext], Importer],
-    fetch: Callable[[dg.OpExecutionContext, BlobflowResource, StepJournal, Importer, str, str], dict[str, Any]],
-) -> dg.GraphDefinition:
-    """The graph `download` of a pipeline: from a `RemoteHandle` to a `StagedHandle`.
+def begin_upload_lanes(
+    context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource
+) -> tuple[SnapshotHandle, UploadTicket]:
+    """The newest snapshot, and the upload that its lanes share."""
+    with step_journal(context, spec.retry_policy):
+        store = blobflow.get_store()
+        snapshot = find_snapshot(context, spec, blobflow, store)
+        digest = digest_if_gone(context, spec, store, snapshot)
+        if digest is not None:
+            return snapshot, UploadTicket(snapshot.key, "", digest, 0, 0, 0)
+        ticket = begin_upload(store, snapshot.key, snapshot.path, profile=blobflow.get_profile())
+        context.log.info(
+            "upload.begun key=%s upload_id=%s parts=%d part_size=%d lanes=%d",
+            *(ticket.key, ticket.upload_id, ticket.parts, ticket.part_size, spec.lanes),
+        )
+        return snapshot, ticket
+
+
+def upload_lane(
+    context: dg.OpExecutionContext,
+    spec: PipelineSpec,
+    blobflow: BlobflowResource,
+    snapshot: SnapshotHandle,
+    ticket: UploadTicket,
+    lane: int,
+) -> LaneHandle:
+    """Send the parts of one lane."""
+    with step_journal(context, spec.retry_policy) as journal:
+        store = blobflow.get_store()
+        if not ticket.upload_id or digest_if_gone(context, spec, store, snapshot) is not None:
+            return _done(context, journal, lane, _NOTHING)
+        sent = send_parts(
+            store,
+            ticket,
+            snapshot.path,
+            ticket.numbers(lane, spec.lanes),
+            profile=blobflow.get_profile(),
+            on_progress=journal.progress,
+            on_checkpoint=journal.save,
+        )
+        return _done(context, journal, lane, sent)
+
+
+def commit_upload_lanes(
+    context: dg.OpExecutionContext,
+    spec: PipelineSpec,
+    blobflow: BlobflowResource,
+    snapshot: SnapshotHandle,
+    ticket: UploadTicket,
+    sent: list[LaneHandle],
+) -> UploadHandle:
+    """Prove that all parts are in the store, and publish the artifact."""
+    with step_journal(context, spec.retry_policy) as journal:
+        store = blobflow.get_store()
+        metadata = snapshot_facts(store, snapshot)
+        digest = digest_if_gone(context, spec, store, snapshot) if ticket.upload_id else ticket.artifact_digest
+        status, seconds, sent_again = "unchanged", 0.0, 0
+        if digest is None:
+            result = commit_upload(
+                store,
+                ticket,
+                snapshot.path,
+                lanes=spec.lanes,
+                profile=blobflow.get_profile(),
+                on_progress=journal.progress,
+                on_checkpoint=journal.save,
+            )
+            digest, status = result.artifact_digest, result.status
+            seconds, sent_again = result.seconds, result.bytes_sent
+        if status == "unchanged":
+            journal.done(transfer_id(store, snapshot.key, digest, "upload"))
+        metadata |= {md.STATUS: status, md.UPLOAD_SECONDS: round(_slowest(sent) + seconds, 3)}
+        metadata |= journal.metadata()
+        if len(sent) == spec.lanes:
+            metadata |= _lane_facts(context, sent, md.BYTES_SENT)
+            metadata[md.BYTES_SENT] += sent_again
+        else:
+            metadata.pop(md.BYTES_RESUMED, None)
+        metadata.pop(md.PARTS, None)  # how the last step saw them: all done
+        context.log.info(
+            "upload.done status=%s key=%s lanes=%d told=%d bytes_sent=%s bytes_resumed=%s",
+            *(status, snapshot.key, spec.lanes, len(sent)),
+            *(metadata.get(label, "unknown") for label in (md.BYTES_SENT, md.BYTES_RESUMED)),
+        )
+        context.add_output_metadata(metadata)
+        return UploadHandle.of(snapshot, digest, status, metadata)
+
+
+# ------------------------------------------------------------------------------------------------------------ download
+
+
+def download_graph(spec: PipelineSpec, waits: Sequence[str]) -> dg.GraphDefinition:
+    """The step `download_remote` as a graph of `spec.lanes` lanes; it ends with a `StagedHandle`.
 
     Args:
-        waits: Names of the inputs without data for which the first step waits.
-        fetch: Lands an artifact, by key and digest, where the importer takes it from; gives facts for the
-            materialization.
+        waits: Names of the inputs without data that the first step waits for.
     """
 
-    def is_alive(importer: Importer, digest: str) -> bool:
-        alive = importer.current()
-        return alive is not None and alive.digest == digest
-
-    @steps.op(
+    @step_op(
+        spec,
         "download_plan",
         waits=waits,
         config_schema=PIN,
         out={"remote": dg.Out(RemoteHandle), "ticket": dg.Out(DownloadTicket)},
     )
     def begin(context: dg.OpExecutionContext):
-        with steps.step(context) as (blobflow, _):
-            store = blobflow.get_store()
-            remote = found(context, store)
-            importer = importer_of(context)
-            if is_alive(importer, remote.digest):
-                return remote, DownloadTicket(remote.key, remote.digest, lanes, 0, 0, 0)
-            ticket = begin_download(
-                store,
-                remote.key,
-                importer.staging(remote.digest),
-                lanes=lanes,
-                profile=blobflow.get_profile(),
-                expected_digest=remote.digest,
-            )
-            context.log.info(
-                "download.begun key=%s parts=%d part_size=%d lanes=%d",
-                *(ticket.key, ticket.parts, ticket.part_size, lanes),
-            )
-            return remote, ticket
+        return begin_download_lanes(context, spec, spec.resource(context))
 
-    def fetch_of(lane: int) -> dg.OpDefinition:
-        @steps.op(f"download_lane_{lane}", pool=True)
+    def lane_op(lane: int) -> dg.OpDefinition:
+        @step_op(spec, f"download_lane_{lane}", pool=True)
         def land(context: dg.OpExecutionContext, ticket: DownloadTicket) -> LaneHandle:
-            with steps.step(context) as (blobflow, journal):
-                importer = importer_of(context)
-                if not ticket.parts or is_alive(importer, ticket.artifact_digest):
-                    return _done(context, journal, lane, _NOTHING)
-                landed = fetch_lane(
-                    blobflow.get_store(),
-                    ticket,
-                    importer.staging(ticket.artifact_digest),
-                    lane,
-                    profile=blobflow.get_profile(),
-                    on_progress=journal.progress,
-                    on_checkpoint=journal.save,
-                )
-                return _done(context, journal, lane, landed)
+            return download_lane(context, spec, spec.resource(context), ticket, lane)
 
         return land
 
-    @steps.op("download_assemble")
+    @step_op(spec, "download_assemble")
     def assemble(context: dg.OpExecutionContext, remote: RemoteHandle, landed: list[LaneHandle]) -> StagedHandle:
-        with steps.step(context) as (blobflow, journal):
-            importer = importer_of(context)
-            if is_alive(importer, remote.digest):
-                metadata: dict[str, Any] = {md.STATUS: "unchanged", md.BYTES_RECEIVED: 0, md.BYTES_RESUMED: 0}
-            else:
-                metadata = fetch(context, blobflow, journal, importer, remote.key, remote.digest)
-                itself = metadata[md.BYTES_RECEIVED]
-                if len(landed) == lanes:
-                    metadata |= _lane_facts(context, landed, md.BYTES_RECEIVED)
-                    metadata[md.BYTES_RECEIVED] += itself
-                metadata.pop(md.PARTS, None)
-                metadata[md.DOWNLOAD_SECONDS] = round(_slowest(landed) + metadata[md.DOWNLOAD_SECONDS], 3)
-            context.add_output_metadata(metadata)
-            return StagedHandle(remote.key, remote.digest, metadata, remote.round_number)
+        return assemble_download(context, spec, spec.resource(context), remote, landed)
 
     def download(**after: Any):
         remote, ticket = begin.alias("plan")(**after)
-        landed = [fetch_of(lane).alias(f"lane_{lane}")(ticket) for lane in range(lanes)]
+        landed = [lane_op(lane).alias(f"lane_{lane}")(ticket) for lane in range(spec.lanes)]
         return assemble.alias("assemble")(remote, landed)
 
-    return _graph(f"{steps.name}__download", download, waits)
+    return _graph(f"{spec.name}__download", download, waits)
 
 
-def _graph(name: str, compose: Callable[..., Any], inputs: Iterable[str]) -> dg.GraphDefinition:
+def begin_download_lanes(
+    context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource
+) -> tuple[RemoteHandle, DownloadTicket]:
+    """The artifact that the mirror is to show, and the download that its lanes share."""
+    with step_journal(context, spec.retry_policy):
+        store = blobflow.get_store()
+        remote = find_remote(context, spec, store)
+        importer = spec.importer_for(context)
+        if _is_alive(importer, remote.digest):
+            return remote, DownloadTicket(remote.key, remote.digest, spec.lanes, 0, 0, 0)
+        ticket = begin_download(
+            store,
+            remote.key,
+            importer.staging(remote.digest),
+            lanes=spec.lanes,
+            profile=blobflow.get_profile(),
+            expected_digest=remote.digest,
+        )
+        context.log.info(
+            "download.begun key=%s parts=%d part_size=%d lanes=%d",
+            *(ticket.key, ticket.parts, ticket.part_size, spec.lanes),
+        )
+        return remote, ticket
+
+
+def download_lane(
+    context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource, ticket: DownloadTicket, lane: int
+) -> LaneHandle:
+    """Land the parts of one lane."""
+    with step_journal(context, spec.retry_policy) as journal:
+        importer = spec.importer_for(context)
+        if not ticket.parts or _is_alive(importer, ticket.artifact_digest):
+            return _done(context, journal, lane, _NOTHING)
+        landed = fetch_lane(
+            blobflow.get_store(),
+            ticket,
+            importer.staging(ticket.artifact_digest),
+            lane,
+            profile=blobflow.get_profile(),
+            on_progress=journal.progress,
+            on_checkpoint=journal.save,
+        )
+        return _done(context, journal, lane, landed)
+
+
+def assemble_download(
+    context: dg.OpExecutionContext,
+    spec: PipelineSpec,
+    blobflow: BlobflowResource,
+    remote: RemoteHandle,
+    landed: list[LaneHandle],
+) -> StagedHandle:
+    """Fetch what is missing, verify what the lanes landed, and make the artifact of it."""
+    with step_journal(context, spec.retry_policy) as journal:
+        importer = spec.importer_for(context)
+        if _is_alive(importer, remote.digest):
+            metadata: dict[str, Any] = {md.STATUS: "unchanged", md.BYTES_RECEIVED: 0, md.BYTES_RESUMED: 0}
+        else:
+            metadata = stage(context, blobflow, importer, remote.key, remote.digest, journal)
+            own_bytes = metadata[md.BYTES_RECEIVED]
+            if len(landed) == spec.lanes:
+                metadata |= _lane_facts(context, landed, md.BYTES_RECEIVED)
+                metadata[md.BYTES_RECEIVED] += own_bytes
+            metadata.pop(md.PARTS, None)
+            metadata[md.DOWNLOAD_SECONDS] = round(_slowest(landed) + metadata[md.DOWNLOAD_SECONDS], 3)
+        context.add_output_metadata(metadata)
+        return StagedHandle(remote.key, remote.digest, metadata, remote.round_number)
+
+
+# ---------------------------------------------------------------------------------------------------------------- both
+
+
+def _is_alive(importer: Importer, digest: str) -> bool:
+    alive = importer.current()
+    return alive is not None and alive.digest == digest
+
+
+def _graph(name: str, compose: Callable[..., Any], inputs: Sequence[str]) -> dg.GraphDefinition:
     return dg.graph(name=name, ins={each: dg.GraphIn() for each in inputs})(compose)
 
 

@@ -11,7 +11,7 @@ data version is the digest of the content, so what depends on the asset sees cha
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import dagster as dg
 from pydantic import Field
@@ -19,16 +19,12 @@ from pydantic import Field
 from blobflow.backends.directory import Symlinks
 from blobflow.backends.patterns import ExcludePatterns
 from blobflow.dagster import metadata as md
-from blobflow.dagster.checkpoints import StepJournal, transfer_journal
-from blobflow.dagster.failures import dagster_errors
+from blobflow.dagster.checkpoints import step_journal
 from blobflow.dagster.resource import BlobflowResource
+from blobflow.dagster.spec import DEFAULT_RETRY_POLICY
 from blobflow.errors import UsageError
 from blobflow.fields import KnownFields, check_choice
 from blobflow.layers.names import CONTAINERS
-
-DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
-    max_retries=3, delay=10, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS
-)
 
 
 class LayerRestoreConfig(KnownFields, dg.Config):
@@ -187,8 +183,7 @@ def _layers(
     """Gives the layers of the resource's store, and the step's journal; raises the core's errors as Dagster's."""
     from blobflow.layers import LayerSync  # zstd and SQL are needed in steps only
 
-    journal: StepJournal = transfer_journal(context)
-    with dagster_errors(context, retry_policy, journal.metadata, fence=journal.fence):
+    with step_journal(context, retry_policy) as journal:
         blobflow: BlobflowResource = getattr(context.resources, resource_key)
         watch: Callable[[int, int], None] = journal.watch("scan")
         yield (

@@ -8,6 +8,7 @@ from pydantic import JsonValue
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends.base import ExportResult
+from blobflow.transport import Healed
 from blobflow.uploads.progress import TransferRecord
 
 if TYPE_CHECKING:
@@ -160,6 +161,18 @@ def largest_members(artifact: Artifact) -> dict[str, Any]:
     records = [dg.TableRecord({"path": index.paths[i], "bytes": index.sizes[i]}) for i in top]
     schema = dg.TableSchema([dg.TableColumn("path"), dg.TableColumn("bytes", "int")])
     return {LARGEST_MEMBERS: dg.MetadataValue.table(records, schema)}
+
+
+def healing(healed: Healed | None) -> dict[str, Any]:
+    """What was wrong with an artifact and what its repair sent; nothing if it was whole."""
+    if healed is None:
+        return {}
+    return {
+        STATUS: "healed",
+        DAMAGE: f"{type(healed.found).__name__}: {healed.found.message}",
+        BYTES_SENT: healed.upload.bytes_sent,
+        BYTES_RESUMED: healed.upload.bytes_resumed,
+    }
 
 
 def parts_table(record: TransferRecord) -> dict[str, Any]:

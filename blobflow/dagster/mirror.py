@@ -10,18 +10,22 @@ the pipeline are `[name, ...]`, and so are others than these; each further mirro
 different `key_prefix`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final
 
 import dagster as dg
 
-from blobflow.backends import Importer
-from blobflow.dagster.automation import mirror_condition
-from blobflow.dagster.pipeline import DEFAULT_RETRY_POLICY, check_plan, mirror_alone
+from blobflow.dagster.pipeline import mirror_asset
 from blobflow.dagster.sensors import Announce, artifact_partitions, manifest_sensor, ref_sensor
-from blobflow.dagster.translator import BlobflowAssetProps, BlobflowTranslator
+from blobflow.dagster.spec import (
+    DEFAULT_RETRY_POLICY,
+    BlobflowAssetProps,
+    BlobflowTranslator,
+    ImporterOf,
+    PipelineSpec,
+)
 from blobflow.fields import check_choice
 
 MIRRORS: Final = ("mirrors",)
@@ -56,7 +60,7 @@ class ArtifactMirror:
 
 def artifact_mirror(
     name: str,
-    importer: Importer | Callable[[str], Importer],
+    importer: ImporterOf,
     *,
     key_prefix: Sequence[str] = MIRRORS,
     ref: str | None = "latest",
@@ -93,29 +97,24 @@ def artifact_mirror(
         running: The sensors run from the start; otherwise they are switched on in the UI.
         resource_key: Under which the `BlobflowResource` is found.
     """
-    check_plan(name, lanes)
     check_choice("announce", announce, Announce)
     partitions = artifact_partitions(name) if ref is None else None
-    looks = _MirrorTranslator(translator or BlobflowTranslator(), tuple(key_prefix), automatic=ref is None)
-    remote = looks.get_asset_spec(BlobflowAssetProps(name, "remote", None)).replace_attributes(
-        description=_DESCRIPTION, partitions_def=partitions
-    )
-    spec = looks.get_asset_spec(BlobflowAssetProps(name, "mirror", str(getattr(importer, "backend", "")) or None))
-    if freshness_policy is not None:
-        spec = spec.replace_attributes(freshness_policy=freshness_policy)
-    mirror = mirror_alone(
-        name,
-        importer,
-        remote,
-        spec,
+    spec = PipelineSpec(
+        name=name,
+        exporter=None,
+        importer=importer,
         partitions_def=partitions,
+        lanes=lanes,
         ref=ref,
         digest=digest,
-        lanes=lanes,
+        freshness_policy=freshness_policy,
+        translator=_MirrorTranslator(translator or BlobflowTranslator(), tuple(key_prefix), automatic=ref is None),
         retry_policy=retry_policy,
         pool=pool,
         resource_key=resource_key,
     )
+    remote = spec.remote.replace_attributes(description=_DESCRIPTION, partitions_def=partitions)
+    mirror = mirror_asset(spec)
     job = dg.define_asset_job(
         f"{name}_mirror_job",
         selection=dg.AssetSelection.assets(mirror),
@@ -139,6 +138,26 @@ def artifact_mirror(
         )
         sensors = [manifest_sensor(name, partitions_def=partitions, announce=announce, **follow), automation]
     return ArtifactMirror(name, remote, mirror, job, sensors)
+
+
+def mirror_condition() -> dg.AutomationCondition[Any]:
+    """A mirror that follows: run for every artifact that it has not brought to life, and whenever one is replaced.
+
+    It differs from `AutomationCondition.eager()` in two ways. Artifacts that were there before the condition was first
+    evaluated count as well, so a mirror that is set up late catches up, in one backfill. And no partition is too old:
+    an artifact that was exported late for an early day is followed, too.
+
+    A run that failed is not requested again before its artifact changes: that is the retries' business.
+    """
+    condition = dg.AutomationCondition
+    is_due = condition.missing().newly_true() | condition.any_deps_updated()
+    is_handled = condition.newly_requested() | condition.newly_updated()
+    return (
+        is_due.since(is_handled)
+        & ~condition.any_deps_missing()
+        & ~condition.any_deps_in_progress()
+        & ~condition.in_progress()
+    ).with_label("mirror_condition")
 
 
 @dataclass(frozen=True)

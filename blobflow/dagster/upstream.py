@@ -16,8 +16,6 @@ A run whose export ended falls back to what the ref names only if a later round 
 directory that its steps do not share would be taken for "nothing new", night after night.
 """
 
-import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +23,15 @@ from typing import Any, Final
 
 import dagster as dg
 
-from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.coordination.refs import RefState, read_ref
 from blobflow.coordination.rounds import content_key
 from blobflow.dagster import metadata as md
 from blobflow.dagster.handles import RemoteHandle, SnapshotHandle
-from blobflow.errors import ArtifactNotFound, BlobflowError, DigestMismatch, NotFoundError, ReplacementInProgress
+from blobflow.dagster.scratch import newest_first, read_exported
+from blobflow.errors import ArtifactNotFound, DigestMismatch, NotFoundError, ReplacementInProgress
 from blobflow.stores import Store
 from blobflow.transport import list_artifacts, read_manifest_bytes
-
-HANDLE: Final = "round.json"
-"""Written into a scratch directory when its export has ended."""
 
 _MAX_RUNS: Final = 100
 """Materializations among which those of this run are looked for: of runs of the same partition at the same time."""
@@ -79,9 +74,8 @@ class Upstream:
             if named and (made.round_number or 0) < named.round_number:  # a later round has replaced it
                 return self._named_snapshot(asset, named)
             return self._stored_snapshot(asset, rounds / made.run_id, made)
-        others = [path.parent for path in rounds.glob(f"*/{HANDLE}") if path.parent.name not in runs]
-        for scratch in sorted(others, key=_modified, reverse=True):
-            found = self._exported(scratch)
+        for scratch in newest_first(rounds):
+            found = None if scratch.name in runs else self._exported(scratch)
             if found and not (named and (found.round_number or 0) < named.round_number):
                 return found
         return self._named_snapshot(asset, named)
@@ -112,15 +106,17 @@ class Upstream:
         return RemoteHandle(key, artifact_digest(read_manifest_bytes(self.store, key)))
 
     def _exported(self, scratch: Path) -> SnapshotHandle | None:
-        """What lies in a scratch directory, if its export has ended."""
-        try:
-            note = json.loads((scratch / HANDLE).read_bytes())
-            artifact = Artifact.open(scratch / "artifact")
-            number, generation = note["round_number"], note["generation"]
-        except (OSError, ValueError, KeyError, TypeError, BlobflowError):
+        """The snapshot in a scratch directory, if its export has ended."""
+        found = read_exported(scratch)
+        if found is None:
             return None
+        artifact = found.artifact
         return SnapshotHandle(
-            content_key(self.prefix, artifact), str(scratch), artifact.manifest_bytes, number, generation
+            content_key(self.prefix, artifact),
+            str(scratch),
+            artifact.manifest_bytes,
+            found.round_number,
+            found.generation,
         )
 
     def _stored_snapshot(self, asset: dg.AssetKey, scratch: Path, made: "_Made") -> SnapshotHandle:
@@ -199,13 +195,6 @@ class _Made:
     round_number: int | None
 
 
-def leave_handle(scratch: Path, round_number: int | None, generation: int | None) -> None:
-    """Say that the export into a scratch directory has ended, and of which round it is."""
-    made = scratch / f"{HANDLE}.new"
-    made.write_text(json.dumps({"round_number": round_number, "generation": generation}))
-    os.replace(made, scratch / HANDLE)
-
-
 def snapshot_is_gone(store: Store, asset: dg.AssetKey, key: str, scratch: str | None) -> ArtifactNotFound:
     """The error for a snapshot whose content is neither on the disk nor in the store."""
     where = f"in {scratch}" if scratch else "on the disk"
@@ -226,10 +215,3 @@ def lineage(context: dg.OpExecutionContext) -> list[str]:
         found.append(run.parent_run_id)
         run = context.instance.get_run_by_id(run.parent_run_id)
     return found
-
-
-def _modified(scratch: Path) -> float:
-    try:
-        return (scratch / HANDLE).stat().st_mtime
-    except OSError:
-        return 0.0

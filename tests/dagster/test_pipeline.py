@@ -163,7 +163,7 @@ def test_a_payload_damaged_on_its_way_is_never_materialized(place: Place):
 
     FaultyResource.script(damaging_before_verify(place))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blobflow.dagster.pipeline._artifact_in", lambda _: None)
+        patch.setattr("blobflow.dagster.scratch.artifact_in", lambda _: None)
         result = place.run()
 
     step, message, metadata = failure(result)

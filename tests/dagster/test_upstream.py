@@ -132,7 +132,7 @@ def test_a_scratch_directory_that_steps_do_not_share_is_never_taken_for_nothing_
     with pytest.MonkeyPatch.context() as patch:
         # What a second machine sees of the first one's directory.
         patch.setattr(
-            "blobflow.dagster.pipeline.leave_handle", lambda scratch, *_: shutil.rmtree(scratch, ignore_errors=True)
+            "blobflow.dagster.scratch.leave_note", lambda scratch, *_: shutil.rmtree(scratch, ignore_errors=True)
         )
         result = place.run(place.pipeline(lanes=lanes))
     step, message, told = failure(result)

@@ -1,0 +1,201 @@
+"""`PipelineSpec`: what is decided about a pipeline, as one value; and the translator, for the looks of its assets."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias, TypeVar
+
+import dagster as dg
+
+from blobflow.backends import Exporter, Importer
+from blobflow.coordination.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S
+from blobflow.dagster.resource import BlobflowResource
+from blobflow.errors import UsageError
+from blobflow.fields import check_choice
+from blobflow.stores.base import key_segment
+from blobflow.transport import VerifyMode
+
+DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
+    max_retries=3, delay=10, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS
+)
+MAX_LANES: Final = 64
+"""A graph of more steps is too large to read, and each step costs seconds of processor time."""
+
+Backend = TypeVar("Backend", Exporter, Importer)
+ExporterOf: TypeAlias = Exporter | Callable[[str], Exporter]
+ImporterOf: TypeAlias = Importer | Callable[[str], Importer]
+Stage = Literal["snapshot", "remote", "mirror"]
+
+_UNPARTITIONED: Final = "-"
+_DESCRIPTIONS: dict[Stage, str] = {
+    "snapshot": "One consistent artifact of the source: every file read once, manifest and index written.",
+    "remote": "The artifact in the store: sent, verified there, and named by the ref.",
+    "mirror": "The artifact brought to life at its target: fetched, every member verified, swapped in at once.",
+}
+
+
+@dataclass(frozen=True)
+class BlobflowAssetProps:
+    """What a translator knows of an asset."""
+
+    pipeline: str
+    stage: Stage
+    backend: str | None
+    """Of the exporter (snapshot) or the importer (mirror), e.g. `directory`, where it is known beforehand."""
+
+
+class BlobflowTranslator:
+    """Turns the assets of a pipeline into asset specs.
+
+    ```python
+    class Ours(BlobflowTranslator):
+        def get_asset_spec(self, props):
+            return super().get_asset_spec(props).replace_attributes(owners=["team:data"])
+    ```
+    """
+
+    def get_asset_spec(self, props: BlobflowAssetProps) -> dg.AssetSpec:
+        """Key, group, description, tags, kinds, owners, metadata, automation condition and so on of one asset.
+
+        The pipeline waits for the assets in the spec's `deps`. Partitions belong to the pipeline, not to the spec.
+        """
+        return dg.AssetSpec(
+            key=[props.pipeline, props.stage],
+            group_name=props.pipeline,
+            description=_DESCRIPTIONS[props.stage],
+            kinds={"blobflow", *([props.backend] if props.backend else [])},
+        )
+
+
+@dataclass(frozen=True)
+class PipelineSpec:
+    """A pipeline as plain values: `build_pipeline` makes its definitions, and the step functions work by it.
+
+    The fields are the arguments of `artifact_pipeline`, and two cases more.
+
+    Args:
+        exporter: None: another deployment publishes the artifacts, and this one has only the mirror. Its partitions,
+            if any, are the keys of artifacts in the store.
+        digest: The only artifact that the mirror may show.
+
+    Raises:
+        UsageError: a value makes no sense; the message says which.
+    """
+
+    name: str
+    exporter: ExporterOf | None
+    importer: ImporterOf
+    partitions_def: dg.PartitionsDefinition[str] | None = None
+    lanes: int = 1
+    ref: str | None = "latest"
+    verify_mode: VerifyMode = "auto"
+    digest: str | None = None
+    deps: Sequence[dg.AssetKey | Sequence[str] | str] = ()
+    freshness_policy: dg.FreshnessPolicy | None = None
+    group_name: str | None = None
+    translator: BlobflowTranslator | None = None
+    retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY
+    pool: str | None = None
+    ttl_s: float = DEFAULT_TTL_S
+    max_silence_s: float = DEFAULT_SILENCE_S
+    resource_key: str = "blobflow"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_]+", self.name):
+            raise UsageError(f"invalid pipeline name {self.name!r}", hint="use letters, digits and underscores")
+        if not 1 <= self.lanes <= MAX_LANES:
+            raise UsageError(f"lanes must be 1 to {MAX_LANES}, not {self.lanes}")
+        check_choice("verify_mode", self.verify_mode, VerifyMode)
+        if self.partitions_def is None and not _is_backend(self.importer, self.exporter):
+            if self.exporter is None:
+                raise UsageError("an importer that depends on the partition needs partitions, which are for `ref=None`")
+            raise UsageError("an exporter or importer that depends on the partition needs a partitions_def")
+
+    # The assets
+
+    @cached_property
+    def snapshot(self) -> dg.AssetSpec:
+        """How the asset of exported snapshots looks."""
+        return self._asset("snapshot", self.exporter).merge_attributes(deps=self.deps)
+
+    @cached_property
+    def remote(self) -> dg.AssetSpec:
+        """How the asset of artifacts in the store looks."""
+        return self._asset("remote", None)
+
+    @cached_property
+    def mirror(self) -> dg.AssetSpec:
+        """How the asset of the mirror looks."""
+        spec = self._asset("mirror", self.importer)
+        if self.freshness_policy is not None:
+            spec = spec.replace_attributes(freshness_policy=self.freshness_policy)
+        return spec
+
+    def _asset(self, stage: Stage, backend: object) -> dg.AssetSpec:
+        known = str(getattr(backend, "backend", "")) or None
+        spec = (self.translator or BlobflowTranslator()).get_asset_spec(BlobflowAssetProps(self.name, stage, known))
+        return spec.replace_attributes(group_name=self.group_name) if self.group_name else spec
+
+    # What a step needs, which may depend on its partition
+
+    def resource(self, context: dg.OpExecutionContext) -> BlobflowResource:
+        """The resource that the code location configures."""
+        return getattr(context.resources, self.resource_key)
+
+    def exporter_for(self, context: dg.OpExecutionContext) -> Exporter:
+        """The exporter of this step's partition."""
+        assert self.exporter is not None, "another deployment exports"
+        return _chosen(self.exporter, context)
+
+    def importer_for(self, context: dg.OpExecutionContext) -> Importer:
+        """The importer of this step's partition."""
+        return _chosen(self.importer, context)
+
+    def prefix(self, context: dg.OpExecutionContext) -> str:
+        """What keys, lease and ref of this step's partition begin with."""
+        return f"{self.name}/{key_segment(context.partition_key)}" if context.has_partition_key else self.name
+
+    def ref_name(self, context: dg.OpExecutionContext) -> str | None:
+        """The ref that names the newest artifact."""
+        return f"{self.prefix(context)}/{self.ref}" if self.ref is not None else None
+
+    def artifact_key(self, context: dg.OpExecutionContext) -> str | None:
+        """The only key that this step may look at; None: whichever the ref or the run names."""
+        return context.partition_key if self.exporter is None and self.partitions_def is not None else None
+
+    def scratch_root(self, context: dg.OpExecutionContext, blobflow: BlobflowResource) -> Path:
+        """The directory of the rounds' scratch directories, which are called after their runs."""
+        partition = key_segment(context.partition_key) if context.has_partition_key else _UNPARTITIONED
+        return blobflow.scratch_path(self.name, partition)
+
+
+def step_op(
+    spec: PipelineSpec, node: str, *, waits: Iterable[str] = (), pool: bool = False, **options: Any
+) -> Callable[[Callable[..., Any]], dg.OpDefinition]:
+    """The decorator of a step's op. The op's name is unique in the code location, the node's is not.
+
+    Args:
+        waits: Names of inputs without data.
+        pool: Whether the step takes a slot of the pipeline's pool.
+        options: Of `dg.op`.
+    """
+    return dg.op(
+        name=f"{spec.name}__{node}",
+        ins={each: dg.In(dg.Nothing) for each in waits},
+        required_resource_keys={spec.resource_key},
+        retry_policy=spec.retry_policy,
+        pool=spec.pool if pool else None,
+        **options,
+    )
+
+
+def _is_backend(*candidates: object) -> bool:
+    return all(candidate is None or hasattr(candidate, "backend") for candidate in candidates)
+
+
+def _chosen(backend: Backend | Callable[[str], Backend], context: dg.OpExecutionContext) -> Backend:
+    if _is_backend(backend):
+        return backend  # pyright: ignore[reportReturnType]
+    return backend(context.partition_key)  # pyright: ignore[reportCallIssue]
