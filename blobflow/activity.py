@@ -8,13 +8,14 @@ has not got on for nearly ten seconds, so that nobody watches a program that is 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
+
+from blobflow.forks import reset_after_fork_of
 
 _log = logging.getLogger(__name__)
 
@@ -51,16 +52,20 @@ class Activity:
         root.reason, root.blocked_since, root.moved_at = "", None, time.monotonic()
 
 
-_current: dict[int, Activity] = {}
-"""Thread -> its innermost activity; entries are replaced as a whole, so no lock is needed."""
+class _Activities:
+    """The innermost activity of each thread or task. Entries are replaced as a whole, so no lock is needed."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, Activity] = {}
+        reset_after_fork_of(self)
+
+    def reset_after_fork(self) -> None:
+        """See `ResettableAfterFork`."""
+        for thread in self.of.keys() - {threading.get_ident()}:
+            del self.of[thread]
 
 
-def _after_fork() -> None:
-    for thread in _current.keys() - {threading.get_ident()}:
-        del _current[thread]
-
-
-os.register_at_fork(after_in_child=_after_fork)
+_current = _Activities()
 
 
 @contextmanager
@@ -75,27 +80,27 @@ def doing(
         task: The coroutine's task, where several share a thread.
     """
     owner = threading.get_ident() if task is None else -id(task)
-    outer = _current.get(owner)
-    activity = _current[owner] = Activity(what, where, quiet, outer)
+    outer = _current.of.get(owner)
+    activity = _current.of[owner] = Activity(what, where, quiet, outer)
     try:
         yield activity
     finally:
         if outer is None:
-            _current.pop(owner, None)
+            _current.of.pop(owner, None)
         else:
-            _current[owner] = outer
+            _current.of[owner] = outer
 
 
 def moved() -> None:
     """Bytes have moved: what this thread is doing goes on, however long it takes."""
-    found = _current.get(threading.get_ident())
+    found = _current.of.get(threading.get_ident())
     if found is not None:
         found.root.moved_at = time.monotonic()
 
 
 def activity_of(thread: int | None) -> str:
     """What a thread is doing and for how long, e.g. `put_part part 7 of 'a/b' for 31 s`."""
-    found = _current.get(thread or 0)
+    found = _current.of.get(thread or 0)
     return "idle" if found is None else f"{found.what} for {time.monotonic() - found.since:.0f} s"
 
 
@@ -125,7 +130,9 @@ def longest_wait(*, at_least_s: float = SILENCE_S) -> Wait | None:
     """What has been silent for longest, over all threads and tasks of this process; None: all of them go on."""
     now = time.monotonic()
     silent = [
-        found.root for found in _current.copy().values() if not found.quiet and now - found.root.moved_at >= at_least_s
+        found.root
+        for found in _current.of.copy().values()
+        if not found.quiet and now - found.root.moved_at >= at_least_s
     ]
     if not silent:
         return None

@@ -52,12 +52,11 @@ class Address(NamedTuple):
 
 
 class S3Endpoint:
-    """What one process needs to talk to a bucket: connections, and a way to address and sign requests.
+    """What it takes to talk to a bucket: connections, and a way to address and sign requests.
 
     Nothing is sent before the first request, except by botocore to those who give credentials.
 
     Attributes:
-        pid: The process that it belongs to.
         region: What requests are signed for.
         skew_s: Seconds by which the server's clock is ahead of ours; signatures are dated by it.
         endpoint: Scheme and host, without credentials.
@@ -70,7 +69,6 @@ class S3Endpoint:
 
     def __init__(self, options: S3Options, *, skew_s: float = 0.0) -> None:
         self.skew_s = skew_s
-        self.pid = os.getpid()
         self._anonymous = options.anonymous
         # What is explicit at a given endpoint needs no session, whose import alone costs 0.07 s and 3 MiB.
         session = None if options.explicit and options.endpoint_url is not None else _session(options)

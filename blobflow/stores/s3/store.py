@@ -15,7 +15,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
-import os
 import re
 import threading
 import time
@@ -45,6 +44,7 @@ from blobflow.errors import (
     UploadIncomplete,
     UsageError,
 )
+from blobflow.forks import reset_after_fork_of
 from blobflow.http.client import HttpError, Response
 from blobflow.stores.base import (
     Body,
@@ -140,8 +140,6 @@ class S3Store(Store):
             max_object_size=options.max_object_size or largest_object(options.endpoint_url),
         )
         self._access: S3Endpoint | None = None
-        # One lock per process: the parent's may be held, by a thread that does not exist here, when it forks.
-        self._locks: dict[int, threading.Lock] = {}
         self.checksum_headers = True
         """Whether the server takes CRC32C headers, as far as is known."""
         self._checksummed_uploads = True
@@ -151,6 +149,13 @@ class S3Store(Store):
         self._region: str | None = None
         """Where the bucket is, once a server has said that it is elsewhere."""
         self._skew_s = 0.0
+        self.reset_after_fork()
+        reset_after_fork_of(self)
+
+    def reset_after_fork(self) -> None:
+        """See `ResettableAfterFork`; only the child's copies of the descriptors are closed, the parent's live on."""
+        self._connecting = threading.Lock()
+        self.close()
 
     @override
     def capabilities(self) -> Capabilities:
@@ -615,12 +620,10 @@ class S3Store(Store):
     def connected(self) -> S3Endpoint:
         """This process's way to the bucket."""
         access = self._access
-        if access is None or access.pid != os.getpid():
-            with self._locks.setdefault(os.getpid(), threading.Lock()):
+        if access is None:
+            with self._connecting:
                 access = self._access
-                if access is None or access.pid != os.getpid():
-                    if access is not None:
-                        access.close()  # only the child's copies of the descriptors; the parent's live on
+                if access is None:
                     try:
                         options = self.options.model_copy(update={"region": self._region or self.options.region})
                         access = self._access = S3Endpoint(options, skew_s=self._skew_s)
