@@ -25,10 +25,10 @@ from blobflow.artifact.manifest import (
     BodyInfo,
     IndexInfo,
     Manifest,
-    artifact_digest,
 )
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.artifact.small_file_lock import SmallFileLock
-from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap, manifest_entry_length, payload_crc32c
+from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
 from blobflow.checksum import crc32c, sha256
 from blobflow.durable import replace_file
 from blobflow.errors import ArtifactInvalid, ArtifactNotFound, ChecksumMismatch, DigestMismatch, SourceChanged, reading
@@ -48,16 +48,18 @@ class Artifact:
 
     Attributes:
         path: The directory.
-        manifest: Its parsed manifest.
-        manifest_bytes: The manifest's bytes; the sibling object has the same.
-        digest: `sha256:<hex>` of those bytes, the identity of the artifact.
+        manifest_file: Its manifest; the sibling object in a store has the same bytes.
+        manifest: What the manifest says.
+        digest: `sha256:<hex>` of the manifest's bytes, the identity of the artifact.
+        payload_size: Bytes of the payload (the tar).
     """
 
-    def __init__(self, path: Path, manifest_bytes: bytes) -> None:
+    def __init__(self, path: Path, manifest_file: ManifestFile) -> None:
         self.path = path
-        self.manifest_bytes = manifest_bytes
-        self.manifest = Manifest.parse(manifest_bytes)
-        self.digest = artifact_digest(manifest_bytes)
+        self.manifest_file = manifest_file
+        self.manifest = manifest_file.manifest
+        self.digest = manifest_file.digest
+        self.payload_size = manifest_file.payload_size
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
@@ -77,7 +79,7 @@ class Artifact:
                 hint="make one with `blobflow export`",
                 path=str(path),
             ) from error
-        return cls(path, data)
+        return cls(path, ManifestFile.parse(data))
 
     @staticmethod
     def is_artifact(path: Path) -> bool:
@@ -98,14 +100,14 @@ class Artifact:
         return self.data.is_symlink()
 
     @property
-    def payload_size(self) -> int:
-        """Bytes of the payload (the tar)."""
-        return manifest_entry_length(len(self.manifest_bytes)) + self.manifest.body.size
+    def manifest_bytes(self) -> bytes:
+        """The manifest's bytes."""
+        return self.manifest_file.data
 
     @property
     def payload_crc32c(self) -> int:
         """The CRC32C of the payload, computed, not read."""
-        return payload_crc32c(self.manifest_bytes, self.manifest.body.size, self.manifest.body.crc32c)
+        return self.manifest_file.payload_crc32c
 
     @cached_property
     def index_bytes(self) -> bytes:
@@ -124,11 +126,11 @@ class Artifact:
     @cached_property
     def layout(self) -> TarMap:
         """Where each byte of the payload comes from."""
-        return checked_layout(self.manifest_bytes, self.manifest, self.index)
+        return checked_layout(self.manifest_file, self.index)
 
     def adopt(self, manifest_bytes: bytes) -> Artifact:
         """The same members under another manifest whose body is byte-identical (see `Manifest.same_body`)."""
-        other = Artifact(self.path, manifest_bytes)
+        other = Artifact(self.path, ManifestFile.parse(manifest_bytes))
         if not other.manifest.same_body(self.manifest):
             raise ArtifactInvalid(f"{self!r} and the manifest {other.digest} describe different payloads")
         other.__dict__.update(index_bytes=self.index_bytes, index=self.index)
@@ -139,7 +141,7 @@ class Artifact:
         return PayloadSource(self)
 
 
-def checked_layout(manifest_bytes: bytes, manifest: Manifest, index: Index) -> TarMap:
+def checked_layout(manifest_file: ManifestFile, index: Index) -> TarMap:
     """The layout of a payload, after proving that manifest and index agree to the last bit.
 
     The sizes, the content digest and the CRC32C of the whole tar follow from the index; each must be what the
@@ -149,10 +151,11 @@ def checked_layout(manifest_bytes: bytes, manifest: Manifest, index: Index) -> T
     Raises:
         ArtifactInvalid: naming what differs.
     """
+    manifest = manifest_file.manifest
     # First, because a promise is below 2**63: sizes that are lies cannot overflow the layout after that.
     if manifest.bytes != index.total_bytes:
         raise _contradiction("bytes", manifest.bytes, index.total_bytes)
-    layout = TarMap(len(manifest_bytes), manifest.index.size, index)
+    layout = TarMap(len(manifest_file.data), manifest.index.size, index)
     for what, promised, actual in (
         ("content_digest", manifest.content_digest, index.content_digest()),
         ("executables_digest", manifest.executables_digest or index.executables_digest(), index.executables_digest()),

@@ -22,6 +22,7 @@ from typing import Final
 
 from blobflow.artifact.checker import PayloadChecker
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.artifact.members import permissions, visit_members
 from blobflow.artifact.small_file_lock import SmallFileLock
 from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap
@@ -578,8 +579,7 @@ class Landing:
     def finish(
         self,
         head: bytes,
-        expected_crc32c: int,
-        manifest_bytes: bytes,
+        manifest_file: ManifestFile,
         index_bytes: bytes,
         on_tick: Callable[[], None] = lambda: None,
     ) -> None:
@@ -587,7 +587,6 @@ class Landing:
 
         Args:
             head: The payload's bytes before the plan's first part.
-            expected_crc32c: Of the whole payload.
             on_tick: Called now and then while members are read back; raising from it stops that.
 
         Raises:
@@ -596,16 +595,16 @@ class Landing:
         """
         self._checker.settle(on_tick)
         parts = [(crc32c(head), len(head)), *((self.stage.done[part.number], part.length) for part in self.plan)]
-        if (actual := combine_all(parts)) != expected_crc32c:
+        if (actual := combine_all(parts)) != (expected := manifest_file.payload_crc32c):
             self.stage.drop(range(1, len(self.plan) + 1))
             raise ChecksumMismatch(
-                f"the payload has CRC32C {actual:08x}, the manifest says {expected_crc32c:08x}",
+                f"the payload has CRC32C {actual:08x}, the manifest says {expected:08x}",
                 what="payload",
-                expected=expected_crc32c,
+                expected=expected,
                 actual=actual,
             )
         with writing(self.stage.dest):
-            for name, content in ((INDEX_NAME, index_bytes), (MANIFEST_NAME, manifest_bytes)):
+            for name, content in ((INDEX_NAME, index_bytes), (MANIFEST_NAME, manifest_file.data)):
                 replace_file(self.stage.tree / name, content, private=bool(self.layout.private))
         self.stage.publish()
 

@@ -301,25 +301,24 @@ def update_target(
     Args:
         made_with: Fields of the importer beside its path.
     """
-    from blobflow.artifact.manifest import Manifest, artifact_digest
     from blobflow.backends import backend_classes
     from blobflow.mirror.update import update_mirror
-    from blobflow.transport import read_manifest_bytes
+    from blobflow.transport import read_manifest_file
     from blobflow.transport.remote import check_expected
     from blobflow.untrusted import plain, quoted
 
     importer = backend_classes(backend)[1](path=target, **made_with)
-    manifest_bytes = read_manifest_bytes(store, key)
-    offered, manifest = artifact_digest(manifest_bytes), Manifest.parse(manifest_bytes, key)
-    if manifest.backend != backend:  # the importer would say so as well, after the download
+    offered = read_manifest_file(store, key)
+    made_by = offered.manifest.backend
+    if made_by != backend:  # the importer would say so as well, after the download
         raise RefusedError(
-            f"{key!r} was made by backend {quoted(manifest.backend)}, not {backend!r}",
-            hint=f"--import {plain(manifest.backend)} TARGET",
+            f"{key!r} was made by backend {quoted(made_by)}, not {backend!r}",
+            hint=f"--import {plain(made_by)} TARGET",
             key=key,
         )
-    check_expected(key, offered, expected_digest)
+    check_expected(key, offered.digest, expected_digest)
     watch, show = transferred(progress), processed(progress, "import")
-    return update_mirror(store, key, offered, importer, profile=profile, on_progress=watch, on_import=show)
+    return update_mirror(store, key, offered.digest, importer, profile=profile, on_progress=watch, on_import=show)
 
 
 @click.command(cls=Command)
@@ -487,14 +486,12 @@ def ls(settings: Settings, prefix: str) -> None:
 @click.pass_obj
 def show(settings: Settings, key: str) -> None:
     """Show the manifest of the artifact under KEY; nothing of its payload is read."""
-    from blobflow.artifact.manifest import Manifest, artifact_digest
-    from blobflow.transport import read_manifest_bytes
+    from blobflow.transport import read_manifest_file
 
     with settings.open_store() as store:
-        manifest_bytes = read_manifest_bytes(store, key)
+        stored = read_manifest_file(store, key)
         payload = store.head(key)
-    manifest = Manifest.parse(manifest_bytes, key)
-    digest = artifact_digest(manifest_bytes)
+    manifest, digest = stored.manifest, stored.digest
     if settings.json:
         settings.report(
             {

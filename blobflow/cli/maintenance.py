@@ -41,12 +41,11 @@ def ref_get(settings: Settings, name: str) -> None:
 @click.pass_obj
 def ref_set(settings: Settings, name: str, key: str) -> None:
     """Point the ref NAME to the artifact under KEY, in one step."""
-    from blobflow.artifact.manifest import artifact_digest
     from blobflow.coordination.refs import name_artifact
-    from blobflow.transport import read_manifest_bytes
+    from blobflow.transport import read_manifest_file
 
     with settings.open_store() as store:
-        state = name_artifact(store, name, key, artifact_digest(read_manifest_bytes(store, key)))
+        state = name_artifact(store, name, key, read_manifest_file(store, key).digest)
     settings.report(_ref_document("set", store, name, state), f"{name} -> {state.key}  {state.manifest_sha256}")
 
 

@@ -13,6 +13,7 @@ import threading
 from array import array
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Final
 
@@ -27,9 +28,9 @@ from blobflow.artifact.manifest import (
     Crc32c,
     Manifest,
     Sha256Digest,
-    artifact_digest,
 )
-from blobflow.artifact.tarmap import manifest_entry_length, member_length
+from blobflow.artifact.manifest_file import ManifestFile
+from blobflow.artifact.tarmap import member_length
 from blobflow.checksum import Buffer, crc32c
 from blobflow.config import MIB
 from blobflow.engine.plan import Part, TransferPlan
@@ -215,9 +216,13 @@ class LayerMeta(BaseModel):
     codec: str = Field(description="What compressed it.")
     manifest: str = Field(description="The exact manifest in the tar.")
 
+    @cached_property
+    def manifest_file(self) -> ManifestFile:
+        return ManifestFile.parse(self.manifest.encode())
+
     @property
     def manifest_bytes(self) -> bytes:
-        return self.manifest.encode()
+        return self.manifest_file.data
 
     @property
     def plan(self) -> FramePlan:
@@ -245,9 +250,8 @@ class LayerMeta(BaseModel):
         if document.get("format") != FORMAT:
             raise ArtifactInvalid(f"not the metadata of a layer of format {FORMAT!r}")
         meta = as_model(cls, document, "the metadata of a layer is damaged:")
-        manifest = Manifest.parse(meta.manifest_bytes)
         plan = plan_of(meta.manifest_bytes, meta.frame_size)
-        if (layer_digest(manifest), plan.head, plan.size, len(plan)) != (
+        if (layer_digest(meta.manifest_file.manifest), plan.head, plan.size, len(plan)) != (
             *(meta.digest, meta.head_size, meta.tar_size, meta.frames),
         ):
             raise ArtifactInvalid(f"the metadata of the layer {meta.digest} contradicts itself")
@@ -256,10 +260,9 @@ class LayerMeta(BaseModel):
 
 def plan_of(manifest_bytes: bytes, frame_size: int) -> FramePlan:
     """The frames of the layer with that manifest, which tells the sizes of head and tar."""
-    manifest = Manifest.parse(manifest_bytes)
-    own = manifest_entry_length(len(manifest_bytes))
-    size = own + manifest.body.size
-    head = own + member_length(INDEX_NAME, manifest.index.size)
+    manifest_file = ManifestFile.parse(manifest_bytes)
+    size = manifest_file.payload_size
+    head = len(manifest_file.entry) + member_length(INDEX_NAME, manifest_file.manifest.index.size)
     if head > size:
         raise ArtifactInvalid("the manifest of a layer speaks of an index that is larger than the body it lies in")
     return FramePlan(head, size, frame_size)
@@ -302,7 +305,7 @@ def as_layer(artifact: Artifact) -> Artifact:
 
 def manifest_digest(meta: LayerMeta) -> str:
     """What a ref calls the digest of the artifact."""
-    return artifact_digest(meta.manifest_bytes)
+    return meta.manifest_file.digest
 
 
 def frame_starts(sizes: Sequence[int]) -> list[int]:

@@ -9,7 +9,6 @@ from functools import cached_property
 
 from typing_extensions import override
 
-from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.checksum import crc32c
 from blobflow.errors import (
     ArtifactInvalid,
@@ -129,9 +128,7 @@ class RemoteLayer:
         return RemoteArtifact(
             store=_TarView(self),
             key=meta.key,
-            manifest_bytes=meta.manifest_bytes,
-            manifest=Manifest.parse(meta.manifest_bytes),
-            digest=artifact_digest(meta.manifest_bytes),
+            manifest_file=meta.manifest_file,
             payload=tar,
         )
 
@@ -179,7 +176,7 @@ class _TarView(WrappingStore):
         meta = read_meta(self.store, self._layer.meta.key)
         if meta is None:
             raise ObjectNotFound(f"the layer {self._layer.meta.key!r} is gone", key=key)
-        return StoredObject(meta.manifest_bytes, self._layer.object)
+        return StoredObject(meta.manifest_file.data, self._layer.object)
 
 
 def find_bytes(store: Store, key: str, like: LayerMeta) -> LayerMeta | None:

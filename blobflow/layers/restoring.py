@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from typing_extensions import override
 
 from blobflow.artifact.landing import REPLACED_NAME, Landing, Stage, check_destination
-from blobflow.artifact.manifest import DATA_NAME, Manifest
+from blobflow.artifact.manifest import DATA_NAME
 from blobflow.config import MIB, ChunkProfile
 from blobflow.durable import fsync_directory, replace_file
 from blobflow.errors import BlobflowError, DestinationNotEmpty, RefusedError, setting, writing
@@ -123,8 +123,7 @@ def land_layer(
         )
         with failures_noted(landing, progress):
             land_parts(remote, landing, landing.plan.numbers, progress, workers=workers)
-            contents = (remote.manifest_bytes, remote.index_bytes)
-            landing.finish(remote.head, remote.payload_crc32c, *contents, progress.tick)
+            landing.finish(remote.head, remote.manifest_file, remote.index_bytes, progress.tick)
     progress.done()
     return Landed(
         parts=len(landing.plan),
@@ -191,7 +190,7 @@ class _LayerStage(Stage):
         super().__init__(dest, artifact_digest)
         self.kept: Path | None = None
         self._layer = layer
-        self._tree = tree_digest(Manifest.parse(layer.manifest_bytes))
+        self._tree = tree_digest(layer.manifest_file.manifest)
         self._replaceable = replaceable
         self._on_swap = on_swap
 

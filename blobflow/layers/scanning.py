@@ -106,7 +106,7 @@ class StatCache:
             remove_tree(self.path / "artifact")  # without it the new CTIMES name nothing
             (self.path / _CTIMES).write_bytes(ctimes.tobytes())
             os.rename(fresh, self.path / "artifact")
-        moved = Artifact(self.path / "artifact", artifact.manifest_bytes)
+        moved = Artifact(self.path / "artifact", artifact.manifest_file)
         moved.__dict__.update(index_bytes=artifact.index_bytes, index=artifact.index)
         log.info("layer.scanned path=%s members=%d read=%d", self._exporter.path, len(found.paths), self.files_read)
         return moved

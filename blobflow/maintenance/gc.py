@@ -20,7 +20,8 @@ from typing import Final
 
 from blobflow.artifact.leftovers import remove_stages
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
-from blobflow.artifact.manifest import MANIFEST_NAME, Manifest
+from blobflow.artifact.manifest import MANIFEST_NAME
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.artifact.tarmap import manifest_entry
 from blobflow.errors import (
     ArtifactInvalid,
@@ -37,7 +38,6 @@ from blobflow.stores.base import ObjectMeta, Store, UploadMeta
 from blobflow.stores.probe import TRIAL_PREFIX
 from blobflow.transport import MANIFEST_SUFFIX
 from blobflow.transport.catalog import DAMAGED_SUFFIX, LEASE_SUFFIX, REF_SUFFIX
-from blobflow.transport.remote import payload_size
 from blobflow.uploads.intent import SUFFIX as INTENT_SUFFIX
 from blobflow.uploads.intent import Intent, IntentKeeper
 
@@ -227,7 +227,7 @@ class _Collection:
                 return False
             manifest_bytes = self._store.get_range(meta.key, _BLOCK, size, e_tag=meta.e_tag)
             begins = block + manifest_bytes == manifest_entry(manifest_bytes)[: _BLOCK + size]
-            return begins and payload_size(manifest_bytes, Manifest.parse(manifest_bytes)) == meta.size
+            return begins and ManifestFile.parse(manifest_bytes).payload_size == meta.size
         except (ValueError, ArtifactInvalid, ObjectNotFound, ObjectChanged):
             return False
 

@@ -117,7 +117,7 @@ class Snapshot:
         return cls(
             SnapshotId(source, database, position, remote.digest).checked(),
             remote.payload.size,
-            remote.payload_crc32c,
+            remote.manifest_file.payload_crc32c,
             ObjectSource(store, key, e_tag=remote.payload.e_tag),
         )
 

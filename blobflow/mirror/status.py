@@ -10,14 +10,14 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import JsonValue
 
-from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.artifact.manifest import Manifest
 from blobflow.backends import BACKENDS, backend_classes
 from blobflow.backends.mirror_history import HistoryEntry, read_history
 from blobflow.backends.versioned_importer import CURRENT_NAME, INCOMING_NAME, shown_artifact
 from blobflow.coordination.refs import read_ref
 from blobflow.errors import ArtifactNotFound, NotFoundError, expanded
 from blobflow.stores.base import Store
-from blobflow.transport import read_manifest_bytes
+from blobflow.transport import read_manifest_file
 from blobflow.trees import Opened, walk
 
 _BLOCK_BYTES: Final = 512
@@ -139,11 +139,10 @@ def _offer(store: Store, ref: str | None, key: str | None) -> _Offer | None:
     if key is None:
         return None
     try:
-        data = read_manifest_bytes(store, key)
+        found = read_manifest_file(store, key)
     except ArtifactNotFound:
         return None
-    found = artifact_digest(data)
-    return _Offer(key, digest or found, Manifest.parse(data) if digest in (None, found) else None)
+    return _Offer(key, digest or found.digest, found.manifest if digest in (None, found.digest) else None)
 
 
 def _has_passed(cursor: JsonValue, shown: Manifest, offered: Manifest | None) -> bool:

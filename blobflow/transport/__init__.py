@@ -14,6 +14,7 @@ from blobflow.transport.catalog import (
     list_artifacts,
     read_manifest,
     read_manifest_bytes,
+    read_manifest_file,
 )
 from blobflow.transport.copying import CopyResult, copy_artifact
 from blobflow.transport.healing import Healed, verify_or_heal
@@ -56,6 +57,7 @@ __all__ = [
     "list_artifacts",
     "read_manifest",
     "read_manifest_bytes",
+    "read_manifest_file",
     "send_parts",
     "upload",
     "verify",

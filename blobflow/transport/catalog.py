@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import Manifest
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.errors import (
     ArtifactInvalid,
     ArtifactNotFound,
@@ -92,6 +93,16 @@ def _get_manifest(store: Store, key: str) -> bytes:
         raise ArtifactInvalid(f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key) from error
 
 
+def read_manifest_file(store: Store, key: str) -> ManifestFile:
+    """The sibling manifest, parsed; no byte of the payload is fetched.
+
+    Raises:
+        ArtifactNotFound, ReplacementInProgress: see `read_manifest_bytes`.
+        ArtifactInvalid: it is not a manifest.
+    """
+    return ManifestFile.parse(read_manifest_bytes(store, key), key)
+
+
 def read_manifest(store: Store, key: str) -> Manifest:
-    """The manifest of the artifact under `key`; see `read_manifest_bytes`."""
-    return Manifest.parse(read_manifest_bytes(store, key), key)
+    """The manifest of the artifact under `key`; see `read_manifest_file`."""
+    return read_manifest_file(store, key).manifest

@@ -162,11 +162,11 @@ class RemotePayload:
     ) -> None:
         self.remote = remote
         self.meter = meter or _Meter()
-        self.manifest_bytes = manifest_bytes or remote.manifest_bytes
+        self.manifest_bytes = manifest_bytes or remote.manifest_file.data
         self.manifest = Manifest.parse(self.manifest_bytes)
         self.digest = artifact_digest(self.manifest_bytes)
         self._head = manifest_entry(self.manifest_bytes)
-        self._shift = len(manifest_entry(remote.manifest_bytes)) - len(self._head)
+        self._shift = len(manifest_entry(remote.manifest_file.data)) - len(self._head)
         self.payload_size = self.size = len(self._head) + self.manifest.body.size
         self.payload_crc32c = payload_crc32c(self.manifest_bytes, self.manifest.body.size, self.manifest.body.crc32c)
 
@@ -176,7 +176,7 @@ class RemotePayload:
     @property
     def is_as_stored(self) -> bool:
         """Whether this is the stored payload to the last byte, its manifest included."""
-        return self.manifest_bytes == self.remote.manifest_bytes
+        return self.manifest_bytes == self.remote.manifest_file.data
 
     def adopt(self, manifest_bytes: bytes) -> RemotePayload:
         """The same body behind another manifest: the one whose upload is taken up."""

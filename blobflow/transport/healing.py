@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from typing import Any, Final
 
 from blobflow.artifact.artifact import Artifact
-from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.config import ChunkProfile
 from blobflow.errors import (
     ArtifactInvalid,
@@ -32,7 +32,7 @@ from blobflow.errors import (
     ObjectNotFound,
 )
 from blobflow.stores.base import Store
-from blobflow.transport.catalog import DAMAGED_SUFFIX, read_manifest_bytes
+from blobflow.transport.catalog import DAMAGED_SUFFIX, read_manifest_file
 from blobflow.transport.reading import VerifyMode, VerifyResult, verify
 from blobflow.transport.uploading import UploadRequest, UploadResult, run
 from blobflow.uploads.progress import OnProgress, OnRecord
@@ -84,17 +84,17 @@ def verify_or_heal(
     try:
         return verify(store, key, expected_digest=expected_digest, **arguments), None
     except IntegrityError as found:
-        if artifact is None or (manifest_bytes := _manifest_of(store, key, artifact)) is None:
+        if artifact is None or (stored := _manifest_of(store, key, artifact)) is None:
             raise
-        if expected_digest not in (None, artifact_digest(manifest_bytes)) or _e_tag(store, key) != pinned:
+        if expected_digest not in (None, stored.digest) or _e_tag(store, key) != pinned:
             raise ObjectChanged(f"the artifact {key!r} was replaced while it was verified", key=key) from found
         on_damage(found)
         log.warning("artifact.damaged key=%s e_tag=%s error=%s", key, pinned, type(found).__name__)
-        _leave_evidence(store, key, manifest_bytes, pinned, found)
+        _leave_evidence(store, key, stored.digest, pinned, found)
         payload = artifact
-        if Manifest.parse(manifest_bytes).same_body(artifact.manifest):
+        if stored.manifest.same_body(artifact.manifest):
             # The very artifact that was there: refs and digests that somebody wrote down stay right.
-            payload = artifact.adopt(manifest_bytes)
+            payload = artifact.adopt(stored.data)
         request = UploadRequest(
             store, key, payload, profile or ChunkProfile(), False, on_progress, on_checkpoint, damaged=pinned or "gone"
         )
@@ -103,13 +103,13 @@ def verify_or_heal(
         return result, Healed(found, uploaded)
 
 
-def _manifest_of(store: Store, key: str, artifact: Artifact) -> bytes | None:
+def _manifest_of(store: Store, key: str, artifact: Artifact) -> ManifestFile | None:
     """The sibling manifest, if it is of the content that is at hand."""
     try:
-        manifest_bytes = read_manifest_bytes(store, key)
-        return manifest_bytes if Manifest.parse(manifest_bytes).same_content(artifact.manifest) else None
+        stored = read_manifest_file(store, key)
     except (ArtifactNotFound, ArtifactInvalid):
         return None
+    return stored if stored.manifest.same_content(artifact.manifest) else None
 
 
 def _e_tag(store: Store, key: str) -> str | None:
@@ -120,7 +120,7 @@ def _e_tag(store: Store, key: str) -> str | None:
         return None
 
 
-def _leave_evidence(store: Store, key: str, manifest_bytes: bytes, e_tag: str | None, found: IntegrityError) -> None:
+def _leave_evidence(store: Store, key: str, digest: str, e_tag: str | None, found: IntegrityError) -> None:
     """Keep what was found beside the artifact, for whoever looks for the cause."""
     try:
         payload = store.head(key)
@@ -130,7 +130,7 @@ def _leave_evidence(store: Store, key: str, manifest_bytes: bytes, e_tag: str | 
     evidence = {
         "format": "blobflow.damaged/1",
         "key": key,
-        "artifact_digest": artifact_digest(manifest_bytes),
+        "artifact_digest": digest,
         "found_at": datetime.now(timezone.utc).isoformat(),
         "error": type(found).__name__,
         "message": found.message[:_QUOTED],

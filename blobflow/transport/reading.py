@@ -119,11 +119,12 @@ def verify(
         )
     remote = RemoteArtifact.open(store, key, expected_digest)
     attested = None if mode == "deep" else _attested_crc32c(store, remote.payload)
-    if attested is not None and attested != remote.payload_crc32c:
+    promised = remote.manifest_file.payload_crc32c
+    if attested is not None and attested != promised:
         raise ChecksumMismatch(
-            f"the store attests CRC32C {attested:08x} for {key!r}, its manifest says {remote.payload_crc32c:08x}",
+            f"the store attests CRC32C {attested:08x} for {key!r}, its manifest says {promised:08x}",
             what=key,
-            expected=remote.payload_crc32c,
+            expected=promised,
             actual=attested,
         )
     mode_used: Literal["shallow", "deep", "sample"]
@@ -286,8 +287,7 @@ def download(
         progress = remote.progress(plan, profile, "download", landing.sync, on_progress, on_checkpoint)
         with failures_noted(landing, progress):
             land_parts(remote, landing, plan.numbers, progress, workers=profile.workers)
-            contents = (remote.manifest_bytes, remote.index_bytes)
-            landing.finish(remote.head, remote.payload_crc32c, *contents, progress.tick)
+            landing.finish(remote.head, remote.manifest_file, remote.index_bytes, progress.tick)
     progress.done()
     return DownloadResult(
         status="downloaded",

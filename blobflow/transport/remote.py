@@ -8,15 +8,9 @@ from typing import Literal
 
 from blobflow.artifact.artifact import check_index_bytes, checked_layout
 from blobflow.artifact.index import index_bytes_limit
-from blobflow.artifact.manifest import FILE_MODE, INDEX_NAME, Manifest, artifact_digest
-from blobflow.artifact.tarmap import (
-    TarMap,
-    header,
-    manifest_entry,
-    manifest_entry_length,
-    member_length,
-    payload_crc32c,
-)
+from blobflow.artifact.manifest import FILE_MODE, INDEX_NAME, Manifest
+from blobflow.artifact.manifest_file import ManifestFile
+from blobflow.artifact.tarmap import TarMap, header, manifest_entry_length, member_length
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import (
@@ -30,7 +24,7 @@ from blobflow.errors import (
     SizeMismatch,
 )
 from blobflow.stores.base import ObjectMeta, Store
-from blobflow.transport.catalog import read_manifest_bytes
+from blobflow.transport.catalog import read_manifest_bytes, read_manifest_file
 from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 
 
@@ -60,9 +54,7 @@ class RemoteArtifact:
 
     store: Store
     key: str
-    manifest_bytes: bytes
-    manifest: Manifest
-    digest: str
+    manifest_file: ManifestFile
     payload: ObjectMeta
     head: bytes = b""
     index_bytes: bytes = field(default=b"", repr=False)
@@ -77,21 +69,19 @@ class RemoteArtifact:
             SizeMismatch, ArtifactInvalid: manifest and payload do not belong together.
             ObjectChanged: the artifact was replaced at this moment.
         """
-        manifest_bytes = read_manifest_bytes(store, key)
-        manifest = Manifest.parse(manifest_bytes, key)
-        digest = artifact_digest(manifest_bytes)
-        check_expected(key, digest, expected_digest)
+        manifest_file = read_manifest_file(store, key)
+        check_expected(key, manifest_file.digest, expected_digest)
         try:
             payload = store.head(key)
         except ObjectNotFound as error:
             raise _replaced_or(
-                store, key, manifest_bytes, ArtifactInvalid(f"{key!r} has a manifest but no payload", key=key)
+                store, key, manifest_file, ArtifactInvalid(f"{key!r} has a manifest but no payload", key=key)
             ) from error
-        if payload.size != (expected := payload_size(manifest_bytes, manifest)):
+        if payload.size != (expected := manifest_file.payload_size):
             raise _replaced_or(
                 store,
                 key,
-                manifest_bytes,
+                manifest_file,
                 SizeMismatch(
                     f"the payload of {key!r} has {payload.size} bytes, its manifest says {expected}",
                     what=key,
@@ -99,7 +89,16 @@ class RemoteArtifact:
                     actual=payload.size,
                 ),
             )
-        return cls(store, key, manifest_bytes, manifest, digest, payload)
+        return cls(store, key, manifest_file, payload)
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.manifest_file.manifest
+
+    @property
+    def digest(self) -> str:
+        """The identity of the artifact."""
+        return self.manifest_file.digest
 
     def check_embedded(self) -> None:
         """Compare the embedded manifest with the sibling.
@@ -107,13 +106,13 @@ class RemoteArtifact:
         Raises:
             ArtifactInvalid: they differ, or there is none.
         """
-        entry = manifest_entry(self.manifest_bytes)
+        entry = self.manifest_file.entry
         self.head = self.store.get_range(self.key, 0, len(entry), e_tag=self.payload.e_tag)
         if self.head != entry:
             raise _replaced_or(
                 self.store,
                 self.key,
-                self.manifest_bytes,
+                self.manifest_file,
                 ArtifactInvalid(f"the payload of {self.key!r} does not begin with its sibling manifest", key=self.key),
             )
 
@@ -135,11 +134,7 @@ class RemoteArtifact:
         check_index_bytes(self.index_bytes, self.manifest)
         self.head += entry
         index = decode_index(self.index_bytes, members=self.manifest.members)
-        return checked_layout(self.manifest_bytes, self.manifest, index)
-
-    @property
-    def payload_crc32c(self) -> int:
-        return payload_crc32c(self.manifest_bytes, self.manifest.body.size, self.manifest.body.crc32c)
+        return checked_layout(self.manifest_file, index)
 
     def fetch(self, part: Part, buffer: memoryview) -> memoryview:
         """The bytes of a part of the pinned payload."""
@@ -170,10 +165,10 @@ class RemoteArtifact:
         )
 
 
-def _replaced_or(store: Store, key: str, manifest_bytes: bytes, error: BlobflowError) -> BlobflowError:
+def _replaced_or(store: Store, key: str, manifest_file: ManifestFile, error: BlobflowError) -> BlobflowError:
     """`error`, unless the artifact was replaced between two of our requests: then trying again helps."""
     try:
-        unchanged = read_manifest_bytes(store, key) == manifest_bytes
+        unchanged = read_manifest_bytes(store, key) == manifest_file.data
     except (ReplacementInProgress, ArtifactNotFound):
         unchanged = False
     return error if unchanged else ObjectChanged(f"the artifact {key!r} was replaced while it was read", key=key)

@@ -22,6 +22,7 @@ from blobflow import (
     upload,
     verify,
 )
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.artifact.members import verify_members
 from blobflow.dagster.failures import error_metadata
 from blobflow.errors import MAX_QUOTED, BlobflowError, DigestMismatch, InvalidKey, reading, setting, storing, writing
@@ -139,7 +140,7 @@ def test_a_source_that_changes_is_told_in_few_words(tmp_path: Path, source: Path
 def test_what_a_manifest_says_is_told_in_few_words(tmp_path: Path, artifact: Artifact) -> None:
     """Its backend and its cursor, by whoever expects others."""
     manifest = artifact.manifest.model_copy(update={"backend": LONG, "cursor": {"rows": LONG, "schema_sha256": LONG}})
-    strange = Artifact(artifact.path, manifest.encode())
+    strange = Artifact(artifact.path, ManifestFile.of(manifest))
     for importer in (
         ParquetImporter(path=tmp_path / "mirror", schema_sha256="00"),
         SqliteImporter(path=tmp_path / "mirror"),

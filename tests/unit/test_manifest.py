@@ -10,7 +10,9 @@ import pytest
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import BodyInfo, IndexInfo, Manifest, artifact_digest
-from blobflow.checksum import sha256
+from blobflow.artifact.manifest_file import ManifestFile
+from blobflow.artifact.tarmap import manifest_entry
+from blobflow.checksum import crc32c, sha256
 from blobflow.errors import ArtifactInvalid
 
 MANIFEST = Manifest(
@@ -42,6 +44,27 @@ def test_a_manifest_that_is_none_is_named(data: bytes):
     """Of a store's manifest the error says whose it is: a bucket holds many."""
     with pytest.raises(ArtifactInvalid, match="manifest of 'orders/monday'"):
         Manifest.parse(data, "orders/monday")
+
+
+def test_a_manifest_file_knows_its_payload():
+    """The bytes stay as they came, also with fields that this version does not know; the rest follows from them."""
+    data = changed(colour="red")
+    found = ManifestFile.parse(data)
+    assert (found.data, found.manifest, found.digest) == (data, MANIFEST, artifact_digest(data))
+    body = bytes(range(256)) * 16
+    described = MANIFEST.model_copy(update={"body": BodyInfo(size=len(body), crc32c=crc32c(body))})
+    made = ManifestFile.of(described)
+    payload = manifest_entry(described.encode()) + body
+    assert (made.entry, made.payload_size) == (payload[: -len(body)], len(payload))
+    assert made.payload_crc32c == crc32c(payload)
+
+
+def test_manifest_files_are_equal_if_their_bytes_are():
+    """The same fields in other bytes are another artifact."""
+    assert ManifestFile.of(MANIFEST) == ManifestFile.parse(MANIFEST.encode())
+    assert ManifestFile.parse(changed()) != ManifestFile.of(MANIFEST)
+    with pytest.raises(ArtifactInvalid, match="manifest of 'orders/monday'"):
+        ManifestFile.parse(b"{}", "orders/monday")
 
 
 def test_a_manifest_survives_its_encoding():

@@ -14,6 +14,7 @@ from blobflow.artifact.artifact import checked_layout, write_artifact
 from blobflow.artifact.index import Index, Member
 from blobflow.artifact.index_parquet import decode_index
 from blobflow.artifact.manifest import Manifest, is_private
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.artifact.privacy import MAX_PRIVATE_CHARS, PrivateRows, directory_is_private, encode, file_is_private
 from blobflow.checksum import crc32c, sha256
 from blobflow.coordination.rounds import content_key
@@ -97,4 +98,4 @@ def test_rows_that_are_not_there_are_refused(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path / "a", "1-2")
     index = decode_index((tmp_path / "a/INDEX.parquet").read_bytes(), members=2)
     with pytest.raises(ArtifactInvalid, match="private is 1-2"):
-        checked_layout(manifest.encode(), manifest, index)
+        checked_layout(ManifestFile.of(manifest), index)

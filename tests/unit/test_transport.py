@@ -1083,13 +1083,14 @@ def test_sizes_that_overflow_together_are_refused(store: LocalStore, tmp_path: P
     """Two members of nearly 2**63 bytes each: no offset of the layout could hold them."""
     from blobflow.artifact.artifact import checked_layout
     from blobflow.artifact.index import Index, Member
+    from blobflow.artifact.manifest_file import ManifestFile
     from tests.unit.test_manifest import MANIFEST
 
     index = Index()
     for name in ("a", "b", "c"):
         index.append(Member(name, 2**63 - 1, 0o644, 0, bytes(32), 1))
     with pytest.raises(ArtifactInvalid, match="bytes"):
-        checked_layout(MANIFEST.encode(), MANIFEST, index)
+        checked_layout(ManifestFile.of(MANIFEST), index)
 
 
 @pytest.mark.parametrize(
