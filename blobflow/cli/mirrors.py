@@ -1,4 +1,4 @@
-"""Mirrors: a receiver of snapshots, a sender, and what becomes of what was received."""
+"""`blobflow mirror`: push to a receiver, run one, import what it received, and show where a mirror stands."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _TOKEN_VARIABLE: Final = "BLOBFLOW_MIRROR_TOKEN"
 
 @click.group(cls=CommandGroup)
 def mirror() -> None:
-    """Push snapshots to a receiver elsewhere, and be one.
+    """Push snapshots to a remote receiver, or run one.
 
-    Both sides take their common secret, at least 16 characters, from the environment: BLOBFLOW_MIRROR_TOKEN.
+    Both sides read their shared token, at least 16 characters, from the variable BLOBFLOW_MIRROR_TOKEN.
     """
 
 
@@ -43,17 +43,17 @@ def mirror() -> None:
     "--tokens",
     type=click.Path(exists=True, dir_okay=False),
     metavar="FILE",
-    help="Tokens by sender, a line each: SOURCE DATABASE TOKEN, where * is any. Nobody sees or touches another's.",
+    help="Tokens of senders, one line each: SOURCE DATABASE TOKEN; * means any. Senders see only their own snapshots.",
 )
 @click.option("--max-snapshot", type=SIZE, metavar="SIZE", help="Refuse larger snapshots.")
-@click.option("--max-total", type=SIZE, metavar="SIZE", help="Of all snapshots together; more are refused.")
+@click.option("--max-total", type=SIZE, metavar="SIZE", help="Refuse more than this in all snapshots together.")
 @click.option(
     "--max-sessions",
     type=click.IntRange(min=1),
     default=64,
     show_default=True,
     metavar="N",
-    help="Snapshots of one source under way at the same time.",
+    help="Incomplete snapshots of one source at the same time.",
 )
 @click.option(
     "--expire-after",
@@ -69,7 +69,7 @@ def mirror() -> None:
     default=256,
     show_default=True,
     metavar="N",
-    help="At the same time, with and without a token.",
+    help="Connections at the same time, with and without a token.",
 )
 @click.pass_obj
 def mirror_serve(
@@ -88,9 +88,9 @@ def mirror_serve(
 ) -> None:
     """Receive snapshots in DIR until a signal ends it.
 
-    With --tokens, BLOBFLOW_MIRROR_TOKEN need not be set; if it is, its bearer may do everything.
+    With --tokens, BLOBFLOW_MIRROR_TOKEN is optional; if it is set, senders with that token may push anything.
 
-    What arrived is kept: a receiver that is killed goes on at the last checkpoint when it is started again.
+    What arrived is kept: a receiver that was killed continues at the last checkpoint when it is started again.
     """
     try:
         from blobflow.mirror.door import Door
@@ -131,13 +131,13 @@ def mirror_serve(
 @mirror.command("push")
 @click.argument("what", metavar="KEY")
 @click.argument("url")
-@click.option("--database", required=True, metavar="NAME", help="What it is a snapshot of.")
-@click.option("--source", required=True, metavar="NAME", help="Where it comes from, for example the cluster.")
+@click.option("--database", required=True, metavar="NAME", help="The database of the snapshot.")
+@click.option("--source", required=True, metavar="NAME", help="The origin of the snapshot, for example the cluster.")
 @click.option(
     "--position",
     type=click.IntRange(0, (1 << 64) - 1),
     metavar="N",
-    help="In the history of the source; greater is newer.  [default: when the artifact was made, or the file modified]",
+    help="Place in the source's history; greater is newer.  [default: when the artifact was made or the file modified]",
 )
 @click.option("--file", "is_file", is_flag=True, help="KEY is the path of a local file instead.")
 @click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
@@ -191,23 +191,23 @@ def mirror_push(
 @click.argument("database")
 @click.argument("backend", metavar="BACKEND", type=BACKENDS)
 @click.argument("target", metavar="TARGET", type=PATH)
-@click.option("--source", metavar="NAME", help="Only what comes from there.")
+@click.option("--source", metavar="NAME", help="Import only snapshots from this source.")
 @click.option(
     "--keep",
     type=click.IntRange(min=1),
     default=2,
     show_default=True,
     metavar="N",
-    help="Received artifacts of that source that stay, the imported one included.",
+    help="Received artifacts of that source to keep, including the imported one.",
 )
 @click.pass_obj
 def mirror_import(
     settings: Settings, directory: Path, database: str, backend: str, target: Path, source: str | None, keep: int
 ) -> None:
-    """Bring the newest snapshot of DATABASE that was received in DIR to life at TARGET.
+    """Import the newest snapshot of DATABASE that was received in DIR into the mirror TARGET.
 
-    Every byte is proven before TARGET/current shows it; then the snapshot is Following. Older ones are removed. The
-    receiver may be at work meanwhile. Run it again after a crash.
+    Every byte is verified before TARGET/current shows it; then the snapshot is Following. Older ones are removed. The
+    receiver may be running. Run it again after a crash.
     """
     from blobflow.coordination.refs import read_ref
     from blobflow.mirror import ReceivedStore
@@ -246,13 +246,13 @@ def mirror_import(
 
 @mirror.command("status")
 @click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--ref", metavar="REF", help="Compare a mirror of imports with this ref, such as orders/latest.")
+@click.option("--ref", metavar="REF", help="Compare the mirror with this ref, such as orders/latest.")
 @click.pass_obj
 def mirror_status(settings: Settings, directory: Path, ref: str | None) -> None:
-    """Show where the mirror in DIR stands: the snapshots of a receiver, or what was imported last.
+    """Show where the mirror in DIR stands, or the snapshots that a receiver holds in DIR.
 
-    A mirror of imports is compared with the store, if one is named: with REF, or with the key that it was imported
-    from. Nothing is changed or locked; what works on DIR may be at work meanwhile.
+    A mirror is compared with the store, if one is named: with REF, or with the key that it was imported from. Nothing
+    is changed or locked; imports and the receiver may be running.
     """
     from blobflow.mirror import read_snapshots
     from blobflow.mirror.status import mirror_status

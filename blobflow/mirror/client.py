@@ -1,4 +1,4 @@
-"""Pushes snapshots to a receiver elsewhere: asks where it stands, goes on there, over broken connections and kills."""
+"""Pushes snapshots to a remote receiver, and continues where it stands after broken connections and crashes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from blobflow.version import __version__
 log = logging.getLogger(__name__)
 
 REQUEST_BYTES: Final = 64 * MIB
-"""Of a snapshot in one request: each is acknowledged, and lets the caller see progress."""
+"""Bytes of a snapshot in one request. Each request is acknowledged, which lets the caller see progress."""
 _MAX_ANSWER_BYTES: Final = 8 * MIB
 """A list of 20,000 snapshots."""
 _MAX_FIELDS: Final = 20
@@ -48,12 +48,12 @@ _LARGEST: Final = 1 << 64
 
 @dataclass(frozen=True)
 class PushResult:
-    """How a push went.
+    """What a push did.
 
     Attributes:
-        status: `unchanged`: the receiver had all of it.
-        bytes_sent: Of the snapshot, by this call, what was sent twice included.
-        bytes_resumed: What the receiver held when the call began.
+        status: `unchanged`: the receiver had the whole snapshot already.
+        bytes_sent: Bytes of the snapshot that this call sent, including those it sent twice.
+        bytes_resumed: Bytes that the receiver held when the call began.
     """
 
     status: Literal["pushed", "unchanged"]
@@ -65,14 +65,14 @@ class PushResult:
 
 
 class MirrorClient:
-    """Speaks with the receiver at a URL; for one thread.
+    """Pushes to the receiver at a URL; to be used by one thread.
 
     Args:
         url: `http://host:port` or `https://...`, with a path if the application is mounted below one.
-        token: The receiver's.
-        tls: For another CA, or a client certificate; default: Python's.
-        connect_timeout_s: For a connection to be made.
-        idle_timeout_s: For a single byte to move.
+        token: The token that the receiver expects.
+        tls: A context for another CA or a client certificate; Python's default context otherwise.
+        connect_timeout_s: Seconds in which a connection must be made.
+        idle_timeout_s: Seconds in which at least one byte must move.
         patience_s: Seconds without progress, over all attempts, before a push fails.
     """
 
@@ -114,16 +114,16 @@ class MirrorClient:
         request_bytes: int = REQUEST_BYTES,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> PushResult:
-        """Send what the receiver lacks of a snapshot; may be called again after a crash.
+        """Send the bytes of a snapshot that the receiver lacks. May be called again after a crash.
 
         Args:
-            on_progress: Told the bytes acknowledged, and all.
+            on_progress: Called with the bytes acknowledged and the bytes in total.
 
         Raises:
             StoreUnavailable, TimedOut and the like: no progress for `patience_s`.
             StoreConfigurationError: the token is wrong, or the certificate is not trusted.
             RefusedError, IntegrityError: the receiver refuses the snapshot.
-            SourceChanged: the source is another one now.
+            SourceChanged: the source changed after the snapshot was taken.
         """
         with doing(f"push to {self.url}") as activity:
             return self._push(snapshot, activity, chunk_bytes, request_bytes, on_progress)
@@ -169,15 +169,15 @@ class MirrorClient:
         return PushResult(status, snapshot.id, total, sent, held or 0, self._clock() - started)
 
     def status(self, snapshot: SnapshotId) -> dict[str, Any]:
-        """What the receiver has of a snapshot: docs/mirror.md, "Requests"."""
+        """How much of a snapshot the receiver has: docs/mirror.md, "Requests"."""
         return self._standing(snapshot, self._call("GET", f"/v1/snapshot?{urlencode(snapshot._asdict())}"))
 
     def snapshots(self) -> list[dict[str, Any]]:
-        """All that the receiver has."""
+        """All snapshots that the receiver has, complete or not."""
         return self._listed(self._call("GET", "/v1/snapshots"))
 
     def abort(self, snapshot: SnapshotId) -> None:
-        """Have the receiver drop what it has of a snapshot that is not complete."""
+        """Have the receiver drop an incomplete snapshot."""
         self._call("DELETE", f"/v1/snapshot?{urlencode(snapshot._asdict())}")
 
     def close(self) -> None:
@@ -201,7 +201,7 @@ class MirrorClient:
         self._sleep(wait_s)
 
     def _send(self, snapshot: Snapshot, offset: int, end: int, chunk_bytes: int) -> dict[str, Any]:
-        """One request's worth; where the receiver stands then."""
+        """Send one request; returns the status of the snapshot after it."""
         chunks = max(1, -(-(end - offset) // chunk_bytes))
         size = end - offset + chunks * head_bytes(snapshot.id)
 
@@ -228,7 +228,7 @@ class MirrorClient:
         return cast("list[dict[str, Any]]", found)
 
     def _standing(self, snapshot: SnapshotId, document: dict[str, Any]) -> dict[str, Any]:
-        """Where the receiver stands, if that is what it tells, and it speaks of this snapshot."""
+        """The document itself, if it is the status of this snapshot."""
         done, complete = document.get("bytes_done"), document.get("complete")
         named = {name: document.get(name) for name in SnapshotId._fields}
         if type(done) is not int or not 0 <= done < 1 << 64 or type(complete) is not bool:
@@ -281,7 +281,7 @@ class MirrorClient:
         return document
 
     def _failure(self, answer: Response, document: dict[str, Any]) -> BlobflowError:
-        """The error that the receiver raised, as far as it is one of ours."""
+        """The receiver's error as one of ours."""
         told: Any = document.get("error")
         told = dict(cast("dict[str, Any]", told)) if isinstance(told, dict) else {}
         if answer.status == 401:
@@ -296,7 +296,7 @@ class MirrorClient:
 
 
 def _fields_of(told: dict[str, Any]) -> dict[str, Any]:
-    """The facts of an error that a receiver tells, as far as they are of a kind that errors have."""
+    """The fields of an error in a receiver's answer; names and values that our errors cannot have are left out."""
     fields: dict[str, Any] = {}
     for name, value in list(told.items())[:_MAX_FIELDS]:
         if not _FIELD.fullmatch(name) or name == "self":

@@ -1,8 +1,8 @@
-"""What a stranger may cost before the token is seen: connections, their first byte, and the head of a request.
+"""Limits of a receiver before it has seen a token: connections, the time to their first byte, and heads of requests.
 
-uvicorn limits none of it, and what its parsers limit depends on which one is installed. So it is limited around them:
-connections where they are accepted, also those whose TLS handshake never ends; and heads where bytes are handed to the
-parser. Nothing here knows HTTP.
+uvicorn limits none of these, and the limits of its parsers depend on which parser is installed. So they are set around
+them: for connections where they are accepted, including those whose TLS handshake never ends; for heads where bytes
+are passed to the parser. Nothing here parses HTTP.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection
 
 @dataclass
 class Door:
-    """The limits, and who is inside.
+    """The limits, and the connections that are open.
 
     Attributes:
-        max_connections: More are closed as soon as they are accepted.
-        max_head_bytes: Of a request; more ends the connection.
-        head_timeout_s: For a connection to give a whole head, from its first moment on, and again after each answer.
+        max_connections: Further connections are closed as soon as they are accepted.
+        max_head_bytes: A request with a longer head ends its connection.
+        head_timeout_s: Seconds for a connection to send a whole head, from its beginning, and after each answer.
     """
 
     max_connections: int = MAX_CONNECTIONS
@@ -95,9 +95,9 @@ class _Guest(socket.socket):
 
 
 class _Guard:
-    """Mixed into a protocol of uvicorn's, before it.
+    """A mixin for uvicorn's protocol class that enforces the limits on one connection.
 
-    The connection is looked at twice in each `head_timeout_s`: one that waits for a head at both looks is closed.
+    It looks at the connection twice in each `head_timeout_s`, and closes it if both looks find it waiting for a head.
     """
 
     door: Door

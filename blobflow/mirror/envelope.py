@@ -1,8 +1,8 @@
-"""What travels from a source to a mirror: snapshots, cut into chunks, each in a frame of its own.
+"""What a push sends to a receiver: snapshots, cut into chunks, each in one frame.
 
-A frame says everything: which snapshot of which database it belongs to, how large the whole is and what its CRC32C
-must be. So frames of several snapshots may follow each other on one connection, and a connection that broke leaves
-nothing to be remembered. The byte tables are in docs/mirror.md, "A frame".
+A frame names the snapshot and the database that it belongs to, and the size and CRC32C of the whole snapshot. So frames
+of several snapshots may share a connection, and a broken connection leaves nothing to remember. The byte tables are
+in docs/mirror.md, "A frame".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_NAMES_BYTES: Final = 2 * (1 + 128)
 
 
 class SnapshotId(NamedTuple):
-    """Which snapshot: what a session of a receiver is keyed by."""
+    """Identifies a snapshot in a receiver."""
 
     source: str
     """The cluster that it comes from."""
@@ -67,15 +67,15 @@ class SnapshotId(NamedTuple):
 
 @dataclass(frozen=True)
 class SnapshotEnvelope:
-    """A chunk of a snapshot, with what the source declares of the whole.
+    """A chunk of a snapshot, with the size and checksum that the source declares for the whole snapshot.
 
     Attributes:
-        total_bytes: Of the snapshot.
-        total_crc32c: Of the snapshot; 0 if it is empty.
-        offset: Of the first byte of `data` in the snapshot.
-        data: May be a view of a buffer that is used again; it is valid until the next envelope is asked for.
-        crc32c: Of `data`, as the source computed it.
-        done: Nothing follows.
+        total_bytes: Size of the snapshot.
+        total_crc32c: CRC32C of the snapshot; 0 if it is empty.
+        offset: Where `data` begins in the snapshot.
+        data: May be a view of a buffer that is used again: valid until the next envelope is asked for.
+        crc32c: CRC32C of `data`, as the source computed it.
+        done: This is the last chunk.
     """
 
     id: SnapshotId
@@ -88,11 +88,11 @@ class SnapshotEnvelope:
 
     @property
     def end(self) -> int:
-        """The offset behind its last byte."""
+        """The offset after its last byte."""
         return self.offset + len(self.data)
 
     def head(self) -> bytes:
-        """The frame up to the payload, which is `data` as it is."""
+        """The frame without its payload, which is `data`."""
         source, database = self.id.source.encode(), self.id.database.encode()
         names = bytes((len(source),)) + source + bytes((len(database),)) + database
         fixed = _FIXED.pack(
@@ -116,7 +116,7 @@ class SnapshotEnvelope:
 
     @classmethod
     def decode(cls, frame: Buffer) -> SnapshotEnvelope:
-        """The envelope in a frame; its payload is not compared with its CRC32C, which the receiver does.
+        """The envelope in a frame. The receiver, not this method, compares the payload with its CRC32C.
 
         Raises:
             IntegrityError: not exactly one frame, or a damaged one.
@@ -129,15 +129,15 @@ class SnapshotEnvelope:
 
 
 def head_bytes(snapshot: SnapshotId) -> int:
-    """How long the heads of this snapshot's frames are."""
+    """Bytes in the head of each frame of this snapshot."""
     return _FIXED.size + 2 + len(snapshot.source) + len(snapshot.database) + _CRC.size
 
 
 class FrameDecoder:
-    """Frames out of a stream of bytes that arrives in pieces of any size; holds one payload at most.
+    """Reads frames from a stream that arrives in pieces of any size; holds at most one payload.
 
     Args:
-        max_payload_bytes: A frame that announces more is refused before a byte of it is kept.
+        max_payload_bytes: A frame that announces a larger payload is refused before a byte of it is kept.
     """
 
     def __init__(self, max_payload_bytes: int = MAX_PAYLOAD_BYTES) -> None:
@@ -156,9 +156,9 @@ class FrameDecoder:
         """The envelopes that `piece` completes. The data of each is valid until the next one is asked for.
 
         Raises:
-            IntegrityError: this is no frame of this version, or its head is damaged. The stream ends here: nobody
-                knows where the next frame begins.
-            ObjectTooLarge: a payload is larger than is allowed.
+            IntegrityError: this is not a frame of this version, or its head is damaged. The stream ends here, because
+                the beginning of the next frame is not known.
+            ObjectTooLarge: a payload is larger than `max_payload_bytes`.
         """
         rest = memoryview(piece)
         while rest or (self._announced is not None and self._filled == len(self._announced.data)):
@@ -175,7 +175,7 @@ class FrameDecoder:
                 yield envelope
 
     def _take_head(self, rest: memoryview) -> memoryview:
-        """Take what the head still lacks; at its end, get ready for the payload."""
+        """Consume the rest of a head; when it is whole, prepare a buffer for the payload."""
         lacking = self._head_length() - len(self._head)
         self._head += rest[:lacking]
         if len(self._head) >= _FIXED.size and len(self._head) == self._head_length():

@@ -1,10 +1,10 @@
-"""The rules by which a snapshot is received: a machine without I/O, one for each snapshot.
+"""The rules for receiving a snapshot: a state machine without I/O, one for each snapshot.
 
     state, envelope -> `receive` -> state, actions
 
-The actions are performed in their order; only then the new state counts. If one fails, whatever the reason, the state
-is forgotten and `restore` makes it again from what lies on disk. So there is one way to recover, the same after a
-full disk, a bug and a power cut, and it costs at most what came after the last checkpoint.
+The actions are performed in order; only then the new state counts. If one fails, for whatever reason, the state is
+forgotten and `restore` makes it again from the disk. So there is one way to recover, the same after a full disk, a bug
+and a power cut, and it costs at most what came after the last checkpoint.
 
 | a chunk | is |
 |---|---|
@@ -53,7 +53,7 @@ Cursor: TypeAlias = JsonValue
 
 @dataclass(frozen=True)
 class Bootstrapping:
-    """A snapshot is on its way, or arrived and waits to be imported."""
+    """A snapshot is arriving, or has arrived and was not imported yet."""
 
     bytes_done: int
     bytes_total: int
@@ -61,7 +61,7 @@ class Bootstrapping:
 
 @dataclass(frozen=True)
 class Following:
-    """The snapshot was imported; `cursor` is where the mirror's own history goes on."""
+    """The snapshot was imported; its mirror follows the source from `cursor` on."""
 
     cursor: Cursor
 
@@ -70,7 +70,7 @@ ReceiverStatus: TypeAlias = Bootstrapping | Following
 
 
 class Chunk(NamedTuple):
-    """A chunk that was taken."""
+    """A chunk that was accepted."""
 
     offset: int
     length: int
@@ -117,15 +117,15 @@ class SessionState:
     """What is known of one snapshot.
 
     Attributes:
-        begun: Whether there is something of it.
-        offset: Bytes taken; the next chunk begins here.
-        crc: CRC32C of those.
+        begun: Whether a first chunk was accepted.
+        offset: Bytes accepted; the next chunk begins here.
+        crc: CRC32C of the accepted bytes.
         durable: The offset of the last checkpoint.
         unreported: Bytes since the last progress report.
         first: The chunk at offset 0.
         recent: The last chunks, oldest first.
-        committed: It is whole and has its final name.
-        following: It was imported.
+        committed: The snapshot is whole and has its final name.
+        following: The snapshot was imported.
     """
 
     id: SnapshotId
@@ -153,12 +153,13 @@ class SessionState:
 
 
 class Step(NamedTuple):
-    """What a machine wants done.
+    """The next step of the machine.
 
     Attributes:
-        state: Once all actions are performed.
-        reports: For whoever watches, after that.
-        error: To be raised after that.
+        actions: To be performed in order.
+        state: Valid once all actions are performed.
+        reports: Passed to `on_progress` after the actions.
+        error: Raised after the actions.
     """
 
     state: SessionState
@@ -168,7 +169,7 @@ class Step(NamedTuple):
 
 
 def receive(state: SessionState, envelope: SnapshotEnvelope, *, checkpoint_bytes: int) -> Step:
-    """Take a chunk.
+    """Accept a chunk.
 
     Raises:
         OffsetRegressionError, SizeMismatch, ChecksumMismatch, KeyConflict: it is refused, and nothing changes.
@@ -220,7 +221,7 @@ def receive(state: SessionState, envelope: SnapshotEnvelope, *, checkpoint_bytes
 
 
 def vouch(state: SessionState) -> Step:
-    """Have the journal vouch for everything that was taken."""
+    """Have the journal vouch for all accepted bytes."""
     if not state.begun or state.committed or state.offset == state.durable:
         return Step(state)
     first = state.first and (state.first.length, state.first.crc32c)
@@ -229,7 +230,7 @@ def vouch(state: SessionState) -> Step:
 
 
 def follow(state: SessionState, cursor: Cursor) -> Step:
-    """Note that the snapshot was imported, and where its history goes on.
+    """Note that the snapshot was imported and that its mirror follows the source from `cursor` on.
 
     Raises:
         IntegrityError: it is not complete.
@@ -241,17 +242,17 @@ def follow(state: SessionState, cursor: Cursor) -> Step:
 
 
 def abort(state: SessionState) -> Step:
-    """Drop what is there of a snapshot; a complete one stays."""
+    """Drop an incomplete snapshot; a complete one stays."""
     return Step(state) if state.committed else Step(SessionState(state.id), (Discard(),))
 
 
 def restore(
     snapshot: SnapshotId, journal: bytes, *, partial_bytes: int | None, committed: bool
 ) -> tuple[SessionState, int]:
-    """The state that a journal vouches for. What the partial file has beyond `offset` has to be cut off.
+    """The state that a journal vouches for. The caller cuts off the bytes of the partial file beyond `offset`.
 
     Args:
-        partial_bytes: Length of the partial file: a claim beyond it does not count. None: there is none, so that
+        partial_bytes: Length of the partial file: a record beyond it does not count. None: there is no such file, so
             nothing has begun.
         committed: The snapshot has its final name.
 
@@ -271,7 +272,7 @@ def restore(
 
 
 def identify(journal: bytes) -> SnapshotId | None:
-    """The snapshot that a journal belongs to, if it can be read."""
+    """The id of the snapshot that a journal belongs to; None if the journal cannot be read."""
     for record, _ in _records(journal):
         try:
             source, database, position, digest = (record[name] for name in SnapshotId._fields)
@@ -323,13 +324,13 @@ def _header(state: SessionState) -> bytes:
 
 
 def _line(record: dict[str, Any]) -> bytes:
-    """A record with its own checksum, so that a torn one is none."""
+    """A record with its checksum, so that a torn record is not taken for a whole one."""
     text = json.dumps(record, separators=(",", ":")).encode()
     return b"%08x %b\n" % (crc32c(text), text)
 
 
 def _records(journal: bytes) -> Iterable[tuple[dict[str, Any], int]]:
-    """The whole records from the beginning, each with the offset after it."""
+    """The whole records from the beginning, each with the offset of its end."""
     for end, line in whole_lines(io.BytesIO(journal)):
         told, _, text = line.partition(b" ")
         if told != b"%08x" % crc32c(text[:-1]):

@@ -1,4 +1,4 @@
-"""A receiver's directory as a store: what was pushed is there for everything that reads artifacts.
+"""A receiver's directory as a store, so that everything that reads artifacts can read what was pushed.
 
 | key | is |
 |---|---|
@@ -7,8 +7,8 @@
 | `<database>/latest.ref.json` | a ref to the artifact with the greatest position |
 | `<database>/<source>/latest.ref.json` | the same among those of one source |
 
-The stem is the receiver's own, so keys sort by position. Nothing is believed that is not believed of any store: what
-is read is held to its digest, member by member, by whoever reads it.
+The stem is that of the receiver's files, so keys sort by position. The store is trusted no more than any other: a
+reader compares each member with its digest.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _SIZE_FIELD: Final = slice(124, 135)
 
 
 class _Offered(NamedTuple):
-    """A received artifact, and what the store tells of it."""
+    """A received artifact as the store shows it."""
 
     key: str
     received: Received
@@ -61,12 +61,12 @@ class _Offered(NamedTuple):
 
 
 class ReceivedStore(Store):
-    """The artifacts that a receiver holds, complete ones only; read, never written. The receiver may be at work.
+    """The complete artifacts in a receiver's directory, for reading only. The receiver may be running.
 
     Args:
-        data_dir: The receiver's.
-        database: Only the snapshots of this one.
-        shown_as: What the keys of that database begin with instead of its name.
+        data_dir: The receiver's directory.
+        database: Show only the snapshots of this database.
+        shown_as: The name that stands for `database` in keys.
 
     Raises:
         NotFoundError: there is no such directory.
@@ -86,7 +86,7 @@ class ReceivedStore(Store):
         self.url = f"received:{self._data_dir}"
 
     def snapshot(self, key: str) -> SnapshotId:
-        """Which snapshot the artifact under `key` is.
+        """The id of the snapshot under `key`.
 
         Raises:
             ObjectNotFound: there is no such artifact.
@@ -94,10 +94,10 @@ class ReceivedStore(Store):
         return self._offered(key).received.id
 
     def follow(self, key: str, cursor: JsonValue) -> JsonValue:
-        """Note, durably, that the artifact under `key` was imported: the snapshot is `Following` from now on.
+        """Note durably that the artifact under `key` was imported: the snapshot is `Following` from now on.
 
         Args:
-            cursor: Where the mirror stands; None: at the position of the snapshot.
+            cursor: Where the mirror stands; by default at the position of the snapshot.
 
         Returns:
             The cursor that was noted.
@@ -109,10 +109,10 @@ class ReceivedStore(Store):
         return status.cursor
 
     def prune(self, key: str, keep: int) -> list[SnapshotId]:
-        """Remove the artifacts of the same source and database that are older than the one under `key`.
+        """Remove artifacts of the same source and database that are older than the one under `key`.
 
         Args:
-            keep: So many stay, the one under `key` included.
+            keep: How many stay, including the one under `key`.
         """
         named = self._offered(key).received.id
         older = [
@@ -190,7 +190,7 @@ class ReceivedStore(Store):
                 yield offered
 
     def _look(self, key: str, received: Received) -> _Offered | None:
-        """The artifact in a snapshot, if it is one: it begins with the manifest that the snapshot's digest names."""
+        """The artifact in a snapshot, or None: it is one if it begins with the manifest that has its digest."""
         path = f"{received.id.database}/{received.path.name}"
         meta = self._files.head(path)
         if meta.size < _HEADER:
@@ -282,7 +282,7 @@ def _manifest(offered: _Offered) -> StoredObject:
 
 
 def _latest(key: str, entries: Sequence[_Offered]) -> StoredObject:
-    """A ref to the last of these; the positions take the place of generations and rounds: greater is newer."""
+    """A ref to the last entry. Positions stand for generations and rounds: greater is newer."""
 
     def known(offered: _Offered) -> dict[str, Any]:
         return {

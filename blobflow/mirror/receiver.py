@@ -1,4 +1,4 @@
-"""The receiving end: the machine of each snapshot, its files, and one lock for each.
+"""The receiver of pushes: for each snapshot a state machine, its files, and one lock.
 
     <data_dir>/recv_snapshots/.lock                            one receiver at a time
     <data_dir>/recv_snapshots/<database>/<stem>.journal        what is vouched for: docs/mirror.md, "On disk"
@@ -6,7 +6,7 @@
     <data_dir>/recv_snapshots/<database>/<stem>.snapshot       the same file, once it is whole
 
 The stem is the position, in 20 digits, and the beginning of a hash of the snapshot's whole id: snapshots of one
-database lie beside each other, in the order of their positions, and none ever takes the place of another.
+database lie beside each other, in the order of their positions, and none replaces another.
 """
 
 from __future__ import annotations
@@ -64,41 +64,40 @@ class Committed:
 
 @dataclass
 class _Slot:
-    """A snapshot's place: whoever holds the lock is its only actor."""
+    """What a receiver keeps in memory for a snapshot; only the holder of the lock acts on it."""
 
     files: _Files
     lock: threading.Lock = field(default_factory=threading.Lock)
     users: int = 0
-    """Who holds the lock or waits for it: a slot that nobody uses, and that knows nothing, is dropped."""
+    """Threads that hold the lock or wait for it. A slot that nobody uses and that has no state is dropped."""
     state: SessionState | None = None
     """None: what lies on disk decides."""
     poison: str = ""
 
 
 class MirrorReceiver:
-    """Receives snapshots, any number of them at the same time, from any number of threads.
+    """Receives pushed snapshots, any number of them at the same time, from any number of threads.
 
     What arrived survives the death of the process: the journal of each snapshot vouches for its bytes up to the last
-    checkpoint. A snapshot that fails, in whatever way, leaves all others alone and goes on from there. When it is
-    complete it gets the name `.snapshot` in one step; it stays `Bootstrapping` until `follow` says that it was
-    imported.
+    checkpoint. A snapshot that fails leaves all others alone, and continues from its last checkpoint. When it is
+    complete, it gets the name `.snapshot` in one step. It stays `Bootstrapping` until `follow` notes its import.
 
     Args:
-        data_dir: Made if it is not there. One receiver at a time, in whatever process.
-        on_progress: Told the id and status of a snapshot for every MiB or more, at its end, and when it follows; called
-            outside of all locks. What it raises reaches the caller of `handle`; the chunk was taken nevertheless.
-        checkpoint_bytes: Bytes between two checkpoints, which is what has to be sent again after a crash, at most.
-        max_snapshot_bytes: A snapshot that is declared larger is refused.
-        max_total_bytes: Of all snapshots together, by what they are declared with; the next one is refused until
-            others were removed.
-        max_sessions: Incomplete snapshots of one source; the next one is refused until one of them is complete,
-            dropped or expired.
+        data_dir: Created if it does not exist. Only one receiver, in one process, uses it at a time.
+        on_progress: Called with the id and status of a snapshot after every MiB or more, at its end, and when it
+            follows. No lock is held then. What it raises reaches the caller of `handle`; the chunk was accepted
+            nevertheless.
+        checkpoint_bytes: Bytes between two checkpoints: at most so many are sent again after a crash.
+        max_snapshot_bytes: Larger snapshots are refused, by their declared size.
+        max_total_bytes: Sum of the declared sizes of all snapshots; more are refused until others are removed.
+        max_sessions: Incomplete snapshots of one source; more are refused until one of them is complete, dropped or
+            expired.
         expire_after_s: An incomplete snapshot that nobody has continued for so long is dropped.
         clock: Seconds since the epoch; the modification times of files are compared with it.
 
     Raises:
         TransferBusy: another receiver uses the directory.
-        RefusedError: a link or another user's directory lies in the place of its own one.
+        RefusedError: in the place of its directory lies a link, or another user's directory.
     """
 
     def __init__(
@@ -123,7 +122,7 @@ class MirrorReceiver:
         self._clock = clock
         self._expired_at = float("-inf")
         self._beginning: dict[SnapshotId, int] = {}
-        """Bytes of snapshots that were admitted and may not be on disk yet: two must not take the same room."""
+        """Bytes of snapshots that were admitted and may not be on disk yet, so that their room is not given twice."""
         self._admission = threading.Lock()
         self._slots: dict[SnapshotId, _Slot] = {}
         self._guard = threading.Lock()
@@ -134,18 +133,18 @@ class MirrorReceiver:
             raise TransferBusy(f"another receiver uses {self._directory}", path=str(self._directory))
 
     def handle(self, envelope: SnapshotEnvelope) -> Pending | Committed:
-        """Take one chunk; see the table in `blobflow.mirror.machine`. It is written when this returns.
+        """Accept one chunk; see the table in `blobflow.mirror.machine`. It is written when this returns.
 
         Blocks for as long as the disk takes: call it in a thread, not in an event loop.
 
         Raises:
-            OffsetRegressionError: go on at its `expected`.
-            ChecksumMismatch: the chunk (send it again), or the snapshot as a whole, of which nothing is left then.
-            SizeMismatch, KeyConflict: it is not of the snapshot that was declared.
+            OffsetRegressionError: continue at its `expected`.
+            ChecksumMismatch: the chunk is damaged (send it again), or the whole snapshot is, and was dropped.
+            SizeMismatch, KeyConflict: the chunk does not belong to the snapshot that was declared.
             RefusedError: the id is hostile.
-            DiskFull, StoreUnavailable: the disk failed at `operation`. The chunk may be sent again, or the one that
-                an `OffsetRegressionError` then asks for.
-            SessionPoisoned: an earlier chunk ended in an unexpected error; go on at `expected`, or at 0.
+            DiskFull, StoreUnavailable: the disk failed at `operation`. Send the chunk again, or the one that an
+                `OffsetRegressionError` then asks for.
+            SessionPoisoned: an earlier chunk ended in an unexpected error; continue at `expected`, or at 0.
         """
         envelope.id.checked()
         if self._max_snapshot_bytes is not None and envelope.total_bytes > self._max_snapshot_bytes:
@@ -172,7 +171,7 @@ class MirrorReceiver:
         return Committed(envelope.id, slot.files.snapshot) if after.committed else Pending(after.offset)
 
     def status(self, snapshot: SnapshotId) -> ReceiverStatus | None:
-        """How far a snapshot is, and so where a sender goes on; None if there is nothing of it."""
+        """How much of a snapshot has arrived, which is where a sender continues; None if nothing has."""
         with self._acting(snapshot) as slot:
             state = self._loaded(slot, snapshot)
             return state.status if state.begun else None
@@ -183,7 +182,7 @@ class MirrorReceiver:
             return Committed(snapshot, slot.files.snapshot) if self._loaded(slot, snapshot).committed else None
 
     def follow(self, snapshot: SnapshotId, cursor: Cursor) -> None:
-        """Note, durably, that the snapshot was imported and that the mirror follows from `cursor` on.
+        """Note durably that the snapshot was imported and that its mirror follows the source from `cursor` on.
 
         Raises:
             IntegrityError: the snapshot is not complete.
@@ -196,7 +195,7 @@ class MirrorReceiver:
         self._report(snapshot, step)
 
     def abort(self, snapshot: SnapshotId) -> None:
-        """Drop what is there of a snapshot that is not complete; may be called again, and in any state."""
+        """Drop an incomplete snapshot; does nothing to others. May be called again."""
         with self._acting(snapshot) as slot:
             slot.poison = ""
             self._perform(slot, machine.abort(self._loaded(slot, snapshot)))
@@ -208,7 +207,7 @@ class MirrorReceiver:
         return {snapshot: status for snapshot, status in found.items() if status is not None}
 
     def close(self) -> None:
-        """Checkpoint what is under way and let another receiver use the directory; may be called again."""
+        """Checkpoint incomplete snapshots and free the directory for another receiver. May be called again."""
         with self._guard:
             descriptor, self._lock_file = self._lock_file, -1
             slots = list(self._slots.values())
@@ -236,10 +235,10 @@ class MirrorReceiver:
         return f"<MirrorReceiver {'; '.join(str(state) for state in states if state and state.begun) or 'idle'}>"
 
     def expire(self, *, every_s: float = 60.0) -> list[SnapshotId]:
-        """Drop the incomplete snapshots that nobody has continued for `expire_after_s`, and name them.
+        """Drop the incomplete snapshots that nobody has continued for `expire_after_s`, and return their ids.
 
         Args:
-            every_s: Not more often than that; what is called sooner does nothing.
+            every_s: A call within so many seconds of the last one does nothing.
         """
         now = self._clock()
         if self._expire_after_s is None or now - self._expired_at < every_s:
@@ -260,11 +259,11 @@ class MirrorReceiver:
 
     @contextmanager
     def _admitted(self, envelope: SnapshotEnvelope) -> Generator[None]:
-        """The beginning of a snapshot, if there is room for it.
+        """Reserve room for a new snapshot until it is on disk.
 
         Raises:
-            DiskFull: all snapshots together would be larger than is allowed.
-            AtCapacity: as many of this source are under way as are allowed.
+            DiskFull: all snapshots together would be larger than `max_total_bytes`.
+            AtCapacity: this source has `max_sessions` incomplete snapshots.
         """
         if self._max_total_bytes is None and self._max_sessions is None:
             yield
@@ -305,9 +304,9 @@ class MirrorReceiver:
     def _acting(self, snapshot: SnapshotId, *, wait: Literal[False]) -> AbstractContextManager[_Slot | None]: ...
     @contextmanager
     def _acting(self, snapshot: SnapshotId, *, wait: bool = True) -> Generator[_Slot | None]:
-        """Be the only actor of a snapshot; None: somebody else is, and it is not waited for.
+        """Hold the lock of a snapshot; gives None without `wait` if another thread holds it.
 
-        What is asked about snapshots that are not there leaves nothing in memory.
+        Questions about snapshots that do not exist leave nothing in memory.
         """
         snapshot.checked()
         with self._guard:
@@ -334,7 +333,7 @@ class MirrorReceiver:
         return slot.state
 
     def _perform(self, slot: _Slot, step: Step) -> None:
-        """Do what the machine wants, all of it, or forget its state: then what lies on disk decides."""
+        """Perform all actions of the machine. If one fails, the state is forgotten and read from disk again."""
         state, slot.state = slot.state, None
         try:
             for action in step.actions:
@@ -365,12 +364,12 @@ class Received(NamedTuple):
 
 
 def read_snapshots(data_dir: str | os.PathLike[str]) -> dict[SnapshotId, ReceiverStatus]:
-    """What the journals in a receiver's directory vouch for, also while the receiver works in it."""
+    """The status of each snapshot in a receiver's directory, by its journal. The receiver may be running."""
     return {snapshot: state.status for snapshot, _, state in _states(data_dir)}
 
 
 def read_received(data_dir: str | os.PathLike[str]) -> list[Received]:
-    """The complete snapshots in a receiver's directory, by database and position, also while the receiver works."""
+    """The complete snapshots in a receiver's directory, by database and position. The receiver may be running."""
     return [
         Received(snapshot, files.snapshot, state.status)
         for snapshot, files, state in _states(data_dir)
@@ -379,7 +378,7 @@ def read_received(data_dir: str | os.PathLike[str]) -> list[Received]:
 
 
 def follow_received(data_dir: str | os.PathLike[str], snapshot: SnapshotId, cursor: Cursor) -> None:
-    """`MirrorReceiver.follow` from another process, also while the receiver works in the directory.
+    """`MirrorReceiver.follow` from another process. The receiver may be running.
 
     Raises:
         IntegrityError: the snapshot is not complete, or not there any more.
@@ -388,7 +387,7 @@ def follow_received(data_dir: str | os.PathLike[str], snapshot: SnapshotId, curs
 
 
 def remove_received(data_dir: str | os.PathLike[str], snapshot: SnapshotId) -> None:
-    """Remove a complete snapshot, also while the receiver works in the directory; may be called again."""
+    """Remove a complete snapshot. The receiver may be running. May be called again."""
     _Files.of(_snapshots_of(data_dir), snapshot.checked()).remove()
 
 
@@ -420,7 +419,7 @@ def _about(snapshot: SnapshotId) -> str:
 
 
 class _Files:
-    """The files of one snapshot. They are opened for each action, so that no number of snapshots is too large."""
+    """The files of one snapshot. They are opened for each action, so any number of snapshots may be open."""
 
     def __init__(self, directory: Path, stem: str) -> None:
         self._directory = directory
@@ -435,7 +434,7 @@ class _Files:
         return cls(directory / snapshot.database, f"{snapshot.position:020d}-{token}")
 
     def restore(self, snapshot: SnapshotId, *, repair: bool = True) -> SessionState:
-        """The state that lies on disk; with `repair`, what is not vouched for goes."""
+        """The state on disk. `repair` cuts off the bytes that the journal does not vouch for."""
         with _doing("read journal", self.journal):
             try:
                 journal = self.journal.read_bytes()
@@ -451,11 +450,11 @@ class _Files:
         return state
 
     def _own(self, *, make: bool = False) -> AbstractContextManager[PrivateDirectory]:
-        """The directory of the database; whoever follows a link in its place finds nothing of ours."""
+        """The directory of the database; a link in its place is not followed."""
         return _directory_of(self._directory.parent, self._directory.name, make=make)
 
     def changed_at(self) -> float:
-        """When something of it arrived last; seconds since the epoch."""
+        """When the last bytes arrived, in seconds since the epoch."""
         times = [0.0]
         for path in (self.journal, self.partial):
             with suppress(FileNotFoundError):
@@ -463,7 +462,7 @@ class _Files:
         return max(times)
 
     def follow(self, snapshot: SnapshotId, cursor: Cursor) -> Step:
-        """Note that a complete snapshot was imported. Other processes may do so at the same time."""
+        """Note that a complete snapshot was imported. Other processes may do the same at the same time."""
         with suppress(FileNotFoundError), self._own() as own, _file(own, self.journal, os.O_RDONLY) as journal:
             lock(journal)
             # Without repair: what is not complete is the receiver's, which may be writing to it.
@@ -474,7 +473,7 @@ class _Files:
         return machine.follow(SessionState(snapshot), cursor)  # which says that it is not there
 
     def remove(self) -> None:
-        """Remove a complete snapshot; then its journal, without which nobody would find it again."""
+        """Remove a complete snapshot, then its journal, by which a repeated call finds it."""
         with _doing("remove snapshot", self.snapshot), suppress(FileNotFoundError), self._own() as own:
             if own.has(self.snapshot.name):
                 own.unlink(self.snapshot.name)
@@ -564,5 +563,5 @@ def _file(directory: PrivateDirectory, path: Path, flags: int = os.O_RDWR) -> Ge
 
 
 def _doing(operation: str, path: Path) -> AbstractContextManager[None]:
-    """Translate the operating system's errors, so that each names what was being done."""
+    """Translate the operating system's errors into ours, with the operation that failed."""
     return storing(operation, path=str(path), operation=operation)

@@ -1,4 +1,4 @@
-"""The sending end: any object of a store and any file, as the chunks of a snapshot, from any offset."""
+"""Snapshots to push: any object of a store or any file, as chunks from any offset."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from blobflow.streams.ends import BEGIN_AGAIN, ObjectSource, OpenedSource, Pin, 
 from blobflow.transport.remote import RemoteArtifact
 
 DEFAULT_CHUNK_BYTES: Final = 4 * MIB
-"""Half the processor time of 1 MiB on the receiving side: each chunk is handed to a thread."""
+"""Takes half the processor time of 1 MiB in the receiver, which hands each chunk to a thread."""
 
 
 class FileSource(PinnedSource):
@@ -87,7 +87,7 @@ def _pin_of(descriptor: int) -> Pin:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot that can be sent: what is declared of it, and where its bytes are."""
+    """A snapshot to push: its id, size and checksum, and the source of its bytes."""
 
     id: SnapshotId
     total_bytes: int
@@ -105,10 +105,10 @@ class Snapshot:
         position: int | None = None,
         expected_digest: str | None = None,
     ) -> Snapshot:
-        """The payload of an artifact; nothing is read but its manifest, which knows the checksum.
+        """The payload of an artifact. Only its manifest is read, which has the checksum.
 
         Args:
-            position: Default: the microsecond in which the artifact was made.
+            position: By default the microsecond in which the artifact was made.
             expected_digest: Refuse every artifact but this one.
         """
         remote = RemoteArtifact.open(store, key, expected_digest)
@@ -133,7 +133,7 @@ class Snapshot:
         """A local file, which is read once for its digest and checksum.
 
         Args:
-            position: Default: the nanosecond in which the file was modified.
+            position: By default the nanosecond in which the file was modified.
         """
         if position is None:
             try:
@@ -164,7 +164,7 @@ class Snapshot:
         """The chunks from `offset` on, at least one; each is valid until the next one is asked for.
 
         Args:
-            end: Where to stop; default: with the snapshot. Only the chunk that reaches its end is the last one.
+            end: Where to stop; by default at the end of the snapshot. Only the chunk that reaches that is `done`.
 
         Raises:
             SourceChanged, SourceTruncated: the bytes are not those that were declared.

@@ -1,7 +1,7 @@
-"""The receiver behind HTTP, so that one cluster can push to another. docs/mirror.md has the requests and answers.
+"""The HTTP server of a receiver, so that one cluster can push to another. docs/mirror.md has the requests and answers.
 
-A body is a stream of frames. It is taken as it comes: one frame at a time is in memory for each request, and while the
-disk is busy nothing is read from the connection. The disk is waited for in threads, never in the event loop.
+A body is a stream of frames. It is processed as it arrives: each request holds one frame in memory, and nothing is
+read from the connection while the disk is busy. Threads wait for the disk, never the event loop.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ _STATUS: Final[tuple[tuple[type[BlobflowError], int], ...]] = (
     (RefusedError, 409),
     (UsageError, 400),
 )
-"""The first that fits."""
+"""HTTP status by error class; the first match counts."""
 
 _Endpoint = Callable[[Request, "Sender"], Awaitable[Response]]
 
 
 def snapshot_document(snapshot: SnapshotId, status: ReceiverStatus | None, *, complete: bool = False) -> dict[str, Any]:
-    """A snapshot as the answers show it."""
+    """A snapshot as the responses show it."""
     document: dict[str, Any] = {**snapshot._asdict(), "status": "absent", "bytes_done": 0}
     if isinstance(status, Following):
         return document | {"status": "following", "cursor": status.cursor, "complete": True}
@@ -83,11 +83,11 @@ def snapshot_document(snapshot: SnapshotId, status: ReceiverStatus | None, *, co
 
 @dataclass(frozen=True)
 class Sender:
-    """Whose token it is, and what it may send, see and drop.
+    """A sender's token, and the snapshots that it may push, see and drop.
 
     Attributes:
-        token: At least 16 characters; white space around it does not count.
-        source, database: Of its snapshots; None: any.
+        token: At least 16 characters; white space around it is removed.
+        source, database: The sender's snapshots; None: any.
     """
 
     token: str = field(repr=False)
@@ -107,7 +107,7 @@ class Sender:
         """Return if the snapshot is one of the sender's.
 
         Raises:
-            PermissionMissing: it is not, whether it is there or not.
+            PermissionMissing: it is not; the error does not say whether it exists.
         """
         if not self.may(snapshot):
             raise PermissionMissing(
@@ -119,10 +119,10 @@ class Sender:
 
 
 def read_senders(path: str | os.PathLike[str]) -> list[Sender]:
-    """The senders in a file: a line each, `SOURCE DATABASE TOKEN`, where `*` is any; `#` begins a comment.
+    """The senders in a file with lines `SOURCE DATABASE TOKEN`; `*` means any, `#` begins a comment.
 
     Raises:
-        UsageError: a line is none, two have the same token, or others than the owner may read the file.
+        UsageError: a line is invalid, two lines have the same token, or other users may read the file.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -176,14 +176,14 @@ class _Api:
             Route("/v1/snapshot", self._guarded(self._show), methods=["GET"]),
             Route("/v1/snapshot", self._guarded(self._abort), methods=["DELETE"]),
             Route("/v1/frames", self._guarded(self._frames), methods=["POST"]),
-            # Also what is not there is told to nobody without a token.
+            # Without a token, unknown paths are answered like all others.
             Route(
                 "/{anything:path}", self._guarded(self._nowhere), methods=["GET", "POST", "PUT", "DELETE", "OPTIONS"]
             ),
         ]
 
     def _guarded(self, endpoint: _Endpoint) -> Callable[[Request], Awaitable[Response]]:
-        """Nobody without the token, and every error as a document."""
+        """The endpoint, for requests with a valid token; its errors become JSON documents."""
 
         async def guarded(request: Request) -> Response:
             sender = self._sender_of(request)
@@ -277,17 +277,17 @@ def mirror_app(
     max_pushes: int = _MAX_PUSHES,
     idle_timeout_s: float = 60.0,
 ) -> Starlette:
-    """The ASGI application in front of a receiver; mount it anywhere.
+    """The ASGI application of a receiver; mount it anywhere.
 
     Args:
-        token: What a sender of everything gives as `Authorization: Bearer`; at least 16 characters.
-        senders: Those with tokens of their own: none of them sees or touches what is another one's.
-        max_frame_bytes: Payload of one frame; memory is this times `max_pushes`.
-        max_pushes: Requests that carry frames at the same time; others are told to wait.
-        idle_timeout_s: For a single byte of a body to arrive; a tenth less, at worst.
+        token: The bearer token of a sender that may push anything; at least 16 characters.
+        senders: Senders with their own tokens. None of them sees or touches the snapshots of another.
+        max_frame_bytes: Largest payload of a frame; memory is this times `max_pushes`.
+        max_pushes: Requests with frames at the same time; further ones get 429 and wait.
+        idle_timeout_s: Seconds in which at least one byte of a body must arrive; at worst a tenth less.
 
     Raises:
-        UsageError: there is no token, or one is too short to keep anybody out.
+        UsageError: there is no token, or a token is too short.
     """
     everybody = [*senders, *([Sender(token)] if token is not None else [])]
     if not everybody:
@@ -296,16 +296,16 @@ def mirror_app(
 
 
 class MirrorServer:
-    """A receiver's application behind a server of its own.
+    """Serves a receiver over HTTP or HTTPS.
 
     Args:
         host, port: Where to listen; port 0 takes a free one.
-        certificate, private_key: PEM files; with them it is https.
-        door: The limits before the token.
-        options: For `mirror_app`.
+        certificate, private_key: PEM files; with them the server speaks HTTPS.
+        door: The limits that hold before a token is checked.
+        options: See `mirror_app`.
 
     Attributes:
-        url: Where it listens, from construction on.
+        url: The URL of the server, known from construction on.
     """
 
     def __init__(
@@ -343,7 +343,7 @@ class MirrorServer:
         )
 
     def run(self) -> None:
-        """Serve until `stop`, SIGINT or SIGTERM, and let requests under way end."""
+        """Serve until `stop`, SIGINT or SIGTERM; requests in progress are finished."""
         started = time.monotonic()
         try:
             self._server.run(sockets=[self._listener])
@@ -352,7 +352,7 @@ class MirrorServer:
             log.info("mirror.stopped seconds=%.1f", time.monotonic() - started)
 
     def stop(self) -> None:
-        """Have `run` return; may be called from any thread."""
+        """Make `run` return; may be called from any thread."""
         self._server.should_exit = True
 
     def __repr__(self) -> str:

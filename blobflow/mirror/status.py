@@ -1,4 +1,4 @@
-"""What a mirror shows, where it stands, and whether it is behind; any process may ask, from the mirror's directory."""
+"""What a mirror shows, where it stands, and whether it is behind; read from its directory by any process."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ class MirrorStatus:
     artifact_digest: str | None = None
     """Of the artifact that is shown, or that the shown data began with."""
     key: str | None = None
-    """Under which it was published, as far as anybody knows here."""
+    """Under which it was published; None if the mirror does not know."""
     cursor: JsonValue = None
-    """Where in the source's history the mirror stands, which is where following it goes on."""
+    """Where in the source's history the mirror stands."""
     created_at: datetime | None = None
     """When the artifact was made."""
     imported_at: datetime | None = None
     bytes_incoming: int = 0
-    """Bytes on disk of what is arriving, or arrived and was not imported."""
+    """Bytes on disk of downloads that are arriving, or have arrived and were not imported."""
     bytes_total: int | None = None
-    """Of the artifact that the store offers, where that was asked for."""
+    """Size of the artifact that the store offers, if it was asked for."""
     offered_key: str | None = None
     offered_digest: str | None = None
     behind: bool | None = None
-    """Whether the store offers what the mirror does not have yet; None: nobody asked, or the store offers nothing."""
+    """Whether the store offers an artifact that the mirror does not have yet; None: it was not asked, or has none."""
 
     def __str__(self) -> str:
         if self.state == "following":
@@ -71,20 +71,20 @@ class _Offer(NamedTuple):
     key: str
     digest: str
     manifest: Manifest | None
-    """None: another artifact has taken the place of the one that the ref names."""
+    """None: `key` now holds another artifact than the one that the ref names."""
 
 
 def mirror_status(path: str | Path, store: Store | None = None, ref: str | None = None) -> MirrorStatus:
     """What the mirror in a directory shows, and, with a store, whether it is behind. Nothing is changed or locked.
 
     Args:
-        store: With it, the mirror is compared with what the store offers.
-        ref: The full name of the ref to compare with (`orders/latest`); by default the mirror is compared with what is
-            published now under the key that it was imported from.
+        store: Compare the mirror with what this store offers.
+        ref: The full name of the ref to compare with (`orders/latest`); by default the mirror is compared with the
+            artifact that is published now under the key that it was imported from.
 
     Raises:
         NotFoundError: there is no such directory.
-        ChecksumMismatch: the data that is shown is damaged, so that it does not say where it stands.
+        ChecksumMismatch: the data that is shown is damaged, so its cursor cannot be read.
     """
     path = expanded(path).absolute()
     if not path.is_dir():
@@ -146,7 +146,7 @@ def _offer(store: Store, ref: str | None, key: str | None) -> _Offer | None:
 
 
 def _has_passed(cursor: JsonValue, shown: Manifest, offered: Manifest | None) -> bool:
-    """Whether a mirror that went on by itself since the import has what the offered artifact would bring."""
+    """Whether a mirror that moved on after its import has everything that the offered artifact has."""
     if offered is None:
         return False
     moved_on = cursor != shown.cursor and shown.backend == offered.backend
@@ -154,7 +154,7 @@ def _has_passed(cursor: JsonValue, shown: Manifest, offered: Manifest | None) ->
 
 
 def _bytes_below(directory: Path) -> int:
-    """Bytes that files take on disk; parts that are still to come are holes, which take none."""
+    """Bytes that files take on disk; parts that have not arrived are holes and take none."""
     total = 0
     try:
         with Opened(directory) as root:
