@@ -18,20 +18,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from io import BufferedReader
-from typing import Literal, NamedTuple, TypeAlias
-from urllib.parse import unquote, urlsplit
+from typing import NamedTuple, TypeAlias
+from urllib.parse import parse_qsl, unquote, urlsplit
 
+from tests.fault_rules import Rule, Side, Slow
 from tests.loopback import LoopbackServer, hang_up
 from tests.strict_s3 import operation_of
 
 PIECE_BYTES = 64 * 1024
-PAUSE_S = 0.05
-"""Between two pieces of a slow body."""
-
-Side: TypeAlias = Literal["request", "answer"]
 
 
 class Message(NamedTuple):
@@ -49,29 +45,38 @@ class Message(NamedTuple):
     query: str = ""
     """As it was sent."""
 
+    @property
+    def key(self) -> str:
+        return self.path[1:].partition("/")[2]
+
+    @property
+    def part_number(self) -> int | None:
+        number = dict(parse_qsl(self.query)).get("partNumber", "")
+        return int(number) if number.isdecimal() else None
+
 
 @dataclass(frozen=True)
-class Cut:
+class Truncate:
     """Both connections are closed after so many bytes of the body; None: before the first byte of the head.
 
     So `Cut()` makes a request that never arrives, or loses an answer after its effect.
     """
 
-    after: int | None = None
+    keep: int | None = None
 
 
 @dataclass(frozen=True)
 class Reset:
     """Like `Cut`, but the client's connection is reset (RST)."""
 
-    after: int | None = None
+    keep: int | None = None
 
 
 @dataclass(frozen=True)
 class Stall:
     """After so many bytes of the body nothing moves any more, until the client gives up."""
 
-    after: int = 0
+    keep: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,14 +86,7 @@ class Corrupt:
     at: int = 0
 
 
-@dataclass(frozen=True)
-class Slow:
-    """The body moves at this rate."""
-
-    bytes_per_s: float
-
-
-Fault: TypeAlias = Cut | Reset | Stall | Corrupt | Slow
+Fault: TypeAlias = Truncate | Reset | Stall | Corrupt | Slow
 Faults: TypeAlias = Callable[[Message], Fault | None]
 
 
@@ -96,39 +94,7 @@ def no_faults(_: Message) -> None:
     """Everything passes."""
 
 
-@dataclass
-class Rule:
-    """`fault` for the messages that fit: from the `nth` one on, `times` times (None: for ever), or every `nth` one."""
-
-    fault: Fault
-    side: Side
-    operation: str = "*"
-    """A pattern, as of a shell."""
-    path: str = "*"
-    """A pattern of `/bucket/key`."""
-    success: bool = False
-    """Only answers with a status below 300."""
-    nth: int = 1
-    times: int | None = 1
-    every: bool = False
-    seen: int = field(default=0, init=False)
-
-    def strikes(self, message: Message) -> bool:
-        """Count the message if it fits; whether it is one of those that are hit."""
-        if not (
-            message.side == self.side
-            and fnmatchcase(message.operation, self.operation)
-            and fnmatchcase(message.path, self.path)
-            and (not self.success or (message.status is not None and message.status < 300))
-        ):
-            return False
-        self.seen += 1
-        if self.every:
-            return self.seen % self.nth == 0
-        return self.nth <= self.seen and (self.times is None or self.seen < self.nth + self.times)
-
-
-def scripted(*rules: Rule) -> Faults:
+def scripted_faults(*rules: Rule[Fault]) -> Faults:
     """The fault of the first rule that strikes; every rule sees every message."""
 
     def faults(message: Message) -> Fault | None:
@@ -138,7 +104,7 @@ def scripted(*rules: Rule) -> Faults:
     return faults
 
 
-def seeded(seed: int, rate: float, kinds: Sequence[Fault], *, most: int | None = None) -> Faults:
+def random_faults(seed: int, rate: float, kinds: Sequence[Fault], *, most: int | None = None) -> Faults:
     """One of `kinds` for that share of the messages, at most `most` in all; the same ones for a seed and an order."""
     generator = random.Random(seed)
     left = most
@@ -242,7 +208,7 @@ class FaultProxy(LoopbackServer):
         return fault
 
     def _pass_head(self, pipe: _Pipe, head: _Head, fault: Fault | None, down: _Pipe) -> None:
-        if isinstance(fault, Cut | Reset) and fault.after is None:
+        if isinstance(fault, Truncate | Reset) and fault.keep is None:
             _break_off(down, fault)
         pipe.to.sendall(head.raw)
 
@@ -268,7 +234,7 @@ class FaultProxy(LoopbackServer):
     ) -> None:
         """Pass `size` bytes of a body on, which begin at `position` of it."""
         end = position + size
-        limit = getattr(fault, "after", None)
+        limit = getattr(fault, "keep", None)
         at = fault.at if isinstance(fault, Corrupt) else None
         if at is not None and at < 0:
             at = None if total is None else at + total
@@ -278,7 +244,7 @@ class FaultProxy(LoopbackServer):
                     _wait_until_closed(down.to)
                 _break_off(down, fault)
             stop = end if limit is None else min(end, limit)
-            most = max(1, int(fault.bytes_per_s * PAUSE_S)) if isinstance(fault, Slow) else PIECE_BYTES
+            most = fault.piece_bytes if isinstance(fault, Slow) else PIECE_BYTES
             piece = pipe.read(min(most, stop - position))
             if at is not None and position <= at < position + len(piece):
                 piece[at - position] ^= 0x01

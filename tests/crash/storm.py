@@ -24,7 +24,8 @@ from typing import Any, Final
 
 import blobflow.errors
 from tests.crash.machines import LocalPlace, Machine, Place
-from tests.fault_proxy import Corrupt, Cut, Fault, FaultProxy, Message, Reset, Slow, Stall, no_faults
+from tests.fault_proxy import Corrupt, Fault, FaultProxy, Message, Reset, Stall, Truncate, no_faults
+from tests.fault_rules import Slow
 
 KEYS: Final = ("orders/a", "orders/b")
 """Where everybody overwrites what the others put."""
@@ -48,8 +49,17 @@ DYING_AT: Final = {
 }
 """Requests and answers at which a command is killed: which ones, and how many of them at most have to come before."""
 
-ON_ANSWERS: Final = (Cut(), Cut(100), Cut(70_000), Reset(), Reset(100), Stall(), Stall(70_000), Slow(8e6))
-ON_REQUESTS: Final = (Cut(), Cut(70_000), Reset(70_000), Stall(70_000), Slow(8e6))
+ON_ANSWERS: Final = (
+    Truncate(),
+    Truncate(100),
+    Truncate(70_000),
+    Reset(),
+    Reset(100),
+    Stall(),
+    Stall(70_000),
+    Slow(8e6),
+)
+ON_REQUESTS: Final = (Truncate(), Truncate(70_000), Reset(70_000), Stall(70_000), Slow(8e6))
 DAMAGE: Final = (Corrupt(0), Corrupt(70_000), Corrupt(-1), Corrupt(-700))
 
 TEMPORARY: Final = {"StoreUnavailable", "TimedOut", "TransferBusy"}

@@ -14,7 +14,8 @@ import pytest
 
 from tests.crash.conftest import Freight
 from tests.crash.machines import INTERVAL, KIB, MIB, Machine, S3Place, committed
-from tests.strict_s3 import Call, Exchange, Fault, StrictS3
+from tests.fault_rules import Rule
+from tests.strict_s3 import Exchange, Hook, StrictS3
 
 KEY = "orders/today"
 
@@ -54,7 +55,7 @@ def end_at(
         if number == signal.SIGKILL:
             running[0].wait()
 
-    strict.script(Fault(Call(send), operation=operation, key=KEY + "*", nth=nth))
+    strict.script(Rule(Hook(send), operation=operation, key=KEY + "*", nth=nth))
     with machine.start(*command) as process:
         running.append(process)
         out, _ = process.communicate(timeout=60)

@@ -29,7 +29,7 @@ from tests.crash.storm import fingerprint
 from tests.faults.clients import Stores
 from tests.kit import Killed, noise, sized
 from tests.servers import S3Endpoint
-from tests.strict_s3 import Rules, StrictS3
+from tests.strict_s3 import Limits, StrictS3
 
 PARTS = 2500
 PART_SIZE = 2048
@@ -94,7 +94,7 @@ def test_2500_parts_continued_on_another_host(where: str, many: Path, stores: St
     if where == "local":
         killed_and_continued_elsewhere(lambda: LocalStore(tmp_path / "store"), many, tmp_path, 1700)
     else:
-        with StrictS3(Rules(min_part_size=1)) as server:
+        with StrictS3(Limits(min_part_size=1)) as server:
             killed_and_continued_elsewhere(lambda: stores(server), many, tmp_path, 1700)
             assert len(server.requests("ListParts")) >= 2 + 3
             (created,) = {exchange.headers.get("content-type") for exchange in server.requests("CreateMultipartUpload")}

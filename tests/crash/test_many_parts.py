@@ -16,7 +16,7 @@ from tests.crash.machines import LocalPlace, Machine, kill_when
 from tests.faults.clients import Stores
 from tests.kit import Killed, noise
 from tests.servers import S3Endpoint
-from tests.strict_s3 import Rules, StrictS3
+from tests.strict_s3 import Limits, StrictS3
 
 KEY = "orders/today"
 
@@ -93,7 +93,7 @@ def test_a_killed_process_is_continued_on_a_local_store(parts: int, tmp_path: Pa
 def test_a_killed_upload_is_continued_on_a_strict_s3(parts: int, stores: Stores, tmp_path: Path):
     """Up to the last part number there is, found again page by page, and put together in their order."""
     source = source_of(tmp_path, parts, 2048)
-    with StrictS3(Rules(min_part_size=1)) as server:
+    with StrictS3(Limits(min_part_size=1)) as server:
         killed_and_continued(lambda: stores(server), source, parts, 2048)
         pages = server.requests("ListParts")
         (payload,) = (data for key, data in server.objects(stores.bucket(server)).items() if key.endswith(KEY))

@@ -30,11 +30,12 @@ from blobflow.coordination.sql_lease_store import SqlLeaseStore
 from blobflow.stores.base import Store
 from blobflow.testing import write_tree
 from tests.crash.machines import LocalPlace, Place, S3Place
-from tests.fault_proxy import Cut, FaultProxy, Rule, no_faults, scripted
+from tests.fault_proxy import FaultProxy, Truncate, no_faults, scripted_faults
+from tests.fault_rules import Rule
 from tests.faults.clients import Stores
 from tests.kit import sized
 from tests.servers import S3Endpoint
-from tests.strict_s3 import Rules, StrictS3
+from tests.strict_s3 import Limits, StrictS3
 
 WORKER = Path(__file__).with_name("round_worker.py")
 LOOK_S = 0.01
@@ -327,12 +328,12 @@ def publish(store: Store, directory: Path, content: str) -> RoundResult | None:
 @pytest.mark.seed("1.20", "W1.7")
 def test_lost_answers_cost_no_round_and_publish_none_twice(tmp_path: Path):
     """Four workers in a network that loses every third good answer: nobody loses to himself, every result is a move."""
-    with StrictS3(Rules(min_part_size=1)) as server, FaultProxy(server.url) as proxy:
+    with StrictS3(Limits(min_part_size=1)) as server, FaultProxy(server.url) as proxy:
         stores = Stores()
         try:
             lanes = [stores(server, proxy) for _ in range(4)]
             plain = stores(server)
-            proxy.faults = scripted(Rule(Cut(), "answer", success=True, nth=3, every=True))
+            proxy.faults = scripted_faults(Rule(Truncate(), side="answer", success=True, nth=3, every=True))
             results: list[RoundResult] = []
 
             def work(store: Store) -> None:

@@ -24,9 +24,10 @@ from tests.dagster import location_s3
 from tests.dagster.kit import MIRROR, REMOTE, FaultyResource, Place, failure, materialization
 from tests.dagster.location_s3 import PARTS, WORKERS
 from tests.dagster.yard import Yard, is_gone, wait_for, yard
+from tests.fault_rules import Rule
 from tests.kit import sized
-from tests.strict_s3 import Call, Exchange
-from tests.strict_s3 import Fault as Strike
+from tests.strict_s3 import Exchange
+from tests.strict_s3 import Hook as ServerHook
 
 
 class Watched:
@@ -242,7 +243,7 @@ def test_an_orphan_and_its_successor_end_with_one_artifact(orders: Yard, monkeyp
         assert not is_gone(orphan)
         # The orphan wakes up when its successor sends, or just before it publishes.
         moment = chance.choice(["UploadPart", "CompleteMultipartUpload"])
-        orders.server.script(Strike(Call(lambda _: hold.release()), operation=moment))
+        orders.server.script(Rule(ServerHook(lambda _: hold.release()), operation=moment))
         if fenced:
             wait_for(lambda: is_gone(orphan))
             hold.release()
@@ -278,7 +279,7 @@ def test_an_orphan_and_its_successor_run_side_by_side(orders: Yard, monkeypatch,
             hold.release()
             over.wait(each_s)
 
-        orders.server.script(Strike(Call(slowly), operation="UploadPart", times=None))
+        orders.server.script(Rule(ServerHook(slowly), operation="UploadPart", times=None))
         ended: list[float] = []
         watcher = threading.Thread(target=lambda: (wait_for(lambda: is_gone(orphan)), ended.append(time.monotonic())))
         watcher.start()

@@ -18,7 +18,8 @@ from blobflow.transport.remote import RemoteArtifact
 from tests.dagster import location_s3
 from tests.dagster.location_s3 import PART, PARTS, WORKERS
 from tests.dagster.yard import Yard, is_gone, wait_for, yard
-from tests.strict_s3 import Call, Exchange, Fault
+from tests.fault_rules import Rule
+from tests.strict_s3 import Exchange, Hook
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -69,7 +70,7 @@ def held(orders: Yard, kind: str, number_of: Callable[[Exchange], int | None]) -
     """Hold every lane when half of its parts are through, as many requests as it has workers."""
     gate = Gate(HELD, number_of)
     operation = {"upload": "UploadPart", "download": "GetObject"}[kind]
-    orders.server.script(Fault(Call(gate), operation=operation, key="orders/*.tar", times=None))
+    orders.server.script(Rule(Hook(gate), operation=operation, key="orders/*.tar", times=None))
     try:
         yield gate
     finally:

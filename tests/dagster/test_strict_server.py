@@ -36,7 +36,7 @@ from blobflow.testing import read_tree, write_tree
 from tests.dagster.kit import MIRROR, REMOTE, SMALL, FaultyResource, Place, facts, failure
 from tests.faults.test_proof import forged
 from tests.kit import TREE, keys
-from tests.strict_s3 import Rules, StrictS3
+from tests.strict_s3 import Limits, StrictS3
 
 pytestmark = pytest.mark.filterwarnings("ignore:InitResourceContext.dagster_run is:DeprecationWarning")
 
@@ -58,13 +58,13 @@ class StrictPlace(Place):
 
 
 @pytest.fixture
-def rules() -> Rules:
+def rules() -> Limits:
     """Those of the server; a test may have others."""
-    return Rules(min_part_size=1)
+    return Limits(min_part_size=1)
 
 
 @pytest.fixture
-def place(tmp_path: Path, instance: dg.DagsterInstance, rules: Rules) -> Iterator[StrictPlace]:
+def place(tmp_path: Path, instance: dg.DagsterInstance, rules: Limits) -> Iterator[StrictPlace]:
     FaultyResource.script(lambda _: None)
     with StrictS3(rules) as server:
         endpoint = server.endpoint
@@ -216,7 +216,7 @@ def test_batches_run_on_it(place: StrictPlace):
     assert [check.passed for check in result.get_asset_check_evaluations()] == [True]
 
 
-@pytest.mark.parametrize("rules", [Rules(lists_parts=False)])
+@pytest.mark.parametrize("rules", [Limits(lists_parts=False)])
 def test_a_pipeline_works_without_a_list_of_parts(place: StrictPlace):
     """On a server that lists no parts a pipeline sends its artifact in one request."""
     assert place.run().success
@@ -224,7 +224,7 @@ def test_a_pipeline_works_without_a_list_of_parts(place: StrictPlace):
     assert read_tree(place.current) == TREE
 
 
-@pytest.mark.parametrize("rules", [Rules(lists_parts=False)])
+@pytest.mark.parametrize("rules", [Limits(lists_parts=False)])
 def test_lanes_without_a_list_of_parts_fail_before_the_first_byte(place: StrictPlace):
     """Lanes need parts: the step fails for good, and says that one lane would do."""
     step, message, metadata = failure(place.run(place.pipeline(lanes=2)))
@@ -234,7 +234,7 @@ def test_lanes_without_a_list_of_parts_fail_before_the_first_byte(place: StrictP
     assert [key for key in keys(place.bucket) if key.startswith("orders/") and key.endswith(".tar")] == []
 
 
-@pytest.mark.parametrize("rules", [Rules(gives_ranges=False)])
+@pytest.mark.parametrize("rules", [Limits(gives_ranges=False)])
 def test_a_pipeline_to_a_server_that_ignores_ranges_fails_before_its_export(place: StrictPlace):
     """What nobody could read is refused by the first step, before the source is read."""
     step, message, _ = failure(place.run())

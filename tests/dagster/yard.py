@@ -18,8 +18,9 @@ import pytest
 
 from tests.dagster import location_s3
 from tests.dagster.location_s3 import PART, PARTS, WORKERS
+from tests.fault_rules import Rule
 from tests.kit import noise
-from tests.strict_s3 import Call, Exchange, Fault, Rules, StrictS3
+from tests.strict_s3 import Exchange, Hook, Limits, StrictS3
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300.0
@@ -81,8 +82,8 @@ class Yard:
         """Hold the transfer when half of its parts are through."""
         hold = Hold()
         self.server.script(
-            Fault(
-                Call(hold),
+            Rule(
+                Hook(hold),
                 operation={"upload": "UploadPart", "download": "GetObject"}[kind],
                 nth=at,
                 times=None,
@@ -165,7 +166,7 @@ def yard(home: Path, monkeypatch: pytest.MonkeyPatch, settings: str = SETTINGS) 
     (home / "instance").mkdir()
     (home / "instance" / "dagster.yaml").write_text(settings)
     with (
-        StrictS3(Rules(min_part_size=PART)) as server,
+        StrictS3(Limits(min_part_size=PART)) as server,
         dg.DagsterInstance.from_config(str(home / "instance")) as instance,
     ):
         made = Yard(home, server, instance)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.fault_proxy import FaultProxy
 from tests.faults.clients import Clients, Stores
-from tests.strict_s3 import Rules, StrictS3
+from tests.strict_s3 import Limits, StrictS3
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,7 +25,7 @@ def _service_model_is_read_once() -> Iterator[None]:
 @pytest.fixture
 def strict_s3() -> Iterator[StrictS3]:
     """A strict S3 of its own for each test, with parts of any size."""
-    with StrictS3(Rules(min_part_size=1)) as server:
+    with StrictS3(Limits(min_part_size=1)) as server:
         yield server
 
 

@@ -30,10 +30,11 @@ from blobflow.stores.base import Body, Coroutines
 from blobflow.stores.limited import LimitedStore
 from blobflow.stores.retry import RetryingStore
 from blobflow.stores.s3.store import S3Options, S3Store
-from tests.fault_proxy import Corrupt, Cut, FaultProxy, Reset, Rule, Stall, scripted, seeded
+from tests.fault_proxy import Corrupt, FaultProxy, Reset, Stall, Truncate, random_faults, scripted_faults
+from tests.fault_rules import Rule
 from tests.faults.clients import PREFIX, Stores
 from tests.servers import Peer, S3Endpoint, scripted_server
-from tests.strict_s3 import Call, DropAnswer, DropRequest, Fault, Refuse, StrictS3, Throttle
+from tests.strict_s3 import FailAfter, FailBefore, Hook, Refuse, StrictS3, Throttle
 
 ODD_KEYS = ("plain", "with space", "plus+percent%41", "a&b=c;d?e#f", "grüße/日本語/🙂", "~tilde!$()*,:@[]^`{|}")
 
@@ -87,17 +88,17 @@ def test_large_objects_are_streamed(strict_s3: StrictS3, stores: Stores) -> None
 
 @pytest.mark.parametrize("operation", ["PutObject", "GetObject", "DeleteObject"])
 @pytest.mark.parametrize(
-    "action", [Refuse("SlowDown"), Refuse("InternalError"), Refuse("RequestTimeout"), DropRequest(), DropAnswer()]
+    "action", [Refuse("SlowDown"), Refuse("InternalError"), Refuse("RequestTimeout"), FailBefore(), FailAfter()]
 )
 def test_what_passes_is_repeated(strict_s3: StrictS3, stores: Stores, operation: str, action: Any) -> None:
     """Refusals that pass and lost answers cost a retry, whichever of the operations they hit."""
     store = stores(strict_s3)
     store.put("k", b"payload")
     given = {"PutObject": Insert("k", b"payload"), "GetObject": Get("k"), "DeleteObject": Delete("k")}[operation]
-    strict_s3.script(Fault(action, operation))
+    strict_s3.script(Rule(action, operation))
     (result,) = run(store, [given])
     assert result.error is None
-    assert store.retries + (isinstance(action, DropRequest | DropAnswer)) >= 1
+    assert store.retries + (isinstance(action, FailBefore | FailAfter)) >= 1
     there = strict_s3.objects(stores.bucket(strict_s3))
     assert there == ({} if operation == "DeleteObject" else {f"{PREFIX}/k": b"payload"})
 
@@ -106,7 +107,7 @@ def test_what_passes_is_repeated(strict_s3: StrictS3, stores: Stores, operation:
 def test_a_server_that_throttles_gets_fewer_at_a_time(strict_s3: StrictS3, stores: Stores) -> None:
     """SlowDown narrows the window of the stream although the store's own retries hide it, and everything succeeds."""
     store = stores(strict_s3)
-    strict_s3.script(Fault(Throttle(200, burst=20), times=None))
+    strict_s3.script(Rule(Throttle(200, burst=20), times=None))
     executor = BatchExecutor(store, window=16)
     narrowest = 16
     with executor.stream(Insert(f"k{number}", b"x") for number in range(60)) as results:
@@ -122,8 +123,8 @@ def test_what_does_not_pass_is_told(strict_s3: StrictS3, stores: Stores) -> None
     """Refusals that waiting does not heal are errors of their item, in our words."""
     store = stores(strict_s3)
     strict_s3.script(
-        Fault(Refuse("AccessDenied"), "PutObject", key=f"{PREFIX}/denied"),
-        Fault(Refuse("KeyTooLongError"), "GetObject", key=f"{PREFIX}/long"),
+        Rule(Refuse("AccessDenied"), "PutObject", key=f"{PREFIX}/denied"),
+        Rule(Refuse("KeyTooLongError"), "GetObject", key=f"{PREFIX}/long"),
     )
     denied, fine, long = run(store, [Insert("denied", b"x"), Insert("fine", b"x"), Get("long")])
     assert isinstance(denied.error, StoreConfigurationError)
@@ -136,7 +137,7 @@ def test_what_does_not_pass_is_told(strict_s3: StrictS3, stores: Stores) -> None
 def test_damage_on_the_way_is_sent_again(strict_s3: StrictS3, proxy: FaultProxy, stores: Stores) -> None:
     """A payload that was damaged on the way up is refused by its checksum and sent again."""
     store = stores(strict_s3, proxy)
-    proxy.faults = scripted(Rule(Corrupt(10), "request", "PutObject"))
+    proxy.faults = scripted_faults(Rule(Corrupt(10), "PutObject", side="request"))
     (result,) = run(store, [Insert("k", bytes(1000))])
     assert result.error is None
     assert store.retries == 1
@@ -156,7 +157,9 @@ def test_cuts_and_resets_anywhere_are_survived(
 ) -> None:
     """Over a network that breaks at random places, requests and answers alike, every operation comes through."""
     store = stores(strict_s3, proxy)
-    proxy.faults = seeded(seed, 0.1, [Cut(), Reset(), Cut(after=0), Reset(after=1), Cut(after=150), Reset(after=700)])
+    proxy.faults = random_faults(
+        seed, 0.1, [Truncate(), Reset(), Truncate(keep=0), Reset(keep=1), Truncate(keep=150), Reset(keep=700)]
+    )
     payloads = {f"k{number}": os.urandom(1000) for number in range(40)}
     assert not [r for r in run(store, (Insert(k, p) for k, p in payloads.items())) if r.error]
     assert [content(result) for result in run(store, map(Get, payloads))] == list(payloads.values())
@@ -170,7 +173,7 @@ def test_silence_is_noticed(strict_s3: StrictS3, proxy: FaultProxy, stores: Stor
     """Where nothing moves for the idle timeout, the attempt is given up and made again."""
     store = stores(strict_s3, proxy, idle_timeout=0.4)
     store.put("k", b"payload")
-    proxy.faults = scripted(Rule(Stall(after=0), side, operation))
+    proxy.faults = scripted_faults(Rule(Stall(keep=0), operation, side=side))
     (result,) = run(store, [Insert("k", bytes(3000)) if operation == "PutObject" else Get("k")])
     assert result.error is None
     assert store.retries == 1
@@ -179,7 +182,7 @@ def test_silence_is_noticed(strict_s3: StrictS3, proxy: FaultProxy, stores: Stor
 def test_a_silent_server_is_a_timeout(strict_s3: StrictS3, proxy: FaultProxy, stores: Stores) -> None:
     """Without patience left, silence is told as such, with its length."""
     inner = stores(strict_s3, proxy, idle_timeout=0.3).store
-    proxy.faults = scripted(Rule(Stall(after=0), "answer", "GetObject", every=True))
+    proxy.faults = scripted_faults(Rule(Stall(keep=0), "GetObject", side="answer", every=True))
     (result,) = run(RetryingStore(inner, patience_s=0.0), [Get("k")])
     assert isinstance(result.error, TimedOut)
     assert (result.error.timeout_s, result.error.key) == (0.3, "k")
@@ -189,7 +192,7 @@ def test_a_silent_server_is_a_timeout(strict_s3: StrictS3, proxy: FaultProxy, st
 def test_a_hung_request_ends_at_its_deadline(strict_s3: StrictS3, stores: Stores) -> None:
     """A request that the server never answers is cancelled at the deadline; in a window of one the next one runs."""
     gate = threading.Event()
-    strict_s3.script(Fault(Call(lambda _: gate.wait(20)), "PutObject", key=f"{PREFIX}/hung"))
+    strict_s3.script(Rule(Hook(lambda _: gate.wait(20)), "PutObject", key=f"{PREFIX}/hung"))
     try:
         late, *others = run(
             stores(strict_s3),
@@ -219,7 +222,7 @@ def test_credentials_that_expire_are_refreshed(strict_s3: StrictS3, stores: Stor
     monkeypatch.setattr(S3Options, "explicit", property(lambda _: False))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", strict_s3.endpoint.access_key_id)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", strict_s3.endpoint.secret_access_key)
-    strict_s3.script(Fault(Refuse("ExpiredToken"), "PutObject", nth=3))
+    strict_s3.script(Rule(Refuse("ExpiredToken"), "PutObject", nth=3))
     assert not [r for r in run(store, [Insert(f"k{n}", b"x") for n in range(6)]) if r.error]
     assert made
     assert inner.connected() is not made[0]

@@ -16,11 +16,21 @@ from botocore.exceptions import (
     ReadTimeoutError,
 )
 
-from tests.fault_proxy import Corrupt, Cut, Fault, FaultProxy, Message, Reset, Rule, Slow, Stall, scripted, seeded
+from tests.fault_proxy import (
+    Corrupt,
+    Fault,
+    FaultProxy,
+    Message,
+    Reset,
+    Stall,
+    Truncate,
+    random_faults,
+    scripted_faults,
+)
+from tests.fault_rules import Rule, Slow
 from tests.faults.clients import Clients
 from tests.servers import Peer, scripted_server
-from tests.strict_s3 import Fault as ServerFault
-from tests.strict_s3 import Late, Rules, SlowBody, StrictS3
+from tests.strict_s3 import Late, Limits, StrictS3
 
 BUCKET = "bucket"
 DATA = bytes(range(256)) * 1000
@@ -54,7 +64,7 @@ def test_without_faults_nothing_changes(client: Any, strict_s3: StrictS3, proxy:
     where = {"Bucket": BUCKET, "Key": "key"}
     where["UploadId"] = client.create_multipart_upload(**where)["UploadId"]
     e_tag = client.upload_part(**where, PartNumber=1, Body=b"part")["ETag"]
-    strict_s3.script(ServerFault(Late(blanks=3), "CompleteMultipartUpload"))
+    strict_s3.script(Rule(Late(blanks=3), "CompleteMultipartUpload"))
     client.complete_multipart_upload(**where, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": e_tag}]})
     assert get(client) == b"part"
     client.delete_object(Bucket=BUCKET, Key="key")
@@ -67,46 +77,46 @@ def test_without_faults_nothing_changes(client: Any, strict_s3: StrictS3, proxy:
 
 def test_an_early_refusal_passes(client: Any, strict_s3: StrictS3) -> None:
     """A server that refuses before it has read the body is heard."""
-    strict_s3.rules = Rules(max_part_size=10)
+    strict_s3.limits = Limits(max_part_size=10)
     with pytest.raises(ClientError, match="EntityTooLarge"):
         put(client, DATA * 20)
     put(client, b"small")
 
 
-@pytest.mark.parametrize("fault", [Cut(), Reset(), Cut(after=0), Cut(after=1000), Reset(after=1000), Cut(len(DATA))])
-def test_a_request_is_cut(client: Any, strict_s3: StrictS3, proxy: FaultProxy, fault: Cut | Reset) -> None:
+@pytest.mark.parametrize("fault", [Truncate(), Reset(), Truncate(0), Truncate(1000), Reset(1000), Truncate(len(DATA))])
+def test_a_request_is_cut(client: Any, strict_s3: StrictS3, proxy: FaultProxy, fault: Truncate | Reset) -> None:
     """Only so many bytes of the body arrive, and the client finds its connection broken."""
-    proxy.faults = scripted(Rule(fault, "request", "PutObject"))
+    proxy.faults = scripted_faults(Rule(fault, "PutObject", side="request"))
     with pytest.raises(HTTPClientError):
         put(client)
-    arrived = [] if fault.after is None else [fault.after]
+    arrived = [] if fault.keep is None else [fault.keep]
     strict_s3.wait_until(lambda: [each.bytes_in for each in strict_s3.requests("PutObject")] == arrived)
     assert [message.operation for message in proxy.struck("request")] == ["PutObject"]
     put(client)
     assert strict_s3.objects(BUCKET) == {"key": DATA}
 
 
-@pytest.mark.parametrize("fault", [Cut(), Reset()])
+@pytest.mark.parametrize("fault", [Truncate(), Reset()])
 def test_an_answer_is_lost(client: Any, strict_s3: StrictS3, proxy: FaultProxy, fault: Fault) -> None:
     """What was asked for happens, and the client does not learn of it."""
-    proxy.faults = scripted(Rule(fault, "answer", "PutObject"))
+    proxy.faults = scripted_faults(Rule(fault, "PutObject", side="answer"))
     with pytest.raises(ConnectionClosedError):
         put(client)
     assert strict_s3.objects(BUCKET) == {"key": DATA}
     assert [message.status for message in proxy.struck("answer")] == [200]
 
 
-@pytest.mark.parametrize("fault", [Cut(after=1000), Reset(after=1000)])
+@pytest.mark.parametrize("fault", [Truncate(keep=1000), Reset(keep=1000)])
 def test_an_answer_is_cut(client: Any, proxy: FaultProxy, fault: Fault) -> None:
     """The client receives so many bytes at most, and never takes them for all."""
     put(client)
-    proxy.faults = scripted(Rule(fault, "answer", "GetObject"))
+    proxy.faults = scripted_faults(Rule(fault, "GetObject", side="answer"))
     with pytest.raises((IncompleteReadError, HTTPClientError)):
         get(client)
     assert get(client) == DATA
 
 
-@pytest.mark.parametrize(("fault", "kind"), [(Cut(after=10), b""), (Reset(after=10), ConnectionResetError)])
+@pytest.mark.parametrize(("fault", "kind"), [(Truncate(keep=10), b""), (Reset(keep=10), ConnectionResetError)])
 def test_a_cut_ends_and_a_reset_resets(fault: Fault, kind: Any) -> None:
     """A cut is an end of file, a reset is a RST, both after exactly so many bytes."""
 
@@ -117,7 +127,7 @@ def test_a_cut_ends_and_a_reset_resets(fault: Fault, kind: Any) -> None:
 
     with (
         scripted_server(answer) as upstream,
-        FaultProxy(upstream, scripted(Rule(fault, "answer"))) as proxy,
+        FaultProxy(upstream, scripted_faults(Rule(fault, side="answer"))) as proxy,
         socket.create_connection(("127.0.0.1", proxy.port)) as connection,
     ):
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -138,7 +148,7 @@ def test_nothing_moves_in_a_stall(strict_s3: StrictS3, clients: Clients, side: A
         client = clients(proxy, config={"read_timeout": 0.2})
         client.create_bucket(Bucket=BUCKET)
         put(client)
-        proxy.faults = scripted(Rule(Stall(after=1000), side, times=None))
+        proxy.faults = scripted_faults(Rule(Stall(keep=1000), side=side, times=None))
         with pytest.raises(ReadTimeoutError):
             put(client) if side == "request" else get(client)
         assert len(proxy.struck(side)) == 1
@@ -156,7 +166,7 @@ def test_a_byte_is_corrupted(at: int, where: int) -> None:
 
     wrong = bytearray(DATA)
     wrong[where] ^= 0x01
-    faults = scripted(Rule(Corrupt(at), "request"), Rule(Corrupt(at), "answer", nth=2))
+    faults = scripted_faults(Rule(Corrupt(at), side="request"), Rule(Corrupt(at), side="answer", nth=2))
     with scripted_server(echo) as upstream, FaultProxy(upstream, faults) as proxy:
         connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=20)
         for answer in (DATA, wrong):
@@ -176,7 +186,7 @@ def test_a_byte_of_a_chunked_body_is_corrupted() -> None:
 
     with (
         scripted_server(answer) as upstream,
-        FaultProxy(upstream, scripted(Rule(Corrupt(4), "answer"))) as proxy,
+        FaultProxy(upstream, scripted_faults(Rule(Corrupt(4), side="answer"))) as proxy,
     ):
         connection = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=20)
         connection.request("GET", "/")
@@ -190,7 +200,7 @@ def test_a_body_is_slow(strict_s3: StrictS3, clients: Clients) -> None:
     with FaultProxy(strict_s3.url, sleep=naps.append) as proxy:
         client = clients(proxy)
         client.create_bucket(Bucket=BUCKET)
-        proxy.faults = scripted(Rule(Slow(bytes_per_s=100_000), "request", "PutObject"))
+        proxy.faults = scripted_faults(Rule(Slow(bytes_per_s=100_000), "PutObject", side="request"))
         put(client)
     assert sum(naps) == pytest.approx(len(DATA) / 100_000)
     assert max(naps) <= 0.05 + 1e-9
@@ -228,13 +238,13 @@ def test_the_proxy_closes_in_the_middle_of_everything(strict_s3: StrictS3, clien
     client = clients(strict_s3)
     client.create_bucket(Bucket=BUCKET)
     put(client)
-    strict_s3.script(ServerFault(SlowBody(pieces=50, pause_s=0.05), "GetObject"))
+    strict_s3.script(Rule(Slow(bytes_per_s=100_000), "GetObject"))
     moved = threading.Event()
 
     def stall(message: Message) -> Fault | None:
         if message.side == "answer" and message.operation == "GetObject":
             moved.set()
-        return Stall(after=10) if message.operation == "PutObject" and message.side == "request" else None
+        return Stall(keep=10) if message.operation == "PutObject" and message.side == "request" else None
 
     failures: list[Exception] = []
 
@@ -263,33 +273,33 @@ def messages(count: int) -> list[Message]:
 
 def test_rules_choose_messages() -> None:
     """By side, operation, path and success; from the n-th, so many times, or every n-th."""
-    cut = Cut()
+    cut = Truncate()
 
     def struck(rule: Rule) -> list[int]:
-        faults = scripted(rule)
+        faults = scripted_faults(rule)
         return [message.number for message in messages(12) if faults(message) is cut]
 
-    assert struck(Rule(cut, "answer")) == [1]
-    assert struck(Rule(cut, "request")) == []
-    assert struck(Rule(cut, "answer", "Get*")) == []
-    assert struck(Rule(cut, "answer", path="/b/1*", times=None)) == [1, 10, 11, 12]
-    assert struck(Rule(cut, "answer", nth=3, times=2)) == [3, 4]
-    assert struck(Rule(cut, "answer", success=True, nth=2, every=True)) == [3, 7, 11]
+    assert struck(Rule(cut, side="answer")) == [1]
+    assert struck(Rule(cut, side="request")) == []
+    assert struck(Rule(cut, "Get*", side="answer")) == []
+    assert struck(Rule(cut, side="answer", key="1*", times=None)) == [1, 10, 11, 12]
+    assert struck(Rule(cut, side="answer", nth=3, times=2)) == [3, 4]
+    assert struck(Rule(cut, side="answer", success=True, nth=2, every=True)) == [3, 7, 11]
     reset = Reset()
-    both = scripted(Rule(cut, "answer", nth=2), Rule(reset, "answer", nth=2, times=2))
+    both = scripted_faults(Rule(cut, side="answer", nth=2), Rule(reset, side="answer", nth=2, times=2))
     assert [both(message) for message in messages(4)] == [None, cut, reset, None]
 
 
 def test_a_seed_decides_everything() -> None:
     """The same seed gives the same faults, another seed others, at about the rate and never more than the most."""
-    kinds = [Cut(), Corrupt(7), Reset(after=3)]
+    kinds = [Truncate(), Corrupt(7), Reset(keep=3)]
 
     def drawn(seed: int, most: int | None = None) -> list[Fault | None]:
-        faults = seeded(seed, 0.2, kinds, most=most)
+        faults = random_faults(seed, 0.2, kinds, most=most)
         return [faults(message) for message in messages(500)]
 
     first = drawn(1)
     assert first == drawn(1) != drawn(2)
     assert 60 < sum(fault is not None for fault in first) < 140
-    assert {type(fault) for fault in first} == {Cut, Corrupt, Reset, type(None)}
+    assert {type(fault) for fault in first} == {Truncate, Corrupt, Reset, type(None)}
     assert [fault for fault in drawn(1, most=5) if fault] == [fault for fault in first if fault][:5]

@@ -22,11 +22,11 @@ from blobflow.stores.local.store import LocalStore
 from blobflow.stores.probe import TRIAL_PREFIX
 from blobflow.stores.wrapping import WrappingStore
 from tests.kit import SMALL, artifact_of, keys
-from tests.strict_s3 import Rules, StrictS3
+from tests.strict_s3 import Limits, StrictS3
 
 
 @contextmanager
-def opened(rules: Rules) -> Generator[tuple[StrictS3, Store], None, None]:
+def opened(rules: Limits) -> Generator[tuple[StrictS3, Store], None, None]:
     """A server and a store in it, whose other keys are the probe's report alone."""
     with StrictS3(rules) as server, closing(open_store(_url(server), **_options(server))) as store:
         yield server, store
@@ -56,8 +56,8 @@ def sent(server: StrictS3) -> list[tuple[str, str]]:
     ]
 
 
-NO_PARTS = Rules(lists_parts=False, min_part_size=1000)
-NO_RANGES = Rules(gives_ranges=False, min_part_size=1000)
+NO_PARTS = Limits(lists_parts=False, min_part_size=1000)
+NO_RANGES = Limits(gives_ranges=False, min_part_size=1000)
 
 
 def test_without_a_list_of_parts_an_artifact_goes_in_one_request(tmp_path: Path) -> None:

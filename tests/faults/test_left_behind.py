@@ -13,10 +13,11 @@ from blobflow import Artifact, upload
 from blobflow.errors import BlobflowError
 from blobflow.maintenance.gc import DEFAULT_AGE_S, collect
 from blobflow.testing import FaultyStore
-from tests.fault_proxy import Cut, FaultProxy, Reset, seeded
+from tests.fault_proxy import FaultProxy, Reset, Truncate, random_faults
+from tests.fault_rules import Rule
 from tests.faults.clients import PREFIX, Stores
 from tests.kit import SERIAL, SMALL, Killed, artifact_of, dies_at
-from tests.strict_s3 import DropAnswer, Fault, StrictS3
+from tests.strict_s3 import FailAfter, StrictS3
 
 KEY = "orders.tar"
 
@@ -36,7 +37,7 @@ def test_a_lost_answer_to_the_beginning_of_an_upload_leaves_an_orphan_until_gc(
     strict_s3: StrictS3, stores: Stores, artifact: Artifact
 ):
     """Nobody learned its id: the upload goes on with another one, and `gc` takes the first away when it is old."""
-    strict_s3.script(Fault(DropAnswer(), "CreateMultipartUpload", f"*/{KEY}"))
+    strict_s3.script(Rule(FailAfter(), "CreateMultipartUpload", f"*/{KEY}"))
     store = stores(strict_s3)
     bucket = stores.bucket(strict_s3)
     upload(store, KEY, artifact, profile=SERIAL)
@@ -61,7 +62,7 @@ def test_after_gc_no_fault_has_left_an_upload(
 ):
     """Whatever broke and whoever died on the way: no upload is listed afterwards, and what is whole stays."""
     store = stores(strict_s3, proxy)
-    proxy.faults = seeded(seed, 0.1, [Cut(), Cut(0), Cut(100), Reset()])
+    proxy.faults = random_faults(seed, 0.1, [Truncate(), Truncate(0), Truncate(100), Reset()])
     for number in range(1, 30, 3):
         with suppress(Killed, BlobflowError):
             upload(FaultyStore(store, dies_at(number + seed)), f"{number}.tar", artifact, profile=SMALL)

@@ -42,21 +42,20 @@ from blobflow.stores.base import Body, PutMode
 from blobflow.stores.retry import RetryingStore
 from blobflow.stores.s3.store import S3Options, S3Store
 from blobflow.testing import StoreContract, read_tree, write_tree
-from tests.fault_proxy import Corrupt, Cut, FaultProxy, Reset, Rule, Stall, scripted, seeded
+from tests.fault_proxy import Corrupt, FaultProxy, Reset, Stall, Truncate, random_faults, scripted_faults
+from tests.fault_rules import Rule, Slow
 from tests.faults.clients import PREFIX, Stores
 from tests.servers import S3Endpoint
 from tests.strict_s3 import (
-    Action,
-    Call,
-    DropAnswer,
-    DropRequest,
     Exchange,
+    FailAfter,
+    FailBefore,
     Fault,
+    Hook,
     Late,
+    Limits,
     Refuse,
     Response,
-    Rules,
-    SlowBody,
     StrictS3,
     Tamper,
     Throttle,
@@ -129,7 +128,7 @@ class TestStrictS3(StoreContract):
 
     @pytest.fixture
     def store(self, strict_s3: StrictS3, stores: Stores) -> Store:
-        strict_s3.rules = Rules(min_part_size=1, page_size=100)
+        strict_s3.limits = Limits(min_part_size=1, page_size=100)
         return stores(strict_s3).store
 
     def reopen(self, store: Store) -> Store:
@@ -179,10 +178,10 @@ def test_an_upload_is_created_with_its_type_and_needs_an_id(strict_s3: StrictS3,
     def forget_id(answer: Response) -> Response:
         return answer._replace(body=b"<InitiateMultipartUploadResult></InitiateMultipartUploadResult>")
 
-    strict_s3.script(Fault(Tamper(forget_id), "CreateMultipartUpload"))
+    strict_s3.script(Rule(Tamper(forget_id), "CreateMultipartUpload"))
     with pytest.raises(StoreUnavailable, match="upload id"):
         store.store.create_multipart("layer", part_size=5)
-    strict_s3.script(Fault(Tamper(forget_id), "CreateMultipartUpload"))
+    strict_s3.script(Rule(Tamper(forget_id), "CreateMultipartUpload"))
     assert store.create_multipart("layer", part_size=5) in strict_s3.uploads(stores.bucket(strict_s3))
 
 
@@ -191,7 +190,7 @@ def test_the_upload_is_written_down_before_its_first_part(
     strict_s3: StrictS3, stores: Stores, export: Callable[[], Artifact]
 ) -> None:
     """Whoever is stopped right after Create and intent is succeeded by another machine under the same upload id."""
-    strict_s3.script(Fault(Refuse("AccessDenied"), "UploadPart", times=None))
+    strict_s3.script(Rule(Refuse("AccessDenied"), "UploadPart", times=None))
     first = export()
     with pytest.raises(StoreConfigurationError):
         send(stores(strict_s3), first)
@@ -228,7 +227,7 @@ def test_a_part_without_an_etag_is_sent_again(
         return answer._replace(headers={name: value for name, value in answer.headers.items() if name != "etag"})
 
     artifact = export()
-    strict_s3.script(Fault(Tamper(forget_tag), "UploadPart", part=3))
+    strict_s3.script(Rule(Tamper(forget_tag), "UploadPart", part=3))
     send(stores(strict_s3), artifact)
     Wreck(strict_s3, stores.bucket(strict_s3), artifact).assert_one_artifact()
     sent = [each.part_number for each in strict_s3.requests("UploadPart")]
@@ -241,7 +240,7 @@ def test_nothing_is_sent_again_when_only_complete_is_missing(
 ) -> None:
     """Stopped between the last part and Complete, the next run completes and sends no part."""
     first = export()
-    strict_s3.script(Fault(Refuse("AccessDenied"), "CompleteMultipartUpload"))
+    strict_s3.script(Rule(Refuse("AccessDenied"), "CompleteMultipartUpload"))
     with pytest.raises(StoreConfigurationError):
         send(stores(strict_s3), first)
     result = send(stores(strict_s3), export())
@@ -257,7 +256,7 @@ def test_2500_parts_are_resumed_equal(strict_s3: StrictS3, stores: Stores, tmp_p
     write_tree(tmp_path / "source", {"large": noise(2500 * 1024)})
     first = export_artifact(tmp_path / "source", tmp_path / "first").artifact
     enough, go_on = 1500, threading.Event()
-    strict_s3.script(Fault(Call(lambda _: go_on.wait(20)), "UploadPart", nth=enough + 1, times=None))
+    strict_s3.script(Rule(Hook(lambda _: go_on.wait(20)), "UploadPart", nth=enough + 1, times=None))
 
     def kill(event: ProgressEvent) -> None:
         if event.bytes_done >= (enough - profile.workers) * 1024:
@@ -285,7 +284,7 @@ def test_an_upload_that_was_completed_before_the_crash_is_only_published(
 ) -> None:
     """Complete done, then the end: the next run finds no upload, recognises the object, and publishes it."""
     first = export()
-    strict_s3.script(Fault(Refuse("AccessDenied"), "PutObject", "*.manifest.json"))
+    strict_s3.script(Rule(Refuse("AccessDenied"), "PutObject", "*.manifest.json"))
     with pytest.raises(StoreConfigurationError):
         send(stores(strict_s3), first)
     assert strict_s3.uploads(stores.bucket(strict_s3)) == {}
@@ -307,7 +306,7 @@ def test_an_upload_that_expired_is_begun_again(
         for upload_id, key in strict_s3.uploads(bucket).items():
             strict_s3.endpoint.client.abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload_id)
 
-    strict_s3.script(Fault(Call(expire), "UploadPart", part=7))
+    strict_s3.script(Rule(Hook(expire), "UploadPart", part=7))
     artifact = export()
     send(store, artifact)
     assert len(strict_s3.requests("CreateMultipartUpload")) == 2
@@ -324,7 +323,7 @@ def test_an_upload_that_another_machine_completed_is_settled(
     def overtake(_: Exchange) -> None:
         send(stores(strict_s3), second)
 
-    strict_s3.script(Fault(Call(overtake), "UploadPart", part=7))
+    strict_s3.script(Rule(Hook(overtake), "UploadPart", part=7))
     result = send(stores(strict_s3), first)
     assert len(strict_s3.requests("CreateMultipartUpload")) == 1
     assert [each.status for each in strict_s3.requests("CompleteMultipartUpload")] == [200]
@@ -334,7 +333,7 @@ def test_an_upload_that_another_machine_completed_is_settled(
 
 def test_an_abort_is_repeated_until_no_part_is_left(strict_s3: StrictS3, stores: Stores) -> None:
     """A part that lands during the abort is aborted too; so no part is paid for that nobody sees."""
-    strict_s3.rules = Rules(min_part_size=1, parts_outlive_abort=True)
+    strict_s3.limits = Limits(min_part_size=1, parts_outlive_abort=True)
     store, bucket = stores(strict_s3), stores.bucket(strict_s3)
     upload_id = store.create_multipart("large", part_size=4)
     arrived, land = threading.Event(), threading.Event()
@@ -350,7 +349,7 @@ def test_an_abort_is_repeated_until_no_part_is_left(strict_s3: StrictS3, stores:
         part.join(20)
         assert strict_s3.uploads(bucket)
 
-    strict_s3.script(Fault(Call(hold), "UploadPart"), Fault(Call(let_it_land), "ListParts"))
+    strict_s3.script(Rule(Hook(hold), "UploadPart"), Rule(Hook(let_it_land), "ListParts"))
     part.start()
     assert arrived.wait(20)
     store.abort_multipart("large", upload_id)
@@ -370,17 +369,17 @@ def test_a_slow_complete_is_waited_for(
     """A Complete that takes much longer than any timeout, in sixty blanks, succeeds at the first try."""
     monkeypatch.setattr("blobflow.stores.s3.store.PATIENCE_S", 0.4)
     artifact = export()
-    strict_s3.script(Fault(Late(blanks=60, pause_s=0.02), "CompleteMultipartUpload"))
+    strict_s3.script(Rule(Late(blanks=60, pause_s=0.02), "CompleteMultipartUpload"))
     send(stores(strict_s3, idle_timeout=0.4), artifact)
     assert len(strict_s3.requests("CompleteMultipartUpload")) == 1
     Wreck(strict_s3, stores.bucket(strict_s3), artifact).assert_one_artifact()
 
 
 @pytest.mark.parametrize(
-    "action",
+    "fault",
     [
-        DropAnswer(),
-        DropRequest(),
+        FailAfter(),
+        FailBefore(),
         Late(blanks=3, error="InternalError"),
         Late(error="SlowDown"),
         Refuse("InternalError"),
@@ -388,14 +387,14 @@ def test_a_slow_complete_is_waited_for(
         Tamper(lambda _: Response(502, {}, b"<html>bad gateway</html>")),
         Tamper(lambda answer: answer._replace(body=answer.body[:60])),
     ],
-    ids=lambda action: type(action).__name__,
+    ids=lambda fault: type(fault).__name__,
 )
 def test_complete_may_fail_in_every_way(
-    strict_s3: StrictS3, stores: Stores, export: Callable[[], Artifact], action: Action
+    strict_s3: StrictS3, stores: Stores, export: Callable[[], Artifact], fault: Fault
 ) -> None:
     """Lost request, lost answer, error after 200, error before: exactly one artifact in the end, no part sent twice."""
     artifact = export()
-    strict_s3.script(Fault(action, "CompleteMultipartUpload"))
+    strict_s3.script(Rule(fault, "CompleteMultipartUpload"))
     result = send(stores(strict_s3), artifact)
     Wreck(strict_s3, stores.bucket(strict_s3), artifact).assert_one_artifact()
     assert len(strict_s3.requests("UploadPart")) == result.parts
@@ -417,17 +416,17 @@ def test_complete_may_fail_in_every_way(
         ("*/round.lease.json", 4),
     ],
 )
-@pytest.mark.parametrize("action", [DropAnswer(), DropRequest(), Refuse("ConditionalRequestConflict")])
+@pytest.mark.parametrize("fault", [FailAfter(), FailBefore(), Refuse("ConditionalRequestConflict")])
 def test_a_lost_answer_is_not_a_lost_race(
-    strict_s3: StrictS3, stores: Stores, source: Path, key: str, nth: int, action: Action
+    strict_s3: StrictS3, stores: Stores, source: Path, key: str, nth: int, fault: Fault
 ) -> None:
     """Intent, manifest, ref and lease are written by conditional PUTs; whichever answer is lost, the round is won."""
-    fault = Fault(action, "PutObject", key, nth=nth)
-    strict_s3.script(fault)
+    rule = Rule(fault, "PutObject", key, nth=nth)
+    strict_s3.script(rule)
     store = stores(strict_s3)
     result = run_export_round(store, "orders", DirectoryExporter(path=source), profile=PROFILE)
     assert result is not None
-    assert fault.seen > nth
+    assert rule.seen > nth
     assert (result.upload.status, result.generation) == ("uploaded", 1)
     ref = read_ref(store, "orders/latest")
     assert ref is not None
@@ -442,7 +441,7 @@ def test_a_lost_answer_is_not_a_lost_race(
 def test_a_lost_race_is_still_lost(strict_s3: StrictS3, stores: Stores) -> None:
     """Reading back tells one's own success from another's: what somebody else wrote meanwhile is a conflict."""
     store, other = stores(strict_s3), stores(strict_s3)
-    strict_s3.script(Fault(Call(lambda _: other.put("ref", b"theirs")), "PutObject"))
+    strict_s3.script(Rule(Hook(lambda _: other.put("ref", b"theirs")), "PutObject"))
     with pytest.raises(BlobflowError) as lost:
         store.put("ref", b"mine", mode=PutMode.CREATE)
     assert type(lost.value).__name__ == "PreconditionFailed"
@@ -460,7 +459,7 @@ def test_slow_down_storms_pass(
     artifact = export()
     store = stores(strict_s3)
     throttle = Throttle(4, burst=4, retry_after_s=retry_after_s, clock=lambda: sum(stores.naps))
-    strict_s3.script(Fault(throttle, times=None))
+    strict_s3.script(Rule(throttle, times=None))
     send(store, artifact)
     download(store, KEY, tmp_path / "landed", profile=PROFILE)
     refused = [each for each in strict_s3.log if each.code == "SlowDown"]
@@ -483,7 +482,7 @@ def test_every_operation_survives_a_passing_refusal(
         "HeadObject", "GetObject", "PutObject", "DeleteObject", "ListObjectsV2",
         "CreateMultipartUpload", "UploadPart", "ListParts", "CompleteMultipartUpload",
     ]  # fmt: skip
-    strict_s3.script(*(Fault(Refuse(code), operation) for operation in operations))
+    strict_s3.script(*(Rule(Refuse(code), operation) for operation in operations))
     send(store, artifact)
     assert [entry.key for entry in list_artifacts(store)] == [KEY]
     download(store, KEY, tmp_path / "landed", profile=PROFILE)
@@ -500,7 +499,7 @@ def test_every_third_success_is_lost(
 ) -> None:
     """A whole round, a verification and a download over a network that loses every third good answer: all succeed."""
     store = stores(strict_s3, proxy)
-    proxy.faults = scripted(Rule(Cut(), "answer", success=True, nth=3, every=True))
+    proxy.faults = scripted_faults(Rule(Truncate(), side="answer", success=True, nth=3, every=True))
     result = run_export_round(store, "orders", DirectoryExporter(path=source), profile=PROFILE)
     assert result is not None
     ref = read_ref(store, "orders/latest")
@@ -531,8 +530,8 @@ def test_cuts_and_resets_anywhere_are_survived(
     """Requests and answers that break at random places cost retries and nothing else."""
     artifact = export()
     store = stores(strict_s3, proxy)
-    kinds = [Cut(), Reset(), Cut(after=0), Reset(after=1), Cut(after=500), Reset(after=5000)]
-    proxy.faults = seeded(seed, 0.15, kinds)
+    kinds = [Truncate(), Reset(), Truncate(keep=0), Reset(keep=1), Truncate(keep=500), Reset(keep=5000)]
+    proxy.faults = random_faults(seed, 0.15, kinds)
     push_and_pull(store, artifact, tmp_path / "landed")
     assert len(proxy.struck()) > 5
     assert read_tree(tmp_path / "landed" / "data") == read_tree(tmp_path / "source")
@@ -556,7 +555,7 @@ def test_a_stall_is_noticed_and_overcome(
 ) -> None:
     """Where nothing moves for the idle timeout, the attempt is given up and made again."""
     artifact = export()
-    proxy.faults = scripted(Rule(Stall(after=0), side, operation))
+    proxy.faults = scripted_faults(Rule(Stall(keep=0), operation, side=side))
     push_and_pull(stores(strict_s3, proxy, idle_timeout=0.5), artifact, tmp_path / "landed")
     assert [message.operation for message in proxy.struck()] == [operation]
     Wreck(strict_s3, stores.bucket(strict_s3), artifact).assert_one_artifact()
@@ -568,7 +567,7 @@ def test_a_stall_is_noticed_and_overcome(
 def test_a_refused_head_says_why(strict_s3: StrictS3, code: str, kind: type[BlobflowError]) -> None:
     """The answer to a HEAD has no body, so a GET is asked for the reason: what passes is no prohibition."""
     bucket = strict_s3.new_bucket()
-    strict_s3.script(Fault(Refuse(code), "HeadObject"), Fault(Refuse(code), "GetObject"))
+    strict_s3.script(Rule(Refuse(code), "HeadObject"), Rule(Refuse(code), "GetObject"))
     endpoint = strict_s3.endpoint
     store = S3Store(
         S3Options(
@@ -589,7 +588,7 @@ def test_a_slow_body_is_no_silence(
     """A body that takes longer than the idle timeout, but always moves, is not given up."""
     store = stores(strict_s3, idle_timeout=0.4)
     send(store, export())
-    strict_s3.script(Fault(SlowBody(pieces=40, pause_s=0.02), "GetObject", f"*{KEY}", nth=4))
+    strict_s3.script(Rule(Slow(PART / 0.8), "GetObject", f"*{KEY}", nth=4))
     download(store, KEY, tmp_path / "landed", profile=PROFILE)
     assert store.retries == 0
     assert read_tree(tmp_path / "landed" / "data") == read_tree(tmp_path / "source")
@@ -621,7 +620,7 @@ def test_damage_on_the_way_up_is_refused_and_sent_again(
     """A byte that changes on its way up is found by the server, and the request is made again."""
     artifact = export()
     store = stores(strict_s3, proxy)
-    proxy.faults = scripted(Rule(Corrupt(at=60), "request", operation, path, nth=nth))
+    proxy.faults = scripted_faults(Rule(Corrupt(at=60), operation, path, side="request", nth=nth))
     send(store, artifact)
     assert len(proxy.struck("request")) == 1
     assert len([each for each in strict_s3.log if each.code in ("BadDigest", "XAmzContentSHA256Mismatch")]) == 1
@@ -677,7 +676,7 @@ def test_damage_on_the_way_down_never_lands(
     """A byte that changes on its way down (manifest, head, index, parts) stops the download; the next one succeeds."""
     store = stores(strict_s3, proxy)
     send(store, export())
-    proxy.faults = scripted(Rule(Corrupt(at), "answer", "GetObject", nth=nth))
+    proxy.faults = scripted_faults(Rule(Corrupt(at), "GetObject", side="answer", nth=nth))
     dest = tmp_path / "landed"
     with pytest.raises((IntegrityError, TemporaryError) if nth < 3 else IntegrityError):
         download(store, KEY, dest, profile=PROFILE)
@@ -698,7 +697,7 @@ def test_parts_that_the_server_lost_or_changed_are_not_completed(
         (upload_id,) = strict_s3.uploads(bucket)
         stores(strict_s3).put_part(KEY, upload_id, 5, Body.of(noise(PART, seed=5)))
 
-    strict_s3.script(Fault(Call(replace_part), "ListParts"))
+    strict_s3.script(Rule(Hook(replace_part), "ListParts"))
     with pytest.raises(UploadIncomplete, match="part 5"):
         send(stores(strict_s3), first)
     assert strict_s3.requests("CompleteMultipartUpload") == []

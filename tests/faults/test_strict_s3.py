@@ -18,20 +18,19 @@ from botocore.exceptions import ClientError, ConnectionClosedError
 from crc32c import crc32c
 
 from tests.clock import Clock
+from tests.fault_rules import Rule, Slow
 from tests.faults.clients import Clients
 from tests.servers import Peer
 from tests.strict_s3 import (
     ACCESS_KEY_ID,
-    Action,
-    Call,
-    DropAnswer,
-    DropRequest,
     Exchange,
+    FailAfter,
+    FailBefore,
     Fault,
+    Hook,
     Late,
+    Limits,
     Refuse,
-    Rules,
-    SlowBody,
     StrictS3,
     Tamper,
     Throttle,
@@ -178,7 +177,7 @@ def test_an_upload_without_an_algorithm_takes_no_checksums(client: Any) -> None:
 
 def test_parts_have_limits(client: Any, strict_s3: StrictS3) -> None:
     """Numbers go from 1 to 10,000, sizes have a minimum (not for the last) and a maximum."""
-    strict_s3.rules = Rules(min_part_size=4, max_part_size=8)
+    strict_s3.limits = Limits(min_part_size=4, max_part_size=8)
     upload = Upload(client)
     assert [code_of(upload.part, number, b"data") for number in (0, 1, 10_000, 10_001)] == [
         "InvalidArgument", "", "", "InvalidArgument",
@@ -224,9 +223,9 @@ def test_an_upload_ends(client: Any) -> None:
 @pytest.mark.parametrize("outlives", [True, False])
 def test_a_part_under_way_may_outlive_an_abort(client: Any, strict_s3: StrictS3, *, outlives: bool) -> None:
     """With `parts_outlive_abort` a part that arrives during an abort is there afterwards, until it is aborted again."""
-    strict_s3.rules = replace(strict_s3.rules, parts_outlive_abort=outlives)
+    strict_s3.limits = replace(strict_s3.limits, parts_outlive_abort=outlives)
     upload = Upload(client)
-    strict_s3.script(Fault(Call(lambda _: client.abort_multipart_upload(**upload.where)), "UploadPart"))
+    strict_s3.script(Rule(Hook(lambda _: client.abort_multipart_upload(**upload.where)), "UploadPart"))
     assert code_of(upload.part, 1, b"late") == ("" if outlives else "NoSuchUpload")
     assert bool(strict_s3.uploads(BUCKET)) is outlives
     if outlives:
@@ -262,7 +261,7 @@ def test_writes_keep_their_conditions(client: Any, strict_s3: StrictS3, way: str
 def test_a_delete_during_a_create_is_a_conflict(client: Any, strict_s3: StrictS3) -> None:
     """409: the object was deleted while the conditional write was under way, which is neither won nor lost."""
     client.put_object(Bucket=BUCKET, Key="key", Body=b"1")
-    strict_s3.script(Fault(Call(lambda _: client.delete_object(Bucket=BUCKET, Key="key")), "PutObject"))
+    strict_s3.script(Rule(Hook(lambda _: client.delete_object(Bucket=BUCKET, Key="key")), "PutObject"))
     create = {"Bucket": BUCKET, "Key": "key", "Body": b"2", "IfNoneMatch": "*"}
     assert code_of(client.put_object, **create) == "ConditionalRequestConflict"
     assert code_of(client.put_object, **create) == ""
@@ -325,7 +324,7 @@ KEYS = ["a!", "a-b", "a/b", "a b+c", "a/c%41", "b&<x>", "grüße/日本語", "z"
 
 def test_keys_are_listed_in_pages(client: Any, strict_s3: StrictS3) -> None:
     """Pages follow each other by a token, in UTF-8 order, from anywhere, below any prefix."""
-    strict_s3.rules = replace(strict_s3.rules, page_size=3)
+    strict_s3.limits = replace(strict_s3.limits, page_size=3)
     for key in KEYS:
         client.put_object(Bucket=BUCKET, Key=key, Body=b"")
 
@@ -346,7 +345,7 @@ def test_keys_are_listed_in_pages(client: Any, strict_s3: StrictS3) -> None:
 
 def test_uploads_are_listed_in_pages(client: Any, strict_s3: StrictS3) -> None:
     """Pages go by key and, within a key, by upload; a marker without an upload id skips its whole key."""
-    strict_s3.rules = replace(strict_s3.rules, page_size=2)
+    strict_s3.limits = replace(strict_s3.limits, page_size=2)
     started = [(key, Upload(client, key).where["UploadId"]) for key in ("b", "a", "b", "b", "c", "a/x")]
 
     def listed(**query: Any) -> list[tuple[str, str]]:
@@ -362,7 +361,7 @@ def test_uploads_are_listed_in_pages(client: Any, strict_s3: StrictS3) -> None:
 
 def test_parts_are_listed_in_pages(client: Any, strict_s3: StrictS3) -> None:
     """Pages go by part number, whatever the order in which the parts came."""
-    strict_s3.rules = replace(strict_s3.rules, page_size=2)
+    strict_s3.limits = replace(strict_s3.limits, page_size=2)
     upload = Upload(client)
     for number in (7, 1, 5, 3, 9):
         upload.part(number, b"x" * number)
@@ -475,9 +474,9 @@ def test_faults_strike_whom_they_are_meant_for(client: Any, strict_s3: StrictS3)
     """A fault is found by operation, key, part and number of the request, and strikes as often as it says."""
     upload = Upload(client)
     strict_s3.script(
-        Fault(Refuse("SlowDown"), "PutObject", "a*", nth=2, times=2),
-        Fault(Refuse("InternalError"), "*Part", part=2),
-        Fault(Refuse("AccessDenied"), key="forbidden", times=None),
+        Rule(Refuse("SlowDown"), "PutObject", "a*", nth=2, times=2),
+        Rule(Refuse("InternalError"), "*Part", part=2),
+        Rule(Refuse("AccessDenied"), key="forbidden", times=None),
     )
 
     def put(key: str) -> str:
@@ -491,12 +490,12 @@ def test_faults_strike_whom_they_are_meant_for(client: Any, strict_s3: StrictS3)
     assert put("forbidden") == ""
 
 
-@pytest.mark.parametrize(("action", "stored"), [(DropRequest(), False), (DropAnswer(), True)])
+@pytest.mark.parametrize(("fault", "stored"), [(FailBefore(), False), (FailAfter(), True)])
 def test_a_connection_breaks_before_or_after_the_effect(
-    client: Any, strict_s3: StrictS3, action: Action, *, stored: bool
+    client: Any, strict_s3: StrictS3, fault: Fault, *, stored: bool
 ) -> None:
     """A dropped request changes nothing; a dropped answer hides what happened."""
-    strict_s3.script(Fault(action, "PutObject"))
+    strict_s3.script(Rule(fault, "PutObject"))
     with pytest.raises(ConnectionClosedError):
         client.put_object(Bucket=BUCKET, Key="key", Body=b"data")
     assert ("key" in strict_s3.objects(BUCKET)) is stored
@@ -516,7 +515,7 @@ def test_complete_may_answer_before_it_happens(client: Any, strict_s3: StrictS3,
     """200 comes first, then blanks, then the result or an error in the body."""
     upload = Upload(client)
     part = upload.part(1, b"one")
-    strict_s3.script(Fault(late, "CompleteMultipartUpload"))
+    strict_s3.script(Rule(late, "CompleteMultipartUpload"))
     assert code_of(upload.complete, [part]) == code
     assert ("key" in strict_s3.objects(BUCKET)) is (code == "")
     assert (strict_s3.log[-1].status, strict_s3.log[-1].code) == (200, code)
@@ -525,13 +524,13 @@ def test_complete_may_answer_before_it_happens(client: Any, strict_s3: StrictS3,
 def test_a_body_may_be_slow(client: Any, strict_s3: StrictS3) -> None:
     """The bytes of an answer come in pieces, and all of them."""
     client.put_object(Bucket=BUCKET, Key="key", Body=b"0123456789")
-    strict_s3.script(Fault(SlowBody(pieces=4, pause_s=0.001), "GetObject"))
+    strict_s3.script(Rule(Slow(bytes_per_s=100), "GetObject"))
     assert client.get_object(Bucket=BUCKET, Key="key")["Body"].read() == b"0123456789"
 
 
 def test_an_answer_may_lack_what_it_should_have(client: Any, strict_s3: StrictS3) -> None:
     """A scripted answer takes the place of the real one, after its effect."""
-    strict_s3.script(Fault(Tamper(lambda answer: answer._replace(headers={})), "PutObject"))
+    strict_s3.script(Rule(Tamper(lambda answer: answer._replace(headers={})), "PutObject"))
     assert "ETag" not in client.put_object(Bucket=BUCKET, Key="key", Body=b"data")
     assert strict_s3.objects(BUCKET) == {"key": b"data"}
 
@@ -540,7 +539,7 @@ def test_a_rate_may_be_limited(client: Any, strict_s3: StrictS3) -> None:
     """Beyond so many requests per second there is SlowDown with Retry-After, until time has passed."""
     clock = Clock()
     throttle = Throttle(2, burst=2, retry_after_s=3, clock=clock)
-    strict_s3.script(Fault(throttle, "ListObjectsV2", times=None))
+    strict_s3.script(Rule(throttle, "ListObjectsV2", times=None))
 
     def codes(count: int) -> list[str]:
         return [code_of(client.list_objects_v2, Bucket=BUCKET) for _ in range(count)]
@@ -562,7 +561,7 @@ def test_a_request_may_be_held_up(client: Any, strict_s3: StrictS3) -> None:
         blocked.set()
         assert go_on.wait(20)
 
-    strict_s3.script(Fault(Call(block), "PutObject", "held"))
+    strict_s3.script(Rule(Hook(block), "PutObject", "held"))
     put = threading.Thread(target=client.put_object, kwargs={"Bucket": BUCKET, "Key": "held", "Body": b"1"})
     put.start()
     assert blocked.wait(20)

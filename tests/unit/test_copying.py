@@ -43,7 +43,7 @@ from blobflow.transport import ProgressEvent, read_manifest_bytes
 from blobflow.uploads.intent import IntentKeeper
 from tests.kit import SERIAL, SMALL, Killed, artifact_of, dies_at, keys, noise, watched
 from tests.servers import S3Endpoint
-from tests.strict_s3 import Rules, StrictS3
+from tests.strict_s3 import Limits, StrictS3
 
 KEY, COPY = "orders/monday", "elsewhere/monday"
 COARSE = ChunkProfile.custom(12_288, 1, workers=1)
@@ -592,7 +592,7 @@ def test_what_only_s3_knows_is_kept_from_the_other_store(
     call: Callable[..., tuple[int, Any]], artifact: Artifact, source: LocalStore, monkeypatch: pytest.MonkeyPatch
 ):
     """From a directory to a bucket, the endpoint on the command line is that of the bucket."""
-    with StrictS3(Rules(min_part_size=1)) as server:
+    with StrictS3(Limits(min_part_size=1)) as server:
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.endpoint.access_key_id)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.endpoint.secret_access_key)
         bucket = f"s3://{server.new_bucket()}/backup"

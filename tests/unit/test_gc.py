@@ -30,7 +30,7 @@ from blobflow.uploads.intent import TTL_S, IntentKeeper
 from tests.clock import Clock
 from tests.kit import SERIAL, TREE, Killed, artifact_of, dies_at, dies_before, keys, local_store, noise
 from tests.servers import S3Endpoint
-from tests.strict_s3 import Rules, StrictS3
+from tests.strict_s3 import Limits, StrictS3
 
 DAY_S = 24 * 3600.0
 GONE = f"{process_owner().rpartition('/')[0]}/{10**9}"
@@ -347,7 +347,7 @@ def endpoint(request: pytest.FixtureRequest) -> Iterator[S3Endpoint]:
     if request.param == "rgw":
         yield request.getfixturevalue("rgw_s3")
         return
-    with StrictS3(Rules(min_part_size=1)) as server:
+    with StrictS3(Limits(min_part_size=1)) as server:
         yield server.endpoint
         server.endpoint.client.close()
 

@@ -41,7 +41,8 @@ from blobflow.mirror.envelope import FrameDecoder, head_bytes
 from blobflow.mirror.sending import FileSource
 from blobflow.mirror.server import MirrorServer, mirror_app
 from blobflow.transport import read_manifest_bytes
-from tests.fault_proxy import Corrupt, Cut, FaultProxy, Reset, Rule, scripted
+from tests.fault_proxy import Corrupt, FaultProxy, Reset, Truncate, scripted_faults
+from tests.fault_rules import Rule
 from tests.kit import artifact_of, local_store, noise
 from tests.unit import test_http_client
 
@@ -531,9 +532,9 @@ def test_following_is_told_to_nobody_who_asks_too_early(
 @pytest.mark.parametrize(
     "fault",
     [
-        Rule(Cut(), side="answer", success=True, nth=3, every=True),
-        Rule(Reset(after=20_000), side="request", nth=2, every=True),
-        Rule(Cut(after=0), side="request", nth=3, every=True),
+        Rule(Truncate(), side="answer", success=True, nth=3, every=True),
+        Rule(Reset(keep=20_000), side="request", nth=2, every=True),
+        Rule(Truncate(keep=0), side="request", nth=3, every=True),
         Rule(Corrupt(at=5000), side="request", nth=2, every=True),
     ],
     ids=["lost answers", "reset in the middle", "cut at the body", "damaged bytes"],
@@ -542,7 +543,7 @@ def test_a_push_gets_through_a_bad_network(
     server: MirrorServer, receiver: MirrorReceiver, snapshot: Snapshot, source: Path, fault: Rule
 ):
     """Lost answers, broken connections, damaged bytes: the push asks where the receiver stands, and goes on there."""
-    with FaultProxy(server.url, scripted(fault)) as proxy:
+    with FaultProxy(server.url, scripted_faults(fault)) as proxy:
         with MirrorClient(proxy.url, token=TOKEN, sleep=lambda _: None) as client:
             pushed = client.push(snapshot, chunk_bytes=4096, request_bytes=12_288)
         struck = [hit for _, hit in proxy.messages if hit is not None]
