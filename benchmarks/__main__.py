@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import contestants as known
-from benchmarks import report
+from benchmarks import contestants as known, report
 from benchmarks.contestants import BATCH, LAYERS, RESUMES, SCENARIOS, Contestant, Job, Layout, Tool, Way
 from benchmarks.endpoints import BUCKET, CheapServer, Endpoint, RealServer, cheap_server, new_prefix
 from benchmarks.measure import CommandFailed, Cost, run, run_until_killed

@@ -9,7 +9,8 @@ import os
 import sys
 from collections.abc import Iterable
 
-from blobflow import BatchExecutor, Delete, Get, Got, Insert, open_store
+from blobflow import open_store
+from blobflow.batch import BatchExecutor, Delete, Get, Got, Insert
 
 PAYLOAD = os.urandom(4096 - 8)
 AT_ONCE = 32

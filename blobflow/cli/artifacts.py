@@ -66,7 +66,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _exporter(source: Path, backend: str, options: dict[str, Any]) -> Exporter:
     """The exporter of SRC; an option that another backend has is refused."""
-    from blobflow.backends import backend_classes
+    from blobflow.backends.registry import backend_classes
 
     kind, _ = backend_classes(backend)
     for name in options:
@@ -301,7 +301,7 @@ def update_target(
     Args:
         made_with: Fields of the importer beside its path.
     """
-    from blobflow.backends import backend_classes
+    from blobflow.backends.registry import backend_classes
     from blobflow.mirror.update import update_mirror
     from blobflow.transport import read_manifest_file
     from blobflow.transport.remote import check_expected
@@ -351,8 +351,7 @@ def verify(
     Without --deep or --shallow every byte is read, except where the store itself attests the checksum of the payload.
     Exit code 0 means that nothing wrong was found; what was looked at, the word says.
     """
-    from blobflow.transport import PROOF_MEANS
-    from blobflow.transport import verify as verify_artifact
+    from blobflow.transport import PROOF_MEANS, verify as verify_artifact
 
     with settings.open_store() as store, show_progress() as progress:
         try:

@@ -98,8 +98,7 @@ def probe(settings: Settings, fresh: bool) -> None:
     An S3 server is probed when it is first relied upon, and again after 30 days; what was found is remembered for
     this user, on this machine. What does not hold is not relied upon.
     """
-    from blobflow.stores.probe import ProbedStore
-    from blobflow.stores.probe import probe as probe_store
+    from blobflow.stores.probe import ProbedStore, probe as probe_store
 
     with settings.open_store() as store:
         report = store.report(fresh=fresh) if isinstance(store, ProbedStore) else probe_store(store)

@@ -39,7 +39,7 @@ from dagster.components.utils.translation import TranslationFn, TranslationFnRes
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
-from blobflow.backends import BACKENDS, backend_classes
+from blobflow.backends.registry import BACKENDS, backend_classes
 from blobflow.config import ChunkProfile
 from blobflow.coordination.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S
 from blobflow.dagster.mirror import MIRRORS, artifact_mirror

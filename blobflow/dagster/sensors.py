@@ -13,8 +13,7 @@ is not recorded twice, and a run that it did not come to request is requested by
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotInTime
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError as NotInTime
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import quantiles

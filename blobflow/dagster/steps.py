@@ -24,8 +24,7 @@ from blobflow.backends import ExportResult, Importer, import_artifact
 from blobflow.coordination.lease import Lease, record_completion
 from blobflow.coordination.refs import check_round, name_artifact, read_ref
 from blobflow.coordination.rounds import check_name, content_key, kept_alive, round_number
-from blobflow.dagster import metadata as md
-from blobflow.dagster import scratch as rounds
+from blobflow.dagster import metadata as md, scratch as rounds
 from blobflow.dagster.checkpoints import StepJournal, step_journal
 from blobflow.dagster.failures import error_metadata
 from blobflow.dagster.handles import (

@@ -38,8 +38,7 @@ from blobflow.stores.base import ObjectMeta, Store, UploadMeta
 from blobflow.stores.probe import TRIAL_PREFIX
 from blobflow.transport import MANIFEST_SUFFIX
 from blobflow.transport.catalog import DAMAGED_SUFFIX, LEASE_SUFFIX, REF_SUFFIX
-from blobflow.uploads.intent import SUFFIX as INTENT_SUFFIX
-from blobflow.uploads.intent import Intent, IntentKeeper
+from blobflow.uploads.intent import SUFFIX as INTENT_SUFFIX, Intent, IntentKeeper
 
 _log = logging.getLogger(__name__)
 

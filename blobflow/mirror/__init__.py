@@ -21,22 +21,6 @@ A push sends a snapshot to a receiver, where it arrives whole, whatever breaks o
 
 from __future__ import annotations
 
-from blobflow.mirror.envelope import SnapshotEnvelope, SnapshotId
-from blobflow.mirror.machine import Bootstrapping, Following, ReceiverStatus
-from blobflow.mirror.received import ReceivedStore
-from blobflow.mirror.receiver import Committed, MirrorReceiver, Pending, read_snapshots
-from blobflow.mirror.sending import Snapshot
+from blobflow import lazy
 
-__all__ = [
-    "Bootstrapping",
-    "Committed",
-    "Following",
-    "MirrorReceiver",
-    "Pending",
-    "ReceivedStore",
-    "ReceiverStatus",
-    "Snapshot",
-    "SnapshotEnvelope",
-    "SnapshotId",
-    "read_snapshots",
-]
+__getattr__ = lazy.attach(__name__)

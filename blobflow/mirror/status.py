@@ -11,8 +11,8 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import JsonValue
 
 from blobflow.artifact.manifest import Manifest
-from blobflow.backends import BACKENDS, backend_classes
 from blobflow.backends.mirror_history import HistoryEntry, read_history
+from blobflow.backends.registry import BACKENDS, backend_classes
 from blobflow.backends.versioned_importer import CURRENT_NAME, INCOMING_NAME, shown_artifact
 from blobflow.coordination.refs import read_ref
 from blobflow.errors import ArtifactNotFound, NotFoundError, expanded

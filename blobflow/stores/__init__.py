@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from blobflow import moved
 from blobflow.stores.base import (
     Body,
     Capabilities,
@@ -27,3 +30,6 @@ __all__ = [
     "check_key",
     "open_store",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.attach(__name__)

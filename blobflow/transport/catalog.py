@@ -18,8 +18,7 @@ from blobflow.errors import (
     ReplacementInProgress,
 )
 from blobflow.stores.base import Store, check_key
-from blobflow.uploads.intent import SUFFIX as INTENT_SUFFIX
-from blobflow.uploads.intent import IntentKeeper
+from blobflow.uploads.intent import SUFFIX as INTENT_SUFFIX, IntentKeeper
 
 MANIFEST_SUFFIX: Final = ".manifest.json"
 DAMAGED_SUFFIX: Final = ".damaged.json"

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import (
+from blobflow import DirectoryExporter, DirectoryImporter
+from blobflow.backends import (
     AppendLog,
     AppendLogExporter,
     AppendLogImporter,
-    DirectoryExporter,
-    DirectoryImporter,
     ParquetExporter,
     ParquetImporter,
     SqliteExporter,

@@ -14,8 +14,9 @@ import sys
 import traceback
 from typing import Any
 
-from blobflow import ChunkProfile, LayerSync
+from blobflow import ChunkProfile
 from blobflow.errors import BlobflowError
+from blobflow.layers import LayerSync
 from blobflow.stores.local.store import LocalStore
 
 

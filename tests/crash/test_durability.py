@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import ChunkProfile, TransferCheckpoint, download, transfer, upload
+from blobflow import ChunkProfile, download, upload
+from blobflow.streams import TransferCheckpoint, transfer
 from blobflow.testing import FaultyStore, Request
 from tests.kit import Killed, artifact_of, local_store, noise
 

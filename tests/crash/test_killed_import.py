@@ -16,24 +16,20 @@ from typing import Any
 
 import pytest
 
-from blobflow import (
+from blobflow import Artifact, DirectoryExporter, DirectoryImporter, import_artifact
+from blobflow.artifact.members import verify_members
+from blobflow.backends import (
     AppendLog,
     AppendLogExporter,
     AppendLogImporter,
-    Artifact,
-    DirectoryExporter,
-    DirectoryImporter,
     SqliteExporter,
     SqliteImporter,
-    import_artifact,
-    mirror_history,
-    mirror_status,
+    VersionedImporter,
 )
-from blobflow.artifact.members import verify_members
-from blobflow.backends import VersionedImporter
 from blobflow.backends.append_log import read_state
 from blobflow.backends.base import OnProgress
 from blobflow.errors import ArtifactNotFound
+from blobflow.mirror import mirror_history, mirror_status
 
 CHANGES = ("os.rename", "os.symlink", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "sqlite3.connect")
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from blobflow import ChunkProfile, LayerSync, LayerSyncResult, read_ref
+from blobflow import ChunkProfile, read_ref
+from blobflow.layers import LayerSync, LayerSyncResult
 from blobflow.layers.names import container_ref, layer_key
 from blobflow.layers.remote import RemoteLayer
 from blobflow.maintenance.gc import collect

@@ -9,8 +9,7 @@ from typing import Any
 import dagster as dg
 import pyarrow.parquet as pq
 
-from blobflow.dagster import batch_asset, batch_op
-from blobflow.dagster import metadata as md
+from blobflow.dagster import batch_asset, batch_op, metadata as md
 from blobflow.errors import StoreConfigurationError
 from blobflow.testing import FailBefore, Fault, Request
 from tests.dagster.kit import FaultyResource, Place, failure

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from blobflow import DirectoryExporter, DirectoryImporter, LayerSync, verify
+from blobflow import DirectoryExporter, DirectoryImporter, verify
 from blobflow.dagster import artifact_mirror, artifact_pipeline, layer_assets, manifest_sensor
 from blobflow.errors import UsageError
+from blobflow.layers import LayerSync
 from blobflow.stores.local.store import LocalStore
 from blobflow.transport.cache import ArtifactCache
 

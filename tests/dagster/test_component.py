@@ -17,8 +17,7 @@ from pydantic import BaseModel
 
 from blobflow.backends import DirectoryExporter, DirectoryImporter
 from blobflow.coordination.refs import move_ref
-from blobflow.dagster import ArtifactMirrorComponent, ArtifactPipelineComponent, BlobflowAssetProps
-from blobflow.dagster import metadata as md
+from blobflow.dagster import ArtifactMirrorComponent, ArtifactPipelineComponent, BlobflowAssetProps, metadata as md
 from blobflow.testing import Tree, read_tree, write_tree
 from blobflow.transport import upload
 from tests.dagster.kit import (

@@ -9,8 +9,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from blobflow.dagster import ArtifactIOManager, BlobflowResource, failures
-from blobflow.dagster import metadata as md
+from blobflow.dagster import ArtifactIOManager, BlobflowResource, failures, metadata as md
 from blobflow.dagster.checkpoints import TRANSFERS
 from blobflow.dagster.failures import MAX_WAIT_S, as_dagster_error
 from blobflow.errors import ChecksumMismatch, SlowDown, StoreUnavailable

@@ -13,8 +13,7 @@ import dagster as dg
 import pytest
 
 from blobflow.coordination.refs import read_ref
-from blobflow.dagster import DirectoryImporter
-from blobflow.dagster import metadata as md
+from blobflow.dagster import DirectoryImporter, metadata as md
 from blobflow.dagster.checkpoints import transfer_journal
 from blobflow.dagster.fencing import INTERVAL_S, RunFence, StepOrphaned
 from blobflow.testing import Fault, Hook, Request, read_tree, write_tree
@@ -26,8 +25,7 @@ from tests.dagster.location_s3 import PARTS, WORKERS
 from tests.dagster.yard import Yard, is_gone, wait_for, yard
 from tests.fault_rules import Rule
 from tests.kit import sized
-from tests.strict_s3 import Exchange
-from tests.strict_s3 import Hook as ServerHook
+from tests.strict_s3 import Exchange, Hook as ServerHook
 
 
 class Watched:

@@ -18,8 +18,7 @@ import pytest
 from blobflow.backends import export_artifact
 from blobflow.coordination.lease import Lease
 from blobflow.coordination.refs import move_ref, read_ref
-from blobflow.dagster import ArtifactIOManager, ArtifactRef, BlobflowResource
-from blobflow.dagster import metadata as md
+from blobflow.dagster import ArtifactIOManager, ArtifactRef, BlobflowResource, metadata as md
 from blobflow.dagster.checkpoints import TRANSFERS
 from blobflow.errors import StoreUnavailable, UsageError
 from blobflow.testing import FailBefore, Fault, Request, Tree, read_tree, write_tree

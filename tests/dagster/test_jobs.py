@@ -13,8 +13,15 @@ import dagster as dg
 import pytest
 
 from blobflow.coordination.refs import move_ref, read_ref
-from blobflow.dagster import BlobflowResource, HandoffIOManager, gc_job, probe_check, probe_job, retention_job
-from blobflow.dagster import metadata as md
+from blobflow.dagster import (
+    BlobflowResource,
+    HandoffIOManager,
+    gc_job,
+    metadata as md,
+    probe_check,
+    probe_job,
+    retention_job,
+)
 from blobflow.errors import StoreUnavailable, UsageError
 from blobflow.stores.base import Body
 from blobflow.stores.probe import REPORT_KEY, Finding, ProbedStore, ProbeReport

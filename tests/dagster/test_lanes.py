@@ -8,8 +8,7 @@ from collections.abc import Callable
 import dagster as dg
 import pytest
 
-from blobflow.dagster import BlobflowTranslator
-from blobflow.dagster import metadata as md
+from blobflow.dagster import BlobflowTranslator, metadata as md
 from blobflow.errors import StoreUnavailable, UsageError
 from blobflow.testing import FailBefore, Fault, Hook, Request, read_tree
 from tests.dagster.kit import MIRROR, REMOTE, STEPS, FaultyResource, Place, facts, failure, succeeded

@@ -8,8 +8,7 @@ import dagster as dg
 import pytest
 
 from blobflow import DirectoryImporter, move_ref, upload
-from blobflow.dagster import artifact_mirror
-from blobflow.dagster import metadata as md
+from blobflow.dagster import artifact_mirror, metadata as md
 from blobflow.testing import read_tree
 from tests.dagster.kit import FOLLOWING, Place, facts, failure
 from tests.kit import TREE, artifact_of

@@ -12,8 +12,13 @@ import pytest
 from blobflow.backends import ImportResult
 from blobflow.coordination.lease import Lease
 from blobflow.coordination.refs import read_ref
-from blobflow.dagster import BlobflowAssetProps, BlobflowTranslator, DirectoryExporter, DirectoryImporter
-from blobflow.dagster import metadata as md
+from blobflow.dagster import (
+    BlobflowAssetProps,
+    BlobflowTranslator,
+    DirectoryExporter,
+    DirectoryImporter,
+    metadata as md,
+)
 from blobflow.dagster.pipeline import artifact_pipeline
 from blobflow.errors import PermissionMissing, StoreUnavailable, TransferBusy, UsageError
 from blobflow.testing import FailBefore, Fault, Hook, Request, read_tree, write_tree

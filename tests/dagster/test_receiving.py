@@ -14,21 +14,22 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from blobflow import (
-    DirectoryImporter,
-    MirrorReceiver,
-    Snapshot,
-    mirror_history,
-    mirror_status,
-    open_store,
-    upload,
-)
+from blobflow import DirectoryImporter, open_store, upload
 from blobflow.backends.sqlite import SqliteExporter, SqliteImporter
 from blobflow.cli import run as blobflow
-from blobflow.dagster import ArtifactMirror, received_mirror
-from blobflow.dagster import metadata as md
+from blobflow.dagster import ArtifactMirror, metadata as md, received_mirror
 from blobflow.errors import IntegrityError, NotFoundError, RefusedError, Unsupported, UsageError
-from blobflow.mirror import Bootstrapping, Following, ReceivedStore, SnapshotId, read_snapshots
+from blobflow.mirror import (
+    Bootstrapping,
+    Following,
+    MirrorReceiver,
+    ReceivedStore,
+    Snapshot,
+    SnapshotId,
+    mirror_history,
+    mirror_status,
+    read_snapshots,
+)
 from blobflow.mirror.client import MirrorClient
 from blobflow.mirror.receiver import follow_received, read_received
 from blobflow.mirror.server import MirrorServer

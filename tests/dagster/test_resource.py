@@ -19,8 +19,8 @@ from blobflow.dagster import (
     ProfileConfig,
     ReceiverResource,
     artifact_pipeline,
+    metadata as md,
 )
-from blobflow.dagster import metadata as md
 from blobflow.errors import UsageError
 from blobflow.stores import Store
 from blobflow.testing import read_tree

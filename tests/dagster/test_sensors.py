@@ -25,8 +25,7 @@ import pytest
 from blobflow import upload
 from blobflow.artifact.manifest import BodyInfo, IndexInfo, Manifest, artifact_digest
 from blobflow.coordination.refs import move_ref
-from blobflow.dagster import BlobflowResource, artifact_partitions, manifest_sensor, ref_sensor
-from blobflow.dagster import metadata as md
+from blobflow.dagster import BlobflowResource, artifact_partitions, manifest_sensor, metadata as md, ref_sensor
 from blobflow.errors import StoreConfigurationError, StoreUnavailable, UsageError
 from blobflow.stores import Store
 from blobflow.stores.local.store import LocalStore

@@ -27,10 +27,10 @@ from blobflow.dagster import (
     layer_assets,
     layer_restore_job,
     manifest_sensor,
+    metadata as md,
     ref_sensor,
     retention_job,
 )
-from blobflow.dagster import metadata as md
 from blobflow.stores import Store
 from blobflow.testing import read_tree, write_tree
 from tests.dagster.kit import MIRROR, REMOTE, SMALL, FaultyResource, Place, facts, failure

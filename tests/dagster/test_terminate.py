@@ -19,8 +19,8 @@ from blobflow.dagster import (
     gc_job,
     layer_assets,
     layer_restore_job,
+    metadata as md,
 )
-from blobflow.dagster import metadata as md
 from blobflow.errors import StoreUnavailable
 from blobflow.testing import FailBefore, Fault, Hook, Request, write_tree
 from tests.dagster.kit import STEPS, FaultyResource, Place, failure, succeeded

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from blobflow import BatchExecutor, BatchResult, Delete, Get, Got, Insert
+from blobflow.batch import BatchExecutor, BatchResult, Delete, Get, Got, Insert
 from blobflow.batch.runners import LoopRunner
 from blobflow.errors import (
     BlobflowError,

@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
-from blobflow import ObjectTarget, begin_upload, copy_artifact, download, open_store, transfer, upload, verify
+from blobflow import copy_artifact, download, open_store, upload, verify
 from blobflow.cli import run
 from blobflow.errors import Unsupported
+from blobflow.lanes import begin_upload
 from blobflow.layers import LayerSync
 from blobflow.maintenance.gc import collect
 from blobflow.stores.base import Capabilities, Store
 from blobflow.stores.local.store import LocalStore
 from blobflow.stores.probe import TRIAL_PREFIX
 from blobflow.stores.wrapping import WrappingStore
+from blobflow.streams import ObjectTarget, transfer
 from tests.kit import SMALL, artifact_of, keys
 from tests.strict_s3 import Limits, StrictS3
 

@@ -8,11 +8,11 @@ from array import array
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from blobflow import ChunkProfile, LayerSync
+from blobflow import ChunkProfile
 from blobflow.errors import ArtifactInvalid
+from blobflow.layers import LayerSync
 from blobflow.layers.cutting import PartCutter, known_size
 from blobflow.layers.format import FramePlan, encode_seek_table, parse_seek_table, seek_table_size
 from blobflow.layers.remote import RemoteLayer

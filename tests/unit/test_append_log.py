@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from blobflow import AppendLog, AppendLogExporter, AppendLogImporter, Artifact, import_artifact
-from blobflow.backends import append_log
+from blobflow import Artifact, import_artifact
+from blobflow.backends import AppendLog, AppendLogExporter, AppendLogImporter, append_log
 from blobflow.backends.append_log import LogRecord, read_records, read_state
 from blobflow.errors import (
     ArtifactInvalid,

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from blobflow import BatchExecutor, BatchResult, Delete, Deleted, Get, Got, Insert, Inserted
-from blobflow.batch import Operation, Payload
+from blobflow.batch import BatchExecutor, BatchResult, Delete, Deleted, Get, Got, Insert, Inserted, Operation, Payload
 from blobflow.batch.stream import MAX_PAYLOAD_BYTES
 from blobflow.errors import (
     AtCapacity,

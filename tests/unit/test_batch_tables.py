@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blobflow import BatchExecutor
+from blobflow.batch import BatchExecutor
 from blobflow.batch.tables import BatchReport, default_results, run_batch_file
 from blobflow.cli import run as run_command
 from blobflow.errors import (

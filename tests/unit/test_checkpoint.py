@@ -7,8 +7,9 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from blobflow import TransferCheckpoint, TransferRecord
+from blobflow import TransferRecord
 from blobflow.errors import UsageError
+from blobflow.streams import TransferCheckpoint
 
 
 @pytest.mark.seed("0.7")

@@ -24,13 +24,12 @@ from typing import Any
 import pytest
 
 import blobflow
-from blobflow import AppendLog, AppendLogImporter
 from blobflow.artifact.landing import Stage
-from blobflow.backends import BACKENDS
+from blobflow.backends import AppendLog, AppendLogImporter
+from blobflow.backends.registry import BACKENDS
 from blobflow.cli import run
 from blobflow.cli.progress import LINE_EVERY_S, Lines
-from blobflow.cli.settings import BACKENDS as CHOICES
-from blobflow.cli.settings import Settings
+from blobflow.cli.settings import BACKENDS as CHOICES, Settings
 from blobflow.scratch import scratch_directory
 from blobflow.testing import Executable, Tree, read_tree, write_tree
 from tests.clock import Clock

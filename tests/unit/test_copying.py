@@ -13,16 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from blobflow import (
-    Artifact,
-    ChunkProfile,
-    CopyResult,
-    TransferRecord,
-    copy_artifact,
-    open_store,
-    upload,
-    verify,
-)
+from blobflow import Artifact, ChunkProfile, CopyResult, TransferRecord, copy_artifact, open_store, upload, verify
 from blobflow.cli import run
 from blobflow.errors import (
     ArtifactInvalid,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import ChunkProfile, FileTarget, ObjectSource, ObjectTarget, TransferCheckpoint, open_store, transfer
+from blobflow import ChunkProfile, open_store
 from blobflow.checksum import crc32c
 from blobflow.errors import (
     ChecksumMismatch,
@@ -35,6 +35,7 @@ from blobflow.errors import (
 )
 from blobflow.stores.base import Body, Store
 from blobflow.stores.local.store import LocalStore
+from blobflow.streams import FileTarget, ObjectSource, ObjectTarget, TransferCheckpoint, transfer
 from blobflow.testing import FailAfter, FaultyStore, Hook, Request, scripted_faults
 from tests.kit import Killed, declare, dies_at, give_away, keys, noise, watched
 from tests.servers import S3Endpoint
@@ -101,7 +102,8 @@ class Journal:
 
 _MEMORY = """
 import resource, sys
-from blobflow import ChunkProfile, ObjectTarget, open_store, transfer
+from blobflow import ChunkProfile, open_store
+from blobflow.streams import ObjectTarget, transfer
 
 MIB = 2**20
 store = open_store(sys.argv[1])

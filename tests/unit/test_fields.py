@@ -6,14 +6,8 @@ from typing import Any
 
 import pytest
 
-from blobflow import (
-    AppendLogExporter,
-    ChunkProfile,
-    DirectoryExporter,
-    DirectoryImporter,
-    ParquetImporter,
-    SqliteExporter,
-)
+from blobflow import ChunkProfile, DirectoryExporter, DirectoryImporter
+from blobflow.backends import AppendLogExporter, ParquetImporter, SqliteExporter
 from blobflow.errors import UsageError
 from blobflow.fields import KnownFields
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import Artifact, LayerSync, begin_download, download, fetch_lane, upload
+from blobflow import Artifact, download, upload
 from blobflow.artifact.landing import STAGE_PREFIX, Stage, is_fixed
 from blobflow.artifact.members import verify_members
 from blobflow.errors import ArtifactNotFound, DestinationNotEmpty, RefusedError
+from blobflow.lanes import begin_download, fetch_lane
+from blobflow.layers import LayerSync
 from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FaultyStore, write_tree
 from tests.kit import SERIAL, SMALL, TREE, Killed, artifact_of, dies_before, local_store

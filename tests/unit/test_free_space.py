@@ -8,23 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import (
-    Artifact,
-    DirectoryImporter,
-    FileTarget,
-    LayerSync,
-    ObjectSource,
-    begin_download,
-    download,
-    durable,
-    export_artifact,
-    import_artifact,
-    transfer,
-    upload,
-)
+from blobflow import Artifact, DirectoryImporter, download, durable, export_artifact, import_artifact, upload
 from blobflow.durable import free_bytes
 from blobflow.errors import DiskTooSmall
+from blobflow.lanes import begin_download
+from blobflow.layers import LayerSync
 from blobflow.stores.local.store import LocalStore
+from blobflow.streams import FileTarget, ObjectSource, transfer
 from blobflow.testing import FaultyStore, write_tree
 from tests.kit import SERIAL, SMALL, Killed, artifact_of, declare, dies_before, keys, local_store, noise
 

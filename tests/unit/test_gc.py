@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from typing_extensions import override
 
-from blobflow import Artifact, LayerSync, download, open_store, upload, verify
+from blobflow import Artifact, download, open_store, upload, verify
 from blobflow.artifact.landing import STAGE_PREFIX
 from blobflow.cli import run
 from blobflow.coordination.refs import move_ref
 from blobflow.errors import NoSuchUpload, UsageError
+from blobflow.layers import LayerSync
 from blobflow.maintenance.gc import DEFAULT_AGE_S, GcReport, collect, collect_stages
 from blobflow.owner import process_owner
 from blobflow.stores.base import Body, Store, UploadMeta

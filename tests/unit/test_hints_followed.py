@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import AppendLog, BatchExecutor, export_artifact, upload
+from blobflow import export_artifact, upload
+from blobflow.backends import AppendLog
+from blobflow.batch import BatchExecutor
 from blobflow.batch.tables import run_batch_file
 from blobflow.cli import run
 from blobflow.errors import (

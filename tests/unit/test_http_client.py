@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from blobflow import BatchExecutor, BatchResult, Get, Insert
+from blobflow.batch import BatchExecutor, BatchResult, Get, Insert
 from blobflow.errors import (
     ObjectChanged,
     SizeMismatch,

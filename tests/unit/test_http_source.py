@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import ChunkProfile, FileTarget, HttpSource, TransferCheckpoint, TransferResult, transfer
+from blobflow import ChunkProfile
 from blobflow.errors import (
     BlobflowError,
     NotFoundError,
@@ -26,6 +26,7 @@ from blobflow.errors import (
     Unsupported,
     UsageError,
 )
+from blobflow.streams import FileTarget, HttpSource, TransferCheckpoint, TransferResult, transfer
 from tests.clock import Clock
 from tests.kit import noise
 from tests.loopback import LoopbackServer

@@ -14,8 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from blobflow.artifact.index import Index, Member, path_fault
-from blobflow.artifact.index_parquet import _SCHEMA as SCHEMA
-from blobflow.artifact.index_parquet import decode_index, decode_origins, encode_index, encode_origins
+from blobflow.artifact.index_parquet import (
+    _SCHEMA as SCHEMA,
+    decode_index,
+    decode_origins,
+    encode_index,
+    encode_origins,
+)
 from blobflow.artifact.limits import ROWS_PER_GROUP
 from blobflow.checksum import EMPTY_SHA256, crc32c, sha256
 from blobflow.errors import ArtifactInvalid, HostileArtifact

@@ -14,18 +14,7 @@ from pathlib import Path
 import pytest
 from typing_extensions import override
 
-from blobflow import (
-    Artifact,
-    ChunkProfile,
-    TransferRecord,
-    UploadTicket,
-    begin_upload,
-    commit_upload,
-    open_store,
-    send_parts,
-    upload,
-    verify,
-)
+from blobflow import Artifact, ChunkProfile, TransferRecord, open_store, upload, verify
 from blobflow.errors import (
     ChecksumMismatch,
     KeyConflict,
@@ -36,6 +25,7 @@ from blobflow.errors import (
     UploadIncomplete,
     UsageError,
 )
+from blobflow.lanes import UploadTicket, begin_upload, commit_upload, send_parts
 from blobflow.stores.base import Body, Capabilities, ObjectMeta, PartMeta
 from blobflow.stores.local.store import LocalStore
 from blobflow.stores.wrapping import WrappingStore

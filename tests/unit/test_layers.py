@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from blobflow import ChunkProfile, LayerSync, open_store, read_ref
+from blobflow import ChunkProfile, open_store, read_ref
 from blobflow.artifact.leftovers import remove_stages
 from blobflow.checksum import crc32c
 from blobflow.errors import (
@@ -37,7 +37,7 @@ from blobflow.errors import (
     UploadInterrupted,
     UsageError,
 )
-from blobflow.layers import LayerSyncResult, restoring
+from blobflow.layers import LayerSync, LayerSyncResult, restoring
 from blobflow.layers.format import Codec, encode_seek_table
 from blobflow.layers.names import layer_key
 from blobflow.layers.remote import RemoteLayer

@@ -10,20 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import (
-    AppendLogImporter,
-    Artifact,
-    DirectoryExporter,
-    ParquetExporter,
-    ParquetImporter,
-    SqliteImporter,
-    download,
-    export_artifact,
-    upload,
-    verify,
-)
+from blobflow import Artifact, DirectoryExporter, download, export_artifact, upload, verify
 from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.artifact.members import verify_members
+from blobflow.backends import AppendLogImporter, ParquetExporter, ParquetImporter, SqliteImporter
 from blobflow.dagster.failures import error_metadata
 from blobflow.errors import MAX_QUOTED, BlobflowError, DigestMismatch, InvalidKey, reading, setting, storing, writing
 from blobflow.trees import Cursor, Opened, open_below

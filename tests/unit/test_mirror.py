@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from blobflow import MirrorReceiver, SnapshotEnvelope, SnapshotId
 from blobflow.checksum import combine_all, crc32c
 from blobflow.errors import (
     ChecksumMismatch,
@@ -30,7 +29,17 @@ from blobflow.errors import (
     StoreUnavailable,
     TransferBusy,
 )
-from blobflow.mirror import Bootstrapping, Committed, Following, Pending, ReceiverStatus, read_snapshots
+from blobflow.mirror import (
+    Bootstrapping,
+    Committed,
+    Following,
+    MirrorReceiver,
+    Pending,
+    ReceiverStatus,
+    SnapshotEnvelope,
+    SnapshotId,
+    read_snapshots,
+)
 from tests.kit import noise
 
 MIB = 1024 * 1024

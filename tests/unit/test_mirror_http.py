@@ -20,7 +20,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from blobflow import MirrorReceiver, Snapshot, SnapshotEnvelope, SnapshotId, upload
+from blobflow import upload
 from blobflow.artifact.manifest import artifact_digest
 from blobflow.checksum import crc32c
 from blobflow.errors import (
@@ -35,7 +35,7 @@ from blobflow.errors import (
     StoreUnavailable,
     UsageError,
 )
-from blobflow.mirror import Bootstrapping, Following
+from blobflow.mirror import Bootstrapping, Following, MirrorReceiver, Snapshot, SnapshotEnvelope, SnapshotId
 from blobflow.mirror.client import MirrorClient
 from blobflow.mirror.envelope import FrameDecoder, head_bytes
 from blobflow.mirror.sending import FileSource

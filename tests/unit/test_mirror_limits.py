@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import MirrorReceiver, Snapshot, SnapshotEnvelope, SnapshotId
 from blobflow.checksum import crc32c
 from blobflow.errors import AtCapacity, DiskFull, ObjectTooLarge, PermissionMissing, StoreConfigurationError, UsageError
+from blobflow.mirror import MirrorReceiver, Snapshot, SnapshotEnvelope, SnapshotId
 from blobflow.mirror.client import MirrorClient
 from blobflow.mirror.door import Door
 from blobflow.mirror.server import MirrorServer, Sender, mirror_app, read_senders

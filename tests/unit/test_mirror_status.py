@@ -10,23 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import (
-    AppendLog,
-    AppendLogExporter,
-    AppendLogImporter,
-    Artifact,
-    DirectoryImporter,
-    download,
-    import_artifact,
-    mirror_history,
-    mirror_status,
-    move_ref,
-    upload,
-)
+from blobflow import Artifact, DirectoryImporter, download, import_artifact, move_ref, upload
 from blobflow.artifact.artifact import write_artifact
-from blobflow.backends import mirror_history as history_module
+from blobflow.backends import AppendLog, AppendLogExporter, AppendLogImporter, mirror_history as history_module
 from blobflow.backends.mirror_history import HISTORY_NAME
 from blobflow.errors import NotFoundError, RefusedError
+from blobflow.mirror import mirror_history, mirror_status
 from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FaultyStore
 from tests.kit import SERIAL, Killed, artifact_of, dies_at, local_store

@@ -42,7 +42,7 @@ from blobflow.stores import open_store
 from blobflow.stores.base import Body
 from blobflow.stores.local.store import LocalStore
 from blobflow.streams.ends import FileTarget
-from blobflow.streams.transfer import transfer
+from blobflow.streams.transferring import transfer
 from tests.kit import artifact_of
 
 SIDES: Final[dict[str, Callable[[], AbstractContextManager[None]]]] = {

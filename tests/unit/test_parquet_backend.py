@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blobflow import Artifact, ParquetExporter, ParquetImporter, export_artifact, import_artifact
+from blobflow import Artifact, export_artifact, import_artifact
 from blobflow.artifact.artifact import write_artifact
+from blobflow.backends import ParquetExporter, ParquetImporter
 from blobflow.errors import ArtifactInvalid, RefusedError, UnsupportedSource
 from tests.kit import read_parquet, write_parquet
 

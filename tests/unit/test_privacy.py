@@ -7,8 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from blobflow.artifact.artifact import checked_layout, write_artifact
 from blobflow.artifact.index import Index, Member

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import MirrorReceiver
 from blobflow.backends.mirror_history import HistoryEntry, add_to_history, read_history
 from blobflow.errors import RefusedError
 from blobflow.layers.state import StateTable
+from blobflow.mirror import MirrorReceiver
 from blobflow.private import PrivateDirectory
 from blobflow.scratch import scratch_directory
 from blobflow.stores import PutMode

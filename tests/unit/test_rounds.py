@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 
 from blobflow import (
-    AppendLog,
-    AppendLogExporter,
     DirectoryExporter,
     ExportResult,
     Lease,
@@ -29,6 +27,7 @@ from blobflow import (
     upload,
     verify,
 )
+from blobflow.backends import AppendLog, AppendLogExporter
 from blobflow.coordination.lease_store import ObjectLeaseStore
 from blobflow.coordination.refs import fence_ref, move_ref
 from blobflow.coordination.rounds import ExportRound, RoundToken, content_key, take_token

@@ -18,8 +18,7 @@ import botocore.loaders
 import botocore.session
 import pytest
 from botocore.credentials import ReadOnlyCredentials
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from blobflow.stores.s3.endpoint import Address, S3Endpoint, plain_address, prepared_address
 from blobflow.stores.s3.options import S3Options

@@ -7,8 +7,7 @@ from datetime import datetime, timedelta, timezone
 from xml.etree import ElementTree as ET
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from blobflow.stores.base import PartMeta
 from blobflow.stores.s3.xml import (

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import Artifact, SqliteExporter, SqliteImporter, import_artifact
-from blobflow.backends import sqlite
+from blobflow import Artifact, import_artifact
+from blobflow.backends import SqliteExporter, SqliteImporter, sqlite
 from blobflow.backends.files import export_files
 from blobflow.backends.sqlite import DATABASE_NAME
 from blobflow.errors import (

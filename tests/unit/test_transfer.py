@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import ChunkProfile, TransferCheckpoint, TransferResult, transfer
+from blobflow import ChunkProfile
 from blobflow.checksum import crc32c
 from blobflow.errors import (
     DigestMismatch,
@@ -27,6 +27,7 @@ from blobflow.errors import (
     StoreUnavailable,
     TimedOut,
 )
+from blobflow.streams import TransferCheckpoint, TransferResult, transfer
 from tests.kit import noise
 
 DATA = noise(1024)
@@ -83,7 +84,8 @@ class Hangs:
 
 _MEMORY = """
 import resource, sys
-from blobflow import ChunkProfile, transfer
+from blobflow import ChunkProfile
+from blobflow.streams import transfer
 
 MIB = 2**20
 

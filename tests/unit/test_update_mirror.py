@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from blobflow import Artifact, DirectoryImporter, ProgressEvent, mirror_history, upload
+from blobflow import Artifact, DirectoryImporter, ProgressEvent, upload
 from blobflow.coordination.refs import move_ref
 from blobflow.errors import DigestMismatch, LeaseLost, RefusedError, StoreUnavailable
+from blobflow.mirror import mirror_history
 from blobflow.mirror.update import MirrorUpdate, shown, stage_artifact, update_mirror
 from blobflow.testing import FailBefore, Fault, FaultyStore, Request, Tree, read_tree, write_tree
 from blobflow.transport.lanes import begin_download, fetch_lane

@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 import pytest
 
-from blobflow import DirectoryImporter, LayerSync, MirrorReceiver, SnapshotEnvelope, SnapshotId
+from blobflow import DirectoryImporter
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import artifact_digest
 from blobflow.backends.directory import DirectoryExporter
 from blobflow.backends.sqlite import SqliteExporter, SqliteImporter
 from blobflow.checksum import crc32c
+from blobflow.layers import LayerSync
+from blobflow.mirror import MirrorReceiver, SnapshotEnvelope, SnapshotId
 from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FaultyStore, write_tree
 from blobflow.transport import download, read_manifest_bytes, upload

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from blobflow import DirectoryExporter, LayerSync, Lease, begin_upload, export_artifact, upload
+from blobflow import DirectoryExporter, Lease, export_artifact, upload
 from blobflow.backends.files import export_files
 from blobflow.errors import KeyConflict, Unsupported, UnsupportedSource
+from blobflow.lanes import begin_upload
+from blobflow.layers import LayerSync
 from blobflow.stores.s3.options import S3Options, largest_object
 from blobflow.testing import FaultyStore, Hook, Request, write_tree
 from tests.kit import SMALL, artifact_of, declare, keys, local_store, noise

@@ -1,1 +1,10 @@
 """The S3 store: AWS and every server that speaks its language (Ceph, MinIO, R2 ...)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from blobflow import moved
+
+if not TYPE_CHECKING:
+    __getattr__ = moved.attach(__name__)
