@@ -42,11 +42,12 @@ from pydantic_core import InitErrorDetails
 from blobflow.backends.registry import BACKENDS, backend_classes
 from blobflow.config import ChunkProfile
 from blobflow.coordination.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S
+from blobflow.dagster.failures import DEFAULT_RETRY_POLICY
 from blobflow.dagster.mirror import MIRRORS, artifact_mirror
 from blobflow.dagster.pipeline import build_pipeline, export_schedule
 from blobflow.dagster.resource import BlobflowResource, ProfileConfig
 from blobflow.dagster.sensors import Announce
-from blobflow.dagster.spec import DEFAULT_RETRY_POLICY, BlobflowAssetProps, BlobflowTranslator, PipelineSpec
+from blobflow.dagster.spec import BlobflowAssetProps, BlobflowTranslator, PipelineSpec
 from blobflow.errors import UsageError, expanded
 from blobflow.fields import check_names
 from blobflow.stores.base import key_segment

@@ -11,6 +11,11 @@ from blobflow.dagster import metadata as md
 from blobflow.dagster.fencing import RunFence, StepOrphaned
 from blobflow.errors import BlobflowError, Value
 
+DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
+    max_retries=3, delay=10, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS
+)
+"""Of every step and job, unless its user names another one. The store repeats requests for two minutes before a step
+fails, so that three more attempts outlive most outages."""
 MAX_WAIT_S: Final = 300.0
 """The longest that a step waits for its next attempt, whatever the store asks for."""
 

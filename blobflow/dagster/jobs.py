@@ -10,7 +10,7 @@ import dagster as dg
 from pydantic import Field, create_model
 
 from blobflow.dagster import metadata as md
-from blobflow.dagster.failures import dagster_errors
+from blobflow.dagster.failures import DEFAULT_RETRY_POLICY, dagster_errors
 from blobflow.errors import StoreUnavailable, UsageError
 from blobflow.fields import KnownFields
 from blobflow.maintenance.gc import DEFAULT_AGE_S, check_age, collect
@@ -22,8 +22,6 @@ from blobflow.transport.catalog import REF_SUFFIX
 CORRECTNESS: Final = ("create_only", "compare_and_swap", "reads_ranges")
 """Guarantees without which two rounds may run at once and the last writer of a key wins, or nothing can be kept at all.
 Without the others, transfers are slower or start over after a crash, and verifications read more."""
-
-DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(max_retries=3, delay=30, backoff=dg.Backoff.EXPONENTIAL)
 
 RUNS_AGE_S: Final = 30 * 24 * 3600.0
 """After which nobody starts a failed run again from where it stopped."""

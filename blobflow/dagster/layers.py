@@ -20,8 +20,8 @@ from blobflow.backends.directory import Symlinks
 from blobflow.backends.patterns import ExcludePatterns
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import step_journal
+from blobflow.dagster.failures import DEFAULT_RETRY_POLICY
 from blobflow.dagster.resource import BlobflowResource
-from blobflow.dagster.spec import DEFAULT_RETRY_POLICY
 from blobflow.errors import UsageError
 from blobflow.fields import KnownFields, check_choice
 from blobflow.layers.names import CONTAINERS

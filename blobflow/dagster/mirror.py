@@ -17,10 +17,10 @@ from typing import Any, Final
 
 import dagster as dg
 
+from blobflow.dagster.failures import DEFAULT_RETRY_POLICY
 from blobflow.dagster.pipeline import mirror_asset
 from blobflow.dagster.sensors import Announce, artifact_partitions, manifest_sensor, ref_sensor
 from blobflow.dagster.spec import (
-    DEFAULT_RETRY_POLICY,
     BlobflowAssetProps,
     BlobflowTranslator,
     ImporterOf,

@@ -19,10 +19,10 @@ from typing import Any
 import dagster as dg
 
 from blobflow.coordination.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S
+from blobflow.dagster.failures import DEFAULT_RETRY_POLICY
 from blobflow.dagster.handles import PIN, StagedHandle, UploadHandle
 from blobflow.dagster.lanes import download_graph, upload_graph
 from blobflow.dagster.spec import (
-    DEFAULT_RETRY_POLICY,
     BlobflowTranslator,
     ExporterOf,
     ImporterOf,

@@ -21,9 +21,10 @@ from blobflow.artifact.artifact import Artifact
 from blobflow.backends import Importer, ImportResult, OnProgress
 from blobflow.backoff import DEFAULT_PATIENCE_S
 from blobflow.dagster import metadata as md
+from blobflow.dagster.failures import DEFAULT_RETRY_POLICY
 from blobflow.dagster.mirror import MIRRORS, ArtifactMirror, artifact_mirror
 from blobflow.dagster.resource import TransferResource
-from blobflow.dagster.spec import DEFAULT_RETRY_POLICY, BlobflowTranslator
+from blobflow.dagster.spec import BlobflowTranslator
 from blobflow.errors import UsageError, expanded
 from blobflow.mirror import Bootstrapping, ReceivedStore, SnapshotId, read_snapshots
 from blobflow.stores import Store

@@ -11,15 +11,13 @@ import dagster as dg
 
 from blobflow.backends import Exporter, Importer
 from blobflow.coordination.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S
+from blobflow.dagster.failures import DEFAULT_RETRY_POLICY
 from blobflow.dagster.resource import BlobflowResource
 from blobflow.errors import UsageError
 from blobflow.fields import check_choice
 from blobflow.stores.base import key_segment
 from blobflow.transport import VerifyMode
 
-DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
-    max_retries=3, delay=10, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS
-)
 MAX_LANES: Final = 64
 """A graph of more steps is too large to read, and each step costs seconds of processor time."""
 
