@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from blobflow.errors import BlobflowError
+from blobflow.errors import BlobflowError, TemporaryError
 
 DEFAULT_PATIENCE_S: Final = 120.0
 """Longer than a store's restart or a failover; shorter than an operator's."""
@@ -63,7 +63,7 @@ class Backoff:
             self._ends_at = now + self._patience_s
         self.failures += 1
         left_s = self._ends_at - now
-        asked_s: float = getattr(error, "retry_after_s", None) or 0.0
+        asked_s = (error.retry_after_s if isinstance(error, TemporaryError) else None) or 0.0
         if left_s <= 0 or asked_s > left_s:
             raise error
         wait_s = jittered_wait_s(self.failures, first_s=_FIRST_WAIT_S, longest_s=_LONGEST_WAIT_S)

@@ -172,7 +172,10 @@ def checked_layout(manifest_file: ManifestFile, index: Index) -> TarMap:
 
 def _contradiction(what: str, promised: object, actual: object) -> ArtifactInvalid:
     return ArtifactInvalid(
-        f"the manifest's {what} is {promised}, its index gives {actual}", expected=promised, actual=actual
+        f"the manifest's {what} is {promised}, its index gives {actual}",
+        what=what,
+        expected=str(promised),
+        actual=str(actual),
     )
 
 
@@ -264,7 +267,9 @@ class PayloadSource:
             while target:
                 count = os.preadv(descriptor, [target], offset)
                 if not count:
-                    raise SourceChanged(f"source file {path!r} became shorter than {offset} bytes", path=path)
+                    raise SourceChanged(
+                        f"source file {path!r} became shorter than {offset} bytes", path=path, what="size"
+                    )
                 target = target[count:]
                 offset += count
         finally:

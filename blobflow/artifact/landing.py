@@ -299,7 +299,7 @@ class Stage:
         except DiskTooSmall as error:
             if not self.done:
                 self.discard()
-            raise too_small(str(self.dest), error.fields["needed"], error.fields["free"]) from None
+            raise too_small(str(self.dest), error.needed, error.free) from None
 
     def forget_all(self) -> None:
         """Forget every part, for good: what follows makes the tree another one."""
@@ -610,9 +610,8 @@ class Landing:
 
     def forget(self, error: DigestMismatch) -> None:
         """Forget the parts of the member that `error` names, so that the next run fetches them again."""
-        member: int | None = error.fields.get("member")
-        if member is not None:
-            offset, length = self.layout.content_range(member + FIRST_MEMBER)
+        if error.member is not None:
+            offset, length = self.layout.content_range(error.member + FIRST_MEMBER)
             self.stage.drop(self.plan.parts_of(offset, length))
 
     def _read_back(self, member: int, offset: int, length: int) -> Iterator[memoryview]:

@@ -69,7 +69,7 @@ def verify_members(artifact: Artifact, *, on_progress: Callable[[int, int], None
         path = index.paths[i]
         if path.endswith("/"):
             if not _is_directory(root, path):
-                raise SourceChanged(f"directory {path!r} of {artifact!r} is missing", path=path)
+                raise SourceChanged(f"directory {path!r} of {artifact!r} is missing", path=path, what="existence")
             return FileHash(0, EMPTY_SHA256, 0)
         with reading(path), open_regular(root, path) as file:
             return hash_descriptor(file.fileno(), buffer)
@@ -112,5 +112,5 @@ def open_regular(root: str | Path, path: str) -> io.FileIO:
         descriptor = open_below(root, path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise SourceChanged(f"{path!r} is no longer a regular file", path=path)
+        raise SourceChanged(f"{path!r} is no longer a regular file", path=path, what="type")
     return io.FileIO(descriptor)

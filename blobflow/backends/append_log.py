@@ -432,7 +432,9 @@ class AppendLogImporter(VersionedImporter):
         if len(paths) != 1 or not _NAME.fullmatch(paths[0]):
             # A second file could be newer than the one that the cursor speaks of.
             raise HostileArtifact(
-                f"{artifact!r} is not a log: it has members {', '.join(map(quoted, paths[:3]))}", reason="members"
+                f"{artifact!r} is not a log: it has members {', '.join(map(quoted, paths[:3]))}",
+                path=str(artifact.path),
+                reason="members",
             )
         self._check_order(artifact.manifest.cursor)
 
@@ -445,7 +447,8 @@ class AppendLogImporter(VersionedImporter):
             raise ArtifactInvalid(
                 f"the log in {artifact!r} ends at record {found.cursor}, the manifest says {quoted(promised)}",
                 path=str(artifact.path),
-                expected=promised,
+                what="cursor",
+                expected=str(promised),
                 actual=found.cursor,
             )
 

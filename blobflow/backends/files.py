@@ -63,7 +63,7 @@ def all_or_nothing(dest: Path) -> Generator[None]:
             with Opened(dest) as directory:
                 remove_entries(directory)
         if isinstance(error, SourceChanged):
-            raise SourceBusy(error.message, **error.fields) from error
+            raise error.while_exporting() from error
         raise
 
 

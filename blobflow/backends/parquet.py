@@ -132,7 +132,7 @@ class ParquetImporter(VersionedImporter):
                 f"{artifact!r} has the schema {plain(str(told))}, this mirror takes {self.schema_sha256}",
                 hint="migrate the readers of the mirror first, then change schema_sha256",
                 expected=self.schema_sha256,
-                actual=told,
+                actual=str(told),
             )
 
     @override

@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Callable, Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Final, cast
+from typing import Final, TypeAlias, cast
 
 from pydantic import ConfigDict, Field, JsonValue
 from typing_extensions import override
@@ -22,7 +22,6 @@ from blobflow.backends.files import export_files
 from blobflow.backends.versioned_importer import VersionedImporter
 from blobflow.errors import (
     ArtifactInvalid,
-    BlobflowError,
     DiskFull,
     HostileArtifact,
     NotFoundError,
@@ -47,6 +46,8 @@ _STEP_PAGES: Final = 4096
 _STEP_INSTRUCTIONS: Final = 10_000_000
 """Of SQLite's machine between two signs of life while a database is checked: a few tenths of a second."""
 
+Damaged: TypeAlias = type[UnsupportedSource] | type[ArtifactInvalid]
+"""What a damaged database is: the source of an export, or what an artifact holds."""
 
 _COPY_BYTES: Final = 1 << 20
 _WAL_VERSIONS: Final = slice(18, 20)
@@ -207,6 +208,7 @@ class SqliteImporter(VersionedImporter):
             # A journal beside the database would be applied to it by the first who opens it.
             raise HostileArtifact(
                 f"{artifact!r} is not a database: it has members {', '.join(map(quoted, artifact.index.paths[:3]))}",
+                path=str(artifact.path),
                 reason="members",
             )
 
@@ -263,7 +265,7 @@ def _connect(path: Path, parameters: str, *, timeout_s: float = 0.0) -> sqlite3.
 
 
 @contextmanager
-def _errors_of(path: Path, damaged: type[BlobflowError] = UnsupportedSource) -> Generator[None]:
+def _errors_of(path: Path, damaged: Damaged = UnsupportedSource) -> Generator[None]:
     """Errors of SQLite about the database at `path`, in this package's words."""
     try:
         yield
@@ -323,7 +325,7 @@ def _version(path: Path) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _check(connection: sqlite3.Connection, path: Path, alive: Callable[[], None], damaged: type[BlobflowError]) -> None:
+def _check(connection: sqlite3.Connection, path: Path, alive: Callable[[], None], damaged: Damaged) -> None:
     """Let SQLite prove that the database is whole; what `alive` raises meanwhile ends it, and comes out here.
 
     Rows that break a constraint are the application's business: it may have had none when it wrote them. Where an index

@@ -209,7 +209,8 @@ class ThreadRunner(Runner):
             except RuntimeError as error:  # the system has no more of them
                 with self._changed:
                     self._threads.discard(thread)
-                self._end(task, None, StoreUnavailable(f"no thread for {task.key!r}: {error}", key=task.key))
+                message = f"no thread for {task.key!r}: {error}"
+                self._end(task, None, StoreUnavailable(message, operation=task.operation.kind, key=task.key))
                 return
         self._queue.put(task)
 

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from blobflow.artifact.pages import DELTA_BYTE_ARRAY, DICTIONARY, FileBytes, check_foreign_footer, column_chunks, pages
-from blobflow.batch.operations import BatchResult, Delete, Get, Got, Insert, Inserted, Operation
+from blobflow.batch.operations import PIECE_BYTES, BatchResult, Delete, Get, Got, Insert, Inserted, Operation
 from blobflow.batch.stream import BatchExecutor
 from blobflow.durable import append_at, names_file, try_lock, whole_lines
 from blobflow.errors import (
@@ -197,7 +197,8 @@ def _row(index: int, result: BatchResult, *, payloads: bool) -> dict[str, Any]:
             return row | {"status": "absent"}
         with response.payload as payload:
             if payload.is_open and payloads:
-                error = ObjectTooLarge(f"{result.key!r} has {payload.size} bytes, too many for a table")
+                message = f"{result.key!r} has {payload.size} bytes, too many for a table"
+                error = ObjectTooLarge(message, key=result.key, limit=PIECE_BYTES)
             else:
                 row |= _about(payload.meta)
                 if payloads:

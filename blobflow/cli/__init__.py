@@ -105,7 +105,7 @@ def _run(arguments: Sequence[str], settings: Settings) -> int:
     except OutputLost:
         raise
     except OSError as error:
-        found = error_anywhere(error, str(error), {"path": error.filename})
+        found = error_anywhere(error, str(error), path=error.filename)
         if found is None:
             return _unexpected(error, settings)
         settings.fail(found.to_dict(as_option), error)

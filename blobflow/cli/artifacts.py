@@ -13,7 +13,7 @@ import click
 from blobflow.cli.formatting import from_before, human_size, human_time, left_out, left_out_facts, members_of, table
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
 from blobflow.cli.settings import BACKENDS, PATH, Command, DigestType, SampleType, Settings
-from blobflow.errors import IntegrityError, RefusedError, SourceBusy, SourceChanged
+from blobflow.errors import IntegrityError, RefusedError, SourceChanged
 from blobflow.scratch import scratch_directory
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def push(
                 try:
                     result, status = _sent(store, key, exported.artifact, **arguments)
                 except SourceChanged as error:  # the next push exports it again
-                    raise SourceBusy(error.message, **error.fields) from error
+                    raise error.while_exporting() from error
     seconds = time.monotonic() - started
     settings.report(
         {
@@ -367,7 +367,8 @@ def verify(
         except IntegrityError as error:
             heal = f"`blobflow push SRC {key} --heal` uploads it again from a source of the same content"
             hint = f"{error.hint}; or {heal}" if error.hint else heal
-            raise type(error)(error.message, hint=hint, **error.fields) from error
+            error.advise(hint)
+            raise
     settings.report(
         {
             "status": result.status,

@@ -133,7 +133,7 @@ class Settings:
 
     def stopped(self, number: signal.Signals) -> int:
         """Report the signal that ended the command; the exit code that says so."""
-        hint = TemporaryError.default_hint if self.resumes else ""
+        hint = TemporaryError.hint if self.resumes else ""
         self.fail({"type": "Interrupted", "message": f"stopped by {number.name}", "hint": hint})
         return 128 + number
 

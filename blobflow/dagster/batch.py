@@ -223,7 +223,7 @@ def _executed(
         )
         more = retry_policy is not None and context.retry_number < retry_policy.max_retries
         if report.failed and report.retryable and more:
-            raise StoreUnavailable(f"{report.failed} operations failed for passing reasons")
+            raise StoreUnavailable(f"{report.failed} operations failed for passing reasons", operation="batch")
     return report
 
 

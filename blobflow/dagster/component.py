@@ -310,7 +310,7 @@ def _check_fields(where: tuple[str, ...], model: type[BaseModel], given: Any) ->
     except UsageError as error:
         # Of a type that pydantic has, or else Dagster cannot repeat it.
         place = InitErrorDetails(
-            type="value_error", loc=(*where, error.field), input=None, ctx={"error": error.message}
+            type="value_error", loc=(*where, str(error.field)), input=None, ctx={"error": error.message}
         )
         raise ValidationError.from_exception_data(model.__name__, [place]) from None
     for name, value in given.items():

@@ -9,7 +9,7 @@ import dagster as dg
 from blobflow.activity import SILENCE_S, reporting_waits
 from blobflow.dagster import metadata as md
 from blobflow.dagster.fencing import RunFence, StepOrphaned
-from blobflow.errors import BlobflowError, Value
+from blobflow.errors import BlobflowError, TemporaryError, Value
 
 DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
     max_retries=3, delay=10, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS
@@ -39,7 +39,8 @@ def as_dagster_error(
         facts: More metadata: how far the step had come.
     """
     if error.retryable and retry_policy is not None and retry_number < retry_policy.max_retries:
-        wait = max(retry_policy.calculate_delay(retry_number + 1), error.fields.get("retry_after_s", 0.0))
+        asked = error.retry_after_s if isinstance(error, TemporaryError) else None
+        wait = max(retry_policy.calculate_delay(retry_number + 1), asked or 0.0)
         return dg.RetryRequested(max_retries=retry_policy.max_retries, seconds_to_wait=min(wait, MAX_WAIT_S))
     said = error.to_dict(as_field)
     description = f"{said['message']}. Hint: {said['hint']}." if said["hint"] else said["message"]

@@ -25,12 +25,18 @@ INTERVAL_S: Final = 3.0
 
 
 class StepOrphaned(BlobflowError):
-    """The run of this step is over or being terminated, or its run worker died. Fields: run_id, reason.
+    """The run of this step is over or being terminated, or its run worker died.
 
     Of no group: it says nothing of the artifact that the step was at.
+
+    Attributes:
+        run_id: The run.
+        reason: Why the step stops.
     """
 
-    default_hint = "nothing is lost: what was moved is kept, and the next attempt continues there"
+    hint: str = "nothing is lost: what was moved is kept, and the next attempt continues there"
+    run_id: str
+    reason: str
 
 
 class RunFence:

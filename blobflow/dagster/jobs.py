@@ -287,6 +287,7 @@ def _raise_if_any(failed: Sequence[str]) -> None:
         raise StoreUnavailable(
             f"{len(failed)} of the keys could not be removed, for example {failed[0]!r}",
             hint="run the job again; what was removed is removed",
+            operation="delete",
             key=failed[0],
         )
 

@@ -531,7 +531,7 @@ class _Tick:
                 read_manifest_bytes(self._store, str(step.key))
             except BlobflowError as error:
                 return error
-            return ReplacementInProgress(f"{step.key!r} has just appeared", key=step.key)
+            return ReplacementInProgress(f"{step.key!r} has just appeared", key=str(step.key))
         except BlobflowError as error:
             return error
 
@@ -679,7 +679,8 @@ def _outcome(read: "Future[StoredObject | BlobflowError]", at: str, deadline: fl
     try:
         return read.result(timeout=max(0.0, deadline - monotonic()))
     except NotInTime:
-        return StoreUnavailable(f"{at!r} was not read in time", hint="see why the store is slow", key=at)
+        hint = "see why the store is slow"
+        return StoreUnavailable(f"{at!r} was not read in time", hint=hint, operation="get", key=at)
 
 
 def _pace(timestamps: Iterable[float], assumed_s: float) -> float:

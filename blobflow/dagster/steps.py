@@ -520,6 +520,5 @@ def _about(store: Store, key: str) -> Iterator[None]:
     try:
         yield
     except BlobflowError as error:
-        error.fields.setdefault("store", store.url)
-        error.fields.setdefault("key", key)
+        error.belongs_to(store=store.url, key=key)
         raise

@@ -66,6 +66,7 @@ class TransferPlan:
             raise Unsupported(
                 f"{size} bytes do not fit in {max_parts} parts of at most {max_part_size} bytes",
                 hint=f"split the artifact, or give a smaller {setting('chunk_size')}",
+                capability="max_parts",
             )
         return cls(size, part_size)
 

@@ -379,7 +379,7 @@ def refuse_limits(error: Exception) -> None:
         SystemLimit: it is one.
     """
     if isinstance(error, OSError) and os_fault(error) is OsFault.OPEN_FILES:
-        raise error_anywhere(error, f"no connection can be opened: {error.strerror}", {}) or error from error
+        raise error_anywhere(error, f"no connection can be opened: {error.strerror}") or error from error
 
 
 def sendable(headers: Mapping[str, str]) -> dict[str, str]:

@@ -484,7 +484,8 @@ def _of_layers() -> Generator[None]:
         yield
     except (SourceBusy, SourceChanged) as error:
         hint = "sync again while nobody writes to the directory, leave out what is written to, or sync a snapshot"
-        raise type(error)(error.message, hint=hint, **error.fields) from error
+        error.advise(hint)
+        raise
 
 
 @contextmanager

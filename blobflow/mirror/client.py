@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import ssl
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, cast
 from urllib.parse import urlencode, urlsplit
 
-from blobflow import errors
 from blobflow.activity import Activity, doing
 from blobflow.backoff import DEFAULT_PATIENCE_S, Backoff
 from blobflow.checksum import Buffer
@@ -27,6 +25,8 @@ from blobflow.errors import (
     TemporaryError,
     TimedOut,
     UsageError,
+    Value,
+    rebuilt,
 )
 from blobflow.http.client import HttpClient, HttpError, Response
 from blobflow.mirror.envelope import SnapshotId, head_bytes
@@ -42,7 +42,6 @@ REQUEST_BYTES: Final = 64 * MIB
 _MAX_ANSWER_BYTES: Final = 8 * MIB
 """A list of 20,000 snapshots."""
 _MAX_FIELDS: Final = 20
-_FIELD: Final = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _LARGEST: Final = 1 << 64
 
 
@@ -161,7 +160,7 @@ class MirrorClient:
                 at = None
                 self._wait(backoff, error, activity)
             except ChecksumMismatch as error:
-                if error.fields.get("what") == "snapshot":
+                if error.what == "snapshot":
                     raise
                 at = None  # a chunk was damaged on its way
                 self._wait(backoff, error, activity)
@@ -286,25 +285,22 @@ class MirrorClient:
         told = dict(cast("dict[str, Any]", told)) if isinstance(told, dict) else {}
         if answer.status == 401:
             return StoreConfigurationError(f"{self.url} refuses the token", operation="push", status=401)
-        kind = getattr(errors, str(told.pop("type", "")), None)
-        if not (isinstance(kind, type) and issubclass(kind, BlobflowError)):
+        message, hint = (plain(str(told.pop(name, ""))) for name in ("message", "hint"))
+        facts = {"operation": "push", **_fields_of(told)}
+        error = rebuilt(str(told.pop("type", "")), f"{self.url}: {message}", hint, facts)
+        if error is None:
             passing = answer.status >= 500 or answer.status in (408, 429)
             kind = StoreUnavailable if passing else StoreConfigurationError
             return kind(f"{self.url} answered {answer.status}", operation="push", status=answer.status)
-        message, hint = plain(str(told.pop("message", ""))), plain(str(told.pop("hint", "")))
-        return kind(f"{self.url}: {message}", hint=hint, **_fields_of(told))
+        return error
 
 
-def _fields_of(told: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an error in a receiver's answer; names and values that our errors cannot have are left out."""
-    fields: dict[str, Any] = {}
+def _fields_of(told: dict[str, Any]) -> dict[str, Value]:
+    """The fields of an error in a receiver's answer; values that our errors cannot have are left out."""
+    fields: dict[str, Value] = {}
     for name, value in list(told.items())[:_MAX_FIELDS]:
-        if not _FIELD.fullmatch(name) or name == "self":
-            continue
         if isinstance(value, str):
             fields[name] = plain(value)
         elif isinstance(value, int | float) and -_LARGEST < value < _LARGEST:
             fields[name] = value
-    if not isinstance(fields.get("retry_after_s", 0), int | float):
-        del fields["retry_after_s"]
     return fields

@@ -71,6 +71,7 @@ class _OpenedFile:
                 f"{self._path} changed while it was read",
                 hint=BEGIN_AGAIN,
                 path=str(self._path),
+                what="version",
                 expected=self._pin.version,
                 actual=now.version,
             )
@@ -196,5 +197,7 @@ class Snapshot:
                     f"{self.bytes} ended at byte {offset + filled} of {self.total_bytes}",
                     at=offset + filled,
                     want=self.total_bytes,
+                    expected=self.total_bytes,
+                    actual=offset + filled,
                 )
             filled += count

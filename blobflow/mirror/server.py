@@ -236,7 +236,7 @@ class _Api:
 
     async def _frames(self, request: Request, sender: Sender) -> Response:
         if not self._pushes_left:
-            raise SlowDown("as many pushes as are allowed are under way", retry_after_s=1.0)
+            raise SlowDown("as many pushes as are allowed are under way", operation="push", retry_after_s=1.0)
         self._pushes_left -= 1
         try:
             return await self._take_frames(request, sender)

@@ -35,6 +35,7 @@ from blobflow.errors import (
     PreconditionFailed,
     SlowDown,
     StoreConfigurationError,
+    StoreUnavailable,
     TemporaryError,
     TimedOut,
     Unsupported,
@@ -226,7 +227,7 @@ class ProbedStore(RetryingStore):
             _log.warning(
                 "probe.forbidden store=%s operation=%r hint=%r",
                 self.url,
-                error.fields.get("operation"),
+                error.operation,
                 "nothing that was not found out is relied upon; the probe needs the rights of an upload",
             )
             return replace(self.store.capabilities(), conditional=False, attests_crc32c=False)
@@ -320,7 +321,7 @@ class ProbedStore(RetryingStore):
 
 def _is_forbidden(error: BlobflowError) -> bool:
     """Whether it is about what these credentials may do, and says nothing of the server."""
-    return error.fields.get("code") == "AccessDenied"
+    return isinstance(error, StoreConfigurationError) and error.code == "AccessDenied"
 
 
 _FIRST: Final = b"first of two contents"
@@ -335,7 +336,7 @@ class _Once(WrappingStore):
         try:
             return attempt()
         except TimedOut as error:
-            raise _Silent(error.message, **error.fields) from error
+            raise _Silent(error.message, operation=error.operation, key=error.key) from error
 
 
 class _Silent(TemporaryError):
@@ -584,7 +585,8 @@ class _Trial:
 
 def _kind(error: BlobflowError) -> str:
     """Not its message: nobody knows what a server writes there."""
-    return f"{type(error).__name__}{f', status {error.status}' if 'status' in error.fields else ''}"
+    status = error.status if isinstance(error, StoreUnavailable | StoreConfigurationError) else None
+    return type(error).__name__ if status is None else f"{type(error).__name__}, status {status}"
 
 
 def _md5(data: bytes) -> bytes:

@@ -382,7 +382,8 @@ class ObjectTarget(SessionTarget):
     def write(self, offset: int, data: memoryview) -> int:
         before, rest = divmod(offset, self._session.part_size)
         if rest or self.meta is not None:
-            raise SourceChanged(f"the source goes on behind {offset} bytes, where it had ended", hint=BEGIN_AGAIN)
+            message = f"the source goes on behind {offset} bytes, where it had ended"
+            raise SourceChanged(message, hint=BEGIN_AGAIN, what="size", offset=offset)
         if before >= self._store.capabilities().max_parts:
             raise Unsupported(
                 f"more than {before} parts of {self._session.part_size} bytes",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Final, NamedTuple, NoReturn, TypedDict
 from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -33,6 +33,7 @@ from blobflow.errors import (
     TimedOut,
     Unsupported,
     UsageError,
+    Value,
 )
 from blobflow.http.client import HttpClient, HttpError, Response
 from blobflow.streams.ends import BEGIN_AGAIN, Pin, PinnedSource
@@ -314,7 +315,7 @@ class OpenedUrl:
             raise
         return got
 
-    def _changed(self, what: str, expected: object, actual: object) -> NoReturn:
+    def _changed(self, what: str, expected: Value | None, actual: Value | None) -> NoReturn:
         raise SourceChanged(
             f"{self._source} changed while it was read: {what} was {expected}, is {actual}",
             hint=BEGIN_AGAIN,
@@ -383,6 +384,11 @@ def _environment_proxy(place: _Place) -> str | None:
     return None if not proxy or proxy_bypass(place.host) else proxy
 
 
+class _Answered(TypedDict):
+    operation: str
+    status: int
+
+
 class _Got:
     """An answer with the connection that it came over."""
 
@@ -422,7 +428,7 @@ class _Got:
     def check(self) -> None:
         """Raise what the status means, unless there is a body to be read."""
         status, source = self.answer.status, self._source
-        about: dict[str, Any] = {"operation": "read", "status": status}
+        about: _Answered = {"operation": "read", "status": status}
         if status in (200, 206):
             if (encoding := self.answer.headers.get("content-encoding", "identity")) != "identity":
                 raise Unsupported(f"{source} comes encoded with {encoding!r}", capability="identity encoding")

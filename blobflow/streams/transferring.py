@@ -267,7 +267,7 @@ class _Transfer:
                 expected=checkpoint.source_version,
                 actual=pin.version,
             )
-        if None not in (pin.size, checkpoint.total_size) and pin.size != checkpoint.total_size:
+        if pin.size is not None and checkpoint.total_size not in (None, pin.size):
             raise SizeMismatch(
                 f"the source has {pin.size} bytes, {checkpoint.total_size} are expected",
                 what="source",

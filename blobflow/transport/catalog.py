@@ -43,7 +43,8 @@ def check_artifact_key(key: str) -> str:
     """
     for suffix in _RESERVED_SUFFIXES:
         if key.endswith(suffix):
-            raise InvalidKey(f"invalid key {key!r}: the ending {suffix!r} is reserved", key=key)
+            reason = f"the ending {suffix!r} is reserved"
+            raise InvalidKey(f"invalid key {key!r}: {reason}", key=key, reason=reason)
     return check_key(key)
 
 

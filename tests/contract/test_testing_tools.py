@@ -96,7 +96,7 @@ def test_before_and_after_differ_by_what_happened(store: FaultyStore) -> None:
     """A request that was not sent did nothing; one whose answer was lost did everything."""
     store.faults = scripted_faults(
         {
-            ("put", 1): FailBefore(SlowDown("wait", retry_after_s=7.0)),
+            ("put", 1): FailBefore(SlowDown("wait", retry_after_s=7.0, operation="get")),
             ("put", 2): FailAfter(),
             ("delete", 1): FailAfter(),
         }

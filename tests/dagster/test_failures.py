@@ -24,7 +24,7 @@ POLICY = dg.RetryPolicy(max_retries=2, delay=10)
 
 def test_an_error_that_passes_asks_for_a_retry():
     """The policy decides how often and how long after."""
-    raised = as_dagster_error(StoreUnavailable("down"), retry_number=0, retry_policy=POLICY)
+    raised = as_dagster_error(StoreUnavailable("down", operation="get"), retry_number=0, retry_policy=POLICY)
     assert isinstance(raised, dg.RetryRequested)
     assert (raised.max_retries, raised.seconds_to_wait) == (2, 10)
 
@@ -32,7 +32,9 @@ def test_an_error_that_passes_asks_for_a_retry():
 @pytest.mark.parametrize(("asked", "waits"), [(1.0, 10), (60.0, 60), (86_400.0, MAX_WAIT_S)])
 def test_the_store_may_ask_for_more_patience(asked, waits):
     """Retry-After is honoured where it is longer than the policy's delay, up to a limit."""
-    raised = as_dagster_error(SlowDown("slow", retry_after_s=asked), retry_number=1, retry_policy=POLICY)
+    raised = as_dagster_error(
+        SlowDown("slow", retry_after_s=asked, operation="get"), retry_number=1, retry_policy=POLICY
+    )
     assert isinstance(raised, dg.RetryRequested)
     assert raised.seconds_to_wait == waits
 
@@ -54,7 +56,7 @@ def test_an_error_that_stays_fails_at_once_with_its_fields():
     assert not raised.allow_retries
     assert {label: value.value for label, value in raised.metadata.items()} == {
         md.ERROR: "ChecksumMismatch",
-        md.HINT: ChecksumMismatch.default_hint,
+        md.HINT: ChecksumMismatch.hint,
         md.ERROR_FIELD + "what": "part 3",
         md.ERROR_FIELD + "expected": 1,
         md.ERROR_FIELD + "actual": 2,

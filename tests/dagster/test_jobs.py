@@ -102,7 +102,7 @@ def test_gc_that_could_not_remove_all_tries_again(place: Place):
     def faults(request: Request) -> Fault | None:
         if request.operation == "abort_multipart" and request.key == "orders/a.tar" and not failed:
             failed.append(request.key)
-            return FailBefore(StoreUnavailable("the store is down"))
+            return FailBefore(StoreUnavailable("the store is down", operation="get"))
         return None
 
     FaultyResource.script(faults)

@@ -242,7 +242,7 @@ def test_damage_without_the_content_is_only_reported(place: Place):
 
 def test_a_refused_key_says_nothing_of_the_artifact(place: Place):
     """Who may not read in the store does not know whether the artifact is whole: the check is not evaluated."""
-    left = [PermissionMissing("the store refuses the key")]
+    left = [PermissionMissing("the store refuses the key", operation="get", permission="delete")]
 
     def faults(request: Request) -> Fault | None:
         reads = len(FaultyResource.opened) == 3 and request.operation == "get_range"  # the third step is verify

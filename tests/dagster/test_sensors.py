@@ -273,7 +273,7 @@ def test_a_ref_that_cannot_be_read_stops_the_tick_or_is_named(daemon: Daemon):
     daemon.sensor = manifest_sensor("orders")
     keys = publish(daemon.store, range(2))
     move_ref(daemon.store, "orders/latest", keys[1], artifact_digest(manifest(1)))
-    down = StoreUnavailable("the store is down", key="orders/latest.ref.json")
+    down = StoreUnavailable("the store is down", key="orders/latest.ref.json", operation="get")
     FaultyResource.script(lambda request: FailBefore(down) if ".ref.json" in str(request) else None)
     result = daemon.tick()
     assert "the store is down" in result.skip_message
@@ -491,7 +491,9 @@ def test_a_store_that_is_down_costs_a_tick(daemon: Daemon):
     publish(daemon.store, range(4))
     daemon.tick()
     before = str(daemon.cursor).split()[2]
-    FaultyResource.script(lambda _: FailBefore(StoreUnavailable("the store is down", hint="look at its power cord")))
+    FaultyResource.script(
+        lambda _: FailBefore(StoreUnavailable("the store is down", hint="look at its power cord", operation="get"))
+    )
     result = daemon.tick()
     assert "the store is down. Hint: look at its power cord" in result.skip_message
     assert str(daemon.cursor).split()[2] == before
@@ -843,7 +845,7 @@ def test_a_ref_is_followed_when_its_artifact_is_there(daemon: Daemon):
     point_at(daemon, 1)
     publish(daemon.store, [1], content=100)
     assert "was replaced" in daemon.tick().skip_message
-    FaultyResource.script(lambda _: FailBefore(StoreUnavailable("the store is down", hint="wait")))
+    FaultyResource.script(lambda _: FailBefore(StoreUnavailable("the store is down", hint="wait", operation="get")))
     assert daemon.tick().skip_message == "the store is down. Hint: wait"
     FaultyResource.script(lambda _: None)
     publish(daemon.store, [1])

@@ -118,7 +118,9 @@ def test_a_checkpoint_stops_a_step_whose_interrupt_was_lost(place: Place, quick:
 
 def test_an_error_that_passes_is_not_retried_in_a_terminated_run(place: Place):
     """The store fails at the same moment: nobody waits for its next attempt."""
-    cancel_at(place, "put_part", interrupt=False, after=FailBefore(StoreUnavailable("the store is down")))
+    cancel_at(
+        place, "put_part", interrupt=False, after=FailBefore(StoreUnavailable("the store is down", operation="get"))
+    )
     check_stopped(place, place.run(place.pipeline(retry_policy=PATIENT)), "orders__remote.upload")
 
 

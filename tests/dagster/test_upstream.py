@@ -172,7 +172,7 @@ def test_the_cursor_is_recorded_when_the_ref_has_moved(place: Place):
         connection.commit()
 
     def outage(request: Request) -> Fault | None:
-        return FailBefore(StoreUnavailable("down")) if request.operation == "put_part" else None
+        return FailBefore(StoreUnavailable("down", operation="get")) if request.operation == "put_part" else None
 
     FaultyResource.script(outage)
     pipeline = place.pipeline(

@@ -307,6 +307,7 @@ def test_answers_that_are_none(answer: bytes, kind: type[BlobflowError]) -> None
             call("get", "k", max_bytes=8)
         assert call("get", "k", max_bytes=8).data == b"ok"
     if kind is SlowDown:
+        assert isinstance(told.value, SlowDown)
         assert told.value.retry_after_s == 7.0
 
 
@@ -408,7 +409,7 @@ class Held(Coroutines):
 
     async def get(self, key: str, *, max_bytes: int) -> Any:
         await self._hold()
-        raise SlowDown("slow down")
+        raise SlowDown("slow down", operation="get")
 
     async def delete(self, key: str) -> None:
         await self._hold()

@@ -54,15 +54,15 @@ class Cell(LeaseStore):
     def swap(self, name: str, state: LeaseState, version: str | None) -> str | None:
         fate, self.fate = self.fate, "arrives"
         if fate == "never sent":
-            raise StoreUnavailable("not sent")
+            raise StoreUnavailable("not sent", operation="get")
         if fate == "late":
             self.late.append((self.actor, state, version))
-            raise StoreUnavailable("slow")
+            raise StoreUnavailable("slow", operation="get")
         if fate == "conflict":
             return None
         written = self._apply(self.actor, state, version)
         if fate == "answer lost":
-            raise StoreUnavailable("lost")
+            raise StoreUnavailable("lost", operation="get")
         return written
 
     def deliver(self) -> None:

@@ -61,14 +61,14 @@ class Shelf(Store):
     ) -> ObjectMeta:
         fate, self.fate = self.fate, "arrives"
         if fate == "never sent":
-            raise StoreUnavailable("not sent")
+            raise StoreUnavailable("not sent", operation="get")
         there = self.objects.get(key)
         if (there is not None) if mode is PutMode.CREATE else (there is None or there[1] != e_tag):
             raise PreconditionFailed(key, key=key)
         assert isinstance(body, bytes)
         self.objects[key] = body, str(next(self._numbers))
         if fate == "answer lost":
-            raise StoreUnavailable("lost")
+            raise StoreUnavailable("lost", operation="get")
         return ObjectMeta(key, len(body), self.objects[key][1])
 
 

@@ -162,9 +162,9 @@ class TestBackoff:
         """An attempt that was silent for longer than the patience is still repeated."""
         backoff = Backoff(120.0, clock)
         clock.now += 300.0
-        clock.now += backoff.wait_s(TimedOut("no byte for 300 s"))
+        clock.now += backoff.wait_s(TimedOut("no byte for 300 s", operation="get"))
         clock.now += 120.0
-        late = StoreUnavailable("down")
+        late = StoreUnavailable("down", operation="get")
         with pytest.raises(StoreUnavailable) as last:
             backoff.wait_s(late)
         assert last.value is late
@@ -172,14 +172,14 @@ class TestBackoff:
 
     def test_no_patience_is_one_attempt(self, clock: Clock):
         """Whatever the server asks for."""
-        for error in (StoreUnavailable("down"), SlowDown("busy", retry_after_s=0.0)):
+        for error in (StoreUnavailable("down", operation="get"), SlowDown("busy", retry_after_s=0.0, operation="get")):
             with pytest.raises(StoreUnavailable):
                 Backoff(0.0, clock).wait_s(error)
 
     def test_a_random_wait_is_prolonged_to_what_the_server_asks_for(self, clock: Clock):
         """Late waits are random up to 20 s; the server's 10 s are their lower bound then."""
         backoff = Backoff(1e6, clock)
-        waits = [backoff.wait_s(SlowDown("busy", retry_after_s=10.0)) for _ in range(200)]
+        waits = [backoff.wait_s(SlowDown("busy", retry_after_s=10.0, operation="get")) for _ in range(200)]
         assert min(waits) == 10.0
         assert 15.0 < max(waits) <= 20.0
 

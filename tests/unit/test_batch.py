@@ -205,7 +205,7 @@ def test_the_window_is_configurable(store: Store) -> None:
 @pytest.mark.seed("W4.1")
 def test_slow_down_halves_the_window_and_success_widens_it(store: Store) -> None:
     """A store that says SlowDown gets half as many operations at a time, one more for each window that succeeds."""
-    script = scripted_faults({("put", 5): FailBefore(SlowDown("slow", retry_after_s=0.0))})
+    script = scripted_faults({("put", 5): FailBefore(SlowDown("slow", operation="put", retry_after_s=0.0))})
     # One request after the other, as results are taken: otherwise the window can widen again before anybody looks.
     begun, taken, pulled = 0, 0, 0
     changed = threading.Condition()
@@ -565,7 +565,7 @@ def test_operations_are_repeated(store: Store) -> None:
     """What fails for a passing reason is done again within the deadline; what does not pass is told."""
     script = scripted_faults({("put", 1): FailBefore(), ("put", 2): FailBefore()})
     assert run(BatchExecutor(faulty(store, script)), [Insert("a", b"x")])[0].error is None
-    always = faulty(store, lambda _: FailBefore(StoreUnavailable("down")))
+    always = faulty(store, lambda _: FailBefore(StoreUnavailable("down", operation="get")))
     (result,) = run(BatchExecutor(always, patience_s=0.0), [Insert("a", b"x")])
     assert isinstance(result.error, StoreUnavailable)
 

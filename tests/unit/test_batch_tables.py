@@ -267,7 +267,7 @@ def test_the_command_s_exit_codes(
     put = LocalStore.put
 
     def down(*_: Any, **__: Any) -> Any:
-        raise StoreUnavailable("down")
+        raise StoreUnavailable("down", operation="get")
 
     monkeypatch.setattr(LocalStore, "put", down)
     assert run_command([*line, "--deadline", "1s"]) == 75

@@ -238,7 +238,7 @@ def test_two_at_once_fetch_it_once(shelf: Shelf):
 def test_a_failed_fetch_lets_the_next_one_try(shelf: Shelf):
     """Whoever fails gives the lock back."""
     stored = shelf.put("a")
-    broken = FaultyStore(local_store(shelf.path), lambda _: FailBefore(StoreUnavailable("down")))
+    broken = FaultyStore(local_store(shelf.path), lambda _: FailBefore(StoreUnavailable("down", operation="get")))
     with pytest.raises(StoreUnavailable):
         shelf.get(shelf.cache(), stored, broken)
     assert shelf.get(shelf.cache(), stored)[1] == stored.bytes_total

@@ -54,7 +54,6 @@ def _text(node: ast.AST, settings: list[tuple[str, str | None]]) -> str:
 def _is_hint(name: str | None) -> bool:
     return name is not None and name.lower().strip("_") in (
         "hint",
-        "default_hint",
         "remedy",
         "hints",
         "remedies",

@@ -103,6 +103,7 @@ def test_a_stalled_upload_times_out_at_its_offset(open_s3: Callable[..., S3Store
             store.put_part("k", "id", 3, Body.of(bytes(64 * MIB)))
         released.set()
     assert str(silence.value).startswith("upload part 3 of 'k': no byte for 0.4 s at offset ")
+    assert silence.value.offset is not None
     assert 0 < silence.value.offset < 64 * MIB
 
 

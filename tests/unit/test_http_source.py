@@ -317,7 +317,7 @@ def test_a_refusal_is_not_repeated(site: Site, status: int, kind: type[BlobflowE
     site.answers = [refusal(status)]
     with pytest.raises(kind, match=str(status)) as error:
         fetch(source_of(site))
-    assert (error.value.status, error.value.retryable, len(site.requests)) == (status, False, 1)
+    assert (error.value.fields["status"], error.value.retryable, len(site.requests)) == (status, False, 1)
 
 
 def test_an_encoded_body_is_refused(site: Site):

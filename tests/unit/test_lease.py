@@ -356,7 +356,7 @@ class Beats(ObjectLeaseStore):
     def swap(self, name: str, state: LeaseState, version: str | None) -> str | None:
         try:
             if self.fails:
-                raise StoreUnavailable("away")
+                raise StoreUnavailable("away", operation="get")
             return super().swap(name, state, version)
         finally:
             self.asked.release()
@@ -462,7 +462,7 @@ def test_an_answer_that_comes_late_is_no_conflict(store: LocalStore, clock: Cloc
         def swap(self, name: str, state: LeaseState, version: str | None) -> str | None:
             if self.late is None and state.generation == 1 and version is not None:
                 self.late = (name, state, version)
-                raise StoreUnavailable("it is on its way")
+                raise StoreUnavailable("it is on its way", operation="get")
             return super().swap(name, state, version)
 
         def arrive(self) -> None:

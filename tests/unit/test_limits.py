@@ -132,7 +132,7 @@ def test_no_more_requests_are_in_flight_than_the_window_allows() -> None:
 
 def test_a_store_that_says_slow_down_gets_fewer_requests_and_everything_arrives(tmp_path: Path) -> None:
     """SlowDown narrows the window, is repeated, and never fails the call."""
-    slow = [FailBefore(SlowDown("slow down")) for _ in range(3)]
+    slow = [FailBefore(SlowDown("slow down", operation="get")) for _ in range(3)]
     faulty = FaultyStore(LocalStore(tmp_path), scripted_faults({("put_part", n + 1): slow[n] for n in range(3)}))
     limit = AdaptiveLimit(8)
     store = RetryingStore(LimitedStore(faulty, requests=limit), sleep=lambda _: None)

@@ -151,7 +151,7 @@ def test_a_name_is_cut_wherever_it_stands() -> None:
     assert error.message.endswith(f"… {'x' * 500}")
     assert error.hint.endswith("… out with exclude")
     assert error.path == LONG
-    assert shows_little(BlobflowError(f"{LONG} is bad", path=Path(LONG)))
+    assert shows_little(BlobflowError(f"{Path(LONG)} is bad", path=str(Path(LONG))))
     again: BlobflowError = pickle.loads(pickle.dumps(error))
     assert (again.message, again.hint, again.fields) == (error.message, error.hint, error.fields)
     assert BlobflowError("short", path="p" * MAX_QUOTED).to_dict()["path"] == "p" * MAX_QUOTED

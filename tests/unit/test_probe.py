@@ -230,13 +230,13 @@ class KnowsOnePage(LocalStore):
 class StandsStill(LocalStore):
     @override
     def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
-        raise Unsupported("the list of parts stands still")
+        raise Unsupported("the list of parts stands still", capability="conditional writes")
 
 
 class ListsNoParts(LocalStore):
     @override
     def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
-        raise Unsupported("405 MethodNotAllowed")
+        raise Unsupported("405 MethodNotAllowed", capability="conditional writes")
 
 
 class ListsEmptyParts(LocalStore):
@@ -687,7 +687,9 @@ def test_a_passing_failure_is_no_finding(tmp_path: Path) -> None:
 def test_a_server_that_asks_for_patience_shows_nothing(tmp_path: Path) -> None:
     """SlowDown says that there is too much to do, whatever was asked: it is the error of the call, and no finding."""
     clock = Clock(SINCE_EPOCH_S)
-    busy = FaultyStore(LocalStore(tmp_path), lambda r: FailBefore(SlowDown("503")) if r.operation == "head" else None)
+    busy = FaultyStore(
+        LocalStore(tmp_path), lambda r: FailBefore(SlowDown("503", operation="get")) if r.operation == "head" else None
+    )
     with pytest.raises(SlowDown):
         probe(busy, **waiting_by(clock))
 
@@ -695,8 +697,11 @@ def test_a_server_that_asks_for_patience_shows_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "evidence"),
     [
-        (StoreUnavailable("500", status=500), "failed again and again with StoreUnavailable, status 500"),
-        (TimedOut("no byte for 120 s"), "was not answered"),
+        (
+            StoreUnavailable("500", status=500, operation="get"),
+            "failed again and again with StoreUnavailable, status 500",
+        ),
+        (TimedOut("no byte for 120 s", operation="get"), "was not answered"),
     ],
 )
 def test_one_stubborn_trial_costs_that_ability_only(tmp_path: Path, error: BlobflowError, evidence: str) -> None:
@@ -719,7 +724,8 @@ def test_one_stubborn_trial_costs_that_ability_only(tmp_path: Path, error: Blobf
 def test_a_silent_request_is_waited_for_once(tmp_path: Path) -> None:
     """A trial that ran into its idle timeout is not repeated: that has taken long enough."""
     silent = FaultyStore(
-        LocalStore(tmp_path), lambda r: FailBefore(TimedOut("no byte")) if r.operation == "complete_multipart" else None
+        LocalStore(tmp_path),
+        lambda r: FailBefore(TimedOut("no byte", operation="get")) if r.operation == "complete_multipart" else None,
     )
     assert not probe(silent).multipart.holds
     completed = [r.key for r in silent.log if r.operation == "complete_multipart"]
@@ -732,7 +738,7 @@ class BeginsUnseen(LocalStore):
     @override
     def create_multipart(self, key: str, *, part_size: int, **more: Any) -> str:
         super().create_multipart(key, part_size=part_size, **more)
-        raise Unsupported("the answer cannot be understood")
+        raise Unsupported("the answer cannot be understood", capability="conditional writes")
 
 
 def test_an_upload_that_began_unseen_is_aborted(tmp_path: Path) -> None:

@@ -203,7 +203,11 @@ def test_a_ref_that_cannot_be_read_later_costs_no_artifact(artifact: Artifact, s
     def faults(request: Request) -> Fault | None:
         if request.operation == "delete":
             deleted.append(request)
-        return FailBefore(StoreUnavailable("down")) if deleted and request.key.endswith(".ref.json") else None
+        return (
+            FailBefore(StoreUnavailable("down", operation="get"))
+            if deleted and request.key.endswith(".ref.json")
+            else None
+        )
 
     report = prune(FaultyStore(store, faults), keep_last=1, clock=clock)
     assert (report.removed, report.failed, len(deleted)) == ([], ["o/1.tar"], 1)
@@ -216,7 +220,7 @@ def test_a_ref_that_cannot_be_read_costs_no_artifact(artifact: Artifact, store: 
     move_ref(store, "latest", "1.tar", artifact.digest)
 
     def faults(request: Request) -> Fault | None:
-        return FailBefore(StoreUnavailable("down")) if request.key.endswith(".ref.json") else None
+        return FailBefore(StoreUnavailable("down", operation="get")) if request.key.endswith(".ref.json") else None
 
     with pytest.raises(StoreUnavailable):
         prune(FaultyStore(store, faults), keep_last=1, clock=clock)

@@ -56,7 +56,14 @@ def always(error: BlobflowError) -> Callable[[Request], Fault]:
     return lambda request: FailBefore(error)
 
 
-@pytest.mark.parametrize("error", [StoreUnavailable("reset"), SlowDown("slow down"), TimedOut("silence")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        StoreUnavailable("reset", operation="get"),
+        SlowDown("slow down", operation="get"),
+        TimedOut("silence", operation="get"),
+    ],
+)
 def test_passing_failures_are_repeated(faulty: FaultyStore, store: RetryingStore, error: BlobflowError) -> None:
     """A call succeeds after failures that pass by themselves, and they are counted."""
     faulty.store.put("key", b"data")
@@ -67,7 +74,12 @@ def test_passing_failures_are_repeated(faulty: FaultyStore, store: RetryingStore
 
 @pytest.mark.parametrize(
     "error",
-    [ObjectChanged("changed"), TransferBusy("busy"), StoreConfigurationError("denied"), PreconditionFailed("no")],
+    [
+        ObjectChanged("changed", key="k"),
+        TransferBusy("busy"),
+        StoreConfigurationError("denied"),
+        PreconditionFailed("no", key="k"),
+    ],
 )
 def test_other_errors_pass_through_at_once(faulty: FaultyStore, store: RetryingStore, error: BlobflowError) -> None:
     """What waiting does not heal is not repeated, retryable by a new run or not."""
@@ -103,7 +115,7 @@ def test_patience_ends(faulty: FaultyStore, store: RetryingStore, clock: Clock) 
 
 def test_waits_grow_with_full_jitter(faulty: FaultyStore, store: RetryingStore, clock: Clock) -> None:
     """The waits stay below a bound that doubles up to 20 s, and are spread over all of it."""
-    faulty.faults = always(StoreUnavailable("down"))
+    faulty.faults = always(StoreUnavailable("down", operation="get"))
     first_waits: list[float] = []
     for _ in range(60):
         clock.slept.clear()
@@ -122,7 +134,7 @@ def test_a_long_silence_is_repeated_too(faulty: FaultyStore, store: RetryingStor
     def stall(request: Request) -> None:
         if request.number == 1:
             clock.now += 300.0
-            raise TimedOut("no byte for 300 s")
+            raise TimedOut("no byte for 300 s", operation="get")
 
     faulty.store.put("key", b"data")
     faulty.faults = lambda request: Hook(stall)
@@ -132,11 +144,11 @@ def test_a_long_silence_is_repeated_too(faulty: FaultyStore, store: RetryingStor
 def test_the_store_may_ask_for_a_longer_wait(faulty: FaultyStore, store: RetryingStore, clock: Clock) -> None:
     """`Retry-After` is honoured, and is no reason to wait where it exceeds the patience."""
     faulty.store.put("key", b"data")
-    faulty.faults = scripted_faults({("head", 1): FailBefore(SlowDown("later", retry_after_s=45.0))})
+    faulty.faults = scripted_faults({("head", 1): FailBefore(SlowDown("later", retry_after_s=45.0, operation="get"))})
     store.head("key")
     assert clock.slept == [45.0]
     clock.slept.clear()
-    faulty.faults = always(SlowDown("much later", retry_after_s=500.0))
+    faulty.faults = always(SlowDown("much later", retry_after_s=500.0, operation="get"))
     with pytest.raises(SlowDown, match="much later"):
         store.head("key")
     assert clock.slept == []
@@ -147,7 +159,9 @@ def test_patience_is_each_calls_own(faulty: FaultyStore, store: RetryingStore, c
     faulty.store.put("key", b"data")
     for first in (1, 3, 5):
         clock.now += 100
-        faulty.faults = scripted_faults({("head", first): FailBefore(SlowDown("later", retry_after_s=100.0))})
+        faulty.faults = scripted_faults(
+            {("head", first): FailBefore(SlowDown("later", retry_after_s=100.0, operation="get"))}
+        )
         store.head("key")
     assert clock.slept == [100.0, 100.0, 100.0]
 
@@ -209,12 +223,12 @@ def test_the_patience_of_a_listing_begins_anew_with_every_key(
     keys = [f"k{number}" for number in range(6)]
     for key in keys:
         faulty.store.put(key, b"")
-    late = SlowDown("later", retry_after_s=100.0)
+    late = SlowDown("later", retry_after_s=100.0, operation="get")
     faulty.faults = lambda request: Truncate(keep=1, error=late)
     listing = store.list()
     assert [next(listing).key for _ in keys] == keys
     assert sum(clock.slept) == 500.0
-    faulty.faults = always(StoreUnavailable("down"))
+    faulty.faults = always(StoreUnavailable("down", operation="get"))
     with pytest.raises(StoreUnavailable):
         list(store.list())
 
@@ -240,7 +254,7 @@ def test_a_race_lost_while_retrying_is_lost(faulty: FaultyStore, store: Retrying
     def overtake(request: Request) -> None:
         if request.number == 1:
             faulty.store.put("ref", theirs)
-            raise StoreUnavailable("reset")
+            raise StoreUnavailable("reset", operation="get")
 
     faulty.faults = lambda request: Hook(overtake) if request.operation == "put" else None
     with pytest.raises(PreconditionFailed):
@@ -263,7 +277,7 @@ def test_an_object_that_went_meanwhile_is_a_lost_race(faulty: FaultyStore, store
     def remove(request: Request) -> None:
         if request.number == 1:
             faulty.store.delete("ref")
-            raise StoreUnavailable("reset")
+            raise StoreUnavailable("reset", operation="get")
 
     faulty.faults = lambda request: Hook(remove) if request.operation == "put" else None
     with pytest.raises(PreconditionFailed):

@@ -93,7 +93,7 @@ def test_a_lost_commit_is_settled_by_reading_back(url: str, name: str):
     class Deaf(SqlLeaseStore):
         def swap(self, name: str, state: LeaseState, version: str | None) -> str | None:
             super().swap(name, state, version)
-            raise StoreUnavailable("the answer was lost")
+            raise StoreUnavailable("the answer was lost", operation="get")
 
     mine = Lease(Deaf(url), name)
     assert mine.try_acquire()

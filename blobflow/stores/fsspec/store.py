@@ -141,6 +141,7 @@ class FsspecStore(Store):
                 f"invalid store url: unknown scheme {scheme!r}",
                 hint="use s3://, file://, or a scheme that fsspec knows",
                 url=f"{scheme}://...",
+                reason="unknown scheme",
             ) from None
         except ImportError as error:
             raise missing_package(scheme, error) from error

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import botocore.exceptions
 import botocore.parsers
@@ -150,12 +150,23 @@ HINTS = {
 }
 
 
+class _About(TypedDict):
+    operation: str
+    key: str | None
+    offset: int | None
+
+
+class _Refused(_About):
+    status: int
+    code: str | None
+
+
 def translate(error: Exception, call: RequestContext) -> BlobflowError:
     """The error of ours that says what an error of botocore, of the wire or of the server means."""
-    about: dict[str, Any] = {"operation": call.operation, "key": call.key, "offset": call.offset}
+    about: _About = {"operation": call.operation, "key": call.key, "offset": call.offset}
     refusal = S3Error.by(error)
     if refusal is not None:
-        return _translate_refusal(refusal, call, about)
+        return _translate_refusal(refusal, call)
     if isinstance(error, HttpError) and error.timeout_s is not None:
         if error.connecting:
             message = f"{call}: no connection to {error.connecting} within {error.timeout_s:g} s"
@@ -196,19 +207,25 @@ def translate(error: Exception, call: RequestContext) -> BlobflowError:
     return StoreConfigurationError(f"{call}: {error}", **about)
 
 
-def _translate_refusal(refusal: S3Error, call: RequestContext, about: dict[str, Any]) -> BlobflowError:
-    status, code = refusal.status, refusal.code
+def _translate_refusal(refusal: S3Error, call: RequestContext) -> BlobflowError:
+    status, code, key = refusal.status, refusal.code, call.key or ""
     said = f"{call}: {' '.join(filter(None, [str(status), code]))}{': ' if refusal.message else ''}{refusal.message}"
-    about = {**about, "status": status, "code": code or None}
+    about: _Refused = {
+        "operation": call.operation,
+        "key": call.key,
+        "offset": call.offset,
+        "status": status,
+        "code": code or None,
+    }
     match code:
         case "NoSuchUpload":
-            return NoSuchUpload(said, key=call.key, upload_id=call.upload_id)
+            return NoSuchUpload(said, key=key, upload_id=call.upload_id or "")
         case "KeyTooLongError":
-            return InvalidKey(said, key=call.key, reason="the server says it is too long")
+            return InvalidKey(said, key=key, reason="the server says it is too long")
         case _ if code in STALE_CREDENTIALS:
             return StoreUnavailable(said, hint=HINTS["ExpiredToken"], **about)
         case _ if code in _WRONG_PARTS or "mp-object-size" in refusal.message:
-            return UploadIncomplete(said, key=call.key)
+            return UploadIncomplete(said, key=key)
         case _ if code in _WRONG_DIGEST:
             return ChecksumMismatch(said, what=str(call))
         case _ if code in _WRONG_REGION or status in (301, 307, 308):
@@ -223,20 +240,20 @@ def _translate_refusal(refusal: S3Error, call: RequestContext, about: dict[str, 
         case _ if status in (405, 501):
             return Unsupported(said, capability=call.operation)
         case _ if code in _PASSING or status >= 500 or status == 409:
-            return StoreUnavailable(said, hint=HINTS.get(code), **about)
+            return StoreUnavailable(said, hint=HINTS.get(code, StoreUnavailable.hint), **about)
         case _:
             pass
     if call.conditional and status in (404, 412):
-        return PreconditionFailed(said, key=call.key, expected=call.e_tag)
+        return PreconditionFailed(said, key=key, expected=call.e_tag)
     if status == 412:
-        return changed(call.key, call.e_tag, None)
+        return changed(key, call.e_tag, None)
     if status == 404 and call.upload_id is not None:  # Ceph says NoSuchKey
-        return NoSuchUpload(said, key=call.key, upload_id=call.upload_id)
+        return NoSuchUpload(said, key=key, upload_id=call.upload_id)
     if status == 404:
-        return ObjectNotFound(f"no object {call.key!r}", key=call.key)
+        return ObjectNotFound(f"no object {key!r}", key=key)
     if status == 416:
-        return SizeMismatch(said, what=f"object {call.key!r}", expected=call.offset)
-    return StoreConfigurationError(said, hint=HINTS.get(code), **about)
+        return SizeMismatch(said, what=f"object {call.key!r}", expected=call.offset or 0)
+    return StoreConfigurationError(said, hint=HINTS.get(code, ""), **about)
 
 
 def refuses_checksums(error: BaseException | None) -> bool:
@@ -248,7 +265,7 @@ def refuses_checksums(error: BaseException | None) -> bool:
     return refusal.status == 501 or (refusal.status == 400 and "checksum" in message and "content-md5" not in message)
 
 
-def changed(key: str | None, expected: str | None, actual: str | None) -> ObjectChanged:
+def changed(key: str, expected: str | None, actual: str | None) -> ObjectChanged:
     """The object that was asked for by its entity tag is another one now."""
     return ObjectChanged(f"{key!r} was replaced while it was read", key=key, expected=expected, actual=actual)
 

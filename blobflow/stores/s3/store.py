@@ -278,7 +278,7 @@ class S3Store(Store):
             with self._exchange(call, "HEAD", self.full_key(key), headers={"x-amz-checksum-mode": "ENABLED"}) as answer:
                 headers = answer.headers
         except StoreConfigurationError as error:
-            if error.fields.get("status") in (400, 403) and not error.fields.get("code"):
+            if error.status in (400, 403) and not error.code:
                 raise self._reason(call) from error
             raise
         size = headers.get("content-length", "")
