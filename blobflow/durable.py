@@ -242,6 +242,8 @@ def take_lock_file(path: Path, busy: str) -> int:
 
 # Room
 
+SQLITE_FULL: Final = "database or disk is full"
+"""What SQLite says instead of ENOSPC; Python tells its codes only since 3.11."""
 _COMPRESSING: Final = ("zfs", "bcachefs", "fuse")
 """Beginnings of the names of file systems where data may take less room than it has bytes; others have an option."""
 _COPYING: Final = ("ext2", "ext3", "ext4", "tmpfs", "vfat", "exfat")

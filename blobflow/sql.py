@@ -27,6 +27,7 @@ from sqlalchemy.exc import (
 from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
 
+from blobflow.durable import SQLITE_FULL
 from blobflow.errors import BlobflowError, DiskFull, StoreConfigurationError, StoreUnavailable
 
 NAME_LENGTH: Final = 255
@@ -47,10 +48,9 @@ _LIBPQ: Final = {
 """A server that vanished is noticed within half a minute. libpq's own answer is to wait for it, for hours."""
 
 
-_SQLITE_FULL: Final = "database or disk is full"
 _SQLITE_READ_ONLY: Final = "attempt to write a readonly database"
 _SQLITE_REASONS: Final = frozenset({
-    _SQLITE_FULL, _SQLITE_READ_ONLY, "database disk image is malformed", "database is locked", "disk I/O error",
+    SQLITE_FULL, _SQLITE_READ_ONLY, "database disk image is malformed", "database is locked", "disk I/O error",
     "file is not a database", "unable to open database file",
 })  # fmt: skip
 """What SQLite says without any value in it; https://www.sqlite.org/rescode.html."""
@@ -165,7 +165,7 @@ def _failed(error: DBAPIError, what: str, about: dict[str, Any]) -> BlobflowErro
     """What a failure of the database means; the driver's own words are not repeated, they may hold values."""
     message = f"{what} failed with {_named(error)}"
     reason = str(error.orig)
-    if reason == _SQLITE_FULL:
+    if reason == SQLITE_FULL:
         return DiskFull(message, **about)
     if reason == _SQLITE_READ_ONLY:
         hint = "give permission to write the file and its directory, or name another place"

@@ -20,6 +20,7 @@ from blobflow.artifact.privacy import file_is_private
 from blobflow.backends.base import ExportResult, OnProgress
 from blobflow.backends.files import export_files
 from blobflow.backends.versioned_importer import VersionedImporter
+from blobflow.durable import SQLITE_FULL
 from blobflow.errors import (
     ArtifactInvalid,
     DiskFull,
@@ -274,7 +275,7 @@ def _errors_of(path: Path, damaged: Damaged = UnsupportedSource) -> Generator[No
         message = str(error)
         if message in _BUSY:
             raise TransferBusy(f"database {path} is locked by a writer", path=str(path)) from error
-        if message == "database or disk is full":
+        if message == SQLITE_FULL:
             raise DiskFull(f"no room left for the copy of {path}", path=str(path)) from error
         if message == "attempt to write a readonly database":
             raise RefusedError(

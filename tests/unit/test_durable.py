@@ -239,4 +239,4 @@ def test_every_lock_is_taken_here():
     found = {
         str(module.relative_to(package)) for module in package.rglob("*.py") if "fcntl.flock(" in module.read_text()
     }
-    assert {name for name in found if not name.startswith("stores/local/")} == {"durable.py"}
+    assert found == {"durable.py"}

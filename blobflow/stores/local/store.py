@@ -25,7 +25,6 @@ another user's, is refused.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -39,12 +38,22 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from typing_extensions import override
 
 from blobflow.checksum import Buffer, crc32c
-from blobflow.durable import copy_bytes, free_bytes
+from blobflow.durable import (
+    append_lines,
+    copy_bytes,
+    free_bytes,
+    fsync_directory,
+    lock,
+    try_lock,
+    unlock_and_close,
+    whole_lines,
+    write_all,
+)
 from blobflow.errors import (
     ArtifactInvalid,
     ChecksumMismatch,
@@ -303,7 +312,7 @@ class LocalStore(Store):
 
     @override
     def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
-        with self._upload("put_part", key, upload_id, fcntl.LOCK_SH) as upload:
+        with self._upload("put_part", key, upload_id, "shared") as upload:
             if not 1 <= part_number <= self.capabilities().max_parts:
                 raise UsageError(f"part number {part_number} is not in 1..{self.capabilities().max_parts}", key=key)
             if body.size > upload.part_size:
@@ -345,7 +354,7 @@ class LocalStore(Store):
         # The order is what a crash at any point leaves whole: until the rename the upload still has its journal and
         # every byte the journal vouches for; after it the object is finished, and a directory without payload is no
         # upload any more.
-        with self._upload("complete_multipart", key, upload_id, fcntl.LOCK_EX) as upload:
+        with self._upload("complete_multipart", key, upload_id, "alone") as upload:
             held = upload.parts()
             size = _check_parts(key, parts, held, upload.part_size)
             with _translated("complete_multipart", key), upload.open_for_writing() as (payload, journal):
@@ -492,10 +501,8 @@ class LocalStore(Store):
                 raise _size_mismatch(key, body.size, position + len(view) - offset)
             checksum = crc32c(view, checksum)
             with _translated(operation, key, position):
-                while view:
-                    written = os.pwrite(fd, view, position)
-                    position += written
-                    view = view[written:]
+                write_all(fd, view, position)
+            position += len(view)
         if position != end:
             raise _size_mismatch(key, body.size, position - offset)
         if body.crc32c is not None and checksum != body.crc32c:
@@ -635,7 +642,7 @@ class LocalStore(Store):
                     # After the note: if the lock was not broken by now, whoever breaks it later reads the note.
                     if locks.names_file(name, fd):
                         break
-                    _close_unlocked(fd)
+                    unlock_and_close(fd)
                     fd = -1
                     fd = self._take_lock(key, locks, name)
                 yield
@@ -644,7 +651,7 @@ class LocalStore(Store):
                     # Who is stopped before it has written its own note is not to be taken for this holder.
                     with suppress(OSError):
                         os.pwrite(fd, _NO_NOTE, 0)
-                    _close_unlocked(fd)
+                    unlock_and_close(fd)
 
     def _take_lock(self, key: str, locks: PrivateDirectory, name: str) -> int:
         """A descriptor of the lock file that holds its lock; the file may have been replaced meanwhile."""
@@ -653,7 +660,7 @@ class LocalStore(Store):
             fd = locks.open(name, os.O_RDWR | os.O_CREAT)
             try:
                 while locks.names_file(name, fd):
-                    if _try_flock(fd, fcntl.LOCK_EX):
+                    if try_lock(fd):
                         return fd
                     waited_s = time.monotonic() - started
                     if waited_s > _LOCK_PATIENCE_S and os.pread(fd, len(_NO_NOTE), 0) != _unbreakable(key):
@@ -667,9 +674,9 @@ class LocalStore(Store):
                     time.sleep(pause_s)
                     pause_s = min(2 * pause_s, _LOCK_POLL_S)
             except BaseException:
-                _close_unlocked(fd)
+                unlock_and_close(fd)
                 raise
-            _close_unlocked(fd)
+            unlock_and_close(fd)
 
     def _break_lock(self, key: str, held: int, locks: PrivateDirectory, name: str) -> int | None:
         """Put a new lock file, locked, in the place of the one that a sleeper holds; None: another one was quicker."""
@@ -679,16 +686,16 @@ class LocalStore(Store):
             fresh = uuid.uuid4().hex
             fd = tmp.open(fresh, _CREATE)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                lock(fd)
                 tmp.rename(fresh, name, locks)
                 note = os.pread(held, len(_NO_NOTE), 0)
                 _log.warning("store.lock_broken url=%s lock=%s", self.url, name)
                 if note == _unbreakable(key):  # the holder is another one by now
-                    self._flock(key, held, fcntl.LOCK_EX)
+                    self._lock_alone(key, held)
                 elif _IS_TEMPORARY.fullmatch(note):
                     tmp.unlink(note.decode())
             except BaseException:
-                _close_unlocked(fd)
+                unlock_and_close(fd)
                 raise
             return fd
 
@@ -794,7 +801,9 @@ class LocalStore(Store):
         return part
 
     @contextmanager
-    def _upload(self, operation: str, key: str, upload_id: str, lock: int | None = None) -> Generator[_Upload]:
+    def _upload(
+        self, operation: str, key: str, upload_id: str, held: Literal["shared", "alone"] | None = None
+    ) -> Generator[_Upload]:
         """The upload, under its shared or exclusive lock.
 
         Part writers share the lock and complete excludes them: else a straggler could write into the finished object.
@@ -808,9 +817,11 @@ class LocalStore(Store):
                     uploads = stack.enter_context(self._own("uploads", make=False))
                     upload = stack.enter_context(uploads.below(upload_id))
                     guard = upload.open("upload.json", os.O_RDONLY)
-                    stack.callback(_close_unlocked, guard)
-                    if lock is not None:
-                        self._flock(key, guard, lock)
+                    stack.callback(unlock_and_close, guard)
+                    if held == "shared":
+                        lock(guard, shared=True)
+                    elif held == "alone":
+                        self._lock_alone(key, guard)
                     # After the lock: complete may have finished while this call waited.
                     upload.stat("payload")
                 except FileNotFoundError:
@@ -824,13 +835,10 @@ class LocalStore(Store):
                 raise _no_such_upload(key, upload_id)
             yield _Upload(key, upload_id, upload, intent["part_size"], self._journals)
 
-    def _flock(self, key: str, fd: int, kind: int) -> None:
-        """Wait for the lock; for the exclusive one not for ever, because a stopped process may hold it."""
-        if kind == fcntl.LOCK_SH:
-            fcntl.flock(fd, kind)
-            return
+    def _lock_alone(self, key: str, fd: int) -> None:
+        """Wait for the exclusive lock, but not for ever: a stopped process may hold it."""
         deadline = time.monotonic() + self._straggler_patience_s
-        while not _try_flock(fd, kind):
+        while not try_lock(fd):
             if time.monotonic() >= deadline:
                 raise TransferBusy(f"a part of {key!r} is still being written by another process", key=key)
             time.sleep(_LOCK_POLL_S)
@@ -857,27 +865,18 @@ class _Upload:
         """The acknowledged parts by number, those of other processes included."""
         with _translated("list_parts", self.key):
             try:
-                fd = self.directory.open("parts.jsonl", os.O_RDONLY)
+                journal = os.fdopen(self.directory.open("parts.jsonl", os.O_RDONLY), "rb")
             except FileNotFoundError:
                 raise _no_such_upload(self.key, self.upload_id) from None
-            try:
+            with journal:
                 # Every reading appends to a copy of what an earlier one left, from where that one ended.
                 state = self.journals.get(self.upload_id, _JournalState({}, 0))
-                parts = dict(state.parts)
-                read_to, tail = state.read_to, bytearray()
-                while block := os.pread(fd, _READ_BYTES, read_to + len(tail)):
-                    tail += block
-                    whole = tail.rfind(b"\n") + 1
-                    for line in tail[:whole].split(b"\n"):
-                        _replay(parts, line)
-                    if not whole and len(tail) >= _READ_BYTES:
-                        whole = len(tail)  # no record is that long
-                    read_to += whole
-                    del tail[:whole]
+                parts, read_to = dict(state.parts), state.read_to
+                for end, line in whole_lines(journal, state.read_to, longest=_READ_BYTES):
+                    _replay(parts, line)
+                    read_to = end
                 self.journals[self.upload_id] = _JournalState(parts, read_to)
                 return parts
-            finally:
-                os.close(fd)
 
     @contextmanager
     def part_lock(self, part_number: int) -> Generator[None]:
@@ -889,10 +888,10 @@ class _Upload:
             except FileNotFoundError:
                 raise _no_such_upload(self.key, self.upload_id) from None
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            lock(fd)
             yield
         finally:
-            _close_unlocked(fd)
+            unlock_and_close(fd)
 
     @contextmanager
     def open_for_writing(self) -> Generator[tuple[int, int]]:
@@ -912,15 +911,8 @@ class _Upload:
 
     @staticmethod
     def append(journal: int, part_number: int, size: int | None, checksum: int | None) -> None:
-        """Record a part durably; `size` None takes an earlier record back.
-
-        One write, because O_APPEND keeps single writes of several processes apart. The newline in front ends the torn
-        record of a process that died, which would swallow this one otherwise.
-        """
-        record = json.dumps({"part": part_number, "size": size, "crc32c": checksum})
-        line = f"\n{record}\n".encode()
-        if os.write(journal, line) != len(line):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        """Record a part durably; `size` None takes an earlier record back."""
+        append_lines(journal, [json.dumps({"part": part_number, "size": size, "crc32c": checksum})])
         os.fdatasync(journal)
 
 
@@ -943,9 +935,9 @@ def _upload_intent(data: bytes) -> dict[str, Any]:
     return {**intent, "created": created}
 
 
-def _replay(parts: dict[int, PartMeta], line: bytes | bytearray) -> None:
+def _replay(parts: dict[int, PartMeta], line: bytes) -> None:
     try:
-        record = read_object(bytes(line), "journal")
+        record = read_object(line, "journal")
     except ArtifactInvalid:
         return  # empty, or the torn record of a process that died: that part was not acknowledged
     number, size, checksum = (record.get(name) for name in ("part", "size", "crc32c"))
@@ -1013,13 +1005,6 @@ def _is_key(path: str) -> bool:
     return True
 
 
-def _close_unlocked(fd: int) -> None:
-    """Close a descriptor and give its lock back, which a child forked meanwhile would keep with its own copy."""
-    with suppress(OSError):
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    os.close(fd)
-
-
 def _unbreakable(key: str) -> bytes:
     """The note of a holder that has no temporary file; as long as every note."""
     return b"-" + hashlib.blake2b(key.encode(), digest_size=16).hexdigest()[1:].encode()
@@ -1030,28 +1015,20 @@ def _exclusive(directory: PrivateDirectory, name: str) -> Generator[None]:
     """Hold the lock of one file."""
     fd = directory.open(name, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        lock(fd)
         yield
     finally:
-        _close_unlocked(fd)
+        unlock_and_close(fd)
 
 
 def _create(directory: PrivateDirectory, name: str, content: bytes, mode: int | None = None) -> None:
     """Make a file, durable but for its name."""
     fd = directory.open(name, _CREATE, mode)
     try:
-        os.write(fd, content)
+        write_all(fd, content, 0)
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def _try_flock(fd: int, kind: int) -> bool:
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _is_upload_id(upload_id: str) -> bool:
@@ -1097,15 +1074,7 @@ def _make_directory(path: Path) -> None:
             hint="name a directory for the store, or a path where one can be made",
             path=str(path),
         ) from error
-    _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    fsync_directory(path.parent)
 
 
 def _conflict(key: str, reason: str) -> InvalidKey:
