@@ -32,17 +32,17 @@ def _export_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--cursor-query",
             metavar="SQL",
-            help="Of sqlite: its first row says where in its history the database stands.",
+            help="For sqlite: a query whose first row is the position in the database's history.",
         ),
         click.option(
             "--mode",
             type=click.Choice(["reference", "link", "copy"]),
-            help="How the artifact holds the files: it points to them, as hard links, or as copies.",
+            help="Let the artifact point to the files, hold hard links to them, or copies.",
         ),
         click.option(
             "--schemas",
             type=click.Choice(["one", "any"]),
-            help="Of parquet: whether all files must have the same columns.  [default: one]",
+            help="For parquet: whether all files must have the same columns.  [default: one]",
         ),
         click.option(
             "--symlinks",
@@ -75,15 +75,16 @@ def _exporter(source: Path, backend: str, options: dict[str, Any]) -> Exporter:
     return kind(path=source, **options)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, uses="nothing")
 @click.argument("source", metavar="SRC", type=PATH)
 @click.argument("dest", metavar="DEST", type=PATH)
 @_export_options
 @click.pass_obj
 def export(settings: Settings, source: Path, dest: Path, backend: str | None, **options: Any) -> None:
-    """Make an artifact of SRC, a directory unless --from says otherwise, in the new directory DEST.
+    """Make an artifact of SRC in the new directory DEST.
 
-    The artifact of a directory keeps copies of the files unless --mode says otherwise.
+    SRC is a directory unless --from says otherwise. Its artifact holds copies of the files unless --mode says
+    otherwise.
     """
     given = _given(options)
     if backend in (None, "directory"):
@@ -118,17 +119,17 @@ def export(settings: Settings, source: Path, dest: Path, backend: str | None, **
 @click.option(
     "--heal",
     is_flag=True,
-    help="If KEY holds this content already, read every byte of it, and upload it again if it is damaged.",
+    help="If KEY has this content already, read every byte of it, and upload it again if it is damaged.",
 )
 @click.pass_obj
 def push(
     settings: Settings, source: Path, key: str, overwrite: bool, heal: bool, backend: str | None, **options: Any
 ) -> None:
-    """Upload SRC, a directory unless --from says otherwise, or an artifact made by `export`, under KEY.
+    """Upload the directory or artifact SRC under KEY.
 
-    The files of a directory are read where they are; nothing is copied unless --mode says so. Of a database or a log a
-    copy lies among the temporary files meanwhile. Run it again after a crash, on any machine that has the source: it
-    sends what is missing.
+    SRC is a directory unless --from says otherwise, or an artifact made by `export`. The files of a directory are read
+    where they are, unless --mode says otherwise. A database or a log is copied to a temporary directory first. Run it
+    again after a crash, on any machine that has the source: it sends what is missing.
     """
     from blobflow.artifact.artifact import Artifact
     from blobflow.stores.base import check_readable
@@ -223,11 +224,11 @@ def _sent(
     nargs=2,
     type=(BACKENDS, PATH),
     metavar="BACKEND TARGET",
-    help="Bring the artifact to life at TARGET instead, which keeps TARGET/current up to date; BACKEND is append-log,"
+    help="Import the artifact into the mirror TARGET instead, which shows it as TARGET/current; BACKEND is append-log,"
     " directory, parquet or sqlite.",
 )
 @click.option(
-    "--rewind", is_flag=True, help="Of append-log: import an older artifact, and throw away the records that follow it."
+    "--rewind", is_flag=True, help="For append-log: import an older artifact, and delete the records that follow it."
 )
 @click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
 @click.pass_obj
@@ -239,10 +240,10 @@ def pull(
     rewind: bool,
     digest: str | None,
 ) -> None:
-    """Download the artifact under KEY to DEST, which must be new or empty.
+    """Download the artifact under KEY to DEST.
 
-    Every byte is verified beside DEST, which then appears whole, in one step. Run it again after a crash: it fetches
-    what is missing.
+    DEST must be new or empty. Every byte is verified beside DEST, which then appears whole, in one step. Run it again
+    after a crash: it fetches what is missing.
     """
     from blobflow.transport import download
 
@@ -342,14 +343,14 @@ def verify(
     sample: tuple[int, int] | None,
     digest: str | None,
 ) -> None:
-    """Check that the artifact under KEY is whole, and say what is known then in one word.
+    """Check the artifact under KEY, and say what is known of it.
 
-    proven: every byte was read and held to digests that are bound to the artifact digest. sampled: a share was.
-    attested: only the server's checksum agrees, which somebody who may write to the store can forge. unproven: nothing
-    of the content was checked.
+    proven: every byte was read and has the digests that the artifact digest covers. sampled: a share of the bytes has.
+    attested: only the server's checksum agrees, which anybody who may write to the store can forge. unproven: none of
+    the content was checked.
 
-    Without --deep or --shallow every byte is read, except where the store itself attests the checksum of the payload.
-    Exit code 0 means that nothing wrong was found; what was looked at, the word says.
+    Without --deep or --shallow every byte is read, unless the store itself attests the checksum of the payload. Exit
+    code 0 means that nothing wrong was found in what was checked.
     """
     from blobflow.transport import PROOF_MEANS, verify as verify_artifact
 
@@ -399,8 +400,8 @@ def verify(
 @click.argument("target_key", metavar="[KEY]", required=False)
 @click.option("--overwrite", is_flag=True, help="Replace another artifact under the target's key.")
 @click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
-@click.option("--source-endpoint-url", metavar="URL", help="S3 server of SOURCE_STORE, if it is another one.")
-@click.option("--source-region", metavar="NAME", help="S3 region of SOURCE_STORE, likewise.")
+@click.option("--source-endpoint-url", metavar="URL", help="S3 server of SOURCE_STORE, if it has another one.")
+@click.option("--source-region", metavar="NAME", help="S3 region of SOURCE_STORE, if it has another one.")
 @click.pass_obj
 def copy(
     settings: Settings,
@@ -413,10 +414,11 @@ def copy(
     source_endpoint_url: str | None,
     source_region: str | None,
 ) -> None:
-    """Copy the artifact under KEY from one store to another, by default under the same key.
+    """Copy the artifact under KEY from one store to another.
 
-    Nothing is written to local disk. What was copied is held to the manifest's checksum before it becomes visible. Run
-    it again after a crash, on any machine: parts that the target holds are not sent again. --store is not used.
+    It gets the same key unless another is given. Nothing is written to local disk. The copy is compared with the
+    manifest's checksum before it becomes visible. Run it again after a crash, on any machine: parts that the target
+    holds are not sent again. --store is not used.
     """
     from blobflow.transport import copy_artifact
 
@@ -462,7 +464,7 @@ def copy(
     )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, uses="store")
 @click.argument("prefix", default="")
 @click.pass_obj
 def ls(settings: Settings, prefix: str) -> None:
@@ -481,11 +483,14 @@ def ls(settings: Settings, prefix: str) -> None:
             table(("key", "published"), ((entry.key, human_time(entry.last_modified)) for entry in entries))
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, uses="store")
 @click.argument("key")
 @click.pass_obj
 def show(settings: Settings, key: str) -> None:
-    """Show the manifest of the artifact under KEY; nothing of its payload is read."""
+    """Show the manifest of the artifact under KEY.
+
+    Its payload is not read.
+    """
     from blobflow.transport import read_manifest_file
 
     with settings.open_store() as store:

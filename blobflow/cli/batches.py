@@ -17,23 +17,24 @@ from blobflow.errors import BlobflowError, TemporaryError
 @click.argument("operations", metavar="FILE", type=PATH)
 @click.option("--results", type=PATH, metavar="FILE", help="The table of results.  [default: FILE.results.parquet]")
 @click.option("--window", type=click.IntRange(1, 1000), default=32, show_default=True, help="Operations at once.")
-@click.option("--deadline", type=DurationType(), default="300s", show_default=True, help="For one operation.")
-@click.option("--ordered", is_flag=True, help="Operations on one key one after the other, in the order of the file.")
+@click.option("--deadline", type=DurationType(), default="300s", show_default=True, help="Time for one operation.")
+@click.option("--ordered", is_flag=True, help="Execute operations on one key in the order of the file.")
 @click.option(
     "--allow",
     type=click.Choice(["read", "write", "delete"]),
     multiple=True,
-    help="What operations may do; may be repeated.  [default: everything]",
+    help="Allow only this kind of operation; may be repeated.  [default: all kinds]",
 )
-@click.option("--payloads", is_flag=True, help="Keep what gets read in the table.")
+@click.option("--payloads", is_flag=True, help="Keep the payloads that gets read in the table.")
 @click.option("--fresh", is_flag=True, help="Forget earlier results and execute everything.")
 @click.pass_obj
 def batch(
     settings: Settings, operations: Path, results: Path | None, payloads: bool, fresh: bool, **options: Any
 ) -> int | None:
-    """Execute the operations (insert, get, delete) in FILE, which has JSON lines or is a Parquet table.
+    """Execute the operations in FILE: insert, get, delete.
 
-    Their results become a Parquet table. Run it again after a crash, or after failures: it executes what is not done.
+    FILE has JSON lines or is a Parquet table. The results become a Parquet table. Run it again after a crash or after
+    failures: it executes the operations that are not done.
     """
     from blobflow.batch import BatchExecutor
     from blobflow.batch.tables import run_batch_file

@@ -37,17 +37,18 @@ def _layer_options(function: Callable[..., None]) -> Callable[..., None]:
 
 @click.group(cls=CommandGroup)
 def layer() -> None:
-    """Keep directories as compressed layers, named by their content: what is unchanged is not sent.
+    """Keep directories as compressed layers named by their content.
 
-    NAME is that of the container, or whatever else the directory belongs to. The store knows everything that is needed
-    for a restore; state and stat cache of this host only save requests and reads.
+    An unchanged directory is not sent again. NAME is the name of the container, or of anything else that the directory
+    belongs to. The store has everything that a restore needs; the state and the stat cache of this host only save
+    requests and reads.
     """
 
 
 @layer.command("sync")
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.argument("name")
-@click.option("--level", type=click.IntRange(1, 22), default=3, show_default=True, help="Of zstd.")
+@click.option("--level", type=click.IntRange(1, 22), default=3, show_default=True, help="Compression level of zstd.")
 @click.option(
     "--symlinks",
     type=click.Choice(["refuse", "skip", "follow"]),
@@ -73,9 +74,10 @@ def layer_sync(
     state: str | None,
     home: Path | None,
 ) -> None:
-    """Bring the directory DIR into the store as the layer of NAME, unless it is there.
+    """Upload the directory DIR as the layer of NAME.
 
-    Run it again after a crash, on any machine that has the directory: it compresses and sends what is missing.
+    Nothing is sent if the store has this content. Run it again after a crash, on any machine that has the directory: it
+    compresses and sends what is missing.
     """
     from blobflow.layers import LayerSync
 
@@ -126,10 +128,10 @@ def layer_sync(
 def layer_restore(
     settings: Settings, name: str, dest: Path, overwrite: bool, state: str | None, home: Path | None
 ) -> None:
-    """Bring the layer of NAME to life as the directory DEST.
+    """Restore the layer of NAME as the directory DEST.
 
     Every byte is verified beside DEST, which then appears whole, in one step. An earlier restore of NAME is replaced if
-    nobody wrote into it. Run it again after a crash: it fetches what is missing.
+    it was not changed since. Run it again after a crash: it fetches what is missing.
     """
     from blobflow.layers import LayerSync
 
@@ -166,11 +168,14 @@ def layer_restore(
     )
 
 
-@layer.command("ls")
+@layer.command("ls", uses="store")
 @_layer_options
 @click.pass_obj
 def layer_ls(settings: Settings, state: str | None, home: Path | None) -> None:
-    """List the containers in the store, and those that this host registered; a lost state is rebuilt."""
+    """List the containers in the store and those of this host.
+
+    A lost state of this host is rebuilt.
+    """
     from blobflow.layers import LayerSync
 
     with settings.open_store() as store:

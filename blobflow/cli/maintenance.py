@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @click.group(cls=CommandGroup)
 def ref() -> None:
-    """Read and move refs: names, like orders/latest, that point to an artifact."""
+    """Read and move refs: names of artifacts, such as orders/latest."""
 
 
-@ref.command("get")
+@ref.command("get", uses="store")
 @click.argument("name")
 @click.pass_obj
 def ref_get(settings: Settings, name: str) -> None:
@@ -35,12 +35,12 @@ def ref_get(settings: Settings, name: str) -> None:
     settings.report(_ref_document("found", store, name, state), state.key)
 
 
-@ref.command("set")
+@ref.command("set", uses="store")
 @click.argument("name")
 @click.argument("key")
 @click.pass_obj
 def ref_set(settings: Settings, name: str, key: str) -> None:
-    """Point the ref NAME to the artifact under KEY, in one step."""
+    """Point the ref NAME to the artifact under KEY in one step."""
     from blobflow.coordination.refs import name_artifact
     from blobflow.transport import read_manifest_file
 
@@ -49,11 +49,11 @@ def ref_set(settings: Settings, name: str, key: str) -> None:
     settings.report(_ref_document("set", store, name, state), f"{name} -> {state.key}  {state.manifest_sha256}")
 
 
-@ref.command("log")
+@ref.command("log", uses="store")
 @click.argument("name")
 @click.pass_obj
 def ref_log(settings: Settings, name: str) -> None:
-    """Print where the ref NAME points and where it pointed before, the latest first."""
+    """Print where the ref NAME points and pointed, latest first."""
     from blobflow.coordination.refs import read_ref
 
     with settings.open_store() as store:
@@ -89,14 +89,14 @@ def _ref_document(status: str, store: Store, name: str, state: RefState) -> dict
     }
 
 
-@click.command(cls=Command)
-@click.option("--fresh", is_flag=True, help="Try everything out again, whatever was found before.")
+@click.command(cls=Command, uses="store")
+@click.option("--fresh", is_flag=True, help="Probe again, whatever was found before.")
 @click.pass_obj
 def probe(settings: Settings, fresh: bool) -> None:
-    """Show what the store's server can really do.
+    """Show which features the store's server really has.
 
-    An S3 server is probed when it is first relied upon, and again after 30 days; what was found is remembered for
-    this user, on this machine. What does not hold is not relied upon.
+    An S3 server is probed at its first use and again after 30 days; the findings are kept for this user on this
+    machine. Features that a probe did not find are not used.
     """
     from blobflow.stores.probe import ProbedStore, probe as probe_store
 
@@ -117,7 +117,7 @@ def probe(settings: Settings, fresh: bool) -> None:
     )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, uses="store")
 @click.argument("prefix", default="")
 @click.option(
     "--older-than",
@@ -126,24 +126,24 @@ def probe(settings: Settings, fresh: bool) -> None:
     default="24h",
     show_default=True,
     metavar="AGE",
-    help="What is younger stays: 90s, 30m, 24h, 7d.",
+    help="Keep what is younger than this: 90s, 30m, 24h, 7d.",
 )
-@click.option("--dry-run", is_flag=True, help="Find everything, remove nothing.")
-@click.option("--payloads", is_flag=True, help="Also remove payloads whose manifest never came.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed, remove nothing.")
+@click.option("--payloads", is_flag=True, help="Also remove payloads without a manifest.")
 @click.option(
     "--stages",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Also remove what killed downloads left in the directory DIR.",
+    help="Also remove the remains of killed downloads in the directory DIR.",
 )
 @click.pass_obj
 def gc(
     settings: Settings, prefix: str, older_than_s: float, dry_run: bool, payloads: bool, stages: Path | None
 ) -> int | None:
-    """Remove what killed uploads left behind under keys that start with PREFIX.
+    """Remove the remains of killed uploads under PREFIX.
 
-    It may run at any time, next to transfers. Multipart uploads that nobody will take up again are aborted and their
-    intents removed; payloads whose manifest never came are only shown unless --payloads is given.
+    It may run at any time, next to transfers. Abandoned multipart uploads are aborted and their intents removed.
+    Payloads without a manifest are only shown, unless --payloads is given.
     """
     from blobflow.maintenance.gc import collect, collect_stages
 
@@ -182,7 +182,7 @@ def gc(
     return TemporaryError.exit_code if report.failed else None
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, uses="store")
 @click.argument("prefix", default="")
 @click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the last N of each directory.")
 @click.option(
@@ -190,16 +190,16 @@ def gc(
     "keep_within_s",
     type=DurationType(),
     metavar="AGE",
-    help="Keep what is younger: 90s, 30m, 24h, 7d.",
+    help="Keep what is younger than this: 90s, 30m, 24h, 7d.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would go, remove nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed, remove nothing.")
 @click.pass_obj
 def prune(
     settings: Settings, prefix: str, keep_last: int | None, keep_within_s: float | None, dry_run: bool
 ) -> int | None:
-    """Remove old artifacts under keys that start with PREFIX.
+    """Remove old artifacts whose keys start with PREFIX.
 
-    Kept is what one of the rules keeps, and whatever a ref names. At least one rule has to be given.
+    An artifact stays if one of the rules keeps it or a ref names it. Give at least one rule.
     """
     from blobflow.maintenance.retention import prune as prune_artifacts
 

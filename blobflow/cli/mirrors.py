@@ -33,11 +33,16 @@ def mirror() -> None:
     """
 
 
-@mirror.command("serve")
+@mirror.command("serve", uses="nothing")
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8337, show_default=True, help="0 takes a free one.")
-@click.option("--tls-cert", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="PEM; makes it https.")
+@click.option(
+    "--tls-cert",
+    type=click.Path(exists=True, dir_okay=False),
+    metavar="FILE",
+    help="PEM; the server then speaks HTTPS.",
+)
 @click.option("--tls-key", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="Its private key.")
 @click.option(
     "--tokens",
@@ -152,7 +157,10 @@ def mirror_push(
     is_file: bool,
     digest: str | None,
 ) -> None:
-    """Send the artifact under KEY to the receiver at URL. Run it again after a crash: it sends what is missing."""
+    """Send the artifact under KEY to the receiver at URL.
+
+    Run it again after a crash: it sends what is missing.
+    """
     from blobflow.mirror import Snapshot
     from blobflow.mirror.client import MirrorClient
 
@@ -204,10 +212,11 @@ def mirror_push(
 def mirror_import(
     settings: Settings, directory: Path, database: str, backend: str, target: Path, source: str | None, keep: int
 ) -> None:
-    """Import the newest snapshot of DATABASE that was received in DIR into the mirror TARGET.
+    """Import the newest received snapshot of DATABASE into TARGET.
 
-    Every byte is verified before TARGET/current shows it; then the snapshot is Following. Older ones are removed. The
-    receiver may be running. Run it again after a crash.
+    DIR is the directory of the receiver, and TARGET that of the mirror. Every byte is verified before TARGET/current
+    shows it; then the snapshot is Following. Older ones are removed. The receiver may be running. Run it again after a
+    crash.
     """
     from blobflow.coordination.refs import read_ref
     from blobflow.mirror import ReceivedStore
@@ -244,12 +253,12 @@ def mirror_import(
     )
 
 
-@mirror.command("status")
+@mirror.command("status", uses="store")
 @click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--ref", metavar="REF", help="Compare the mirror with this ref, such as orders/latest.")
 @click.pass_obj
 def mirror_status(settings: Settings, directory: Path, ref: str | None) -> None:
-    """Show where the mirror in DIR stands, or the snapshots that a receiver holds in DIR.
+    """Show where the mirror in DIR stands, or what a receiver holds.
 
     A mirror is compared with the store, if one is named: with REF, or with the key that it was imported from. Nothing
     is changed or locked; imports and the receiver may be running.

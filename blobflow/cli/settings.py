@@ -9,11 +9,11 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import click
 from click.core import ParameterSource
@@ -219,11 +219,21 @@ def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> Non
         setattr(context.ensure_object(Settings), name, value)
 
 
-def shared_options() -> list[click.Parameter]:
-    """Fresh copies of the options that every command takes."""
+_TRANSFER_OPTIONS: Final = ("profile", "chunk_size", "workers", "bwlimit")
+_STORE_OPTIONS: Final = ("store", "endpoint_url", "region", "content_md5")
+
+
+def shared_options(unused: Collection[str] = ()) -> list[click.Parameter]:
+    """Fresh copies of the options that every command accepts.
+
+    Args:
+        unused: Options that the help of the command does not show.
+    """
 
     def option(*names: str, **attributes: Any) -> click.Option:
-        return click.Option(names, expose_value=False, callback=_keep, **attributes)
+        made = click.Option(names, expose_value=False, callback=_keep, **attributes)
+        made.hidden = made.name in unused
+        return made
 
     return [
         option(
@@ -235,26 +245,37 @@ def shared_options() -> list[click.Parameter]:
         ),
         option("--endpoint-url", metavar="URL", help="S3 server, unless it is AWS.  [env var: AWS_ENDPOINT_URL]"),
         option("--region", metavar="NAME", help="S3 region."),
-        option("--content-md5", is_flag=True, help="Where `blobflow probe` says that an S3 server ignores CRC32C."),
+        option(
+            "--content-md5",
+            is_flag=True,
+            help="Send Content-MD5, for servers that ignore CRC32C (see `probe`).",
+        ),
         option(
             "--profile",
             type=click.Choice(["datacenter", "tactical", "edge"]),
-            help="How a transfer is cut and paced.  [default: tactical]",
+            help="Preset of chunk size, checkpoints and timeouts.  [default: tactical]",
         ),
-        option("--chunk-size", type=SIZE, metavar="SIZE", help="For example 64MiB, instead of the profile's."),
-        option("--workers", type=click.IntRange(1, 256), metavar="N", help="Chunks in flight, likewise."),
-        option("--bwlimit", type=SIZE, metavar="RATE", help="Payload bytes per second, for example 10MiB."),
-        option("--json", is_flag=True, help="One JSON document on standard output."),
-        option("-v", "--verbose", count=True, help="Log to standard error, and show tracebacks; -vv for more."),
+        option("--chunk-size", type=SIZE, metavar="SIZE", help="Instead of the profile's, for example 64MiB."),
+        option("--workers", type=click.IntRange(1, 256), metavar="N", help="Chunks in flight."),
+        option("--bwlimit", type=SIZE, metavar="RATE", help="Limit of payload bytes per second, for example 10MiB."),
+        option("--json", is_flag=True, help="Print one JSON document on standard output."),
+        option("-v", "--verbose", count=True, help="Log to standard error with tracebacks; -vv for more."),
     ]
 
 
 class Command(click.Command):
-    """A command that takes the shared options as well."""
+    """A command that accepts the shared options as well; its help shows those that it uses.
 
-    def __init__(self, *args: Any, **attributes: Any) -> None:
+    Args:
+        uses: `transfer`: the store and how its payloads are moved; `store`: the store alone; `nothing`: neither.
+    """
+
+    def __init__(
+        self, *args: Any, uses: Literal["transfer", "store", "nothing"] = "transfer", **attributes: Any
+    ) -> None:
         super().__init__(*args, **attributes)
-        self.params += shared_options()
+        unused = () if uses == "transfer" else _TRANSFER_OPTIONS
+        self.params += shared_options((*_STORE_OPTIONS, *unused) if uses == "nothing" else unused)
 
     def invoke(self, ctx: click.Context) -> Any:
         _show_log(ctx.ensure_object(Settings).verbose)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 import blobflow
@@ -28,6 +29,7 @@ from blobflow.artifact.landing import Stage
 from blobflow.backends import AppendLog, AppendLogImporter
 from blobflow.backends.registry import BACKENDS
 from blobflow.cli import run
+from blobflow.cli.commands import cli
 from blobflow.cli.progress import LINE_EVERY_S, Lines
 from blobflow.cli.settings import BACKENDS as CHOICES, Settings
 from blobflow.scratch import scratch_directory
@@ -673,6 +675,38 @@ def test_help_names_the_commands_and_the_exit_codes(call: Call):
     said = call("--help").out
     for word in ("export", "push", "pull", "verify", "ls", "show", "ref", "BLOBFLOW_STORE", "temporary"):
         assert word in said
+
+
+def commands(group: click.Group, name: str = "") -> Iterator[tuple[str, click.Command]]:
+    """All commands below a group, by their full names."""
+    for each, command in group.commands.items():
+        yield f"{name} {each}".strip(), command
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{name} {each}".strip())
+
+
+def test_summaries_are_whole_sentences(call: Call):
+    """In lists of commands, no summary is cut off."""
+    known = dict(commands(cli))
+    assert {"push", "layer ls", "mirror import"} <= set(known)
+    for name, command in known.items():
+        summary = command.get_short_help_str(64)
+        assert re.fullmatch(r"[A-Z].*\w\.", summary), f"{name}: {summary}"
+    assert "..." not in call("--help").out.partition("Commands:")[2].partition("The options")[0]
+
+
+@pytest.mark.parametrize(
+    ("command", "shown", "hidden"),
+    [
+        ("ls", ["--store", "--json"], ["--workers", "--bwlimit", "--profile"]),
+        ("push", ["--store", "--workers", "--bwlimit", "--profile", "--json"], []),
+        ("export", ["--json"], ["--store", "--workers"]),
+    ],
+)
+def test_help_shows_the_options_that_a_command_uses(call: Call, command: str, shown: list[str], hidden: list[str]):
+    """The others are accepted, since they may stand before any command, but they are not shown."""
+    said = call(command, "--help").out
+    assert [option for option in (*shown, *hidden) if option in said] == shown
 
 
 # Scratch
