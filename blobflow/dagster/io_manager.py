@@ -84,7 +84,7 @@ Stored: TypeAlias = Path | ArtifactRef
 
 
 class NotMaterialized(ArtifactNotFound):
-    """No ref names the value that is to be loaded. Field: key (of the ref)."""
+    """No ref names the value that is to be loaded; `key` is the ref."""
 
 
 class ArtifactIOManager(Configured, dg.ConfigurableIOManager):

@@ -393,6 +393,7 @@ class SourceTruncated(SizeMismatch):
     """The source ended early.
 
     Attributes:
+        what: What ended.
         at: The byte position where it ended.
         want: The byte position it should have reached.
     """
@@ -545,12 +546,11 @@ class RefusedError(BlobflowError):
 class SourceChanged(RefusedError):
     """A source is not the one that was exported, or that a transfer began with.
 
-    `path` says which, unless it is a stream.
+    `path` says which, unless it is a stream. `expected` and `actual` are what it was and what it is; None where only
+    the change is known.
 
     Attributes:
         what: What changed: `size`, `mtime`, `existence` ...
-        expected: What it was; None where only the change is known.
-        actual: What it is; likewise.
         at: The byte position up to which it was compared.
     """
 
