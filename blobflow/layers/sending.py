@@ -46,9 +46,9 @@ from blobflow.layers.names import layer_key, meta_key
 from blobflow.layers.remote import find_bytes, read_meta
 from blobflow.owner import process_owner
 from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store, check_put_size, check_readable
-from blobflow.transport.uploading import proven_parts
 from blobflow.uploads.intent import FrameLog, Intent, IntentKeeper
 from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
+from blobflow.uploads.session import UploadSession
 
 log = logging.getLogger(__name__)
 
@@ -255,7 +255,10 @@ class _Finishing:
         except ChecksumMismatch:
             self.give_up(upload_id)
             raise
-        parts = proven_parts(self.store, self.key, upload_id, plan, self.crcs)
+        session = UploadSession(self.store, self.key, content_type=CONTENT_TYPE)
+        session.take_up(upload_id, plan.part_size)
+        session.crcs = self.crcs
+        parts = session.prove(plan)
         self.store.complete_multipart(self.key, upload_id, parts)
         return meta_of(self.manifest_bytes, frames.codec, self.plan, frames.sizes), self.store.head(self.key)
 

@@ -19,14 +19,14 @@ from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.artifact.tarmap import manifest_entry, payload_crc32c
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import ChunkProfile
-from blobflow.engine.plan import Part, TransferPlan
+from blobflow.engine.plan import Part
 from blobflow.engine.pool import move_parts
-from blobflow.errors import ArtifactInvalid, ChecksumMismatch, StoreConfigurationError, Unsupported, UsageError
+from blobflow.errors import ArtifactInvalid, StoreConfigurationError, Unsupported, UsageError
 from blobflow.stores.base import ObjectMeta, Store
 from blobflow.transport.catalog import check_artifact_key
 from blobflow.transport.remote import RemoteArtifact
 from blobflow.transport.uploading import MultipartUpload, UploadRequest, run
-from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
+from blobflow.uploads.progress import OnProgress, OnRecord
 
 _log = logging.getLogger(__name__)
 
@@ -232,52 +232,51 @@ class _ServerCopy(MultipartUpload):
     """
 
     @override
-    def make(self, upload_id: str, plan: TransferPlan, progress: TransferProgress) -> ObjectMeta:
+    def make(self) -> ObjectMeta:
         payload = self.payload
         if not isinstance(payload, RemotePayload):
             raise AssertionError("a copy brings what is in a store")
         if self.replaces is not None or not payload.is_as_stored:
-            return super().make(upload_id, plan, progress)
+            return super().make()
         payload.meter.server_side = True
-        self.delete_old_manifest(upload_id)
-        try:
-            progress.begin()
-            try:
-                move_parts(
-                    [Part(1, 0, plan.size)],
-                    lambda _part, _buffer: payload.copy_by_server(self.store, self.key),
-                    workers=1,
-                    buffer_size=1,
-                    on_moved=lambda _part, _made: None,
-                    on_tick=lambda: self.tick(progress),
-                )
-            except (StoreConfigurationError, Unsupported) as refused:
-                if _is_same_place(payload.remote.store, self.store):
-                    raise
-                # What we may read and what we may write, the server need not bring together.
-                _log.info("copy.streamed key=%s refused=%s", self.key, refused)
-                payload.meter.server_side = False
-                return super().make(upload_id, plan, progress)
+        self.delete_old_manifest()
+        with self.progress.failure_saved():
+            self.progress.begin()
+            copied = self._copied(payload)
+        if not copied:
+            return super().make()
+        with self.progress.failure_saved():
             made = self.store.head(self.key)
-            self._prove(made, plan, payload.meter, progress)
-        except ChecksumMismatch:
+            attested = self.session.attested(made)
+            actual = self._read_back(made, payload.meter) if attested is None else attested
+        if actual != self.payload.payload_crc32c:
             self.store.delete(self.key)
-            self.give_up(upload_id)
-            raise
-        except BaseException:
-            progress.failed()
-            raise
-        self.store.abort_multipart(self.key, upload_id)
+            self.session.abandon()
+            raise self.differs(actual)
+        self.store.abort_multipart(self.key, self.session.upload_id)
         return made
 
-    def _prove(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, progress: TransferProgress) -> None:
-        """Hold the copy to the CRC32C of the manifest: the attested one, or that of its bytes."""
-        attested = made.crc32c if self.store.capabilities().attests_crc32c else None
-        actual = self._read_back(made, plan, meter, progress) if attested is None else attested
-        if actual != self.payload.payload_crc32c:
-            raise self.differs(actual)
+    def _copied(self, payload: RemotePayload) -> bool:
+        """Have the server copy. False: it refuses, because what we may read and write need not be its to copy."""
+        try:
+            move_parts(
+                [Part(1, 0, self.plan.size)],
+                lambda _part, _buffer: payload.copy_by_server(self.store, self.key),
+                workers=1,
+                buffer_size=1,
+                on_moved=lambda _part, _made: None,
+                on_tick=self.tick,
+            )
+        except (StoreConfigurationError, Unsupported) as refused:
+            if _is_same_place(payload.remote.store, self.store):
+                raise
+            _log.info("copy.streamed key=%s refused=%s", self.key, refused)
+            payload.meter.server_side = False
+            return False
+        return True
 
-    def _read_back(self, made: ObjectMeta, plan: TransferPlan, meter: _Meter, progress: TransferProgress) -> int:
+    def _read_back(self, made: ObjectMeta, meter: _Meter) -> int:
+        """The CRC32C of the copy's bytes."""
         crcs: dict[int, int] = {}
 
         def move(part: Part, buffer: memoryview) -> int:
@@ -291,14 +290,14 @@ class _ServerCopy(MultipartUpload):
 
         def moved(part: Part, crc: int) -> None:
             crcs[part.number] = crc
-            progress.moved(part.length)
+            self.progress.moved(part.length)
 
         move_parts(
-            plan,
+            self.plan,
             move,
             workers=self.profile.workers,
-            buffer_size=min(plan.part_size, self.profile.chunk_size),
+            buffer_size=min(self.plan.part_size, self.profile.chunk_size),
             on_moved=moved,
-            on_tick=lambda: self.tick(progress),
+            on_tick=self.tick,
         )
-        return combine_all((crcs[part.number], part.length) for part in plan)
+        return combine_all((crcs[part.number], part.length) for part in self.plan)

@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from typing_extensions import override
+
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.landing import Landing, Stage
 from blobflow.config import ChunkProfile
@@ -42,9 +44,10 @@ from blobflow.stores.base import ObjectMeta, Store, check_object_size, check_rea
 from blobflow.transport.catalog import check_artifact_key
 from blobflow.transport.reading import failures_noted, land_parts, landing_plan
 from blobflow.transport.remote import RemoteArtifact
-from blobflow.transport.uploading import MultipartUpload, UploadRequest, UploadResult, skip_if_published
+from blobflow.transport.uploading import MultipartUpload, UploadRequest, UploadResult, busy, look
 from blobflow.untrusted import plain
 from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
+from blobflow.uploads.session import CLAIM_ATTEMPTS
 
 _OWNER: Final = "lanes"
 """In whose name their intent is kept: that one lane's process has ended says nothing of the others."""
@@ -157,20 +160,20 @@ def begin_upload(
             capability="multipart uploads",
         )
     check_readable(store)
+    started = time.monotonic()
     request = _request(store, key, artifact, profile, overwrite=overwrite)
-
-    def claim(replaces: str | None) -> UploadTicket:
+    for _ in range(CLAIM_ATTEMPTS):
+        found = look(request, started)
+        if isinstance(found, UploadResult):
+            return UploadTicket(key, "", found.artifact_digest, request.profile.chunk_size, 0, found.bytes_total)
         check_object_size(store, key, request.payload.payload_size)
-        upload = MultipartUpload(request, replaces, owner=_OWNER)
-        upload_id, plan = upload.claim()
-        if not upload.is_new:
-            upload.keeper.save({})
-        return UploadTicket(key, upload_id, upload.payload.digest, plan.part_size, len(plan), plan.size)
-
-    begun = skip_if_published(request, claim)
-    if isinstance(begun, UploadResult):
-        return UploadTicket(key, "", begun.artifact_digest, request.profile.chunk_size, 0, begun.bytes_total)
-    return begun
+        upload = MultipartUpload(request, found, owner=_OWNER)
+        if upload.claim():
+            session, plan = upload.session, upload.plan
+            if not session.is_new:
+                session.save()
+            return UploadTicket(key, session.upload_id, upload.payload.digest, plan.part_size, len(plan), plan.size)
+    raise busy(request)
 
 
 def send_parts(
@@ -200,15 +203,15 @@ def send_parts(
     if not ticket.upload_id:
         return LaneResult("unchanged", 0, 0, 0, time.monotonic() - started)
     request = _request(store, ticket.key, artifact, profile, on_progress=on_progress, on_checkpoint=on_checkpoint)
-    upload, plan = _taken_up(request, ticket)
-    progress = upload.upload_progress(ticket.upload_id, plan)
-    _narrow(progress, plan, numbers, ",".join(map(str, numbers)))
+    upload = _LanesUpload(request, ticket)
+    progress = upload.progress
+    _narrow(progress, upload.plan, numbers, ",".join(map(str, numbers)))
     try:
-        _check_held(upload, ticket)
-        upload.send(ticket.upload_id, plan, progress, numbers)
+        upload.check_intent()
+        upload.send(numbers)
     except NoSuchUpload:
         # A commit came before this call, which then is one too many.
-        if upload.completed_by_somebody() is None:
+        if upload.settle() is None:
             raise
         return LaneResult("unchanged", len(numbers), 0, 0, time.monotonic() - started)
     progress.done()
@@ -249,32 +252,15 @@ def commit_upload(
     """
     started = time.monotonic()
     request = _request(store, ticket.key, artifact, profile, on_progress=on_progress, on_checkpoint=on_checkpoint)
-
-    def commit(_: str | None) -> UploadResult:
-        if not ticket.upload_id:
-            raise _gone(ticket)
-        upload, plan = _taken_up(request, ticket)
-        progress = upload.upload_progress(ticket.upload_id, plan)
-
-        def make(upload_id: str, plan: TransferPlan, progress: TransferProgress) -> ObjectMeta:
-            _check_held(upload, ticket)
-            upload.crcs, unproven = upload.held(upload_id, plan)
-            missing = [part.number for part in plan.missing(upload.crcs) if part.number not in unproven]
-            if missing:
-                raise _incomplete(ticket, missing, lanes)
-            if unproven:
-                upload.send(upload_id, plan, progress, range(1, len(plan) + 1))
-            else:
-                for part in plan:
-                    progress.resumed(part.length)
-                progress.begin()
-            return upload.complete(upload_id, plan)
-
-        if not upload.bring(ticket.upload_id, plan, progress, make):
-            raise _gone(ticket)
-        return upload.result(progress, started)
-
-    return skip_if_published(request, commit)
+    found = look(request, started)
+    if isinstance(found, UploadResult):
+        return found
+    if not ticket.upload_id:
+        raise _gone(ticket)
+    upload = _LanesUpload(request, ticket, lanes)
+    if not upload.run():
+        raise _gone(ticket)
+    return upload.result(started)
 
 
 def _request(
@@ -293,24 +279,42 @@ def _request(
     return UploadRequest(store, key, artifact, profile or ChunkProfile(), overwrite, on_progress, on_checkpoint)
 
 
-def _taken_up(request: UploadRequest, ticket: UploadTicket) -> tuple[MultipartUpload, TransferPlan]:
-    """The upload of the ticket, with the manifest that it was begun with."""
-    upload = MultipartUpload(request, None, owner=_OWNER)  # only the intent knows what may be replaced
-    intent = upload.keeper.load()
-    if intent is not None and intent.upload_id == ticket.upload_id:
-        upload.replaces = intent.replaces
-        if intent.manifest_bytes != upload.payload.manifest_bytes:
-            upload.payload = upload.payload.adopt(intent.manifest_bytes)
-    elif request.payload.digest != ticket.artifact_digest:
-        raise _gone(ticket)
-    return upload, TransferPlan(upload.payload.payload_size, ticket.part_size)
+class _LanesUpload(MultipartUpload):
+    """The upload of a ticket, with the manifest that it was begun with."""
 
+    def __init__(self, request: UploadRequest, ticket: UploadTicket, lanes: int | None = None) -> None:
+        super().__init__(request, None, owner=_OWNER)  # only the intent knows what may be replaced
+        self._ticket = ticket
+        self._lanes = lanes
+        intent = self.session.load()
+        if intent is not None and intent.upload_id == ticket.upload_id:
+            self.adopt(intent)
+        elif request.payload.digest != ticket.artifact_digest:
+            raise _gone(ticket)
+        self.session.take_up(ticket.upload_id, ticket.part_size)
+        self.begin()
 
-def _check_held(upload: MultipartUpload, ticket: UploadTicket) -> None:
-    """Without the intent somebody else may be at the key: what the upload id still holds is not touched any more."""
-    intent = upload.keeper.intent
-    if intent is None or intent.upload_id != ticket.upload_id:
-        raise _gone(ticket)
+    def check_intent(self) -> None:
+        """Without the intent somebody else may be at the key: what the upload id still holds is not touched then."""
+        if not self.session.owns_intent:
+            raise _gone(self._ticket)
+
+    @override
+    def make(self) -> ObjectMeta:
+        """Make the payload of the parts that the lanes sent; only those whose checksum nobody knows are read again."""
+        self.check_intent()
+        held = self.session.held()
+        self.session.crcs = held.proven(self.plan)
+        missing = [part.number for part in self.plan.missing(self.session.crcs) if not held.has(part)]
+        if missing:
+            raise _incomplete(self._ticket, missing, self._lanes)
+        if len(self.session.crcs) < len(self.plan):
+            self.send(self.plan.numbers)
+        else:
+            for part in self.plan:
+                self.progress.resumed(part.length)
+            self.progress.begin()
+        return self.complete()
 
 
 def _incomplete(ticket: UploadTicket, missing: list[int], lanes: int | None) -> UploadIncomplete:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, Protocol, TypeVar
+from typing import Final, Literal, Protocol
 
 from typing_extensions import Self
 
@@ -16,7 +16,7 @@ from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.artifact.tarmap import manifest_entry
-from blobflow.checksum import combine_all, crc32c
+from blobflow.checksum import crc32c
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
@@ -25,7 +25,6 @@ from blobflow.errors import (
     ChecksumMismatch,
     KeyConflict,
     NoSuchUpload,
-    ObjectChanged,
     ObjectNotFound,
     ObjectTooLarge,
     PreconditionFailed,
@@ -35,7 +34,6 @@ from blobflow.errors import (
 from blobflow.stores.base import (
     Body,
     ObjectMeta,
-    PartMeta,
     PutMode,
     Store,
     check_object_size,
@@ -45,15 +43,13 @@ from blobflow.stores.base import (
 )
 from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key, read_manifest_bytes
 from blobflow.transport.remote import payload_size
-from blobflow.uploads.intent import IntentKeeper
+from blobflow.uploads.intent import Intent, IntentKeeper
 from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
+from blobflow.uploads.session import CLAIM_ATTEMPTS, ClaimedUpload, md5_in, upload_part_size
 
 log = logging.getLogger(__name__)
 
 CONTENT_TYPE: Final = "application/x-tar"
-_CLAIM_ATTEMPTS: Final = 5
-
-_Brought = TypeVar("_Brought")
 
 
 class PayloadReader(Protocol):
@@ -174,39 +170,41 @@ def run(request: UploadRequest, multipart: type[MultipartUpload] | None = None) 
         multipart: How it is done in a store that has multipart uploads, if not the usual way.
     """
     started = time.monotonic()
+    store = request.store
+    replaces: str | None = None
+    for _ in range(CLAIM_ATTEMPTS):
+        found = look(request, started)
+        if isinstance(found, UploadResult):
+            return found
+        replaces = found or replaces
+        check_readable(store)
+        check_object_size(store, request.key, request.payload.payload_size)
+        if not store.capabilities().multipart:
+            return _StreamUpload(request, replaces).run(started)
+        upload = (multipart or MultipartUpload)(request, replaces)
+        if upload.claim() and upload.run():
+            return upload.result(started)
+    raise busy(request)
 
-    def way(replaces: str | None) -> UploadResult:
-        check_readable(request.store)
-        check_object_size(request.store, request.key, request.payload.payload_size)
-        kind = (multipart or MultipartUpload) if request.store.capabilities().multipart else _StreamUpload
-        return kind(request, replaces).run(started)
 
-    return skip_if_published(request, way)
-
-
-def skip_if_published(request: UploadRequest, bring: Callable[[str | None], _Brought]) -> _Brought | UploadResult:
-    """What `bring` returns, which is given the digest of the artifact to replace; or `unchanged`, if all is there."""
-    started = time.monotonic()
+def look(request: UploadRequest, started: float) -> UploadResult | str | None:
+    """The result, if all of it is there; else the digest of the artifact that the upload is to replace, if any."""
     store, key = request.store, request.key
-    for _ in range(_CLAIM_ATTEMPTS):
-        replaces: str | None = None
-        if (existing_bytes := _published(store, key)) is not None:
-            replaces = artifact_digest(existing_bytes)
-            existing = _replaceable(existing_bytes, request)
-            # A manifest that lost its payload is repaired by uploading again.
-            if existing is not None and _payload_is_there(request, existing_bytes):
-                _remove_leftover(store, key, existing_bytes)
-                size = payload_size(existing_bytes, existing)
-                return UploadResult("unchanged", key, replaces, existing, size, 0, 0, time.monotonic() - started)
-        try:
-            return bring(replaces)
-        except Overtaken:
-            log.info("upload.overtaken key=%s", key)
-    raise TransferBusy(f"others published under {key!r} again and again", key=key)
+    existing_bytes = _published(store, key)
+    if existing_bytes is None:
+        return None
+    digest, existing = artifact_digest(existing_bytes), _replaceable(existing_bytes, request)
+    # A manifest that lost its payload is repaired by uploading again.
+    if existing is None or not _payload_is_there(request, existing_bytes):
+        return digest
+    _remove_leftover(store, key, existing_bytes)
+    size = payload_size(existing_bytes, existing)
+    return UploadResult("unchanged", key, digest, existing, size, 0, 0, time.monotonic() - started)
 
 
-class Overtaken(Exception):
-    """Somebody published under the key after it was looked at and before the upload was claimed."""
+def busy(request: UploadRequest) -> TransferBusy:
+    """Others publish under the key, or take the upload away, again and again."""
+    return TransferBusy(f"{CLAIM_ATTEMPTS} times, others were quicker under {request.key!r}", key=request.key)
 
 
 def _published(store: Store, key: str) -> bytes | None:
@@ -282,9 +280,6 @@ class _Upload:
         self.replaces = replaces
         self.is_private = request.payload.manifest.private is not None
         """Whether others than its owner must not read the payload, where it becomes a file."""
-
-    def run(self, started: float) -> UploadResult:
-        raise NotImplementedError
 
     def new_progress(self, plan: TransferPlan, upload_id: str | None, save: Callable[[], None]) -> TransferProgress:
         return TransferProgress(
@@ -372,7 +367,7 @@ class _Upload:
             actual=actual,
         )
 
-    def result(self, progress: TransferProgress, started: float) -> UploadResult:
+    def result_of(self, progress: TransferProgress, started: float) -> UploadResult:
         return UploadResult(
             status="uploaded",
             key=self.key,
@@ -420,7 +415,7 @@ class _StreamUpload(_Upload):
         )
         self.publish(made)
         progress.done()
-        return self.result(progress, started)
+        return self.result_of(progress, started)
 
 
 class MultipartUpload(_Upload):
@@ -428,259 +423,150 @@ class MultipartUpload(_Upload):
 
     Args:
         owner: In whose name the intent is kept; None: of this process.
+
+    Attributes:
+        plan, progress: Of the upload that was claimed or taken up.
     """
+
+    plan: TransferPlan
+    progress: TransferProgress
 
     def __init__(self, request: UploadRequest, replaces: str | None, *, owner: str | None = None) -> None:
         super().__init__(request, replaces)
-        self.keeper = IntentKeeper(self.store, self.key, owner=owner)
-        self.is_new = False
-        """Whether nobody can have sent parts before."""
-        self.crcs: dict[int, int] = {}
-        """CRC32C of the parts that the store holds, as far as it is known."""
-
-    def run(self, started: float) -> UploadResult:
-        for _ in range(_CLAIM_ATTEMPTS):
-            self.crcs = {}
-            upload_id, plan = self.claim()
-            progress = self.upload_progress(upload_id, plan)
-            if self.bring(upload_id, plan, progress, self.make):
-                return self.result(progress, started)
-        raise TransferBusy(f"the upload of {self.key!r} was taken away {_CLAIM_ATTEMPTS} times", key=self.key)
-
-    def upload_progress(self, upload_id: str, plan: TransferPlan) -> TransferProgress:
-        """Books that save into the intent."""
-        return self.new_progress(plan, upload_id, save=lambda: self.keeper.save(self.crcs))
-
-    def bring(
-        self,
-        upload_id: str,
-        plan: TransferPlan,
-        progress: TransferProgress,
-        make: Callable[[str, TransferPlan, TransferProgress], ObjectMeta],
-    ) -> bool:
-        """Make the payload and publish it. False: the upload is gone, and nobody completed it."""
-        try:
-            try:
-                made = make(upload_id, plan, progress)
-            except NoSuchUpload as error:
-                # Somebody completed, aborted or expired it: the object itself says which.
-                settled = self.completed_by_somebody()
-                if settled is None:
-                    log.info("upload.vanished key=%s upload_id=%s error=%s", self.key, upload_id, error)
-                    self.give_up(upload_id)
-                    return False
-                made = settled
-                for part in plan.missing(self.crcs):
-                    progress.resumed(part.length)  # sent by whoever completed the upload
-            self.publish(made)
-        except BaseException:
-            # This process may live on and export again: its own intent must not keep it away then.
-            self.keeper.release(upload_id)
-            raise
-        self.keeper.remove(upload_id)
-        progress.done()
-        return True
-
-    # Claiming
-
-    def claim(self) -> tuple[str, TransferPlan]:
-        """An upload id and its plan: a running upload of the same payload taken over or joined, or a new one."""
-        for _ in range(_CLAIM_ATTEMPTS):
-            intent = self.keeper.load()
-            if intent is not None and intent.manifest.same_body(self.payload.manifest):
-                if intent.manifest_bytes != self.payload.manifest_bytes:
-                    self.payload = self.payload.adopt(intent.manifest_bytes)
-                self.replaces = self.replaces or intent.replaces
-                self.is_new = False
-                return intent.upload_id, TransferPlan(self.payload.payload_size, intent.part_size)
-            if intent is not None and self.keeper.is_alive():
-                raise TransferBusy(
-                    f"another upload to {self.key!r} is under way, by {intent.owner}", key=self.key, owner=intent.owner
-                )
-            if intent is not None:
-                self.replaces = self.replaces or intent.replaces
-            plan = self._plan()
-            upload_id = self.store.create_multipart(
-                self.key, part_size=plan.part_size, content_type=CONTENT_TYPE, private=self.is_private
-            )
-            if self.keeper.begin(self.payload.manifest_bytes, upload_id, plan.part_size, replaces=self.replaces):
-                if intent is not None:
-                    # Not before: until the intent is ours, its upload may come back to life.
-                    log.info("upload.superseded key=%s upload_id=%s", self.key, intent.upload_id)
-                    self.store.abort_multipart(self.key, intent.upload_id)
-                # Whoever held the intent before may have published and removed it since we looked at the key.
-                found = _published(self.store, self.key)
-                if found is not None and artifact_digest(found) != self.replaces:
-                    self.give_up(upload_id)
-                    raise Overtaken
-                self.is_new = True
-                return upload_id, plan
-            self.store.abort_multipart(self.key, upload_id)
-        raise TransferBusy(f"too many processes begin an upload to {self.key!r}", key=self.key)
-
-    def _plan(self) -> TransferPlan:
-        capabilities = self.store.capabilities()
-        return TransferPlan.for_upload(
-            self.payload.payload_size,
-            self.profile.chunk_size,
-            min_part_size=capabilities.min_part_size,
-            max_part_size=capabilities.max_part_size,
-            max_parts=capabilities.max_parts,
+        self.session = ClaimedUpload(
+            self.store, self.key, content_type=CONTENT_TYPE, private=self.is_private, owner=owner
         )
 
-    def completed_by_somebody(self) -> ObjectMeta | None:
-        """The payload under the key, if it is this artifact's: its embedded manifest is as unique as its digest."""
+    def claim(self) -> bool:
+        """Begin an upload, or join one of the same payload. False: somebody published under the key meanwhile."""
+        payload, session = self.payload, self.session
+        part_size = upload_part_size(self.store, payload.payload_size, self.profile.chunk_size)
+        intent = session.claim(
+            payload.manifest_bytes,
+            part_size,
+            lambda intent: intent.manifest.same_body(payload.manifest),
+            replaces=self.replaces,
+        )
+        self.adopt(intent)
+        if session.is_new:
+            # Whoever held the intent before may have published and removed it since we looked at the key.
+            found = _published(self.store, self.key)
+            if found is not None and artifact_digest(found) != self.replaces:
+                log.info("upload.overtaken key=%s", self.key)
+                session.abandon()
+                return False
+        self.begin()
+        return True
+
+    def adopt(self, intent: Intent) -> None:
+        """Publish, at the end, what the intent says."""
+        self.replaces = self.replaces or intent.replaces
+        if intent.manifest_bytes != self.payload.manifest_bytes:
+            self.payload = self.payload.adopt(intent.manifest_bytes)
+
+    def begin(self) -> None:
+        """Plan the session's parts, and count them."""
+        self.plan = TransferPlan(self.payload.payload_size, self.session.part_size)
+        self.progress = self.new_progress(self.plan, self.session.upload_id, save=self.session.save)
+
+    def run(self) -> bool:
+        """Make the payload and publish it. False: the upload is gone, and nobody completed it."""
+        with self.session as session:
+            try:
+                made = self.make()
+            except NoSuchUpload as error:
+                settled = self.settle()
+                if settled is None:
+                    log.info("upload.vanished key=%s upload_id=%s error=%s", self.key, session.upload_id, error)
+                    session.abandon()
+                    return False
+                made = settled
+                for part in self.plan.missing(session.crcs):
+                    self.progress.resumed(part.length)  # sent by whoever completed the upload
+            self.publish(made)
+        session.close()
+        self.progress.done()
+        return True
+
+    def settle(self) -> ObjectMeta | None:
+        """The payload, if somebody completed this upload: its embedded manifest is as unique as its digest."""
         head = manifest_entry(self.payload.manifest_bytes)
-        try:
-            meta = self.store.head(self.key)
-            if meta.size == self.payload.payload_size and meta.e_tag != self.request.damaged:
-                found = self.store.get_range(self.key, 0, len(head), e_tag=meta.e_tag)
-                return meta if found == head else None
-        except (ObjectNotFound, ObjectChanged):
-            pass
-        return None
+        return self.session.settle(self.plan.size, begins_with=head, other_than=self.request.damaged)
 
-    # Sending
-
-    def make(self, upload_id: str, plan: TransferPlan, progress: TransferProgress) -> ObjectMeta:
+    def make(self) -> ObjectMeta:
         """Send what is missing, prove it, and make the payload of it."""
-        self.send(upload_id, plan, progress, range(1, len(plan) + 1))
-        return self.complete(upload_id, plan)
+        self.send(self.plan.numbers)
+        return self.complete()
 
-    def send(self, upload_id: str, plan: TransferPlan, progress: TransferProgress, numbers: Collection[int]) -> None:
+    def send(self, numbers: Collection[int]) -> None:
         """Send those of the parts that the store does not hold, and save their checksums."""
-        self.crcs, unproven = self.held(upload_id, plan)
-        for number in self.crcs.keys() & set(numbers):
-            progress.resumed(plan.part(number).length)
+        session, progress = self.session, self.progress
+        held = session.held()
+        session.crcs, unproven = held.proven(self.plan), held.unproven(self.plan)
+        for number in session.crcs.keys() & set(numbers):
+            progress.resumed(self.plan.part(number).length)
         progress.begin()
-        try:
-            missing = [part for part in plan.missing(self.crcs) if part.number in numbers]
+        with progress.failure_saved():
+            missing = [part for part in self.plan.missing(session.crcs) if part.number in numbers]
             check_room_for(self.store, sum(part.length for part in missing if part.number not in unproven))
-            self._send(upload_id, plan, progress, missing, unproven)
-        except NoSuchUpload:
-            raise
-        except BaseException:
-            progress.failed()
-            raise
+            self._send(missing, unproven)
         progress.save()
 
-    def complete(self, upload_id: str, plan: TransferPlan) -> ObjectMeta:
+    def complete(self) -> ObjectMeta:
         """Prove that the parts, whose checksums are all known, are the payload, and make it of them."""
-        actual = combine_all((self.crcs[part.number], part.length) for part in plan)
+        actual = self.session.crc32c(self.plan)
         if actual != self.payload.payload_crc32c:
             # Nothing of this upload can be used again: its parts came from files that are no longer the same.
-            self.give_up(upload_id)
+            self.session.abandon()
             raise self.differs(actual)
-        parts = proven_parts(self.store, self.key, upload_id, plan, self.crcs)
-        self.delete_old_manifest(upload_id)
-        self.store.complete_multipart(self.key, upload_id, parts)
-        return self.store.head(self.key)
+        parts = self.session.prove(self.plan)
+        self.delete_old_manifest()
+        return self.session.complete(parts)
 
-    def delete_old_manifest(self, upload_id: str) -> None:
+    def delete_old_manifest(self) -> None:
         """`delete_published_manifest`, and nothing is left of this upload if it is refused."""
         try:
             self.delete_published_manifest()
         except KeyConflict:
-            self.give_up(upload_id)
+            self.session.abandon()
             raise
 
-    def give_up(self, upload_id: str) -> None:
-        """Remove the upload and its intent."""
-        self.store.abort_multipart(self.key, upload_id)
-        self.keeper.remove(upload_id)
-
-    def held(self, upload_id: str, plan: TransferPlan) -> tuple[dict[int, int], dict[int, str]]:
-        """The parts that the store holds: CRC32C where it is known, and the e_tag of those where it is not.
-
-        The store's list is the truth; the intent only adds the checksums that the store does not tell.
-        """
-        if self.is_new:
-            return {}, {}
-        remembered = self.keeper.intent.crcs if self.keeper.intent else {}
-        known: dict[int, int] = {}
-        unproven: dict[int, str] = {}
-        for held in self.store.list_parts(self.key, upload_id):
-            if held.part_number > len(plan) or held.size != plan.part(held.part_number).length:
-                continue  # sent again, which replaces it
-            acknowledged = remembered.get(held.part_number)
-            if None not in (held.crc32c, acknowledged) and held.crc32c != acknowledged:
-                continue  # somebody put another part in its place
-            crc = held.crc32c if held.crc32c is not None else acknowledged
-            if crc is None:
-                unproven[held.part_number] = held.e_tag
-            else:
-                known[held.part_number] = crc
-        return known, unproven
-
-    def _send(
-        self,
-        upload_id: str,
-        plan: TransferPlan,
-        progress: TransferProgress,
-        missing: list[Part],
-        unproven: dict[int, str],
-    ) -> None:
+    def _send(self, missing: list[Part], unproven: dict[int, str]) -> None:
         if not missing:
             return
-        source = self.payload.source()
+        session, source = self.session, self.payload.source()
 
         def move(part: Part, buffer: memoryview) -> tuple[int, bool]:
             if part.number in unproven:
                 crc = _crc_if_same(source, part, buffer, unproven[part.number])
                 if crc is not None:
                     return crc, False
-            body = _part_body(source, part, buffer)
-            self.store.put_part(self.key, upload_id, part.number, body)
-            return _known_crc(body), True
+            return session.put(part.number, _part_body(source, part, buffer)), True
 
         def moved(part: Part, outcome: tuple[int, bool]) -> None:
-            crc, sent = outcome
-            self.crcs[part.number] = crc
+            session.crcs[part.number], sent = outcome
             if sent:
-                progress.moved(part.length)
+                self.progress.moved(part.length)
             else:
-                progress.resumed(part.length)
+                self.progress.resumed(part.length)
 
         move_parts(
             missing,
             move,
             workers=self.profile.workers,
-            buffer_size=min(plan.part_size, self.profile.chunk_size),
+            buffer_size=min(self.plan.part_size, self.profile.chunk_size),
             on_moved=moved,
-            on_tick=lambda: self.tick(progress),
+            on_tick=self.tick,
         )
 
-    def tick(self, progress: TransferProgress) -> None:
+    def tick(self) -> None:
         """Show the progress and keep the intent alive, as often as each is due."""
-        progress.tick()
-        if self.keeper.renewal_due():
-            self.keeper.save(self.crcs)
+        self.progress.tick()
+        self.session.renew()
 
-
-def proven_parts(store: Store, key: str, upload_id: str, plan: TransferPlan, crcs: Mapping[int, int]) -> list[PartMeta]:
-    """What the store holds, after comparing it with the plan: dense numbers, sizes, checksums where told.
-
-    Raises:
-        UploadIncomplete: naming the first part that is missing or wrong; running again sends it.
-    """
-    held = {part.part_number: part for part in store.list_parts(key, upload_id)}
-    for part in plan:
-        found = held.get(part.number)
-        if found is None or found.size != part.length or found.crc32c not in (None, crcs[part.number]):
-            raise UploadIncomplete(
-                f"part {part.number} of {key!r} is {'missing' if found is None else 'damaged'} in the store",
-                hint="run the same command again; it sends what is missing",
-                key=key,
-                expected=len(plan),
-                actual=len(held),
-            )
-    return [held[part.number]._replace(crc32c=crcs[part.number]) for part in plan]
-
-
-def _known_crc(body: Body) -> int:
-    if body.crc32c is None:
-        raise AssertionError("a part always knows its checksum")
-    return body.crc32c
+    def result(self, started: float) -> UploadResult:
+        """What was done, once it is published."""
+        return self.result_of(self.progress, started)
 
 
 def _part_body(source: PayloadReader, part: Part, buffer: memoryview) -> Body:
@@ -696,16 +582,12 @@ def _part_body(source: PayloadReader, part: Part, buffer: memoryview) -> Body:
 
 
 def _crc_if_same(source: PayloadReader, part: Part, buffer: memoryview, e_tag: str) -> int | None:
-    """The CRC32C of a part that an earlier process sent, if its e_tag proves that it sent these bytes.
-
-    On S3 and Ceph the e_tag of a part is the MD5 of its bytes unless it is encrypted with KMS; any other e_tag proves
-    nothing, and the part is sent again.
-    """
-    md5 = hashlib.md5(usedforsecurity=False)
-    if len(e_tag.strip('"')) != 2 * md5.digest_size:
+    """The CRC32C of a part that an earlier process sent, if its e_tag proves that it sent these bytes."""
+    expected = md5_in(e_tag)
+    if expected is None:
         return None
-    crc = 0
+    md5, crc = hashlib.md5(usedforsecurity=False), 0
     for chunk in source.chunks(part.offset, part.length, buffer):
         md5.update(chunk)
         crc = crc32c(chunk, crc)
-    return crc if md5.hexdigest() == e_tag.strip('"').lower() else None
+    return crc if md5.hexdigest() == expected else None

@@ -1,0 +1,403 @@
+"""A multipart upload, from the claim to the object: the steps that every upload under a key goes through.
+
+* **claim**: the same upload is joined; another one that is alive is `TransferBusy`; else an upload is created, the
+  intent is taken by compare-and-swap, and only then the upload that it replaces is aborted. A layer is joined only if
+  nobody works on it, because where its parts begin depends on what was compressed before. `ObjectTarget` has no
+  intent: its checkpoint keeps the upload id.
+* **held**: the store's list is the truth; the intent adds checksums that the store does not report. Where the two
+  contradict each other, the part counts as missing.
+* **put**: any thread sends; the calling thread records the checksum and saves it. A server copy has no parts.
+* **prove**: the parts are listed once more and compared with the plan; their combined checksum is the promised one.
+  Nobody promises the compressed bytes of a layer: there, the contents of the frames are held to the manifest.
+* **complete**: the object is made; its size and entity tag are looked at.
+* **settle**: `NoSuchUpload` says that somebody completed, aborted or expired the upload. The object under the key says
+  which: an artifact by its embedded manifest, a stream by its CRC32C, a layer by its head and seek table.
+* **publish**, the caller's: the sibling manifest, or the metadata of a layer. A stream's object is visible at once.
+* **close**: the intent is removed, after everything else.
+* If something **fails**, the intent is released: the parts stay, and other content may come. A lane that fails does
+  not release it, because others may be at work.
+* **abandon**: the upload is aborted, then its intent is removed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Final
+
+from typing_extensions import Self, override
+
+from blobflow.checksum import combine_all, crc32c
+from blobflow.config import MIB
+from blobflow.engine.plan import Part, TransferPlan
+from blobflow.errors import NoSuchUpload, ObjectChanged, ObjectNotFound, TransferBusy, UploadIncomplete
+from blobflow.owner import process_owner
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, Store
+from blobflow.uploads.intent import FrameLog, Intent, IntentKeeper
+
+log = logging.getLogger(__name__)
+
+CLAIM_ATTEMPTS: Final = 5
+"""Each is lost to another process that was quicker; then the key is busy."""
+_READ_BACK_BYTES: Final = MIB
+
+
+class HeldParts:
+    """The parts of an upload that the store holds.
+
+    Attributes:
+        crcs: CRC32C of the parts of which it is known.
+    """
+
+    def __init__(self, parts: Iterable[PartMeta], remembered: Mapping[int, int]) -> None:
+        self._parts: dict[int, PartMeta] = {}
+        self.crcs: dict[int, int] = {}
+        for part in parts:
+            reported, known = part.crc32c, remembered.get(part.part_number)
+            if None not in (reported, known) and reported != known:
+                continue  # somebody put another part in its place
+            self._parts[part.part_number] = part
+            if (crc := reported if reported is not None else known) is not None:
+                self.crcs[part.part_number] = crc
+
+    def proven(self, plan: Iterable[Part]) -> dict[int, int]:
+        """CRC32C of the parts of `plan` that are there, with the right size and a known checksum."""
+        return {part.number: self.crcs[part.number] for part in plan if self.has(part) and part.number in self.crcs}
+
+    def unproven(self, plan: Iterable[Part]) -> dict[int, str]:
+        """Entity tags of the parts of `plan` that are there, with the right size and a checksum that nobody knows."""
+        parts = (part.number for part in plan if self.has(part) and part.number not in self.crcs)
+        return {number: self._parts[number].e_tag for number in parts}
+
+    def has(self, part: Part) -> bool:
+        """Whether a part of that number and size is there."""
+        found = self._parts.get(part.number)
+        return found is not None and found.size == part.length
+
+    def e_tag(self, number: int) -> str:
+        """The entity tag of a part that is there."""
+        return self._parts[number].e_tag
+
+
+def md5_in(e_tag: str) -> str | None:
+    """The MD5 of a part's bytes, in hex, if its entity tag may be one; any other tag proves nothing.
+
+    On S3 and Ceph the tag of a part is the MD5, unless KMS encrypts it.
+    """
+    tag = e_tag.strip('"').lower()
+    return tag if len(tag) == 32 else None
+
+
+def upload_part_size(store: Store, size: int, chunk_size: int) -> int:
+    """Bytes per part of an upload of `size` bytes: `chunk_size`, or what the limits of the store ask for.
+
+    Raises:
+        Unsupported: there would be too many parts.
+    """
+    capabilities = store.capabilities()
+    return TransferPlan.for_upload(
+        size,
+        chunk_size,
+        min_part_size=capabilities.min_part_size,
+        max_part_size=capabilities.max_part_size,
+        max_parts=capabilities.max_parts,
+    ).part_size
+
+
+class UploadSession:
+    """One multipart upload, known by its upload id.
+
+    Attributes:
+        upload_id: Of the store; empty until `create` or `take_up`.
+        part_size: Bytes of all parts but the last.
+        crcs: CRC32C of the parts that the store holds, as far as they are known. The calling thread keeps it.
+    """
+
+    def __init__(self, store: Store, key: str, *, content_type: str, private: bool = False) -> None:
+        self.store = store
+        self.key = key
+        self.upload_id = ""
+        self.part_size = 0
+        self.crcs: dict[int, int] = {}
+        self._content_type = content_type
+        self._private = private
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.key!r} {self.upload_id or 'not begun'}, {len(self.crcs)} parts known>"
+
+    def create(self, part_size: int) -> None:
+        """Begin a new upload in the store."""
+        upload_id = self.store.create_multipart(
+            self.key, part_size=part_size, content_type=self._content_type, private=self._private
+        )
+        self.take_up(upload_id, part_size)
+
+    def take_up(self, upload_id: str, part_size: int) -> None:
+        """Go on with an upload that was begun elsewhere."""
+        self.upload_id, self.part_size, self.crcs = upload_id, part_size, {}
+
+    def held(self) -> HeldParts:
+        """What the store holds."""
+        return HeldParts(self.store.list_parts(self.key, self.upload_id), {})
+
+    def put(self, number: int, body: Body) -> int:
+        """Send a part, from any thread; returns its CRC32C, which the calling thread puts into `crcs`."""
+        if body.crc32c is None:
+            raise AssertionError("a part always knows its checksum")
+        self.store.put_part(self.key, self.upload_id, number, body)
+        return body.crc32c
+
+    def crc32c(self, plan: Iterable[Part]) -> int:
+        """Of the whole, once the checksums of all its parts are known."""
+        return combine_all((self.crcs[part.number], part.length) for part in plan)
+
+    def prove(self, plan: Iterable[Part]) -> list[PartMeta]:
+        """What the store holds, after comparing it with the plan: dense numbers, sizes, checksums where reported.
+
+        A checksum that was not known and is reported is taken over into `crcs`.
+
+        Raises:
+            UploadIncomplete: naming the first part that is missing or wrong; running again sends it.
+        """
+        listed = {part.part_number: part for part in self.store.list_parts(self.key, self.upload_id)}
+        parts = list(plan)
+        for part in parts:
+            found = listed.get(part.number)
+            known = self.crcs.get(part.number)
+            if (
+                found is None
+                or found.size != part.length
+                or (found.crc32c != known and None not in (found.crc32c, known))
+            ):
+                raise UploadIncomplete(
+                    f"part {part.number} of {self.key!r} is {'missing' if found is None else 'damaged'} in the store",
+                    hint="run the same command again; it sends what is missing",
+                    key=self.key,
+                    expected=len(parts),
+                    actual=len(listed),
+                )
+            if found.crc32c is not None:
+                self.crcs[part.number] = found.crc32c
+        return [listed[part.number]._replace(crc32c=self.crcs.get(part.number)) for part in parts]
+
+    def complete(self, parts: list[PartMeta]) -> ObjectMeta:
+        """Make the object of the parts that `prove` returned."""
+        self.store.complete_multipart(self.key, self.upload_id, parts)
+        return self.store.head(self.key)
+
+    def settle(
+        self, size: int, *, begins_with: bytes = b"", crc: int | None = None, other_than: str | None = None
+    ) -> ObjectMeta | None:
+        """The object under the key, if it is what this upload would have made: the answer to Complete was lost.
+
+        Args:
+            begins_with: Bytes that no other object begins with.
+            crc: CRC32C of the whole, that the store attests or that is read back.
+            other_than: Entity tag of an object that lay there before.
+        """
+        try:
+            meta = self.store.head(self.key)
+            if meta.size != size or meta.e_tag == other_than:
+                return None
+            begins = self.store.get_range(self.key, 0, len(begins_with), e_tag=meta.e_tag) if begins_with else b""
+            if begins != begins_with or (crc is not None and self._object_crc32c(meta) != crc):
+                return None
+        except (ObjectNotFound, ObjectChanged):
+            return None
+        return meta
+
+    def attested(self, meta: ObjectMeta) -> int | None:
+        """The CRC32C of an object that the store has computed by itself; None if it has not."""
+        return meta.crc32c if self.store.capabilities().attests_crc32c else None
+
+    def _object_crc32c(self, meta: ObjectMeta) -> int:
+        if (attested := self.attested(meta)) is not None:
+            return attested
+        actual, buffer = 0, memoryview(bytearray(_READ_BACK_BYTES))
+        for offset in range(0, meta.size, len(buffer)):
+            view = buffer[: meta.size - offset]
+            self.store.get_range_into(self.key, offset, view, e_tag=meta.e_tag)
+            actual = crc32c(view, actual)
+        return actual
+
+    def abandon(self) -> None:
+        """Abort the upload; its parts are gone."""
+        self.store.abort_multipart(self.key, self.upload_id)
+
+
+class ClaimedUpload(UploadSession):
+    """An upload session with an intent in the bucket, by which any machine finds it and other content stays away.
+
+    As a context manager, it releases the intent if the block fails: this process may live on and upload again, and its
+    own intent must not keep it away then.
+
+    Args:
+        owner: In whose name the intent is kept; None: of this process.
+        exclusive: One process sends at a time, and the caller sees to it that this is one thread of this process.
+
+    Attributes:
+        is_new: Whether nobody can have sent parts before.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        key: str,
+        *,
+        content_type: str,
+        private: bool = False,
+        owner: str | None = None,
+        exclusive: bool = False,
+    ) -> None:
+        super().__init__(store, key, content_type=content_type, private=private)
+        self.is_new = False
+        self._keeper = IntentKeeper(store, key, owner=owner)
+        self._exclusive = exclusive
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._keeper.release(self.upload_id)
+
+    # The claim
+
+    @property
+    def intent(self) -> Intent | None:
+        """As it was read or written last."""
+        return self._keeper.intent
+
+    @property
+    def owns_intent(self) -> bool:
+        """Whether the intent names this upload. Without it somebody else may be at the key."""
+        return self.intent is not None and self.intent.upload_id == self.upload_id
+
+    def load(self) -> Intent | None:
+        """The intent that is in the bucket now."""
+        return self._keeper.load()
+
+    def is_idle(self) -> bool:
+        """Whether nobody works on the upload of the loaded intent."""
+        if self._exclusive and self.intent is not None and self.intent.owner == process_owner():
+            return True  # left by an attempt of this process that could not even say that it failed
+        return not self._keeper.is_alive()
+
+    def check_idle(self) -> None:
+        """Refuse to disturb who works on the upload of the loaded intent.
+
+        Raises:
+            TransferBusy: somebody does.
+        """
+        if self.intent is not None and not self.is_idle():
+            raise TransferBusy(
+                f"another upload to {self.key!r} is under way, by {self.intent.owner}",
+                hint="run it again when that one is done",
+                key=self.key,
+                owner=self.intent.owner,
+            )
+
+    def claim(
+        self,
+        manifest_bytes: bytes,
+        part_size: int,
+        is_same: Callable[[Intent], bool],
+        *,
+        replaces: str | None = None,
+        frames: FrameLog | None = None,
+    ) -> Intent:
+        """Join the upload that is under way, if it is the same one, or begin an upload.
+
+        Args:
+            part_size: Of an upload that is begun here.
+            is_same: Whether the parts of this upload would be those of the intent's.
+            replaces: Digest of the artifact that may be replaced.
+            frames: Those of a layer whose upload is begun here.
+
+        Returns:
+            The intent of the upload, which says what is published at its end.
+
+        Raises:
+            TransferBusy: another process is uploading other content; a layer: any content.
+        """
+        for _ in range(CLAIM_ATTEMPTS):
+            intent = self._keeper.load()
+            joins = intent is not None and is_same(intent)
+            if self._exclusive or not joins:
+                self.check_idle()
+            if intent is not None:
+                replaces = replaces or intent.replaces
+            if self._join() if joins else self._begin(manifest_bytes, part_size, replaces, frames):
+                return self._claimed()
+        raise TransferBusy(f"too many processes begin an upload to {self.key!r}", key=self.key)
+
+    def _claimed(self) -> Intent:
+        if self.intent is None:
+            raise AssertionError("a claimed upload has an intent")
+        return self.intent
+
+    def _join(self) -> bool:
+        intent = self._claimed()
+        self.take_up(intent.upload_id, intent.part_size)
+        if self._exclusive:
+            try:
+                self.save()  # from here on in this process's name
+            except NoSuchUpload:
+                return False  # another process has just finished it, or given it up
+        return True
+
+    def _begin(self, manifest_bytes: bytes, part_size: int, replaces: str | None, frames: FrameLog | None) -> bool:
+        before = self.intent
+        self.create(part_size)
+        if not self._keeper.begin(manifest_bytes, self.upload_id, part_size, replaces=replaces, frames=frames):
+            self.store.abort_multipart(self.key, self.upload_id)
+            return False
+        if before is not None:
+            # Not earlier: until the intent is ours, its upload may come back to life.
+            log.info("upload.superseded key=%s upload_id=%s", self.key, before.upload_id)
+            self.store.abort_multipart(self.key, before.upload_id)
+        self.is_new = True
+        return True
+
+    @override
+    def take_up(self, upload_id: str, part_size: int) -> None:
+        super().take_up(upload_id, part_size)
+        self.is_new = False
+
+    # While it is sent
+
+    @override
+    def held(self) -> HeldParts:
+        """What the store holds, with the checksums that the intent remembers."""
+        if self.is_new:
+            return HeldParts([], {})
+        remembered = self.intent.crcs if self.intent is not None and self.owns_intent else {}
+        return HeldParts(self.store.list_parts(self.key, self.upload_id), remembered)
+
+    def save(self, frames: FrameLog | None = None) -> None:
+        """Write the checksums into the intent, which renews it.
+
+        Raises:
+            TransferBusy, NoSuchUpload: as `IntentKeeper.save`.
+        """
+        self._keeper.save(self.crcs, frames)
+
+    def renew(self, frames: Callable[[], FrameLog] | None = None) -> None:
+        """Save if the intent would not be renewed in time otherwise."""
+        if self._keeper.renewal_due():
+            self.save(frames() if frames else None)
+
+    # The end
+
+    @override
+    def abandon(self) -> None:
+        """Abort the upload, and remove its intent."""
+        super().abandon()
+        self._keeper.remove(self.upload_id)
+
+    def close(self) -> None:
+        """Remove the intent: everything is published."""
+        self._keeper.remove(self.upload_id)
