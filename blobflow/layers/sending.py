@@ -1,18 +1,17 @@
 """Sending a layer: compressed as it goes, taken up again by any process, visible by its metadata, which comes last.
 
-Intents, the parts that the store holds, and the progress are those of `blobflow.transport`; what differs is that nobody
-knows the size of the object before the last frame is compressed.
+The steps are those of every upload (`blobflow.uploads.session`). What differs: nobody knows the size of the object
+before the last frame is compressed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import Manifest, artifact_digest
@@ -44,20 +43,17 @@ from blobflow.layers.format import (
 )
 from blobflow.layers.names import layer_key, meta_key
 from blobflow.layers.remote import find_bytes, read_meta
-from blobflow.owner import process_owner
-from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store, check_put_size, check_readable
-from blobflow.uploads.intent import FrameLog, Intent, IntentKeeper
+from blobflow.stores.base import Body, ObjectMeta, PutMode, Store, check_put_size, check_readable
+from blobflow.uploads.intent import FrameLog, Intent
 from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
-from blobflow.uploads.session import UploadSession
+from blobflow.uploads.session import CLAIM_ATTEMPTS, ClaimedUpload, HeldParts, upload_part_size
 
 log = logging.getLogger(__name__)
 
-_ATTEMPTS: Final = 5
-
 
 @dataclass(frozen=True)
-class UploadRequest:
-    """Which layer is to be brought where, and who is told."""
+class LayerRequest:
+    """A layer to send: where to, of what, how, and whom to report to."""
 
     store: Store
     artifact: Artifact
@@ -90,7 +86,7 @@ class _PartDone(NamedTuple):
     was_sent: bool
 
 
-def send_layer(errand: UploadRequest) -> Sent:
+def send_layer(request: LayerRequest) -> Sent:
     """Bring the layer into the store; may be called again after a crash, from any machine that has the same content.
 
     Raises:
@@ -98,8 +94,8 @@ def send_layer(errand: UploadRequest) -> Sent:
         SourceChanged, ChecksumMismatch: the files are not those that were scanned; nothing was published.
         Unsupported: the layer might have more parts than the store takes; nothing was sent.
     """
-    sending = _Sending(errand)
-    with _busy.sending(errand.store, sending.key):
+    sending = _Sending(request)
+    with _busy.sending(request.store, sending.key):
         return sending.run()
 
 
@@ -137,16 +133,14 @@ class _Busy:
 _busy = _Busy()
 
 
-def _is_idle(store: Store, key: str, keeper: IntentKeeper, *, mine: bool = False) -> bool:
-    """Whether nobody works on the upload of the loaded intent.
+def _session(store: Store, key: str, *, private: bool = False) -> ClaimedUpload:
+    """One process sends a layer at a time: what it compressed decides where its parts begin."""
+    return ClaimedUpload(store, key, content_type=CONTENT_TYPE, private=private, exclusive=True)
 
-    Args:
-        mine: Whether the caller is the one of this process who may.
-    """
-    if keeper.intent is not None and keeper.intent.owner == process_owner():
-        # Left by an attempt of this process that could not even say that it failed.
-        return mine or (store.url, key) not in _busy
-    return not keeper.is_alive()
+
+def _is_idle(session: ClaimedUpload) -> bool:
+    """Whether nobody works on the loaded upload, in another process or in this one."""
+    return (session.store.url, session.key) not in _busy and session.is_idle()
 
 
 def finish_layer(store: Store, key: str) -> Sent | None:
@@ -154,85 +148,45 @@ def finish_layer(store: Store, key: str) -> Sent | None:
 
     None: there is no such upload, parts are missing, or somebody is at work on it.
     """
-    keeper = IntentKeeper(store, key)
-    intent = keeper.load()
-    if intent is None or intent.frames is None or not _is_idle(store, key, keeper):
+    session = _session(store, key)
+    intent = session.load()
+    if intent is None or intent.frames is None or not _is_idle(session):
         return None
-    finishing = _Finishing(store, intent.manifest_bytes, intent.frames.frame_size)
-    finishing.keeper = keeper
-    size = known_size(intent.frames.sizes, finishing.plan)
-    if size is None or finishing.key != key:
+    layer = _Layer(store, intent.manifest_bytes, intent.frames.frame_size)
+    layer.session = session
+    size = known_size(intent.frames.sizes, layer.plan)
+    if size is None or layer.key != key:
         return None
     plan = TransferPlan(size, intent.part_size)
+    session.take_up(intent.upload_id, intent.part_size)
     try:
-        held = Held.of(store, key, intent)
-        if plan.missing(held.proven(plan)):
+        session.crcs = session.held().proven(plan)
+        if plan.missing(session.crcs):
             return None
-        finishing.crcs = {number: held.crcs[number] for number in range(1, len(plan) + 1)}
-        meta, made = finishing.complete(intent.upload_id, plan, intent.frames)
+        meta, made = layer.complete(plan, intent.frames)
     except (NoSuchUpload, UploadIncomplete, ChecksumMismatch):
         return None
-    finishing.publish(meta, made)
-    keeper.remove(intent.upload_id)
+    layer.publish(meta, made)
+    session.close()
     log.info("layer.finished key=%s bytes=%d parts=%d", key, meta.object_size, len(plan))
     return Sent(meta, parts=len(plan), parts_resumed=len(plan), bytes_resumed=meta.object_size)
 
 
 def abandon_layer(store: Store, key: str, upload_id: str) -> None:
     """Abort an upload that nobody can or will continue, with its intent; one that somebody works on is left alone."""
-    keeper = IntentKeeper(store, key)
-    intent = keeper.load()
-    if intent is not None and intent.upload_id == upload_id and not _is_idle(store, key, keeper):
+    session = _session(store, key)
+    intent = session.load()
+    if intent is None or intent.upload_id != upload_id:
+        store.abort_multipart(key, upload_id)
+    elif _is_idle(session):
+        session.take_up(upload_id, intent.part_size)
+        session.abandon()
+    else:
         return
-    store.abort_multipart(key, upload_id)
-    if intent is not None and intent.upload_id == upload_id:
-        keeper.remove(upload_id)
     log.info("layer.abandoned key=%s upload_id=%s", key, upload_id)
 
 
-class Held:
-    """The parts of an upload that the store holds; its list is the truth, the intent adds checksums.
-
-    Attributes:
-        crcs: CRC32C of the parts of which it is known.
-    """
-
-    def __init__(self, parts: list[PartMeta], remembered: dict[int, int]) -> None:
-        self.parts = {part.part_number: part for part in parts}
-        self.crcs: dict[int, int] = {}
-        for part in parts:
-            told, known = part.crc32c, remembered.get(part.part_number)
-            if None not in (told, known) and told != known:
-                del self.parts[part.part_number]  # somebody put another part in its place
-            elif (crc := told if told is not None else known) is not None:
-                self.crcs[part.part_number] = crc
-
-    @classmethod
-    def of(cls, store: Store, key: str, intent: Intent) -> Held:
-        """What `store` holds of the intent's upload."""
-        return cls(store.list_parts(key, intent.upload_id), intent.crcs)
-
-    def proven(self, plan: TransferPlan) -> set[int]:
-        """The parts of `plan` that are there with a known checksum and the right size."""
-        return {
-            part.number for part in plan if part.number in self.crcs and self.parts[part.number].size == part.length
-        }
-
-    def holds(self, cut: Cut, crc: int) -> bool:
-        """Whether the store has exactly these bytes as that part.
-
-        Without a checksum its e_tag decides: on S3 and Ceph it is the MD5 of a part unless KMS encrypts it, and any
-        other proves nothing.
-        """
-        part = self.parts.get(cut.number)
-        if part is None or part.size != len(cut.data):
-            return False
-        if cut.number in self.crcs:
-            return self.crcs[cut.number] == crc
-        return hashlib.md5(cut.data, usedforsecurity=False).hexdigest() == part.e_tag.strip('"').lower()
-
-
-class _Finishing:
+class _Layer:
     """How every upload of a layer ends, whoever began it: proven, completed, published."""
 
     def __init__(self, store: Store, manifest_bytes: bytes, frame_size: int) -> None:
@@ -244,23 +198,17 @@ class _Finishing:
         self.is_private = manifest.private is not None
         """Whether others than its owner must not read the layer, where it becomes a file."""
         self.key = layer_key(self.digest)
-        self.keeper = IntentKeeper(store, self.key)
-        self.crcs: dict[int, int] = {}
-        """CRC32C of the parts that the store has acknowledged."""
+        self.session = _session(store, self.key, private=self.is_private)
 
-    def complete(self, upload_id: str, plan: TransferPlan, frames: FrameLog) -> tuple[LayerMeta, ObjectMeta]:
+    def complete(self, plan: TransferPlan, frames: FrameLog) -> tuple[LayerMeta, ObjectMeta]:
         """Prove that the parts are the layer, and make it of them."""
         try:
             self.check_contents(frames)
         except ChecksumMismatch:
-            self.give_up(upload_id)
+            self.session.abandon()
             raise
-        session = UploadSession(self.store, self.key, content_type=CONTENT_TYPE)
-        session.take_up(upload_id, plan.part_size)
-        session.crcs = self.crcs
-        parts = session.prove(plan)
-        self.store.complete_multipart(self.key, upload_id, parts)
-        return meta_of(self.manifest_bytes, frames.codec, self.plan, frames.sizes), self.store.head(self.key)
+        made = self.session.complete(self.session.prove(plan))
+        return meta_of(self.manifest_bytes, frames.codec, self.plan, frames.sizes), made
 
     def check_contents(self, frames: FrameLog) -> None:
         """Hold what was compressed against what the manifest promises.
@@ -313,45 +261,40 @@ class _Finishing:
             meta_key(self.key), meta.encode(), mode=mode, content_type="application/json", private=self.is_private
         )
 
-    def give_up(self, upload_id: str) -> None:
-        """Remove the upload and its intent."""
-        self.store.abort_multipart(self.key, upload_id)
-        self.keeper.remove(upload_id)
 
+class _Sending(_Layer):
+    progress: TransferProgress
 
-class _Sending(_Finishing):
-    def __init__(self, errand: UploadRequest) -> None:
-        frame_size = FramePlan.frame_size_for(errand.artifact.layout.size, errand.frame_size)
-        super().__init__(errand.store, errand.artifact.manifest_bytes, frame_size)
-        self.errand = errand
-        self.artifact = errand.artifact
-        self.codec = errand.codec
+    def __init__(self, request: LayerRequest) -> None:
+        frame_size = FramePlan.frame_size_for(request.artifact.layout.size, request.frame_size)
+        super().__init__(request.store, request.artifact.manifest_bytes, frame_size)
+        self.request = request
+        self.artifact = request.artifact
+        self.codec = request.codec
 
     def run(self) -> Sent:
         if (there := self._settled()) is not None:
             return there
         check_readable(self.store)
-        capabilities = self.store.capabilities()
         # The size is not known yet, so the parts are made large enough for content that does not shrink at all.
         bound = Codec.bound(self.plan.size) + 128 * len(self.plan) + seek_table_size(len(self.plan))
-        part_size = TransferPlan.for_upload(
-            bound,
-            self.errand.profile.chunk_size,
-            min_part_size=capabilities.min_part_size,
-            max_part_size=capabilities.max_part_size,
-            max_parts=capabilities.max_parts,
-        ).part_size
-        if not capabilities.multipart or bound <= part_size:
+        part_size = upload_part_size(self.store, bound, self.request.profile.chunk_size)
+        if not self.store.capabilities().multipart or bound <= part_size:
             return self._send_whole()
-        for _ in range(_ATTEMPTS):
-            sent = self._bring(*self._claim(part_size))
+        for _ in range(CLAIM_ATTEMPTS):
+            sent = self._send_in_parts(self._claim(part_size))
             if sent is not None:
                 return sent
-        raise TransferBusy(f"the upload of {self.key!r} was taken away {_ATTEMPTS} times", key=self.key)
+        raise TransferBusy(f"the upload of {self.key!r} was taken away {CLAIM_ATTEMPTS} times", key=self.key)
 
     def _settled(self) -> Sent | None:
-        """The layer, if its bytes are there and only its metadata is not: published now."""
-        intent = self._idle_intent()
+        """The layer, if its bytes are there and only its metadata is not: published now.
+
+        Raises:
+            TransferBusy: another process is sending it.
+        """
+        intent = self.session.load()
+        self.session.check_idle()
         codec = intent.frames.codec if intent is not None and intent.frames else self.codec.name
         like = meta_of(self.manifest_bytes, codec, self.plan, [0] * len(self.plan))
         meta = find_bytes(self.store, self.key, like)
@@ -360,24 +303,9 @@ class _Sending(_Finishing):
         log.info("layer.settled key=%s bytes=%d", self.key, meta.object_size)
         self.publish(meta, self.store.head(self.key))
         if intent is not None:
-            self.give_up(intent.upload_id)
+            self.session.take_up(intent.upload_id, intent.part_size)
+            self.session.abandon()
         return Sent(meta, bytes_resumed=meta.object_size)
-
-    def _idle_intent(self) -> Intent | None:
-        """The intent that a process of before left.
-
-        Raises:
-            TransferBusy: that process is at work.
-        """
-        intent = self.keeper.load()
-        if intent is not None and not _is_idle(self.store, self.key, self.keeper, mine=True):
-            raise TransferBusy(
-                f"another process is sending the layer {self.key!r}: {intent.owner}",
-                hint="run it again when that one is done; then nothing is left to send",
-                key=self.key,
-                owner=intent.owner,
-            )
-        return intent
 
     # In one request
 
@@ -434,30 +362,18 @@ class _Sending(_Finishing):
 
     # In parts
 
-    def _claim(self, part_size: int) -> tuple[str, int, FrameLog]:
-        """An upload: one that a process of before left, or a new one."""
-        for _ in range(_ATTEMPTS):
-            intent = self._idle_intent()
-            if intent is not None and (frames := self._continued(intent)) is not None:
-                if intent.manifest_bytes != self.manifest_bytes:
-                    self.artifact = self.artifact.adopt(intent.manifest_bytes)
-                    self.manifest_bytes = intent.manifest_bytes
-                try:
-                    self.keeper.save({})  # from here on in this process's name
-                except NoSuchUpload:
-                    continue  # another process has just finished it, or given it up
-                self.errand.on_begin(intent.upload_id, intent.part_size)
-                return intent.upload_id, intent.part_size, frames
-            upload_id = self.store.create_multipart(
-                self.key, part_size=part_size, content_type=CONTENT_TYPE, private=self.is_private
-            )
-            frames = FrameLog(self.codec.name, self.plan.frame_size)
-            if self.keeper.begin(self.manifest_bytes, upload_id, part_size, frames=frames):
-                self._abort_others(upload_id)
-                self.errand.on_begin(upload_id, part_size)
-                return upload_id, part_size, frames
-            self.store.abort_multipart(self.key, upload_id)
-        raise TransferBusy(f"too many processes begin to send the layer {self.key!r}", key=self.key)
+    def _claim(self, part_size: int) -> FrameLog:
+        """Begin an upload, or continue one that a process of before left; returns what is known of its frames."""
+        session = self.session
+        new = FrameLog(self.codec.name, self.plan.frame_size)
+        intent = session.claim(self.manifest_bytes, part_size, self._would_continue, frames=new)
+        if session.is_new:
+            self._abort_others(session.upload_id)
+        elif intent.manifest_bytes != self.manifest_bytes:
+            self.artifact = self.artifact.adopt(intent.manifest_bytes)
+            self.manifest_bytes = intent.manifest_bytes
+        self.request.on_begin(session.upload_id, session.part_size)
+        return new.longer(intent.frames)
 
     def _abort_others(self, upload_id: str) -> None:
         """Abort what others left: who has not got the intent by now does not get it, and gives up by itself."""
@@ -468,10 +384,10 @@ class _Sending(_Finishing):
                 log.info("layer.superseded key=%s upload_id=%s", self.key, upload.upload_id)
                 self.store.abort_multipart(self.key, upload.upload_id)
 
-    def _continued(self, intent: Intent) -> FrameLog | None:
-        """What the intent knows of the frames, if this process would make the same ones."""
+    def _would_continue(self, intent: Intent) -> bool:
+        """Whether this process would make the frames, and the parts, that the intent speaks of."""
         frames = intent.frames
-        same = (
+        return (
             frames is not None
             and (frames.codec, frames.frame_size) == (self.codec.name, self.plan.frame_size)
             and len(frames.sizes) <= len(self.plan)
@@ -479,40 +395,32 @@ class _Sending(_Finishing):
             # It is in the first frame: another length would move everything behind it.
             and len(intent.manifest_bytes) == len(self.manifest_bytes)
         )
-        return frames if same else None
 
-    def _bring(self, upload_id: str, part_size: int, frames: FrameLog) -> Sent | None:
+    def _send_in_parts(self, frames: FrameLog) -> Sent | None:
         """Send what is missing and publish. None: the upload is gone, and nobody completed it."""
-        try:
+        with self.session as session:
             try:
-                sent, made = self._send(upload_id, part_size, frames)
+                sent, made = self._send(frames)
             except NoSuchUpload as error:
-                # Somebody completed, aborted or expired it: the object itself says which.
-                log.info("layer.vanished key=%s upload_id=%s error=%s", self.key, upload_id, error)
-                self.give_up(upload_id)
+                log.info("layer.vanished key=%s upload_id=%s error=%s", self.key, session.upload_id, error)
+                session.abandon()
                 return self._settled()
             self.publish(sent.meta, made)
-        except BaseException:
-            # This process may live on and sync again: its own intent must not keep it away then.
-            self.keeper.release(upload_id)
-            raise
-        self.keeper.remove(upload_id)
+        session.close()
+        self.progress.done()
         return sent
 
-    def _send(self, upload_id: str, part_size: int, frames: FrameLog) -> tuple[Sent, ObjectMeta]:
-        intent = self.keeper.intent
-        if intent is None:
-            raise AssertionError("an upload has an intent")
-        held = Held.of(self.store, self.key, intent)
+    def _send(self, frames: FrameLog) -> tuple[Sent, ObjectMeta]:
+        session, part_size = self.session, self.session.part_size
+        held = session.held()
         size = known_size(frames.sizes, self.plan)
-        # Of a layer whose size is not known, no part may be told to be the last one.
+        # Of a layer whose size is not known, no part may be called the last one.
         plan = TransferPlan(size or part_size * (sum(frames.sizes) // part_size), part_size)
-        proven = held.proven(plan) if size or sum(frames.sizes) >= part_size else set[int]()
-        first_part = next(number for number in range(1, len(proven) + 2) if number not in proven)
-        window = 2 * self.errand.profile.workers
+        session.crcs = held.proven(plan) if size or sum(frames.sizes) >= part_size else {}
+        first_part = next(number for number in range(1, len(session.crcs) + 2) if number not in session.crcs)
+        window = 2 * self.request.profile.workers
         cutter = PartCutter(self.plan, frames, first_part=first_part, part_size=part_size, window=window)
-        self.crcs = {number: held.crcs[number] for number in proven}
-        progress = self._progress(upload_id, lambda: self.keeper.save(self.crcs, cutter.log()))
+        progress = self.progress = self._progress(session.upload_id, lambda: session.save(cutter.log()))
         for number in range(1, cutter.first_frame):
             progress.resumed(self.plan.frame(number).length)
         sent = Sent(meta_of(self.manifest_bytes, frames.codec, self.plan, [0] * len(self.plan)))
@@ -521,22 +429,16 @@ class _Sending(_Finishing):
             sent.bytes_resumed += plan.part(number).length
         progress.begin()
         if size is None or first_part <= len(plan):
-            try:
-                self._compress(upload_id, cutter, held, progress, sent)
-            except NoSuchUpload:
-                raise
-            except BaseException:
-                progress.failed()
-                raise
+            with progress.failure_saved():
+                self._compress(cutter, held, sent)
             frames = cutter.log()
             progress.save()
         plan = TransferPlan(sum(frames.sizes) + seek_table_size(len(self.plan)), part_size)
-        sent.meta, made = self.complete(upload_id, plan, frames)
+        sent.meta, made = self.complete(plan, frames)
         sent.parts, sent.checkpoints_saved = len(plan), progress.saved
-        progress.done()
         return sent, made
 
-    def _compress(self, upload_id: str, cutter: PartCutter, held: Held, progress: TransferProgress, sent: Sent) -> None:
+    def _compress(self, cutter: PartCutter, held: HeldParts, sent: Sent) -> None:
         """Compress the frames from where the first missing part begins, and send the parts that the store lacks."""
         table_number = len(self.plan) + 1
         items = [self.plan.frame(number) for number in range(cutter.first_frame, table_number)]
@@ -552,43 +454,42 @@ class _Sending(_Finishing):
                     view = buffer[: item.length]
                     source.read_into(item.offset, view)
                     data, crc = self.codec.compress(view), crc32c(view)
-                return [self._send_part(upload_id, cut, held) for cut in cutter.add(item.number, data, crc)]
+                return [self._send_part(cut, held) for cut in cutter.add(item.number, data, crc)]
             except BaseException as error:
                 cutter.break_down(error)
                 raise
 
         def moved(item: Part, parts: list[_PartDone]) -> None:
             for part in parts:
-                self.crcs[part.number] = part.crc
+                self.session.crcs[part.number] = part.crc
                 if part.was_sent:
                     sent.bytes_sent += part.length
                 else:
                     sent.parts_resumed += 1
                     sent.bytes_resumed += part.length
             if item.number != table_number:
-                progress.moved(item.length)
+                self.progress.moved(item.length)
 
         def tick() -> None:
-            progress.tick()
-            if self.keeper.renewal_due():
-                self.keeper.save(self.crcs, cutter.log())
+            self.progress.tick()
+            self.session.renew(cutter.log)
 
         move_parts(
             items,
             move,
-            workers=self.errand.profile.workers,
+            workers=self.request.profile.workers,
             # Behind its frame, room for the part that a worker completes: taken from the budget, never touched.
             buffer_size=self.plan.frame_size + cutter.part_size,
             on_moved=moved,
             on_tick=tick,
         )
 
-    def _send_part(self, upload_id: str, cut: Cut, held: Held) -> _PartDone:
+    def _send_part(self, cut: Cut, held: HeldParts) -> _PartDone:
         body = Body.of(cut.data)
         crc = body.crc32c or 0
-        if held.holds(cut, crc):
+        if held.holds(cut.number, cut.data, crc):
             return _PartDone(cut.number, len(cut.data), crc, was_sent=False)
-        self.store.put_part(self.key, upload_id, cut.number, body)
+        self.session.put(cut.number, body)
         return _PartDone(cut.number, len(cut.data), crc, was_sent=True)
 
     def _progress(self, upload_id: str | None, save: Callable[[], None]) -> TransferProgress:
@@ -598,9 +499,9 @@ class _Sending(_Finishing):
             part_size=self.plan.frame_size,
             parts=len(self.plan),
             size=self.plan.size,
-            profile=self.errand.profile,
+            profile=self.request.profile,
             upload_id=upload_id,
             save=save,
-            on_progress=self.errand.on_progress,
-            on_checkpoint=self.errand.on_checkpoint,
+            on_progress=self.request.on_progress,
+            on_checkpoint=self.request.on_checkpoint,
         )

@@ -44,7 +44,7 @@ from blobflow.layers.names import CONTAINERS, container_name, container_ref, lay
 from blobflow.layers.remote import RemoteLayer
 from blobflow.layers.restoring import Replaceable, land_layer, sweep
 from blobflow.layers.scanning import StatCache
-from blobflow.layers.sending import Sent, UploadRequest, abandon_layer, finish_layer, send_layer
+from blobflow.layers.sending import LayerRequest, Sent, abandon_layer, finish_layer, send_layer
 from blobflow.layers.state import PendingUpload, Restored, StateTable, SyncState
 from blobflow.stores.base import Store
 from blobflow.transport.catalog import REF_SUFFIX
@@ -240,7 +240,7 @@ class LayerSync:
             if finished is not None and finished.meta.digest == digest:
                 status, sent = "uploaded", finished
             else:
-                status, sent = self._bring(state, digest, artifact, path)
+                status, sent = self._send(state, digest, artifact, path)
             if status != "unchanged":
                 move_ref(self.store, container_ref(container), key, manifest_digest(sent.meta))
         synced = self._table.load(container) or state
@@ -391,7 +391,7 @@ class LayerSync:
         self._table.save(state)
         return state
 
-    def _bring(
+    def _send(
         self, state: SyncState, digest: str, artifact: Artifact, path: Path
     ) -> tuple[Literal["uploaded", "shared", "unchanged"], Sent]:
         key = layer_key(digest)
@@ -419,11 +419,11 @@ class LayerSync:
             )
             self._table.save(state.model_copy(update={"pending": pending}))
 
-        errand = UploadRequest(
+        request = LayerRequest(
             self.store, artifact, self.codec, self.profile, self._frame_size, on_begin=begun, **self._told
         )
         with _logged("upload", key=key, container=state.container) as facts:
-            sent = send_layer(errand)
+            sent = send_layer(request)
             facts |= {"bytes": sent.meta.object_size, "parts": sent.parts, "resumed": sent.bytes_resumed}
         return "uploaded", sent
 

@@ -21,12 +21,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Final
 
-from typing_extensions import Self, override
+from typing_extensions import Buffer, Self, override
 
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import MIB
@@ -75,9 +76,13 @@ class HeldParts:
         found = self._parts.get(part.number)
         return found is not None and found.size == part.length
 
-    def e_tag(self, number: int) -> str:
-        """The entity tag of a part that is there."""
-        return self._parts[number].e_tag
+    def holds(self, number: int, data: Buffer, crc: int) -> bool:
+        """Whether the store has exactly these bytes as that part; without a checksum its entity tag decides."""
+        if not self.has(Part(number, 0, memoryview(data).nbytes)):
+            return False
+        if number in self.crcs:
+            return self.crcs[number] == crc
+        return hashlib.md5(data, usedforsecurity=False).hexdigest() == md5_in(self._parts[number].e_tag)
 
 
 def md5_in(e_tag: str) -> str | None:

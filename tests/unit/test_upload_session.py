@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Callable
@@ -262,7 +263,23 @@ def test_another_process_finds_what_was_sent(store: LocalStore):
     second = claimed(_Silent(store))
     held = second.held()
     assert held.proven(PLAN) == {number: first.crcs[number] for number in (1, 3)}
-    assert held.unproven(PLAN) == {2: held.e_tag(2)}
+    assert list(held.unproven(PLAN)) == [2]
+
+
+def test_a_part_is_held_if_it_has_these_bytes():
+    """By its checksum where one is known, else by its entity tag if that is an MD5; else it is sent again."""
+    data, crc, md5 = b"part", crc32c(b"part"), f'"{hashlib.md5(b"part").hexdigest()}"'
+    held = HeldParts(
+        [
+            PartMeta(1, 4, "tag", crc),
+            PartMeta(2, 4, md5, None),
+            PartMeta(3, 4, "tag", None),
+            PartMeta(4, 4, md5, crc ^ 1),  # its entity tag is not asked
+            PartMeta(5, 3, md5, crc),
+        ],
+        {},
+    )
+    assert [number for number in range(1, 7) if held.holds(number, data, crc)] == [1, 2]
 
 
 class _Silent(FaultyStore):
