@@ -17,8 +17,6 @@ from urllib.parse import parse_qs, quote
 
 from typing_extensions import override
 
-from blobflow.checksum import combine_all, crc32c
-from blobflow.config import MIB
 from blobflow.durable import check_room, fsync_directory, names_file, try_lock
 from blobflow.engine.plan import TransferPlan
 from blobflow.errors import (
@@ -28,7 +26,6 @@ from blobflow.errors import (
     KeyConflict,
     NoSuchUpload,
     ObjectChanged,
-    ObjectNotFound,
     SourceChanged,
     TransferBusy,
     Unsupported,
@@ -38,13 +35,13 @@ from blobflow.errors import (
     writing,
 )
 from blobflow.private import open_own
-from blobflow.stores.base import Body, ObjectMeta, PartMeta, Store, check_key, check_object_size, check_readable
+from blobflow.stores.base import Body, ObjectMeta, Store, check_key, check_object_size, check_readable
 from blobflow.streams.checkpoint import TransferCheckpoint
+from blobflow.uploads.session import UploadSession, upload_part_size
 
 log = logging.getLogger(__name__)
 
 BEGIN_AGAIN: Final = "begin again without the checkpoint"
-_READ_BACK_BYTES: Final = MIB
 
 
 class Pin(NamedTuple):
@@ -344,9 +341,7 @@ class ObjectTarget(SessionTarget):
         self._key = check_key(key)
         self._overwrite = overwrite
         self._asked_part_size = part_size
-        self._content_type = content_type
-        self._session = _Session("", 0)
-        self._crcs: dict[int, int] = {}
+        self._session = UploadSession(store, key, content_type=content_type)
         self.meta: ObjectMeta | None = None
 
     def __repr__(self) -> str:
@@ -362,21 +357,21 @@ class ObjectTarget(SessionTarget):
                 capability="multipart",
             )
         check_readable(self._store)
-        self.meta, self._crcs = None, {}
+        self.meta = None
+        session = self._session
         if checkpoint.upload_session_url is not None:
-            self._session = _Session.parse(checkpoint.upload_session_url, self._place)
+            session.take_up(*_parse_url(checkpoint.upload_session_url, self._place))
             if self._take_up(checkpoint):
-                return self._session.part_size
+                return session.part_size
             log.info("transfer.restarted session=%s key=%s", checkpoint.session_id, self._key)
-            self._store.abort_multipart(self._key, self._session.upload_id)
+            session.abandon()
         checkpoint.restart()
         self._refuse_existing()
-        check_object_size(self._store, self._key, checkpoint.total_size or 0)
-        part_size = self._part_size(checkpoint.total_size, chunk_size)
-        upload_id = self._store.create_multipart(self._key, part_size=part_size, content_type=self._content_type)
-        self._session = _Session(upload_id, part_size)
-        checkpoint.upload_session_url = self._session.url(self._place)
-        return part_size
+        size = checkpoint.total_size or 0
+        check_object_size(self._store, self._key, size)
+        session.create(upload_part_size(self._store, size, self._asked_part_size or chunk_size))
+        checkpoint.upload_session_url = _url_of(session, self._place)
+        return session.part_size
 
     @override
     def write(self, offset: int, data: memoryview) -> int:
@@ -391,28 +386,27 @@ class ObjectTarget(SessionTarget):
                 store=self._store.url,
                 capability="max_parts",
             )
-        crc = crc32c(data)
-        self._store.put_part(self._key, self._session.upload_id, before + 1, Body(len(data), lambda: (data,), crc))
-        self._crcs[before + 1] = crc
+        self._session.crcs[before + 1] = self._session.put(before + 1, Body.of(data))
         return len(data)
 
     @override
     def finish(self, checkpoint: TransferCheckpoint) -> None:
         if self.meta is not None:
             return  # a process before this one completed it
+        session, plan = self._session, TransferPlan(checkpoint.offset, self._session.part_size)
         if not checkpoint.offset:
-            self._store.put_part(self._key, self._session.upload_id, 1, Body.of(b""))
+            session.crcs[1] = session.put(1, Body.of(b""))
         try:
-            parts = self._proven_parts(checkpoint)
+            parts = session.prove(plan)
+            self._check_parts(plan, checkpoint)
             self._refuse_existing()
-            self._store.complete_multipart(self._key, self._session.upload_id, parts)
+            self.meta = made = session.complete(parts)
         except NoSuchUpload:
             # The answer to an attempt that succeeded may have been lost.
             if not self._is_there(checkpoint):
                 raise
             return
-        self.meta = made = self._store.head(self._key)
-        attested = made.crc32c if self._store.capabilities().attests_crc32c else None
+        attested = session.attested(made)
         if made.size != checkpoint.offset or attested not in (None, checkpoint.prefix_crc32c):
             raise UploadIncomplete(
                 f"{self._key!r} is not what was sent as soon as it was complete: it has {made.size} bytes",
@@ -425,21 +419,11 @@ class ObjectTarget(SessionTarget):
     @override
     def leave(self, *, keep: bool) -> None:
         if not keep and self.meta is None:
-            self._store.abort_multipart(self._key, self._session.upload_id)
+            self._session.abandon()
 
     @property
     def _place(self) -> str:
         return f"{self._store.url}/{quote(self._key)}"
-
-    def _part_size(self, total_size: int | None, chunk_size: int) -> int:
-        capabilities = self._store.capabilities()
-        return TransferPlan.for_upload(
-            total_size or 0,
-            self._asked_part_size or chunk_size,
-            min_part_size=capabilities.min_part_size,
-            max_part_size=capabilities.max_part_size,
-            max_parts=capabilities.max_parts,
-        ).part_size
 
     def _refuse_existing(self) -> None:
         if not self._overwrite and self._store.exists(self._key):
@@ -447,88 +431,53 @@ class ObjectTarget(SessionTarget):
 
     def _take_up(self, checkpoint: TransferCheckpoint) -> bool:
         """Whether the store holds every part that the checkpoint counts, or the whole object."""
+        session = self._session
+        plan = list(TransferPlan(checkpoint.offset, session.part_size)) if checkpoint.offset else []
         try:
-            held = {part.part_number: part for part in self._store.list_parts(self._key, self._session.upload_id)}
+            held = session.held()
         except NoSuchUpload:
             return self._is_there(checkpoint)
-        lengths = self._lengths(checkpoint.offset)
-        if any(number not in held or held[number].size != length for number, length in lengths.items()):
-            return False
-        crcs = {number: held[number].crc32c for number in lengths}
-        self._crcs = {number: crc for number, crc in crcs.items() if crc is not None}
-        return len(self._crcs) < len(lengths) or self._combined(lengths) == checkpoint.prefix_crc32c
+        session.crcs = held.proven(plan)
+        is_known = len(session.crcs) == len(plan)
+        if is_known:
+            return session.crc32c(plan) == checkpoint.prefix_crc32c
+        return all(held.has(part) for part in plan)
 
     def _is_there(self, checkpoint: TransferCheckpoint) -> bool:
-        """Whether the object under the key has all the bytes of the checkpoint; reads them if nobody attests them."""
-        try:
-            meta = self._store.head(self._key)
-            if not checkpoint.is_complete or meta.size != checkpoint.offset:
-                return False
-            actual = meta.crc32c if self._store.capabilities().attests_crc32c else None
-            if actual is None:
-                actual, buffer = 0, memoryview(bytearray(_READ_BACK_BYTES))
-                for offset in range(0, meta.size, len(buffer)):
-                    view = buffer[: meta.size - offset]
-                    self._store.get_range_into(self._key, offset, view, e_tag=meta.e_tag)
-                    actual = crc32c(view, actual)
-        except (ObjectNotFound, ObjectChanged):
-            return False
-        if actual == checkpoint.prefix_crc32c:
-            self.meta = meta
+        """Whether the object under the key has all the bytes of the checkpoint."""
+        if checkpoint.is_complete:
+            self.meta = self._session.settle(checkpoint.offset, crc=checkpoint.prefix_crc32c)
         return self.meta is not None
 
-    def _lengths(self, size: int) -> dict[int, int]:
-        """The lengths of the parts of `size` bytes, by number; an empty object has one empty part."""
-        return {part.number: part.length for part in TransferPlan(size, self._session.part_size)} if size else {}
-
-    def _combined(self, lengths: dict[int, int]) -> int:
-        return combine_all((self._crcs[number], length) for number, length in lengths.items())
-
-    def _proven_parts(self, checkpoint: TransferCheckpoint) -> list[PartMeta]:
-        lengths = self._lengths(checkpoint.offset) or {1: 0}
-        held = {part.part_number: part for part in self._store.list_parts(self._key, self._session.upload_id)}
-        for number, length in lengths.items():
-            found = held.get(number)
-            if (
-                found is None
-                or found.size != length
-                or found.crc32c not in (None, self._crcs.get(number, found.crc32c))
-            ):
-                raise UploadIncomplete(
-                    f"part {number} of {self._key!r} is {'missing' if found is None else 'damaged'} in the store",
-                    key=self._key,
-                    expected=len(lengths),
-                    actual=len(held),
-                )
-            if found.crc32c is not None:
-                self._crcs[number] = found.crc32c
-        if self._crcs.keys() >= lengths.keys() and self._combined(lengths) != checkpoint.prefix_crc32c:
+    def _check_parts(self, plan: TransferPlan, checkpoint: TransferCheckpoint) -> None:
+        """Hold the parts to the bytes that were read, unless the checksum of one that was sent before is unknown."""
+        session = self._session
+        if session.crcs.keys() >= set(plan.numbers) and session.crc32c(plan) != checkpoint.prefix_crc32c:
             raise ChecksumMismatch(
                 f"the parts of {self._key!r} are not the bytes of the source",
                 what=self._key,
                 expected=checkpoint.prefix_crc32c,
-                actual=self._combined(lengths),
+                actual=session.crc32c(plan),
             )
-        return [held[number]._replace(crc32c=self._crcs.get(number)) for number in lengths]
 
 
-class _Session(NamedTuple):
-    """What a checkpoint keeps of a multipart upload, written as a URL."""
+def _url_of(session: UploadSession, place: str) -> str:
+    """What a checkpoint keeps of a multipart upload."""
+    return f"{place}?uploadId={quote(session.upload_id, safe='')}&partSize={session.part_size}"
 
-    upload_id: str
-    part_size: int
 
-    def url(self, place: str) -> str:
-        return f"{place}?uploadId={quote(self.upload_id, safe='')}&partSize={self.part_size}"
+def _parse_url(url: str, place: str) -> tuple[str, int]:
+    """Upload id and part size; the inverse of `_url_of`.
 
-    @classmethod
-    def parse(cls, url: str, place: str) -> _Session:
-        where, _, query = url.rpartition("?")
-        fields = parse_qs(query)
-        try:
-            session = cls(fields["uploadId"][0], int(fields["partSize"][0]))
-        except (KeyError, ValueError) as error:
-            raise UsageError(f"{url!r} is not the session of an object") from error
-        if where != place or session.part_size <= 0:
-            raise UsageError(f"the checkpoint belongs to {where}, not to {place}", hint=BEGIN_AGAIN)
-        return session
+    Raises:
+        UsageError: not the URL of an upload to `place`.
+    """
+    where, _, query = url.rpartition("?")
+    fields = parse_qs(query)
+    try:
+        upload_id, part_size = fields["uploadId"][0], int(fields["partSize"][0])
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{url!r} is not the session of an object") from error
+    if where != place or part_size <= 0:
+        raise UsageError(f"the checkpoint belongs to {where}, not to {place}", hint=BEGIN_AGAIN)
+    return upload_id, part_size
