@@ -122,7 +122,7 @@ class SqlTable:
             with self._connect() as connection:
                 yield connection
         except (OperationalError, InterfaceError, InternalError) as error:
-            raise _failed(error, what, {"operation": self._operation, "key": name}) from error
+            raise _failed(error, what, self._operation, name) from error
         except IntegrityError:
             raise  # a row that is there already: the caller's business
         except DBAPIError as error:
@@ -161,16 +161,16 @@ class SqlTable:
         self._is_made = True
 
 
-def _failed(error: DBAPIError, what: str, about: dict[str, Any]) -> BlobflowError:
+def _failed(error: DBAPIError, what: str, operation: str, key: str) -> BlobflowError:
     """What a failure of the database means; the driver's own words are not repeated, they may hold values."""
     message = f"{what} failed with {_named(error)}"
     reason = str(error.orig)
     if reason == SQLITE_FULL:
-        return DiskFull(message, **about)
+        return DiskFull(message, operation=operation, key=key)
     if reason == _SQLITE_READ_ONLY:
         hint = "give permission to write the file and its directory, or name another place"
-        return StoreConfigurationError(message, hint=hint, **about)
-    return StoreUnavailable(message, **about)
+        return StoreConfigurationError(message, hint=hint, operation=operation, key=key)
+    return StoreUnavailable(message, operation=operation, key=key)
 
 
 def _named(error: DBAPIError) -> str:

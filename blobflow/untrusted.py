@@ -96,13 +96,13 @@ def read_json(data: bytes | str, what: str) -> JsonValue:
     """
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     if len(raw) > MIB and _values(raw) > MAX_JSON_VALUES:
-        raise ArtifactInvalid(f"the {what} has more than {MAX_JSON_VALUES} values")
+        raise ArtifactInvalid(f"the {what} has more than {MAX_JSON_VALUES} values", what=what)
     try:
         document: JsonValue = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
-        raise ArtifactInvalid(f"the {what} is not JSON: {error}") from error
+        raise ArtifactInvalid(f"the {what} is not JSON: {error}", what=what) from error
     if not _is_finite(document):
-        raise ArtifactInvalid(f"the {what} has a number that is out of range")
+        raise ArtifactInvalid(f"the {what} has a number that is out of range", what=what)
     return document
 
 
@@ -110,7 +110,7 @@ def read_object(data: bytes | str, what: str) -> dict[str, JsonValue]:
     """The same for a document that has to be an object."""
     document = read_json(data, what)
     if not isinstance(document, dict):
-        raise ArtifactInvalid(f"the {what} is not a JSON object")
+        raise ArtifactInvalid(f"the {what} is not a JSON object", what=what)
     return document
 
 
@@ -129,7 +129,7 @@ def as_model(kind: type[Model], document: object, what: str) -> Model:
         return kind.model_validate(document)
     except ValidationError as error:
         field, reason = first_fault(error)
-        raise ArtifactInvalid(f"{what} field {field!r}: {reason}", field=field) from error
+        raise ArtifactInvalid(f"{what} field {field!r}: {reason}", field=field, what=what) from error
 
 
 def first_fault(error: ValidationError) -> tuple[str, str]:

@@ -132,7 +132,9 @@ class Artifact:
         """The same members under another manifest whose body is byte-identical (see `Manifest.same_body`)."""
         other = Artifact(self.path, ManifestFile.parse(manifest_bytes))
         if not other.manifest.same_body(self.manifest):
-            raise ArtifactInvalid(f"{self!r} and the manifest {other.digest} describe different payloads")
+            raise ArtifactInvalid(
+                f"{self!r} and the manifest {other.digest} describe different payloads", what="payload"
+            )
         other.__dict__.update(index_bytes=self.index_bytes, index=self.index)
         return other
 
@@ -185,7 +187,7 @@ def _read_own(path: Path, limit: int) -> bytes:
         with reading(path), open(path, "rb") as file:
             return file.read(min(limit, MAX_INDEX_BYTES) + 1)
     except SourceChanged as error:
-        raise ArtifactInvalid(f"{path} is missing", hint="export again", path=str(path)) from error
+        raise ArtifactInvalid(f"{path} is missing", hint="export again", path=str(path), what=path.name) from error
 
 
 def check_index_bytes(data: bytes, manifest: Manifest) -> None:

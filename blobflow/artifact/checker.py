@@ -118,10 +118,9 @@ class PayloadChecker:
             return
         for member, frontier in sorted(self._spanning.items()):
             self._drain(member, frontier, b"", on_tick)
-            if frontier.position != self._index.sizes[member]:
-                raise ArtifactInvalid(
-                    f"member {self._index.paths[member]!r} has {frontier.position} of {self._index.sizes[member]} bytes"
-                )
+            if frontier.position != (size := self._index.sizes[member]):
+                name = self._index.paths[member]
+                raise ArtifactInvalid(f"member {name!r} has {frontier.position} of {size} bytes", what=name)
 
     def _frontier(self, member: int) -> _Frontier:
         with self._moved:

@@ -101,10 +101,11 @@ def decode_index(data: bytes, *, members: int) -> Index:
     if len(data) > MAX_INDEX_BYTES or members > MAX_MEMBERS:
         raise ArtifactInvalid(
             f"index of {members} members in {len(data)} bytes is over the limit"
-            f" of {MAX_MEMBERS} members in {MAX_INDEX_BYTES} bytes"
+            f" of {MAX_MEMBERS} members in {MAX_INDEX_BYTES} bytes",
+            what="index",
         )
     if len(data) > index_bytes_limit(members):
-        raise ArtifactInvalid(f"an index of {members} members has no {len(data)} bytes")
+        raise ArtifactInvalid(f"an index of {members} members has no {len(data)} bytes", what="index")
     index, paths_bytes = Index(), 0
     rules = IndexRules(index)
     try:
@@ -115,7 +116,7 @@ def decode_index(data: bytes, *, members: int) -> Index:
         _check_shape(file, members)
         chunks = list(column_chunks(data, footer, len(data) - 8))
         if [len(columns) for columns in chunks] != [len(_SCHEMA)] * file.num_row_groups:
-            raise ArtifactInvalid("a row group of the index has other columns than an index")
+            raise ArtifactInvalid("a row group of the index has other columns than an index", what="index")
         for group in range(file.num_row_groups):
             _check_pages(data, chunks[group], file.metadata.row_group(group).num_rows, footer)
             # A few rows at a time, and each is looked at before the next ones are decoded.
@@ -123,9 +124,9 @@ def decode_index(data: bytes, *, members: int) -> Index:
                 paths_bytes = _append_rows(index, batch, paths_bytes)
                 rules.check()
     except _UNREADABLE as error:
-        raise ArtifactInvalid(f"index is not readable as Parquet: {quoted(error)}") from error
+        raise ArtifactInvalid(f"index is not readable as Parquet: {quoted(error)}", what="index") from error
     if len(index) != members:
-        raise ArtifactInvalid(f"index has {len(index)} rows, the manifest says {members}")
+        raise ArtifactInvalid(f"index has {len(index)} rows, the manifest says {members}", what="index")
     return index
 
 
@@ -147,10 +148,10 @@ def _append_rows(index: Index, batch: pa.RecordBatch, paths_bytes: int) -> int:
     if not len(paths):
         return paths_bytes
     if paths.null_count:
-        raise ArtifactInvalid("a column has empty cells")
+        raise ArtifactInvalid("a column has empty cells", what="index")
     places = pc.call_function("min_max", [paths.indices]).as_py()
     if not 0 <= places["min"] <= places["max"] < len(paths.dictionary):
-        raise ArtifactInvalid("a path of the index points outside of its dictionary")
+        raise ArtifactInvalid("a path of the index points outside of its dictionary", what="index")
     lengths = pc.call_function("binary_length", [paths.dictionary])
     if pc.call_function("min_max", [lengths]).as_py()["max"] > MAX_PATH_BYTES:
         long = next(path for path in paths.dictionary if len(path.as_buffer()) > MAX_PATH_BYTES)
@@ -159,7 +160,7 @@ def _append_rows(index: Index, batch: pa.RecordBatch, paths_bytes: int) -> int:
     found = paths.dictionary_decode()
     paths_bytes += found.nbytes
     if paths_bytes > MAX_PATHS_BYTES:
-        raise ArtifactInvalid(f"the paths of the index have more than {MAX_PATHS_BYTES} bytes")
+        raise ArtifactInvalid(f"the paths of the index have more than {MAX_PATHS_BYTES} bytes", what="index")
     index.paths.extend(found.to_pylist())
     return paths_bytes
 
@@ -181,12 +182,16 @@ def decode_origins(data: bytes, *, members: int) -> tuple[array[int], array[int]
         _check_reference_footer(data)
         file = pq.ParquetFile(pa.BufferReader(data))
         if file.metadata.num_rows != members:
-            raise ArtifactInvalid("the reference table has another number of rows", hint="export again")
+            raise ArtifactInvalid(
+                "the reference table has another number of rows", hint="export again", what="references"
+            )
         table = file.read(use_threads=False)
     except _UNREADABLE as error:
-        raise ArtifactInvalid(f"the reference table is not readable: {quoted(error)}", hint="export again") from error
+        raise ArtifactInvalid(
+            f"the reference table is not readable: {quoted(error)}", hint="export again", what="references"
+        ) from error
     if table.schema.remove_metadata() != _ORIGINS:
-        raise ArtifactInvalid("the reference table has other columns", hint="export again")
+        raise ArtifactInvalid("the reference table has other columns", hint="export again", what="references")
     inodes, mtimes_ns = array("Q"), array("q")
     for column, values in zip(table.columns, (inodes, mtimes_ns), strict=True):
         for chunk in column.chunks:
@@ -199,22 +204,24 @@ def _check_pages(data: bytes, columns: Sequence[tuple[int, int]], rows: int, foo
     decoded = 0
     for number, (start, stop) in enumerate(columns):
         if not 4 <= start <= stop <= footer:
-            raise ArtifactInvalid("a column of the index lies outside of its file")
+            raise ArtifactInvalid("a column of the index lies outside of its file", what="index")
         is_path = _SCHEMA.names[number] == "path"
         values = 0
         for at, page in enumerate(pages(data, start, stop)):
             width = MAX_PATH_BYTES + 4 if is_path else SHA256_BYTES
             if page.size > min(_MAX_PATH_PAGE_BYTES if is_path else _MAX_PAGE_BYTES, _PAGE_BYTES + page.values * width):
-                raise ArtifactInvalid(f"a page of the index has {page.size} bytes for {page.values} values")
+                raise ArtifactInvalid(
+                    f"a page of the index has {page.size} bytes for {page.values} values", what="index"
+                )
             if page.encoding not in _ENCODINGS or (page.kind == DICTIONARY and at):
-                raise ArtifactInvalid("a page of the index is encoded in another way than an index is")
+                raise ArtifactInvalid("a page of the index is encoded in another way than an index is", what="index")
             values += page.values if page.kind != DICTIONARY else 0
             decoded += page.size
         if values != rows:
-            raise ArtifactInvalid(f"a column of the index has {values} values for {rows} rows")
+            raise ArtifactInvalid(f"a column of the index has {values} values for {rows} rows", what="index")
     if decoded > MAX_GROUP_BYTES:
         raise ArtifactInvalid(
-            f"a row group of the index has {decoded} bytes, over the limit of {MAX_GROUP_BYTES} bytes"
+            f"a row group of the index has {decoded} bytes, over the limit of {MAX_GROUP_BYTES} bytes", what="index"
         )
 
 
@@ -222,26 +229,29 @@ def _check_reference_footer(data: bytes) -> None:
     try:
         check_footer(data, _MAX_GROUPS)
     except ArtifactInvalid as error:
-        raise ArtifactInvalid(f"the reference table is not readable: {error.message}", hint="export again") from error
+        raise ArtifactInvalid(
+            f"the reference table is not readable: {error.message}", hint="export again", what="references"
+        ) from error
 
 
 def _check_shape(file: pq.ParquetFile, members: int) -> None:
     if file.schema_arrow.remove_metadata() != _SCHEMA_READ:
-        raise ArtifactInvalid(f"index has another schema: {', '.join(file.schema_arrow.names)[:200]}")
+        raise ArtifactInvalid(f"index has another schema: {', '.join(file.schema_arrow.names)[:200]}", what="index")
     metadata = file.metadata
     if metadata.num_rows != members:
-        raise ArtifactInvalid(f"index has {metadata.num_rows} rows, the manifest says {members}")
+        raise ArtifactInvalid(f"index has {metadata.num_rows} rows, the manifest says {members}", what="metadata")
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
         if row_group.num_rows > ROWS_PER_GROUP or row_group.total_byte_size > MAX_GROUP_BYTES:
             raise ArtifactInvalid(
                 f"row group {group} of the index has {row_group.num_rows} rows and {row_group.total_byte_size} bytes,"
-                f" over the limit of {ROWS_PER_GROUP} rows and {MAX_GROUP_BYTES} bytes"
+                f" over the limit of {ROWS_PER_GROUP} rows and {MAX_GROUP_BYTES} bytes",
+                what="index",
             )
 
 
 def _raw(chunk: Any, width: int) -> memoryview:
     """The bytes of a column's values, `width` each."""
     if chunk.null_count:
-        raise ArtifactInvalid("a column has empty cells")
+        raise ArtifactInvalid("a column has empty cells", what="index")
     return memoryview(chunk.buffers()[1] or b"")[chunk.offset * width : (chunk.offset + len(chunk)) * width]

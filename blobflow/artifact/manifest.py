@@ -100,7 +100,7 @@ class Manifest(BaseModel):
         """
         what = "manifest" if key is None else f"manifest of {key!r}"
         if len(data) > MAX_MANIFEST_BYTES:
-            raise ArtifactInvalid(f"the {what} exceeds {MAX_MANIFEST_BYTES} bytes", actual=len(data))
+            raise ArtifactInvalid(f"the {what} exceeds {MAX_MANIFEST_BYTES} bytes", actual=len(data), what=what)
         document = read_object(data, what)
         found = document.get("format")
         if found != FORMAT:
@@ -109,6 +109,7 @@ class Manifest(BaseModel):
                 hint="a newer blobflow may be needed",
                 expected=FORMAT,
                 actual=quoted(found),
+                what=what,
             )
         return as_model(cls, document, what)
 
@@ -125,10 +126,13 @@ class Manifest(BaseModel):
         try:
             data = json.dumps(self.document(), ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
         except ValueError as error:
-            raise ArtifactInvalid(f"the manifest is no JSON: {error}") from error
+            raise ArtifactInvalid(f"the manifest is no JSON: {error}", what="manifest") from error
         if len(data) > MAX_MANIFEST_BYTES:
             raise ArtifactInvalid(
-                f"manifest exceeds {MAX_MANIFEST_BYTES} bytes", hint="make the cursor smaller", actual=len(data)
+                f"manifest exceeds {MAX_MANIFEST_BYTES} bytes",
+                hint="make the cursor smaller",
+                actual=len(data),
+                what="manifest",
             )
         return data
 

@@ -290,4 +290,4 @@ class _Reader:
 
 
 def _broken(reason: str) -> ArtifactInvalid:
-    return ArtifactInvalid(f"not a Parquet file that can be trusted: {reason}")
+    return ArtifactInvalid(f"not a Parquet file that can be trusted: {reason}", what="footer")

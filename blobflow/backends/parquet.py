@@ -144,7 +144,7 @@ class ParquetImporter(VersionedImporter):
                 count, schema = _footer(artifact.data, path)
             except _NoFooterError as error:
                 raise ArtifactInvalid(
-                    f"member {path!r} of {artifact!r} is no Parquet file: {plain(str(error))}", key=path
+                    f"member {path!r} of {artifact!r} is no Parquet file: {plain(str(error))}", key=path, what=path
                 ) from error
             schemas.add(schema)
             rows, files = rows + count, files + 1
@@ -153,6 +153,7 @@ class ParquetImporter(VersionedImporter):
             raise ArtifactInvalid(
                 f"{artifact!r} holds {found}, its manifest says {plain(str(artifact.manifest.cursor))}",
                 hint="another program made it: export the dataset again",
+                what="cursor",
             )
 
 

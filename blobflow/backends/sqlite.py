@@ -283,7 +283,9 @@ def _errors_of(path: Path, damaged: Damaged = UnsupportedSource) -> Generator[No
                 hint="let its application open it once, which rolls the journal back",
                 path=str(path),
             ) from error
-        raise damaged(f"database {path} cannot be read: {message}", path=str(path), reason=message) from error
+        raise damaged(
+            f"database {path} cannot be read: {message}", path=str(path), reason=message, what="database"
+        ) from error
 
 
 @contextmanager
@@ -355,7 +357,7 @@ def _check(connection: sqlite3.Connection, path: Path, alive: Callable[[], None]
     finally:
         connection.set_progress_handler(None, 0)
     if found is not None:
-        raise damaged(f"database {path} is damaged: {found}", path=str(path), reason=found)
+        raise damaged(f"database {path} is damaged: {found}", path=str(path), reason=found, what="database")
 
 
 def _damage(connection: sqlite3.Connection) -> str | None:

@@ -336,12 +336,16 @@ def _measured(path: Path, *, own: bool = False) -> Generator[tuple[pq.ParquetFil
             largest, data = 1, FileBytes(file)
             for start, stop in (chunk for group in column_chunks(data, footer, data.size - 8) for chunk in group):
                 if not 4 <= start <= stop <= footer:
-                    raise ArtifactInvalid("a column lies outside of the file")
+                    raise ArtifactInvalid("a column lies outside of the file", what="table")
                 for page in pages(data, start, stop):
                     if page.size > max(_MAX_PAGE_BYTES, _MAX_RATIO * page.stored):
-                        raise ArtifactInvalid(f"a page has {page.size} bytes, of which {page.stored} are in the file")
+                        raise ArtifactInvalid(
+                            f"a page has {page.size} bytes, of which {page.stored} are in the file", what="table"
+                        )
                     if page.encoding == DELTA_BYTE_ARRAY:
-                        raise ArtifactInvalid("a page is encoded as DELTA_BYTE_ARRAY, which may stand for any size")
+                        raise ArtifactInvalid(
+                            "a page is encoded as DELTA_BYTE_ARRAY, which may stand for any size", what="table"
+                        )
                     if page.kind == DICTIONARY:  # one value of it may stand for every row
                         largest = max(largest, page.size)
             yield table, max(1, min(_BATCH_ROWS, _BATCH_BYTES // largest))

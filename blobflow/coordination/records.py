@@ -37,6 +37,7 @@ def read_record(store: Store, key: str, kind: type[Any]) -> tuple[Any, str] | No
             f"object {key!r} is not a {kind.__name__}: {error.message}",
             hint="somebody else wrote it; look at it, then remove it",
             key=key,
+            what="record",
         ) from error
 
 
@@ -61,5 +62,7 @@ def next_count(count: int, name: str) -> int:
         ArtifactInvalid: there is none: nobody has come that far, so somebody else wrote the record.
     """
     if count >= MAX_COUNT:
-        raise ArtifactInvalid(f"the record of {name!r} is at the end of its count", hint="remove it", key=name)
+        raise ArtifactInvalid(
+            f"the record of {name!r} is at the end of its count", hint="remove it", key=name, what="record"
+        )
     return count + 1

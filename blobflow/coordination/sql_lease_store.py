@@ -68,6 +68,7 @@ class SqlLeaseStore(LeaseStore):
                 f"the row {name!r} of {TABLE} is no lease: {error.message}",
                 hint="somebody else wrote it; look at it, then remove it",
                 key=name,
+                what="record",
             ) from error
         return Found(state, state.write_id)
 

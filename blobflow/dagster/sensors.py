@@ -585,7 +585,9 @@ class _Tick:
                 self._unverified += 1
                 return True
             if _NOT_IN_PARTITION_KEYS in key:
-                raise ArtifactInvalid(f"Dagster takes no partition key with {_NOT_IN_PARTITION_KEYS!r}", key=key)
+                raise ArtifactInvalid(
+                    f"Dagster takes no partition key with {_NOT_IN_PARTITION_KEYS!r}", key=key, what="key"
+                )
         except BlobflowError as error:
             reason = error.message[:_QUOTED]
             self._unreadable.append(f"{key!r} ({reason})")

@@ -409,14 +409,14 @@ class ArtifactInvalid(IntegrityError):
     `key` or `path` say where it lies. Both are None in errors of parsers, which only see bytes.
 
     Attributes:
-        what: What is invalid: `manifest`, `index` ...
+        what: What is invalid: `manifest`, `index`, `frame`, the name of a member ...
         field: The invalid field of a document.
         reason: What is wrong with it, in the words of the program that reads it.
         expected: What it should be; None where no single value is right.
         actual: What it is; likewise.
     """
 
-    what: str | None = None
+    what: str
     field: str | None = None
     reason: str | None = None
     expected: Value | None = None

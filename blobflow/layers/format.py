@@ -109,9 +109,11 @@ def decompress(frame: Buffer, into: memoryview) -> None:
                     told += count
                 reader.readinto(bytearray(1))  # to the end of the frame, where its checksum is compared
     except zstandard.ZstdError as error:
-        raise ArtifactInvalid(f"a frame of the layer is damaged: {error}") from error
+        raise ArtifactInvalid(f"a frame of the layer is damaged: {error}", what="frame") from error
     if told != len(into):
-        raise ArtifactInvalid("a frame of the layer has another size than the layout", expected=len(into), actual=told)
+        raise ArtifactInvalid(
+            "a frame of the layer has another size than the layout", expected=len(into), actual=told, what="frame"
+        )
 
 
 def _check_whole(frame: Buffer) -> None:
@@ -123,9 +125,9 @@ def _check_whole(frame: Buffer) -> None:
         last, kind, size = header & 1, header >> 1 & 3, header >> 3
         position += 3 + (1 if kind == _RUN else size)
         if position > len(view):
-            raise ArtifactInvalid("a frame of the layer is cut off")
+            raise ArtifactInvalid("a frame of the layer is cut off", what="frame")
     if not zstandard.get_frame_parameters(frame).has_checksum or position + 4 != len(view):
-        raise ArtifactInvalid("a frame of the layer has no checksum, or something behind it")
+        raise ArtifactInvalid("a frame of the layer has no checksum, or something behind it", what="frame")
 
 
 class FramePlan:
@@ -193,10 +195,10 @@ def parse_seek_table(data: bytes, plan: FramePlan) -> array[int]:
         ArtifactInvalid: not a seek table, or not that of `plan`.
     """
     if len(data) != seek_table_size(len(plan)):
-        raise ArtifactInvalid("the seek table of the layer has another size", actual=len(data))
+        raise ArtifactInvalid("the seek table of the layer has another size", actual=len(data), what="seek table")
     sizes = array("I", struct.unpack_from(f"<{2 * len(plan)}I", data, _HEADER.size)[::2])
     if data != encode_seek_table(sizes, plan):
-        raise ArtifactInvalid("the seek table of the layer is damaged, or of another layout")
+        raise ArtifactInvalid("the seek table of the layer is damaged, or of another layout", what="seek table")
     return sizes
 
 
@@ -245,16 +247,18 @@ class LayerMeta(BaseModel):
             ArtifactInvalid: not of this format, or it contradicts itself.
         """
         if len(data) > MAX_META_BYTES:
-            raise ArtifactInvalid(f"the metadata of a layer exceeds {MAX_META_BYTES} bytes", actual=len(data))
+            raise ArtifactInvalid(
+                f"the metadata of a layer exceeds {MAX_META_BYTES} bytes", actual=len(data), what="metadata"
+            )
         document = read_object(data, "metadata of a layer")
         if document.get("format") != FORMAT:
-            raise ArtifactInvalid(f"not the metadata of a layer of format {FORMAT!r}")
+            raise ArtifactInvalid(f"not the metadata of a layer of format {FORMAT!r}", what="metadata")
         meta = as_model(cls, document, "the metadata of a layer is damaged:")
         plan = plan_of(meta.manifest_bytes, meta.frame_size)
         if (layer_digest(meta.manifest_file.manifest), plan.head, plan.size, len(plan)) != (
             *(meta.digest, meta.head_size, meta.tar_size, meta.frames),
         ):
-            raise ArtifactInvalid(f"the metadata of the layer {meta.digest} contradicts itself")
+            raise ArtifactInvalid(f"the metadata of the layer {meta.digest} contradicts itself", what="metadata")
         return meta
 
 
@@ -264,7 +268,9 @@ def plan_of(manifest_bytes: bytes, frame_size: int) -> FramePlan:
     size = manifest_file.payload_size
     head = len(manifest_file.entry) + member_length(INDEX_NAME, manifest_file.manifest.index.size)
     if head > size:
-        raise ArtifactInvalid("the manifest of a layer speaks of an index that is larger than the body it lies in")
+        raise ArtifactInvalid(
+            "the manifest of a layer speaks of an index that is larger than the body it lies in", what="manifest"
+        )
     return FramePlan(head, size, frame_size)
 
 

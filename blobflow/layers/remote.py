@@ -44,10 +44,12 @@ def read_meta(store: Store, key: str) -> LayerMeta | None:
     except ObjectNotFound:
         return None
     except ObjectTooLarge as error:
-        raise ArtifactInvalid(f"the metadata of the layer {key!r} exceeds {MAX_META_BYTES} bytes", key=key) from error
+        raise ArtifactInvalid(
+            f"the metadata of the layer {key!r} exceeds {MAX_META_BYTES} bytes", key=key, what="metadata"
+        ) from error
     meta = LayerMeta.parse(data)
     if meta.key != key:
-        raise ArtifactInvalid(f"under {meta_key(key)!r} lies the metadata of {meta.key!r}", key=key)
+        raise ArtifactInvalid(f"under {meta_key(key)!r} lies the metadata of {meta.key!r}", key=key, what="metadata")
     return meta
 
 
@@ -92,7 +94,7 @@ class RemoteLayer:
         try:
             found = store.head(key)
         except ObjectNotFound as error:
-            raise ArtifactInvalid(f"the layer {key!r} has metadata but no bytes", key=key) from error
+            raise ArtifactInvalid(f"the layer {key!r} has metadata but no bytes", key=key, what="layer") from error
         if found.size != meta.object_size:
             raise SizeMismatch(
                 f"the layer {key!r} has {found.size} bytes, its metadata says {meta.object_size}",
@@ -112,13 +114,19 @@ class RemoteLayer:
         """
         size = seek_table_size(self.meta.frames)
         if size >= self.object.size:
-            raise ArtifactInvalid(f"the layer {self.meta.key!r} is too small for its seek table", key=self.meta.key)
+            raise ArtifactInvalid(
+                f"the layer {self.meta.key!r} is too small for its seek table", key=self.meta.key, what="seek table"
+            )
         table = self.store.get_range(self.meta.key, self.object.size - size, size, e_tag=self.object.e_tag)
         if crc32c(table) != self.meta.seek_table_crc32c:
-            raise ArtifactInvalid(f"the seek table of {self.meta.key!r} is damaged", key=self.meta.key)
+            raise ArtifactInvalid(
+                f"the seek table of {self.meta.key!r} is damaged", key=self.meta.key, what="seek table"
+            )
         sizes = parse_seek_table(table, self.meta.plan)
         if sum(sizes) + size != self.object.size:
-            raise ArtifactInvalid(f"the seek table of {self.meta.key!r} speaks of another object", key=self.meta.key)
+            raise ArtifactInvalid(
+                f"the seek table of {self.meta.key!r} speaks of another object", key=self.meta.key, what="seek table"
+            )
         return sizes
 
     def artifact(self) -> RemoteArtifact:

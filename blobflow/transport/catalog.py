@@ -90,7 +90,9 @@ def _get_manifest(store: Store, key: str) -> bytes:
     try:
         return store.get(key + MANIFEST_SUFFIX, max_bytes=MAX_MANIFEST_BYTES).data
     except ObjectTooLarge as error:
-        raise ArtifactInvalid(f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key) from error
+        raise ArtifactInvalid(
+            f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key, what="manifest"
+        ) from error
 
 
 def read_manifest_file(store: Store, key: str) -> ManifestFile:

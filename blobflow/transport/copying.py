@@ -182,7 +182,9 @@ class RemotePayload:
         """The same body behind another manifest: the one whose upload is taken up."""
         other = RemotePayload(self.remote, manifest_bytes, self.meter)
         if not other.manifest.same_body(self.manifest):
-            raise ArtifactInvalid(f"{self!r} and the manifest {other.digest} describe different payloads")
+            raise ArtifactInvalid(
+                f"{self!r} and the manifest {other.digest} describe different payloads", what="payload"
+            )
         return other
 
     def source(self) -> RemotePayload:

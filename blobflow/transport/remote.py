@@ -75,7 +75,10 @@ class RemoteArtifact:
             payload = store.head(key)
         except ObjectNotFound as error:
             raise _replaced_or(
-                store, key, manifest_file, ArtifactInvalid(f"{key!r} has a manifest but no payload", key=key)
+                store,
+                key,
+                manifest_file,
+                ArtifactInvalid(f"{key!r} has a manifest but no payload", key=key, what="payload"),
             ) from error
         if payload.size != (expected := manifest_file.payload_size):
             raise _replaced_or(
@@ -113,7 +116,11 @@ class RemoteArtifact:
                 self.store,
                 self.key,
                 self.manifest_file,
-                ArtifactInvalid(f"the payload of {self.key!r} does not begin with its sibling manifest", key=self.key),
+                ArtifactInvalid(
+                    f"the payload of {self.key!r} does not begin with its sibling manifest",
+                    key=self.key,
+                    what="payload",
+                ),
             )
 
     def open_layout(self) -> TarMap:
@@ -124,12 +131,16 @@ class RemoteArtifact:
         size = self.manifest.index.size
         length = member_length(INDEX_NAME, size)
         if size > index_bytes_limit(self.manifest.members) or len(self.head) + length > self.payload.size:
-            raise ArtifactInvalid(f"the manifest of {self.key!r} speaks of an index of {size} bytes", key=self.key)
+            raise ArtifactInvalid(
+                f"the manifest of {self.key!r} speaks of an index of {size} bytes", key=self.key, what="manifest"
+            )
         entry = self.store.get_range(self.key, len(self.head), length, e_tag=self.payload.e_tag)
         expected_header = header(INDEX_NAME, size, FILE_MODE)
         start = len(expected_header)
         if entry[:start] != expected_header or any(entry[start + size :]):
-            raise ArtifactInvalid(f"the index of {self.key!r} is not where the format puts it", key=self.key)
+            raise ArtifactInvalid(
+                f"the index of {self.key!r} is not where the format puts it", key=self.key, what="index"
+            )
         self.index_bytes = entry[start : start + size]
         check_index_bytes(self.index_bytes, self.manifest)
         self.head += entry

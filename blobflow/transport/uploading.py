@@ -214,7 +214,9 @@ def _published(store: Store, key: str) -> bytes | None:
     except ObjectNotFound:
         return None
     except ObjectTooLarge as error:
-        raise ArtifactInvalid(f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key) from error
+        raise ArtifactInvalid(
+            f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key, what="manifest"
+        ) from error
 
 
 def _replaceable(existing_bytes: bytes, request: UploadRequest) -> Manifest | None:

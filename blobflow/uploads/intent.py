@@ -141,11 +141,15 @@ class Intent:
             ArtifactInvalid: not an intent of a known version, or damaged.
         """
         if len(data) > _MAX_BYTES:
-            raise ArtifactInvalid(f"the intent of an upload exceeds {_MAX_BYTES} bytes", actual=len(data))
+            raise ArtifactInvalid(
+                f"the intent of an upload exceeds {_MAX_BYTES} bytes", actual=len(data), what="intent"
+            )
         document: dict[str, Any] = read_object(data, "intent of an upload")
         found = document.get("format")
         if found != FORMAT:
-            raise ArtifactInvalid(f"the intent has format {quoted(found)}, this blobflow reads {FORMAT!r}")
+            raise ArtifactInvalid(
+                f"the intent has format {quoted(found)}, this blobflow reads {FORMAT!r}", what="intent"
+            )
         try:
             packed = _unpack(document["crc32c"])
             intent = cls(
@@ -162,14 +166,16 @@ class Intent:
             )
             digest = document["artifact_digest"]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ArtifactInvalid(f"the intent of an upload is damaged: {quoted(error)}") from error
+            raise ArtifactInvalid(f"the intent of an upload is damaged: {quoted(error)}", what="intent") from error
         if artifact_digest(intent.manifest_bytes) != digest or intent.part_size <= 0:
-            raise ArtifactInvalid("the intent of an upload contradicts itself")
+            raise ArtifactInvalid("the intent of an upload contradicts itself", what="intent")
         manifest = Manifest.parse(intent.manifest_bytes)
         frames = intent.frames
         size = manifest.body.size + len(intent.manifest_bytes) if frames is None else sum(frames.sizes)
         if size > intent.part_size * MAX_PARTS:
-            raise ArtifactInvalid(f"the intent of an upload has parts of {intent.part_size} bytes for {size} bytes")
+            raise ArtifactInvalid(
+                f"the intent of an upload has parts of {intent.part_size} bytes for {size} bytes", what="intent"
+            )
         return intent
 
 

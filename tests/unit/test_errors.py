@@ -89,7 +89,7 @@ def test_an_error_takes_its_fields_and_nothing_else(kind: type[BlobflowError]):
         with pytest.raises(TypeError, match=name):
             built(kind, required(kind) - {name})
     with pytest.raises(TypeError, match="unheard_of"):
-        kind("no", **error.fields, unheard_of=1)
+        kind("no", **error.fields, unheard_of=1)  # pyright: ignore[reportCallIssue]
     with pytest.raises(TypeError, match="positional"):
         kind("no", "hint", **error.fields)  # pyright: ignore[reportCallIssue]
     with pytest.raises(AttributeError):

@@ -24,7 +24,7 @@ import re
 import ssl
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 from blobflow.errors import (
     BlobflowError,
@@ -83,25 +83,31 @@ _WEBDAV = {
 _QUOTED = 200
 
 
+class _About(TypedDict):
+    operation: str
+    key: str | None
+    offset: int | None
+
+
 def translate(error: Exception, *, url: str, operation: str, key: str = "", offset: int | None = None) -> BlobflowError:
     """The error of a call to a connected file system."""
     what = f"{operation} {key!r} in {url}" if key else f"{operation} {url}"
-    fields: dict[str, Any] = {"operation": operation, "key": key or None, "offset": offset}
+    about: _About = {"operation": operation, "key": key or None, "offset": offset}
     if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
         return taken(key, url)
     if isinstance(error, NotImplementedError):
         return Unsupported(f"{url} has no {operation}", hint="use s3:// or file://", store=url, capability=operation)
     if _status(error) == 404:
         return ObjectNotFound(f"no object {key!r} in {url}", key=key)
-    known = _by_kind(error, what, fields)
+    known = _by_kind(error, what, about)
     if known is not None:
         return known
     if isinstance(error, TypeError | ImportError) or (
         isinstance(error, ValueError) and not isinstance(error, UnicodeError | json.JSONDecodeError)
     ):
         hint = "look at the options of this store; `-v` shows the whole error"
-        return StoreConfigurationError(f"{what}: {type(error).__name__}", hint=hint, **fields)
-    return StoreUnavailable(f"{what}: {_name(error)}", **fields)
+        return StoreConfigurationError(f"{what}: {type(error).__name__}", hint=hint, **about)
+    return StoreUnavailable(f"{what}: {_name(error)}", **about)
 
 
 def taken(key: str, url: str) -> InvalidKey:
@@ -119,8 +125,8 @@ def translate_connecting(
 ) -> BlobflowError:
     """The error of making a file system, before anything was asked of it."""
     scheme = url.partition("://")[0]
-    fields: dict[str, Any] = {"operation": "connect"}
-    known = _by_kind(error, f"connect to {url}", fields)
+    about: _About = {"operation": "connect", "key": None, "offset": None}
+    known = _by_kind(error, f"connect to {url}", about)
     if known is not None:
         return known
     text = _quoted(error, options)
@@ -140,9 +146,9 @@ def translate_connecting(
         return missing_package(scheme, error)
     if isinstance(error, ValueError | TypeError | FileNotFoundError | KeyError):
         return StoreConfigurationError(
-            f"{url} cannot be connected to: {text}", hint="look at the options of this store", **fields
+            f"{url} cannot be connected to: {text}", hint="look at the options of this store", **about
         )
-    return StoreUnavailable(f"connect to {url}: {_name(error)}", **fields)
+    return StoreUnavailable(f"connect to {url}: {_name(error)}", **about)
 
 
 def missing_package(scheme: str, error: ImportError | None = None) -> UsageError:
@@ -214,13 +220,13 @@ def _variables(scheme: str, names: str) -> list[str]:
     return [f"FSSPEC_{scheme.upper()}_{name.upper()}" for name in names.split(", ")]
 
 
-def _by_kind(error: Exception, what: str, fields: dict[str, Any]) -> BlobflowError | None:
+def _by_kind(error: Exception, what: str, about: _About) -> BlobflowError | None:
     """The error by what every library has in common; None if it says nothing of the kind."""
     status = _status(error)
     names = {kind.__name__ for each in _chain(error) for kind in type(each).__mro__}
     text = str(error)
     if isinstance(error, Silence | TimeoutError) or any("Timeout" in name for name in names):
-        return TimedOut(f"{what}: no answer for the idle timeout", **fields)
+        return TimedOut(f"{what}: no answer for the idle timeout", **about)
     refused = isinstance(error, PermissionError) or (isinstance(error, OSError) and text.startswith("Forbidden"))
     if status in (401, 403, 530, 532) or refused or (names & _CREDENTIALS and not _PASSING_SSH.search(text)):
         told = f" ({status})" if status else f" ({type(error).__name__})"
@@ -228,20 +234,20 @@ def _by_kind(error: Exception, what: str, fields: dict[str, Any]) -> BlobflowErr
             f"{what}: refused{told}",
             hint="look at the credentials, and at what they may do there",
             status=status,
-            **fields,
+            **about,
         )
     final = bool(names & _FINAL) or any(isinstance(each, ssl.SSLCertVerificationError) for each in _chain(error))
     if final or ("SSHException" in names and _FINAL_SSH.search(text)):
         reason = text if "SSHException" in names else _name(error)
         return StoreConfigurationError(
-            f"{what}: {reason[:_QUOTED]}", hint="look at the URL and the options of this store", **fields
+            f"{what}: {reason[:_QUOTED]}", hint="look at the URL and the options of this store", **about
         )
     if "error_temp" in names:  # FTP's 4yz, "try again"
         return None
     if status in (429, 503) and "error_perm" not in names:
-        return SlowDown(f"{what}: the server asks for fewer requests ({status})", status=status, **fields)
+        return SlowDown(f"{what}: the server asks for fewer requests ({status})", status=status, **about)
     if "error_perm" in names or (status is not None and 400 <= status < 500 and status not in (408, 423, 425)):
-        return StoreConfigurationError(f"{what}: the server refuses it ({status})", status=status, **fields)
+        return StoreConfigurationError(f"{what}: the server refuses it ({status})", status=status, **about)
     return None
 
 

@@ -929,9 +929,9 @@ def _upload_intent(data: bytes) -> dict[str, Any]:
     except ValueError:
         created = None
     if not isinstance(key, str) or not _is_key(key) or not isinstance(part_size, int) or created is None:
-        raise ArtifactInvalid("upload.json is damaged")
+        raise ArtifactInvalid("upload.json is damaged", what="upload.json")
     if not 1 <= part_size < 1 << 50:
-        raise ArtifactInvalid("upload.json has an impossible part size")
+        raise ArtifactInvalid("upload.json has an impossible part size", what="upload.json")
     return {**intent, "created": created}
 
 
