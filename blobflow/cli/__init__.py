@@ -1,6 +1,7 @@
 """The command line: what an operator needs, with or without an orchestrator. docs/cli.md is its reference page.
 
-Start-up time is part of the interface: only click is imported at the top, everything else by the command that uses it.
+Start-up time is part of the interface: only click is imported at the top. What commands use of the core is loaded on
+first use (`core`).
 Under `--json` standard output carries one JSON document and nothing else; progress and logs go to standard error.
 """
 

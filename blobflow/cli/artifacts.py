@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from blobflow.cli import core
 from blobflow.cli.formatting import from_before, human_size, human_time, left_out, left_out_facts, members_of, table
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
 from blobflow.cli.settings import BACKENDS, PATH, Command, DigestType, SampleType, Settings
@@ -66,9 +67,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _exporter(source: Path, backend: str, options: dict[str, Any]) -> Exporter:
     """The exporter of SRC; an option that another backend has is refused."""
-    from blobflow.backends.registry import backend_classes
-
-    kind, _ = backend_classes(backend)
+    kind, _ = core.backend_classes(backend)
     for name in options:
         if name not in kind.model_fields:
             raise click.UsageError(f"--{name.replace('_', '-')} is no option for --from {backend}")
@@ -131,13 +130,9 @@ def push(
     where they are, unless --mode says otherwise. A database or a log is copied to a temporary directory first. Run it
     again after a crash, on any machine that has the source: it sends what is missing.
     """
-    from blobflow.artifact.artifact import Artifact
-    from blobflow.stores.base import check_readable
-    from blobflow.transport import check_artifact_key
-
     settings.resumes = True
     started = time.monotonic()
-    check_artifact_key(key)
+    core.check_artifact_key(key)
     with settings.open_store() as store, show_progress() as progress:
         arguments: dict[str, Any] = {
             "profile": settings.transfer_profile(),
@@ -147,14 +142,14 @@ def push(
         }
         exported: ExportResult | None = None
         given = _given(options)
-        if Artifact.is_artifact(source):
+        if core.Artifact.is_artifact(source):
             if late := ["from"] * bool(backend) + list(given):
                 raise click.UsageError(f"{source} is an artifact already: --{late[0].replace('_', '-')} comes too late")
-            result, status = _sent(store, key, Artifact.open(source), **arguments)
+            result, status = _sent(store, key, core.Artifact.open(source), **arguments)
         else:
             # Wrong credentials, or a server that nobody could read, should not show only after an hour of hashing.
             if not store.exists(key):
-                check_readable(store)
+                core.check_readable(store)
             exporter = _exporter(source, backend or "directory", given)
             with scratch_directory(source) as scratch:
                 exported = exporter.export(scratch / "artifact", on_progress=processed(progress, "export"))
@@ -198,12 +193,10 @@ def _sent(
     on_progress: OnProgress,
 ) -> tuple[UploadResult, str]:
     """Upload an artifact; what that did, and in one word. With `heal`, what was there already is proven first."""
-    from blobflow.transport import upload, verify_or_heal
-
-    result = upload(store, key, artifact, profile=profile, overwrite=overwrite, on_progress=on_progress)
+    result = core.upload(store, key, artifact, profile=profile, overwrite=overwrite, on_progress=on_progress)
     if not heal or result.status != "unchanged":
         return result, result.status
-    _, healed = verify_or_heal(
+    _, healed = core.verify_or_heal(
         store,
         key,
         artifact,
@@ -245,8 +238,6 @@ def pull(
     DEST must be new or empty. Every byte is verified beside DEST, which then appears whole, in one step. Run it again
     after a crash: it fetches what is missing.
     """
-    from blobflow.transport import download
-
     if (dest is None) == (target is None):
         raise click.UsageError("name either DEST or --import BACKEND TARGET")
     if rewind and (target is None or target[0] != "append-log"):
@@ -261,7 +252,7 @@ def pull(
             result, status, path = update.download, update.imported.status, update.imported.path
         else:
             watch = transferred(progress)
-            result = download(store, key, dest or "", profile=profile, expected_digest=digest, on_progress=watch)
+            result = core.download(store, key, dest or "", profile=profile, expected_digest=digest, on_progress=watch)
             status, path = result.status, result.path
     seconds = time.monotonic() - started
     settings.report(
@@ -302,24 +293,18 @@ def update_target(
     Args:
         made_with: Fields of the importer beside its path.
     """
-    from blobflow.backends.registry import backend_classes
-    from blobflow.mirror.update import update_mirror
-    from blobflow.transport import read_manifest_file
-    from blobflow.transport.remote import check_expected
-    from blobflow.untrusted import plain, quoted
-
-    importer = backend_classes(backend)[1](path=target, **made_with)
-    offered = read_manifest_file(store, key)
+    importer = core.backend_classes(backend)[1](path=target, **made_with)
+    offered = core.read_manifest_file(store, key)
     made_by = offered.manifest.backend
     if made_by != backend:  # the importer would say so as well, after the download
         raise RefusedError(
-            f"{key!r} was made by backend {quoted(made_by)}, not {backend!r}",
-            hint=f"--import {plain(made_by)} TARGET",
+            f"{key!r} was made by backend {core.quoted(made_by)}, not {backend!r}",
+            hint=f"--import {core.plain(made_by)} TARGET",
             key=key,
         )
-    check_expected(key, offered.digest, expected_digest)
+    core.check_expected(key, offered.digest, expected_digest)
     watch, show = transferred(progress), processed(progress, "import")
-    return update_mirror(store, key, offered.digest, importer, profile=profile, on_progress=watch, on_import=show)
+    return core.update_mirror(store, key, offered.digest, importer, profile=profile, on_progress=watch, on_import=show)
 
 
 @click.command(cls=Command)
@@ -352,11 +337,9 @@ def verify(
     Without --deep or --shallow every byte is read, unless the store itself attests the checksum of the payload. Exit
     code 0 means that nothing wrong was found in what was checked.
     """
-    from blobflow.transport import PROOF_MEANS, verify as verify_artifact
-
     with settings.open_store() as store, show_progress() as progress:
         try:
-            result = verify_artifact(
+            result = core.verify(
                 store,
                 key,
                 mode=mode or "auto",
@@ -387,7 +370,7 @@ def verify(
             "seconds": result.seconds,
         },
         f"{result.proof} {key}  {result.artifact_digest}",
-        f"{result.proof}: {PROOF_MEANS[result.proof]}",
+        f"{result.proof}: {core.PROOF_MEANS[result.proof]}",
         f"{members_of(result.manifest)}; {result.mode_used}: read {human_size(result.bytes_read)} of"
         f" {human_size(result.bytes_total)} in {result.seconds:.1f} s",
     )
@@ -420,14 +403,12 @@ def copy(
     manifest's checksum before it becomes visible. Run it again after a crash, on any machine: parts that the target
     holds are not sent again. --store is not used.
     """
-    from blobflow.transport import copy_artifact
-
     settings.resumes = True
     from_settings = settings.for_one_of_two(source, source_endpoint_url, source_region)
     to_settings = settings.for_one_of_two(target)
     key = target_key or source_key
     with from_settings.open_store() as source_store, to_settings.open_store() as store, show_progress() as progress:
-        result = copy_artifact(
+        result = core.copy_artifact(
             source_store,
             source_key,
             store,
@@ -469,10 +450,8 @@ def copy(
 @click.pass_obj
 def ls(settings: Settings, prefix: str) -> None:
     """List the complete artifacts whose keys start with PREFIX."""
-    from blobflow.transport import list_artifacts
-
     with settings.open_store() as store:
-        entries = list_artifacts(store, prefix)
+        entries = core.list_artifacts(store, prefix)
         if settings.json:
             artifacts = [
                 {"key": entry.key, "last_modified": entry.last_modified and entry.last_modified.isoformat()}
@@ -491,10 +470,8 @@ def show(settings: Settings, key: str) -> None:
 
     Its payload is not read.
     """
-    from blobflow.transport import read_manifest_file
-
     with settings.open_store() as store:
-        stored = read_manifest_file(store, key)
+        stored = core.read_manifest_file(store, key)
         payload = store.head(key)
     manifest, digest = stored.manifest, stored.digest
     if settings.json:

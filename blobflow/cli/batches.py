@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from blobflow.cli import core
 from blobflow.cli.formatting import printable
 from blobflow.cli.progress import counted
 from blobflow.cli.settings import PATH, Command, DurationType, Settings
@@ -36,13 +37,10 @@ def batch(
     FILE has JSON lines or is a Parquet table. The results become a Parquet table. Run it again after a crash or after
     failures: it executes the operations that are not done.
     """
-    from blobflow.batch import BatchExecutor
-    from blobflow.batch.tables import run_batch_file
-
     settings.resumes = True
     with settings.open_store() as store:
         window, deadline_s = options["window"], options["deadline"]
-        executor = BatchExecutor(
+        executor = core.BatchExecutor(
             store,
             permits=window,
             window=window,
@@ -50,7 +48,7 @@ def batch(
             ordered=options["ordered"],
             allow=options["allow"] or ("read", "write", "delete"),
         )
-        report = run_batch_file(
+        report = core.run_batch_file(
             executor, operations, results, payloads=payloads, fresh=fresh, on_progress=counted("batch", "operations")
         )
     for failure in report.failures if not settings.json else ():

@@ -93,6 +93,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         for row in rows:
             show("\t".join(map(printable, row)))
         return
+    # rich takes 0.1 s to import, and only a terminal needs it.
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

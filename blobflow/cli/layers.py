@@ -8,6 +8,7 @@ from typing import Literal
 
 import click
 
+from blobflow.cli import core
 from blobflow.cli.formatting import from_before, human_size, human_time, left_out, left_out_facts, table
 from blobflow.cli.progress import processed, show_progress, transferred
 from blobflow.cli.settings import PATH, CommandGroup, Settings
@@ -79,11 +80,9 @@ def layer_sync(
     Nothing is sent if the store has this content. Run it again after a crash, on any machine that has the directory: it
     compresses and sends what is missing.
     """
-    from blobflow.layers import LayerSync
-
     settings.resumes = True
     with settings.open_store() as store, show_progress() as progress:
-        result = LayerSync(
+        result = core.LayerSync(
             store,
             level=level,
             profile=settings.transfer_profile(),
@@ -133,11 +132,9 @@ def layer_restore(
     Every byte is verified beside DEST, which then appears whole, in one step. An earlier restore of NAME is replaced if
     it was not changed since. Run it again after a crash: it fetches what is missing.
     """
-    from blobflow.layers import LayerSync
-
     settings.resumes = True
     with settings.open_store() as store, show_progress() as progress:
-        result = LayerSync(
+        result = core.LayerSync(
             store,
             profile=settings.transfer_profile(),
             state=state,
@@ -176,10 +173,8 @@ def layer_ls(settings: Settings, state: str | None, home: Path | None) -> None:
 
     A lost state of this host is rebuilt.
     """
-    from blobflow.layers import LayerSync
-
     with settings.open_store() as store:
-        states = LayerSync(store, state=state, home=home).list()
+        states = core.LayerSync(store, state=state, home=home).list()
     if settings.json:
         containers = [one.model_dump(mode="json") for one in states]
         settings.report({"status": "listed", "store": store.url, "containers": containers})

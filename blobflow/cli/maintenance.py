@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from blobflow.cli import core
 from blobflow.cli.formatting import human_time, table
 from blobflow.cli.settings import Command, CommandGroup, DurationType, Settings
 from blobflow.errors import NotFoundError, TemporaryError
@@ -26,10 +27,8 @@ def ref() -> None:
 @click.pass_obj
 def ref_get(settings: Settings, name: str) -> None:
     """Print the key that the ref NAME points to."""
-    from blobflow.coordination.refs import read_ref
-
     with settings.open_store() as store:
-        state = read_ref(store, name)
+        state = core.read_ref(store, name)
     if state is None:
         raise NotFoundError(f"no ref {name!r} in {store.url}", name=name)
     settings.report(_ref_document("found", store, name, state), state.key)
@@ -41,11 +40,8 @@ def ref_get(settings: Settings, name: str) -> None:
 @click.pass_obj
 def ref_set(settings: Settings, name: str, key: str) -> None:
     """Point the ref NAME to the artifact under KEY in one step."""
-    from blobflow.coordination.refs import name_artifact
-    from blobflow.transport import read_manifest_file
-
     with settings.open_store() as store:
-        state = name_artifact(store, name, key, read_manifest_file(store, key).digest)
+        state = core.name_artifact(store, name, key, core.read_manifest_file(store, key).digest)
     settings.report(_ref_document("set", store, name, state), f"{name} -> {state.key}  {state.manifest_sha256}")
 
 
@@ -54,10 +50,8 @@ def ref_set(settings: Settings, name: str, key: str) -> None:
 @click.pass_obj
 def ref_log(settings: Settings, name: str) -> None:
     """Print where the ref NAME points and pointed, latest first."""
-    from blobflow.coordination.refs import read_ref
-
     with settings.open_store() as store:
-        state = read_ref(store, name)
+        state = core.read_ref(store, name)
     if state is None:
         raise NotFoundError(f"no ref {name!r} in {store.url}", name=name)
     if settings.json:
@@ -98,10 +92,8 @@ def probe(settings: Settings, fresh: bool) -> None:
     An S3 server is probed at its first use and again after 30 days; the findings are kept for this user on this
     machine. Features that a probe did not find are not used.
     """
-    from blobflow.stores.probe import ProbedStore, probe as probe_store
-
     with settings.open_store() as store:
-        report = store.report(fresh=fresh) if isinstance(store, ProbedStore) else probe_store(store)
+        report = store.report(fresh=fresh) if isinstance(store, core.ProbedStore) else core.probe(store)
     if settings.json:
         settings.report({"status": "probed", **report.model_dump(mode="json")})
         return
@@ -145,11 +137,9 @@ def gc(
     It may run at any time, next to transfers. Abandoned multipart uploads are aborted and their intents removed.
     Payloads without a manifest are only shown, unless --payloads is given.
     """
-    from blobflow.maintenance.gc import collect, collect_stages
-
     with settings.open_store() as store:
-        report = collect(store, prefix, older_than_s=older_than_s, payloads=payloads, dry_run=dry_run)
-    collected_stages = collect_stages(stages, older_than_s=older_than_s, dry_run=dry_run) if stages else []
+        report = core.collect(store, prefix, older_than_s=older_than_s, payloads=payloads, dry_run=dry_run)
+    collected_stages = core.collect_stages(stages, older_than_s=older_than_s, dry_run=dry_run) if stages else []
     removed = "would remove" if dry_run else "removed"
     rows = [
         *(("would abort" if dry_run else "aborted", f"upload {u.upload_id} of {u.key}") for u in report.uploads),
@@ -201,10 +191,8 @@ def prune(
 
     An artifact stays if one of the rules keeps it or a ref names it. Give at least one rule.
     """
-    from blobflow.maintenance.retention import prune as prune_artifacts
-
     with settings.open_store() as store:
-        report = prune_artifacts(store, prefix, keep_last=keep_last, keep_within_s=keep_within_s, dry_run=dry_run)
+        report = core.prune(store, prefix, keep_last=keep_last, keep_within_s=keep_within_s, dry_run=dry_run)
     rows = [
         *(("would remove" if dry_run else "removed", key) for key in report.removed),
         *(("kept", f"{key}: a ref names it") for key in report.named),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from blobflow.cli import core
 from blobflow.cli.artifacts import update_target
 from blobflow.cli.formatting import from_before, human_size, members_of, table
 from blobflow.cli.progress import processed, show_progress
@@ -98,15 +99,12 @@ def mirror_serve(
     What arrived is kept: a receiver that was killed continues at the last checkpoint when it is started again.
     """
     try:
-        from blobflow.mirror.door import Door
-        from blobflow.mirror.server import MirrorServer, read_senders
+        door, mirror_server = core.Door(max_connections=max_connections), core.MirrorServer
     except ModuleNotFoundError as error:
         raise click.UsageError(f"{error.name} is not installed: pip install 'blobflow[mirror]'") from error
-    from blobflow.mirror import MirrorReceiver
-
-    senders = read_senders(tokens) if tokens else []
+    senders = core.read_senders(tokens) if tokens else []
     token = _mirror_token() if not senders or os.environ.get(_TOKEN_VARIABLE) else None
-    with MirrorReceiver(
+    with core.MirrorReceiver(
         directory,
         max_snapshot_bytes=max_snapshot,
         max_total_bytes=max_total,
@@ -114,13 +112,13 @@ def mirror_serve(
         expire_after_s=expire_after,
     ) as receiver:
         try:
-            server = MirrorServer(
+            server = mirror_server(
                 receiver,
                 host=host,
                 port=port,
                 certificate=tls_cert,
                 private_key=tls_key,
-                door=Door(max_connections=max_connections),
+                door=door,
                 token=token,
                 senders=senders,
             )
@@ -161,22 +159,19 @@ def mirror_push(
 
     Run it again after a crash: it sends what is missing.
     """
-    from blobflow.mirror import Snapshot
-    from blobflow.mirror.client import MirrorClient
-
     if is_file and digest:
         raise click.UsageError("--digest names an artifact, and --file is none")
     settings.resumes = True
     names: dict[str, Any] = {"source": source, "database": database, "position": position}
     with (
         nullcontext() if is_file else settings.open_store() as store,
-        MirrorClient(url, token=_mirror_token()) as client,
+        core.MirrorClient(url, token=_mirror_token()) as client,
         show_progress() as progress,
     ):
         if store is None:
-            snapshot = Snapshot.of_file(what, **names)
+            snapshot = core.Snapshot.of_file(what, **names)
         else:
-            snapshot = Snapshot.of_artifact(store, what, expected_digest=digest, **names)
+            snapshot = core.Snapshot.of_artifact(store, what, expected_digest=digest, **names)
         result = client.push(snapshot, on_progress=processed(progress, "push"))
     settings.report(
         {
@@ -218,13 +213,10 @@ def mirror_import(
     shows it; then the snapshot is Following. Older ones are removed. The receiver may be running. Run it again after a
     crash.
     """
-    from blobflow.coordination.refs import read_ref
-    from blobflow.mirror import ReceivedStore
-
     settings.resumes = True
     started = time.monotonic()
-    store = ReceivedStore(directory)
-    state = read_ref(store, "/".join(filter(None, (database, source, "latest"))))
+    store = core.ReceivedStore(directory)
+    state = core.read_ref(store, "/".join(filter(None, (database, source, "latest"))))
     if state is None:
         raise NotFoundError(f"no complete artifact of {database!r} was received in {directory}", path=str(directory))
     with show_progress() as progress:
@@ -263,26 +255,22 @@ def mirror_status(settings: Settings, directory: Path, ref: str | None) -> None:
     A mirror is compared with the store, if one is named: with REF, or with the key that it was imported from. Nothing
     is changed or locked; imports and the receiver may be running.
     """
-    from blobflow.mirror import read_snapshots
-    from blobflow.mirror.status import mirror_status
-
-    snapshots = read_snapshots(directory)
+    snapshots = core.read_snapshots(directory)
     if snapshots:
         _show_snapshots(settings, directory, snapshots)
         return
     with settings.open_store() if settings.store else nullcontext() as store:
-        status = mirror_status(directory, store, ref)
+        status = core.mirror_status(directory, store, ref)
     settings.report({"status": status.state, **status.to_dict()}, str(status))
 
 
 def _show_snapshots(settings: Settings, directory: Path, snapshots: Mapping[SnapshotId, ReceiverStatus]) -> None:
-    from blobflow.mirror import Following
 
     rows: list[tuple[str, str, str, str]] = []
     documents: list[dict[str, Any]] = []
     for snapshot, status in snapshots.items():
         document: dict[str, Any] = snapshot._asdict()
-        if isinstance(status, Following):
+        if isinstance(status, core.Following):
             document |= {"status": "following", "cursor": status.cursor}
             words = f"following {json.dumps(status.cursor)}"
         else:

@@ -79,6 +79,7 @@ class Lines:
 
 @contextmanager
 def _bar() -> Generator[Progress]:
+    # rich takes 0.1 s to import, and only a terminal needs it.
     from rich import progress
     from rich.console import Console
 

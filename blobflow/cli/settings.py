@@ -19,6 +19,7 @@ import click
 from click.core import ParameterSource
 
 from blobflow.activity import Wait, reporting_waits
+from blobflow.cli import core
 from blobflow.cli.formatting import printable
 from blobflow.cli.streams import OutputLost, show
 from blobflow.errors import BlobflowError, TemporaryError
@@ -56,11 +57,9 @@ class Settings:
 
     def transfer_profile(self) -> ChunkProfile:
         """The named profile, with what was given beside it."""
-        from blobflow.config import ChunkProfile
-
         given = {"chunk_size": self.chunk_size, "workers": self.workers}
         changes = {name: value for name, value in given.items() if value is not None}
-        return ChunkProfile.named(self.profile).model_copy(update=changes)
+        return core.ChunkProfile.named(self.profile).model_copy(update=changes)
 
     def for_one_of_two(self, store: str, endpoint_url: str | None = None, region: str | None = None) -> Settings:
         """These settings for a store that is used beside another: what only S3 knows is kept from all others."""
@@ -73,7 +72,6 @@ class Settings:
         """The store that was named; `UsageError` if there is none, or for an option it does not take."""
         if not self.store:
             raise click.UsageError("no store is named: use --store URL, or set BLOBFLOW_STORE")
-        from blobflow.stores.open import open_store
 
         options: dict[str, Any] = {
             "endpoint_url": self.endpoint_url,
@@ -87,7 +85,7 @@ class Settings:
         if not re.match("(?i)(?:file|memory):|(?![a-z0-9+.-]+://)", self.store):
             profile = self.transfer_profile()
             options["idle_timeout"] = max(profile.read_timeout, profile.write_timeout)
-        store = open_store(self.store, bandwidth_bytes_per_s=self.bwlimit, **options)
+        store = core.open_store(self.store, bandwidth_bytes_per_s=self.bwlimit, **options)
         try:
             yield store
         finally:

@@ -588,7 +588,7 @@ def test_an_unexpected_failure_is_one_line_and_a_traceback_only_with_verbose(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("out of\ncheese")
 
-    monkeypatch.setattr("blobflow.transport.list_artifacts", broken)
+    monkeypatch.setattr("blobflow.cli.core.list_artifacts", broken)
     short, long, document = call("ls"), call("ls", "-v"), call("ls", "--json")
     assert (short.code, short.out, short.err) == (1, "", "Error: RuntimeError: out of\\ncheese\n")
     assert (long.code, long.err.count("Traceback")) == (1, 1)
