@@ -72,7 +72,8 @@ class MirrorClient:
         tls: A context for another CA or a client certificate; Python's default context otherwise.
         connect_timeout_s: Seconds in which a connection must be made.
         idle_timeout_s: Seconds in which at least one byte must move.
-        patience_s: Seconds without progress, over all attempts, before a push fails.
+        patience_s: Seconds without progress, over all attempts, before a push fails. A receiver that asks for a longer
+            wait ends it at once.
     """
 
     def __init__(
