@@ -18,6 +18,7 @@ from blobflow import moved
 @functools.cache
 def public_names(package: str) -> dict[str, str]:
     """Every name in the stub of `package`, with the module that it comes from."""
+    # Only who uses a name pays for these.
     import ast
     import pkgutil
 

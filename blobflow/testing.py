@@ -48,7 +48,9 @@ from blobflow.errors import (
 )
 from blobflow.forks import reset_after_fork_of
 from blobflow.stores.base import MAX_KEY_BYTES, Body, ObjectMeta, PartMeta, PutMode, Store, StoredObject
+from blobflow.stores.local.store import LocalStore
 from blobflow.stores.wrapping import WrappingStore
+from blobflow.transport import download, upload
 
 __all__ = [
     "BackendContract",
@@ -1267,9 +1269,6 @@ class BackendContract:
 
     def test_a_published_artifact_is_brought_to_life(self, tmp_path: Path) -> None:
         """Over a store and through the staging place, in which nothing stays."""
-        from blobflow.stores.local.store import LocalStore
-        from blobflow.transport import download, upload
-
         artifact, importer = self._export(tmp_path, 1), self.importer(tmp_path / "target")
         store = LocalStore(tmp_path / "store")
         upload(store, "key", artifact)

@@ -168,7 +168,7 @@ def _footer(root: Path, path: str) -> tuple[int, str]:
     Raises:
         _NoFooterError: it has none, or an encrypted one.
     """
-    # Not at the top: pyarrow costs 0.3 s, and a pipeline is defined more often than it is run.
+    # pyarrow takes 0.2 s to import, and a pipeline is defined more often than it is run.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -193,6 +193,7 @@ def _kind(kind: pa.DataType) -> str:
 
     Parquet has neither type; Arrow stores its own schema, which names the original type, in the metadata of the file.
     """
+    # As in `_footer`.
     import pyarrow as pa
     from pyarrow import types
 

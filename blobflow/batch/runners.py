@@ -402,7 +402,7 @@ class LoopRunner(Runner):
         deliver: Deliver,
         deadline_s: float | None,
     ) -> None:
-        import asyncio
+        import asyncio  # takes 40 ms to import, and only this runner needs it
 
         self._asyncio = asyncio
         self._coroutines = coroutines

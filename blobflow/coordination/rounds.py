@@ -348,6 +348,7 @@ def kept_alive(lease: Lease, max_silence_s: float = DEFAULT_SILENCE_S) -> Genera
 def _opened(store: Store, leases: LeaseStore | str | None) -> Generator[LeaseStore]:
     """Where the lease is kept; closed at the end of the block if it was opened here."""
     if isinstance(leases, str):
+        # SQLAlchemy takes a quarter of a second to import.
         from blobflow.coordination.sql_lease_store import SqlLeaseStore
 
         opened: LeaseStore = SqlLeaseStore(leases)

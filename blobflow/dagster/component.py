@@ -131,7 +131,7 @@ def _backend_resolver(
 
 def _check_names(field: str, value: Any, known: set[str]) -> None:
     """Refuse a template that names what there is not: Dagster would put nothing in its place, and export `/data/`."""
-    from jinja2 import Environment, meta
+    from jinja2 import Environment, meta  # only components that have templates need it
 
     if isinstance(value, str):
         environment = Environment()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from typing_extensions import override
 
@@ -16,7 +16,9 @@ from blobflow.backoff import Backoff
 from blobflow.errors import BlobflowError, SlowDown
 from blobflow.limits import AdaptiveLimit, Bandwidth
 from blobflow.stores.base import Body, Coroutines, ObjectMeta, StoredObject
-from blobflow.stores.retry import RetryingStore
+
+if TYPE_CHECKING:
+    from blobflow.stores.retry import RetryingStore
 
 _T = TypeVar("_T")
 

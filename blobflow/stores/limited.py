@@ -70,6 +70,7 @@ class LimitedStore(WrappingStore):
         inner = self.store.coroutines()
         if inner is None:
             return None
+        # Loads asyncio, which only batches need.
         from blobflow.stores.coroutines import LimitedCoroutines
 
         return LimitedCoroutines(inner, self.requests, self.bandwidth)

@@ -15,6 +15,8 @@ from blobflow.errors import InvalidStoreUrl, UsageError
 from blobflow.limits import shared_bandwidth, shared_requests
 from blobflow.stores.base import Store
 from blobflow.stores.limited import LimitedStore
+from blobflow.stores.local.store import LocalStore
+from blobflow.stores.probe import ProbedStore
 from blobflow.stores.retry import RetryingStore
 
 _HINT = "use s3://bucket/prefix, file:///absolute/path, a path, or the URL of an fsspec file system"
@@ -63,8 +65,6 @@ def open_store(
     store = _open(os.fspath(url), given)
     bandwidth = shared_bandwidth(bandwidth_bytes_per_s) if bandwidth_bytes_per_s else None
     if store.url.startswith("s3://"):
-        from blobflow.stores.probe import ProbedStore
-
         requests = shared_requests(str(given.get("endpoint_url") or "aws"), max_requests)
         return ProbedStore(LimitedStore(store, requests=requests, bandwidth=bandwidth), patience_s=patience_s)
     if bandwidth is not None:
@@ -96,8 +96,6 @@ def _open(url: str, options: dict[str, Any]) -> Store:
 
 
 def _open_local(path: str, options: dict[str, Any]) -> Store:
-    from blobflow.stores.local.store import LocalStore
-
     _refuse_unknown("a local store", options, ())
     return LocalStore(path)
 
@@ -108,6 +106,7 @@ def _open_s3(url: str, rest: str, options: dict[str, Any]) -> Store:
         raise _invalid(url, "the bucket is missing", hint="use s3://bucket/prefix")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]+", bucket):
         raise _invalid("s3://...", "this is not the name of a bucket", hint="use s3://bucket/prefix")
+    # Loads ssl and the HTTP client, which other stores do not need.
     from blobflow.stores.s3.store import S3Options, S3Store
 
     _refuse_unknown("an S3 store", options, S3Options.model_fields.keys() - {"bucket", "prefix"})
@@ -123,6 +122,7 @@ def _open_s3(url: str, rest: str, options: dict[str, Any]) -> Store:
 
 
 def _open_fsspec(scheme: str, rest: str, options: dict[str, Any]) -> Store:
+    # Loads fsspec, which other stores do not need.
     from blobflow.stores.fsspec.store import FsspecStore
 
     if scheme == "memory":

@@ -160,6 +160,7 @@ class RetryingStore(WrappingStore):
         inner = self.store.coroutines()
         if inner is None:
             return None
+        # Loads asyncio, which only batches need.
         from blobflow.stores.coroutines import RetryingCoroutines
 
         return RetryingCoroutines(inner, self)

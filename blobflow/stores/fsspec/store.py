@@ -83,7 +83,7 @@ _FACT_FIELDS = ("ino", "unique")
 
 
 def _aiohttp_timeout(seconds: float) -> Any:
-    import aiohttp
+    import aiohttp  # installed with the stores that need it, and slow to import
 
     return aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
 

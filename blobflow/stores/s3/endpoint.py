@@ -112,6 +112,7 @@ class S3Endpoint:
 
     def async_client(self) -> AsyncHttpClient:
         """Connections of their own for the running event loop."""
+        # Loads asyncio, which only batches need.
         from blobflow.http.async_client import AsyncHttpClient
 
         connect_s, idle_s = self._timeouts
@@ -191,7 +192,7 @@ def _credentials(options: S3Options, session: Any) -> Any:
 
 
 def _session(options: S3Options) -> Any:
-    import botocore.session
+    import botocore.session  # takes 0.1 s to import, and a pipeline is defined more often than it is run
 
     session = botocore.session.Session()
     if options.explicit:
@@ -294,7 +295,7 @@ def prepared_address(options: S3Options, session: Any, region: str) -> Address:
 
 
 def _address_of_client(options: S3Options, session: Any, region: str) -> Address:
-    import botocore.config
+    import botocore.config  # as in `_session`
 
     style = options.addressing_style
     # Only what is wished: what is said here hides what the shared configuration says.

@@ -587,6 +587,7 @@ class S3Store(Store):
         """See `Store.coroutines`; None where a proxy is in between."""
         if not self.connected().is_direct:
             return None
+        # Loads asyncio, which only batches need.
         from blobflow.stores.s3.coroutines import S3Coroutines
 
         return S3Coroutines(self)
