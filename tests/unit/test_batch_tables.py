@@ -18,6 +18,7 @@ import pytest
 from blobflow.batch import BatchExecutor
 from blobflow.batch.tables import BatchReport, default_results, run_batch_file
 from blobflow.cli import run as run_command
+from blobflow.durable import names_file, try_lock
 from blobflow.errors import (
     AtCapacity,
     RefusedError,
@@ -188,6 +189,18 @@ def test_two_runs_at_once_are_one_too_many(store: FaultyStore, path: Path) -> No
 
     store.faults = second
     assert execute(store, path).failed == 0
+
+
+def test_a_run_that_has_just_begun_keeps_its_journal(store: FaultyStore, path: Path) -> None:
+    """The journal of another process is left alone, although nothing is written in it yet."""
+    write(path, *inserts(2))
+    journal = default_results(path).with_name(default_results(path).name + ".journal")
+    with journal.open("w") as other:
+        assert try_lock(other.fileno())
+        with pytest.raises(TransferBusy):
+            execute(store, path)
+        assert names_file(journal, other.fileno())
+    assert execute(store, path).done == 2
 
 
 def test_a_run_that_cannot_begin_leaves_the_table(store: FaultyStore, path: Path) -> None:
