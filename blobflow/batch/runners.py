@@ -30,7 +30,8 @@ from blobflow.errors import (
     StoreUnavailable,
     WorkerDied,
 )
-from blobflow.stores.base import Body, Coroutines, ObjectMeta, Store
+from blobflow.stores.base import Body, ObjectMeta, Store
+from blobflow.stores.optional import Coroutines
 from blobflow.untrusted import plain
 
 if TYPE_CHECKING:

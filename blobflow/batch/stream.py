@@ -48,6 +48,7 @@ from blobflow.batch.runners import (
 from blobflow.errors import AtCapacity, BlobflowError, PayloadTooLarge, PermissionMissing, SlowDown, UsageError
 from blobflow.limits import AdaptiveLimit, ByteBudget, Permits, memory_budget
 from blobflow.stores.base import ObjectMeta, Store, check_key
+from blobflow.stores.optional import coroutines_of
 from blobflow.stores.retry import RetryingStore
 
 MAX_PAYLOAD_BYTES: Final = 1024 * 1024
@@ -614,7 +615,7 @@ class BatchExecutor:
         return AsyncBatchStream(self._make, operations)
 
     def _make(self, deliver: Deliver) -> tuple[Window, Runner, Share]:
-        coroutines = self._retrying.coroutines() if self._retrying is not None else None
+        coroutines = coroutines_of(self._retrying) if self._retrying is not None else None
         count = self.permits.take(self._wanted)
         if not count:
             raise AtCapacity(f"all {self.permits.limit} permits are taken", limit=self.permits.limit)

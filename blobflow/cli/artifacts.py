@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from blobflow.backends import Exporter, ExportResult
     from blobflow.config import ChunkProfile
     from blobflow.mirror.update import MirrorUpdate
-    from blobflow.stores.base import Store
+    from blobflow.stores.base import Reader, Store
     from blobflow.transport import UploadResult
     from blobflow.uploads.progress import OnProgress
 
@@ -281,7 +281,7 @@ def pull(
 def update_target(
     backend: str,
     target: Path,
-    store: Store,
+    store: Reader,
     key: str,
     expected_digest: str | None,
     profile: ChunkProfile,

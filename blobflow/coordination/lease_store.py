@@ -14,6 +14,7 @@ from blobflow.errors import (
     setting,
 )
 from blobflow.stores.base import Store
+from blobflow.stores.optional import server_time_s
 from blobflow.transport.catalog import LEASE_SUFFIX
 from blobflow.untrusted import Counter, Seconds, Timestamp
 
@@ -101,4 +102,4 @@ class ObjectLeaseStore(LeaseStore):
 
     @override
     def time_s(self) -> float | None:
-        return self._store.server_time_s()
+        return server_time_s(self._store)

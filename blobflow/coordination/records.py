@@ -13,14 +13,18 @@ from blobflow.errors import (
     ObjectNotFound,
     PreconditionFailed,
 )
-from blobflow.stores.base import PutMode, Store
+from blobflow.stores.base import (
+    PutMode,
+    Reader,
+    Store,
+)
 from blobflow.untrusted import MAX_COUNT, read_model
 
 _MAX_BYTES: Final = MAX_MANIFEST_BYTES + 64 * 1024
 """A lease remembers the cursor of its last round, which may be as long as a manifest has room for."""
 
 
-def read_record(store: Store, key: str, kind: type[Any]) -> tuple[Any, str] | None:
+def read_record(store: Reader, key: str, kind: type[Any]) -> tuple[Any, str] | None:
     """The record under `key` and its entity tag, or None if there is none.
 
     Raises:

@@ -23,7 +23,11 @@ from blobflow.errors import (
     TimedOut,
     TransferBusy,
 )
-from blobflow.stores.base import Store, check_key
+from blobflow.stores.base import (
+    Reader,
+    Store,
+    check_key,
+)
 from blobflow.transport.catalog import REF_SUFFIX, read_manifest_bytes
 from blobflow.untrusted import Counter, UtcTime
 
@@ -94,13 +98,13 @@ class RefState(BaseModel):
         return [here, *self.history] if self.key else []
 
 
-def read_ref(store: Store, name: str) -> RefState | None:
+def read_ref(store: Reader, name: str) -> RefState | None:
     """Where the ref `name` points, or None if there is no such ref."""
     found = read_record(store, name + REF_SUFFIX, RefState)
     return found[0] if found and found[0].key else None
 
 
-def newest_round(store: Store, name: str) -> int:
+def newest_round(store: Reader, name: str) -> int:
     """The number of the latest round that has moved or fenced the ref `name`; 0 if none has."""
     found = read_record(store, name + REF_SUFFIX, RefState)
     return found[0].round_number if found else 0

@@ -27,7 +27,7 @@ from blobflow.dagster.resource import TransferResource
 from blobflow.dagster.spec import BlobflowTranslator
 from blobflow.errors import UsageError, expanded
 from blobflow.mirror import Bootstrapping, ReceivedStore, SnapshotId, read_snapshots
-from blobflow.stores import Store
+from blobflow.stores import Reader, Store
 
 KEEP_SNAPSHOTS: Final = 2
 """The one that is shown, and the one before, to go back to."""
@@ -40,7 +40,7 @@ class ReceiverResource(TransferResource):
     database: str | None = Field(default=None, description="Only the snapshots of this one.")
     shown_as: str | None = Field(default=None, description="What its keys begin with instead of its name.")
 
-    def get_store(self, *, patience_s: float = DEFAULT_PATIENCE_S) -> Store:
+    def get_store(self, *, patience_s: float = DEFAULT_PATIENCE_S) -> Reader:
         """The store; `patience_s` is of no use to files."""
         del patience_s
         return ReceivedStore(self.directory, database=self.database, shown_as=self.shown_as)

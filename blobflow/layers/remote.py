@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,12 +29,16 @@ from blobflow.layers.format import (
     seek_table_size,
 )
 from blobflow.layers.names import meta_key
-from blobflow.stores.base import ObjectMeta, Store, StoredObject
-from blobflow.stores.wrapping import WrappingStore
+from blobflow.stores.base import (
+    Capabilities,
+    ObjectMeta,
+    Reader,
+    StoredObject,
+)
 from blobflow.transport.remote import RemoteArtifact
 
 
-def read_meta(store: Store, key: str) -> LayerMeta | None:
+def read_meta(store: Reader, key: str) -> LayerMeta | None:
     """The metadata of the layer under `key`, or None if there is none.
 
     Raises:
@@ -57,12 +62,12 @@ def read_meta(store: Store, key: str) -> LayerMeta | None:
 class RemoteLayer:
     """A complete layer, pinned."""
 
-    store: Store
+    store: Reader
     meta: LayerMeta
     object: ObjectMeta
 
     @classmethod
-    def find(cls, store: Store, key: str) -> RemoteLayer | None:
+    def find(cls, store: Reader, key: str) -> RemoteLayer | None:
         """The layer under `key` if it is complete; None if it has no metadata, or lost its bytes.
 
         Raises:
@@ -78,7 +83,7 @@ class RemoteLayer:
         return cls(store, meta, found) if found.size == meta.object_size else None
 
     @classmethod
-    def open(cls, store: Store, key: str) -> RemoteLayer:
+    def open(cls, store: Reader, key: str) -> RemoteLayer:
         """The layer under `key`.
 
         Raises:
@@ -141,15 +146,28 @@ class RemoteLayer:
         )
 
 
-class _TarView(WrappingStore):
+class _TarView(Reader):
     """A store in which the tar of one layer is an object under the layer's key."""
 
     def __init__(self, layer: RemoteLayer) -> None:
-        super().__init__(layer.store)
+        self.store = layer.store
+        self.url = layer.store.url
         self._layer = layer
         self._plan = layer.meta.plan
         self._starts = frame_starts(layer.frame_sizes)
         self._scratch = threading.local()
+
+    @override
+    def capabilities(self) -> Capabilities:
+        return self.store.capabilities()
+
+    @override
+    def head(self, key: str) -> ObjectMeta:
+        return self.store.head(key)
+
+    @override
+    def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:
+        return self.store.list(prefix, start_after=start_after)
 
     @override
     def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
@@ -187,7 +205,7 @@ class _TarView(WrappingStore):
         return StoredObject(meta.manifest_file.data, self._layer.object)
 
 
-def find_bytes(store: Store, key: str, like: LayerMeta) -> LayerMeta | None:
+def find_bytes(store: Reader, key: str, like: LayerMeta) -> LayerMeta | None:
     """The metadata that belongs to a layer that has none: its writer died before, or its answer was lost.
 
     The bytes prove themselves: the seek table fits the object, and the head is the manifest and the index of this

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple
 
 from pydantic import JsonValue
 from typing_extensions import override
@@ -24,21 +24,16 @@ from typing_extensions import override
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import FILE_MODE, MANIFEST_NAME, artifact_digest
 from blobflow.artifact.tarmap import header
-from blobflow.checksum import Buffer
 from blobflow.coordination.refs import MAX_HISTORY, RefEntry, RefState
-from blobflow.errors import NotFoundError, ObjectNotFound, ObjectTooLarge, Unsupported
+from blobflow.errors import NotFoundError, ObjectNotFound, ObjectTooLarge
 from blobflow.mirror.envelope import SnapshotId
 from blobflow.mirror.machine import Following
 from blobflow.mirror.receiver import Received, follow_received, read_received, remove_received
 from blobflow.stores.base import (
-    Body,
     Capabilities,
     ObjectMeta,
-    PartMeta,
-    PutMode,
-    Store,
+    Reader,
     StoredObject,
-    UploadMeta,
     check_key,
 )
 from blobflow.stores.local.store import LocalStore
@@ -60,7 +55,7 @@ class _Offered(NamedTuple):
     manifest_bytes: bytes
 
 
-class ReceivedStore(Store):
+class ReceivedStore(Reader):
     """The complete artifacts in a receiver's directory, for reading only. The receiver may be running.
 
     Args:
@@ -211,68 +206,6 @@ class ReceivedStore(Store):
 
     def _path(self, offered: _Offered) -> str:
         return f"{offered.received.id.database}/{offered.received.path.name}"
-
-    # Writing
-
-    def _refuse(self) -> NoReturn:
-        raise Unsupported(
-            f"{self.url} is a receiver's, and only read",
-            hint="push to the receiver instead",
-            store=self.url,
-            capability="writing",
-        )
-
-    @override
-    def put(
-        self,
-        key: str,
-        body: Buffer | Body,
-        *,
-        mode: PutMode = PutMode.OVERWRITE,
-        e_tag: str | None = None,
-        content_type: str = "application/octet-stream",
-        private: bool = False,
-    ) -> ObjectMeta:
-        self._refuse()
-
-    @override
-    def delete(self, key: str) -> None:
-        self._refuse()
-
-    @override
-    def copy(self, source: str, target: str) -> ObjectMeta:
-        self._refuse()
-
-    @override
-    def create_multipart(
-        self,
-        key: str,
-        *,
-        part_size: int,
-        content_type: str = "application/octet-stream",
-        private: bool = False,
-    ) -> str:
-        self._refuse()
-
-    @override
-    def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
-        self._refuse()
-
-    @override
-    def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
-        self._refuse()
-
-    @override
-    def list_uploads(self, prefix: str = "") -> list[UploadMeta]:
-        return []
-
-    @override
-    def complete_multipart(self, key: str, upload_id: str, parts: Sequence[PartMeta]) -> ObjectMeta:
-        self._refuse()
-
-    @override
-    def abort_multipart(self, key: str, upload_id: str) -> None:
-        self._refuse()
 
 
 def _manifest(offered: _Offered) -> StoredObject:

@@ -15,7 +15,9 @@ from blobflow.checksum import crc32c
 from blobflow.config import MIB
 from blobflow.errors import NotFoundError, SourceChanged, SourceTruncated, UsageError, reading
 from blobflow.mirror.envelope import MAX_PAYLOAD_BYTES, SnapshotEnvelope, SnapshotId
-from blobflow.stores.base import Store
+from blobflow.stores.base import (
+    Reader,
+)
 from blobflow.streams.ends import BEGIN_AGAIN, ObjectSource, OpenedSource, Pin, PinnedSource
 from blobflow.transport.remote import RemoteArtifact
 
@@ -98,7 +100,7 @@ class Snapshot:
     @classmethod
     def of_artifact(
         cls,
-        store: Store,
+        store: Reader,
         key: str,
         *,
         source: str,
@@ -123,7 +125,7 @@ class Snapshot:
         )
 
     @classmethod
-    def of_object(cls, store: Store, key: str, *, source: str, database: str, position: int) -> Snapshot:
+    def of_object(cls, store: Reader, key: str, *, source: str, database: str, position: int) -> Snapshot:
         """Any object of a store, which is read once for its digest and checksum."""
         return cls._of(ObjectSource(store, key), source, database, position)
 

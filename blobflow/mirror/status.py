@@ -16,7 +16,7 @@ from blobflow.backends.registry import BACKENDS, backend_classes
 from blobflow.backends.versioned_importer import CURRENT_NAME, INCOMING_NAME, shown_artifact
 from blobflow.coordination.refs import read_ref
 from blobflow.errors import ArtifactNotFound, NotFoundError, expanded
-from blobflow.stores.base import Store
+from blobflow.stores.base import Reader
 from blobflow.transport import read_manifest_file
 from blobflow.trees import Opened, walk
 
@@ -74,7 +74,7 @@ class _Offer(NamedTuple):
     """None: `key` now holds another artifact than the one that the ref names."""
 
 
-def mirror_status(path: str | Path, store: Store | None = None, ref: str | None = None) -> MirrorStatus:
+def mirror_status(path: str | Path, store: Reader | None = None, ref: str | None = None) -> MirrorStatus:
     """What the mirror in a directory shows, and, with a store, whether it is behind. Nothing is changed or locked.
 
     Args:
@@ -131,7 +131,7 @@ def mirror_history(path: str | Path) -> list[HistoryEntry]:
     return read_history(expanded(path))
 
 
-def _offer(store: Store, ref: str | None, key: str | None) -> _Offer | None:
+def _offer(store: Reader, ref: str | None, key: str | None) -> _Offer | None:
     digest = None
     if ref is not None:
         state = read_ref(store, ref)

@@ -18,7 +18,9 @@ from blobflow.backends import Importer, ImportResult
 from blobflow.backends.base import OnProgress as OnBytes
 from blobflow.config import ChunkProfile
 from blobflow.coordination.refs import check_round, read_ref
-from blobflow.stores.base import Store
+from blobflow.stores.base import (
+    Reader,
+)
 from blobflow.transport import DownloadResult, download
 from blobflow.uploads.progress import OnProgress, OnRecord
 
@@ -38,7 +40,7 @@ def shown(importer: Importer, digest: str) -> Artifact | None:
 
 
 def stage_artifact(
-    store: Store,
+    store: Reader,
     key: str,
     digest: str,
     importer: Importer,
@@ -85,7 +87,7 @@ def stage_artifact(
 
 
 def update_mirror(
-    store: Store,
+    store: Reader,
     key: str,
     digest: str,
     importer: Importer,
@@ -131,7 +133,7 @@ def _landed(importer: Importer, digest: str) -> Artifact | None:
     return landed if landed.digest == digest else None
 
 
-def _check_newer(store: Store, ref: str, digest: str, round_number: int | None, importer: Importer) -> None:
+def _check_newer(store: Reader, ref: str, digest: str, round_number: int | None, importer: Importer) -> None:
     """Return unless the mirror shows what the ref names, and the artifact is that of an earlier round.
 
     Raises:

@@ -17,7 +17,6 @@ from enum import Enum
 from typing import NamedTuple
 
 from blobflow.checksum import Buffer, crc32c
-from blobflow.durable import too_small
 from blobflow.errors import InvalidKey, ObjectNotFound, Unsupported
 
 MAX_KEY_BYTES = 900
@@ -97,7 +96,7 @@ class Capabilities:
     """The CRC32C that `head` tells was computed by the store itself, from the bytes that it keeps."""
 
 
-def check_readable(store: Store) -> None:
+def check_readable(store: Reader) -> None:
     """Refuse to send to a store from which nobody could read it; asking for its capabilities may send requests.
 
     Raises:
@@ -145,36 +144,6 @@ def check_object_size(store: Store, key: str, size: int) -> None:
             capability=f"objects of {size} bytes",
             key=key,
         )
-
-
-def check_room_for(store: Store, size: int) -> None:
-    """Refuse to send more bytes than a store has room for, before the first one.
-
-    Raises:
-        DiskTooSmall: naming both numbers.
-    """
-    free = store.free_bytes()
-    if free is not None and size > free:
-        raise too_small(store.url, size, free)
-
-
-class Server(NamedTuple):
-    """Who answers for a store."""
-
-    endpoint: str = ""
-    """Scheme and host; never with credentials."""
-    software: str = ""
-    """What it calls itself in its answers, once there was one."""
-
-
-class ObjectAddress(NamedTuple):
-    """Where an object lies for its server, which another store of that server may be asked to copy from."""
-
-    server: str
-    """Scheme and host, whatever the bucket; never with credentials."""
-    identity: str
-    """Who asks; servers let different people read different things."""
-    path: str
 
 
 class Body:
@@ -283,32 +252,8 @@ def check_key(key: str) -> str:
     return key
 
 
-class Coroutines(ABC):
-    """Small objects of a store, whole, for the coroutines of one event loop: many requests at a time in one thread.
-
-    Each method promises what the method of that name of `Store` does. A call that is cancelled leaves open whether
-    it happened.
-    """
-
-    @abstractmethod
-    async def put(self, key: str, body: Body) -> ObjectMeta:
-        """See `Store.put`, with `PutMode.OVERWRITE`."""
-
-    @abstractmethod
-    async def get(self, key: str, *, max_bytes: int) -> StoredObject:
-        """See `Store.get`."""
-
-    @abstractmethod
-    async def delete(self, key: str) -> None:
-        """See `Store.delete`."""
-
-    @abstractmethod
-    async def close(self) -> None:
-        """Release connections, in the event loop they belong to. The store itself remains open."""
-
-
-class Store(ABC):
-    """A place for objects. Keys are relative to the store's URL, prefix included.
+class Reader(ABC):
+    """A place that objects are read from. Keys are relative to its URL, prefix included.
 
     Methods raise `ObjectNotFound`, `PreconditionFailed`, `NoSuchUpload`, `StoreUnavailable` (and its kinds),
     `TimedOut`, `StoreConfigurationError`, `InvalidKey`; nothing of the client library underneath escapes.
@@ -320,45 +265,6 @@ class Store(ABC):
     @abstractmethod
     def capabilities(self) -> Capabilities:
         """What the store can do. The first call may send requests, where that has to be found out first."""
-
-    @property
-    def server(self) -> Server:
-        """Empty where there is none."""
-        return Server()
-
-    def server_time_s(self) -> float | None:
-        """Seconds since the epoch by the clock of who keeps the objects; None where it has not told.
-
-        No request is sent: it is the time of the last answer, and what has passed since. A server tells it to the
-        second.
-        """
-        return None
-
-    def free_bytes(self) -> int | None:
-        """Bytes that there is room for; None where nobody can say."""
-        return None
-
-    @abstractmethod
-    def put(
-        self,
-        key: str,
-        body: Buffer | Body,
-        *,
-        mode: PutMode = PutMode.OVERWRITE,
-        e_tag: str | None = None,
-        content_type: str = "application/octet-stream",
-        private: bool = False,
-    ) -> ObjectMeta:
-        """Store `body` whole or not at all; once it returns, the object is durable and visible.
-
-        Args:
-            e_tag: With `PutMode.UPDATE`, the entity tag the object must still have.
-            private: Where objects are files: nobody but their owner reads it. A bucket has its own rules.
-
-        Raises:
-            PreconditionFailed: the object exists (CREATE), or is another or absent (UPDATE).
-            Unsupported: a conditional mode on a store without `Capabilities.conditional`.
-        """
 
     @abstractmethod
     def get(self, key: str, *, max_bytes: int) -> StoredObject:
@@ -393,32 +299,32 @@ class Store(ABC):
             start_after: Only keys greater than this one.
         """
 
-    @abstractmethod
-    def delete(self, key: str) -> None:
-        """Remove the object; absent is not an error."""
+    def close(self) -> None:
+        """Release connections. The store may not be used afterwards."""
 
-    @abstractmethod
-    def copy(self, source: str, target: str) -> ObjectMeta:
-        """Copy within the store without moving the bytes through this process where the store can."""
+    def get_range(self, key: str, offset: int, length: int, *, e_tag: str | None = None) -> bytes:
+        """`length` bytes from `offset`; see `get_range_into`."""
+        buffer = bytearray(length)
+        self.get_range_into(key, offset, memoryview(buffer), e_tag=e_tag)
+        return bytes(buffer)
 
-    def address_of(self, key: str) -> ObjectAddress | None:
-        """Where the object lies for its server; None where only this very store can copy it."""
-        del key
-        return None
+    def exists(self, key: str) -> bool:
+        """Whether there is an object under `key`."""
+        try:
+            self.head(key)
+        except ObjectNotFound:
+            return False
+        return True
 
-    def copy_from(self, address: ObjectAddress, meta: ObjectMeta, target: str) -> ObjectMeta:
-        """`copy` of an object of another store, which has the same server and identity.
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url}>"
 
-        Args:
-            meta: What that store says of it; its entity tag pins it.
 
-        Raises:
-            Unsupported: this store has no such server.
-        """
-        del meta, target
-        raise Unsupported(
-            f"{self.url} cannot copy from {address.path}", store=self.url, capability="copies by its server"
-        )
+class Multipart(ABC):
+    """Objects made of parts, which any process may send in any order.
+
+    In a store without `Capabilities.multipart` all of these raise `Unsupported`.
+    """
 
     @abstractmethod
     def create_multipart(
@@ -472,34 +378,39 @@ class Store(ABC):
     def abort_multipart(self, key: str, upload_id: str) -> None:
         """Drop the upload and its parts; unknown is not an error."""
 
-    def coroutines(self) -> Coroutines | None:
-        """The same store for one event loop; None where there is no such way, and threads have to do.
 
-        A wrapper that does not say otherwise has none, so that nothing passes it by.
+class Store(Reader, Multipart):
+    """A place for objects: what reads, what writes a whole object, and multipart uploads.
+
+    What only some stores can do besides is in `blobflow.stores.optional`.
+    """
+
+    @abstractmethod
+    def put(
+        self,
+        key: str,
+        body: Buffer | Body,
+        *,
+        mode: PutMode = PutMode.OVERWRITE,
+        e_tag: str | None = None,
+        content_type: str = "application/octet-stream",
+        private: bool = False,
+    ) -> ObjectMeta:
+        """Store `body` whole or not at all; once it returns, the object is durable and visible.
+
+        Args:
+            e_tag: With `PutMode.UPDATE`, the entity tag the object must still have.
+            private: Where objects are files: nobody but their owner reads it. A bucket has its own rules.
+
+        Raises:
+            PreconditionFailed: the object exists (CREATE), or is another or absent (UPDATE).
+            Unsupported: a conditional mode on a store without `Capabilities.conditional`.
         """
-        return None
 
-    def close(self) -> None:
-        """Release connections. The store may not be used afterwards."""
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove the object; absent is not an error."""
 
-    def get_range(self, key: str, offset: int, length: int, *, e_tag: str | None = None) -> bytes:
-        """`length` bytes from `offset`; see `get_range_into`."""
-        buffer = bytearray(length)
-        self.get_range_into(key, offset, memoryview(buffer), e_tag=e_tag)
-        return bytes(buffer)
-
-    def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
-        """`list_parts` in pages of at most `page_size`, where the store has pages: to find out whether they end."""
-        del page_size
-        return self.list_parts(key, upload_id)
-
-    def exists(self, key: str) -> bool:
-        """Whether there is an object under `key`."""
-        try:
-            self.head(key)
-        except ObjectNotFound:
-            return False
-        return True
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.url}>"
+    @abstractmethod
+    def copy(self, source: str, target: str) -> ObjectMeta:
+        """Copy within the store without moving the bytes through this process where the store can."""

@@ -15,7 +15,8 @@ from blobflow.activity import doing
 from blobflow.backoff import Backoff
 from blobflow.errors import BlobflowError, SlowDown
 from blobflow.limits import AdaptiveLimit, Bandwidth
-from blobflow.stores.base import Body, Coroutines, ObjectMeta, StoredObject
+from blobflow.stores.base import Body, ObjectMeta, StoredObject
+from blobflow.stores.optional import Coroutines
 
 if TYPE_CHECKING:
     from blobflow.stores.retry import RetryingStore

@@ -11,11 +11,12 @@ from blobflow.activity import doing
 from blobflow.checksum import Buffer
 from blobflow.errors import SlowDown
 from blobflow.limits import AdaptiveLimit, Bandwidth
-from blobflow.stores.base import Body, Coroutines, ObjectMeta, PartMeta, PutMode, Store, StoredObject
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store, StoredObject
+from blobflow.stores.optional import Coroutines, HasCoroutines, coroutines_of
 from blobflow.stores.wrapping import WrappingStore
 
 
-class LimitedStore(WrappingStore):
+class LimitedStore(WrappingStore, HasCoroutines):
     """Makes payload requests wait for a place among those in flight, and for bandwidth.
 
     It belongs below `RetryingStore`: every attempt is counted, and one that waits to be repeated holds no place. An
@@ -67,7 +68,7 @@ class LimitedStore(WrappingStore):
 
     @override
     def coroutines(self) -> Coroutines | None:
-        inner = self.store.coroutines()
+        inner = coroutines_of(self.store)
         if inner is None:
             return None
         # Loads asyncio, which only batches need.

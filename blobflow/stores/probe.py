@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import override
@@ -40,7 +40,8 @@ from blobflow.errors import (
     TimedOut,
     Unsupported,
 )
-from blobflow.stores.base import Body, Capabilities, ObjectMeta, PutMode, Store
+from blobflow.stores.base import Body, Capabilities, ObjectMeta, PartMeta, PutMode, Store
+from blobflow.stores.optional import server_of
 from blobflow.stores.probe_memory import ProbeMemory
 from blobflow.stores.retry import RetryingStore
 from blobflow.stores.wrapping import WrappingStore
@@ -167,7 +168,7 @@ def probe(store: Store, *, now: Callable[[], float] = time.time, **retrying: Any
         findings = trial.run()
     finally:
         trial.clean_up()
-    server = store.server
+    server = server_of(store)
     return ProbeReport(
         store=store.url,
         endpoint=server.endpoint,
@@ -339,6 +340,28 @@ class _Once(WrappingStore):
             raise _Silent(error.message, operation=error.operation, key=error.key) from error
 
 
+@runtime_checkable
+class _ListsPartsByPage(Protocol):
+    """A store that lists parts in pages of any size."""
+
+    def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
+        """`Store.list_parts` in pages of at most `page_size`."""
+        ...
+
+
+class _PagesOfOne(WrappingStore):
+    """Lists one part per page, where the store has pages: to find out whether they end."""
+
+    @override
+    def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
+        inner = self.store
+        while isinstance(inner, WrappingStore):
+            inner = inner.store
+        if isinstance(inner, _ListsPartsByPage):
+            return inner.list_parts_by(key, upload_id, 1)
+        return super().list_parts(key, upload_id)
+
+
 class _Silent(TemporaryError):
     """No byte came for a whole idle timeout."""
 
@@ -347,6 +370,7 @@ class _Trial:
     """The requests of one probe, and what they left."""
 
     def __init__(self, store: Store, retrying: Mapping[str, Any]) -> None:
+        self._plain_store = store
         self._once = _Once(store)
         self._retrying = dict(retrying)
         self._clock: Callable[[], float] = retrying.get("clock", time.monotonic)
@@ -359,8 +383,8 @@ class _Trial:
         """Whether an upload may have begun whose id nobody knows."""
         self.stubborn = False
 
-    def _patient(self) -> Store:
-        return RetryingStore(self._once, patience_s=self._patience_s, **self._retrying)
+    def _patient(self, store: Store | None = None) -> Store:
+        return RetryingStore(store or self._once, patience_s=self._patience_s, **self._retrying)
 
     def run(self) -> dict[str, Finding]:
         """All findings, by the names they have in the report."""
@@ -495,7 +519,8 @@ class _Trial:
         upload_id = self._begin(key)
         for number, content in enumerate((_FIRST, _SECOND), start=1):
             self._store.put_part(key, upload_id, number, Body.of(content))
-        listed = [(part.part_number, part.size) for part in self._store.list_parts_by(key, upload_id, 1)]
+        pages = self._patient(_Once(_PagesOfOne(self._plain_store)))
+        listed = [(part.part_number, part.size) for part in pages.list_parts(key, upload_id)]
         if listed != [(1, len(_FIRST)), (2, len(_SECOND))]:
             raise _No(f"two parts were listed as {[number for number, _ in listed[:3]]}")
         return "two parts came in pages of one"

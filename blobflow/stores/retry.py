@@ -23,7 +23,8 @@ from blobflow.errors import (
     TimedOut,
 )
 from blobflow.forks import reset_after_fork_of
-from blobflow.stores.base import Body, Coroutines, ObjectMeta, PutMode, Store
+from blobflow.stores.base import Body, ObjectMeta, PutMode, Store
+from blobflow.stores.optional import Coroutines, HasCoroutines, coroutines_of
 from blobflow.stores.wrapping import WrappingStore
 
 _log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ _READ_BACK_BYTES = 2 * 1024 * 1024
 """Conditional writes are manifests, refs and leases; all of them are below this size."""
 
 
-class RetryingStore(WrappingStore):
+class RetryingStore(WrappingStore, HasCoroutines):
     """Repeats the calls of `store` that failed with `StoreUnavailable`, `SlowDown` or `TimedOut`; any store fits in.
 
     When is the rule of `blobflow.backoff`. A call fails when its patience ends, with the error of its last attempt;
@@ -157,7 +158,7 @@ class RetryingStore(WrappingStore):
 
     @override
     def coroutines(self) -> Coroutines | None:
-        inner = self.store.coroutines()
+        inner = coroutines_of(self.store)
         if inner is None:
             return None
         # Loads asyncio, which only batches need.
@@ -168,7 +169,7 @@ class RetryingStore(WrappingStore):
     def place(self) -> str:
         """The store as people are told of it: its URL, and the server where that does not say it."""
         try:
-            endpoint = self.store.server.endpoint
+            endpoint = self.server.endpoint
         except BlobflowError:  # it is configured wrongly, as the call itself says
             endpoint = ""
         return f"{self.url} at {endpoint}" if endpoint else self.url

@@ -11,20 +11,30 @@ from blobflow.checksum import Buffer
 from blobflow.stores.base import (
     Body,
     Capabilities,
-    ObjectAddress,
     ObjectMeta,
     PartMeta,
     PutMode,
-    Server,
     Store,
     StoredObject,
     UploadMeta,
+)
+from blobflow.stores.optional import (
+    HasClock,
+    HasRoom,
+    HasServer,
+    ObjectAddress,
+    Server,
+    address_of,
+    copy_from,
+    free_bytes,
+    server_of,
+    server_time_s,
 )
 
 _T = TypeVar("_T")
 
 
-class WrappingStore(Store):
+class WrappingStore(Store, HasServer, HasClock, HasRoom):
     """Passes every call on to `store`; each goes through `_call`, which a subclass may do more with.
 
     Attributes:
@@ -46,15 +56,15 @@ class WrappingStore(Store):
     @property
     @override
     def server(self) -> Server:
-        return self.store.server
+        return server_of(self.store)
 
     @override
     def server_time_s(self) -> float | None:
-        return self.store.server_time_s()
+        return server_time_s(self.store)
 
     @override
     def free_bytes(self) -> int | None:
-        return self.store.free_bytes()
+        return free_bytes(self.store)
 
     @override
     def put(
@@ -99,11 +109,11 @@ class WrappingStore(Store):
 
     @override
     def address_of(self, key: str) -> ObjectAddress | None:
-        return self.store.address_of(key)
+        return address_of(self.store, key)
 
     @override
     def copy_from(self, address: ObjectAddress, meta: ObjectMeta, target: str) -> ObjectMeta:
-        return self._call("copy", target, lambda: self.store.copy_from(address, meta, target))
+        return self._call("copy", target, lambda: copy_from(self.store, address, meta, target))
 
     @override
     def create_multipart(
@@ -127,10 +137,6 @@ class WrappingStore(Store):
     @override
     def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
         return self._call("list_parts", key, lambda: self.store.list_parts(key, upload_id))
-
-    @override
-    def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
-        return self._call("list_parts", key, lambda: self.store.list_parts_by(key, upload_id, page_size))
 
     @override
     def list_uploads(self, prefix: str = "") -> list[UploadMeta]:

@@ -35,7 +35,7 @@ from blobflow.errors import (
     writing,
 )
 from blobflow.private import open_own
-from blobflow.stores.base import Body, ObjectMeta, Store, check_key, check_object_size, check_readable
+from blobflow.stores.base import Body, ObjectMeta, Reader, Store, check_key, check_object_size, check_readable
 from blobflow.streams.checkpoint import TransferCheckpoint
 from blobflow.uploads.session import UploadSession, upload_part_size
 
@@ -120,7 +120,7 @@ class ObjectSource(PinnedSource):
         e_tag: The version that is expected; by default the one that is there when the transfer begins.
     """
 
-    def __init__(self, store: Store, key: str, *, e_tag: str | None = None) -> None:
+    def __init__(self, store: Reader, key: str, *, e_tag: str | None = None) -> None:
         self._store = store
         self._key = check_key(key)
         self._expected = e_tag
@@ -149,7 +149,7 @@ class ObjectSource(PinnedSource):
 
 
 class _OpenedObject:
-    def __init__(self, store: Store, meta: ObjectMeta, offset: int) -> None:
+    def __init__(self, store: Reader, meta: ObjectMeta, offset: int) -> None:
         self._store = store
         self._meta = meta
         self._offset = offset

@@ -42,7 +42,9 @@ from blobflow.errors import (
 )
 from blobflow.fields import check_choice
 from blobflow.private import PrivateDirectory
-from blobflow.stores.base import Store
+from blobflow.stores.base import (
+    Reader,
+)
 from blobflow.transport import DownloadResult, download, read_manifest
 from blobflow.uploads.progress import OnProgress, OnRecord
 
@@ -99,7 +101,7 @@ class ArtifactCache:
 
     def get(
         self,
-        store: Store,
+        store: Reader,
         key: str,
         digest: str,
         *,

@@ -17,8 +17,8 @@ from blobflow.errors import (
     ObjectTooLarge,
     ReplacementInProgress,
 )
-from blobflow.stores.base import Store, check_key
-from blobflow.uploads.intent import SUFFIX as INTENT_SUFFIX, IntentKeeper
+from blobflow.stores.base import Reader, check_key
+from blobflow.uploads.intent import SUFFIX as INTENT_SUFFIX, read_intent
 
 MANIFEST_SUFFIX: Final = ".manifest.json"
 DAMAGED_SUFFIX: Final = ".damaged.json"
@@ -48,7 +48,7 @@ def check_artifact_key(key: str) -> str:
     return check_key(key)
 
 
-def list_artifacts(store: Store, prefix: str = "", *, start_after: str | None = None) -> Iterator[ArtifactEntry]:
+def list_artifacts(store: Reader, prefix: str = "", *, start_after: str | None = None) -> Iterator[ArtifactEntry]:
     """The complete artifacts whose keys start with `prefix`, in key order of their manifests.
 
     Args:
@@ -62,7 +62,7 @@ def list_artifacts(store: Store, prefix: str = "", *, start_after: str | None = 
             yield ArtifactEntry(key, meta.last_modified)
 
 
-def read_manifest_bytes(store: Store, key: str) -> bytes:
+def read_manifest_bytes(store: Reader, key: str) -> bytes:
     """The bytes of the sibling manifest; no byte of the payload is fetched.
 
     Raises:
@@ -74,7 +74,7 @@ def read_manifest_bytes(store: Store, key: str) -> bytes:
     try:
         return _get_manifest(store, key)
     except ObjectNotFound:
-        intent = IntentKeeper(store, key).load()
+        intent = read_intent(store, key)[0]
     try:
         # Again, because an upload may have published and removed its intent between the two requests.
         return _get_manifest(store, key)
@@ -86,7 +86,7 @@ def read_manifest_bytes(store: Store, key: str) -> bytes:
         ) from error
 
 
-def _get_manifest(store: Store, key: str) -> bytes:
+def _get_manifest(store: Reader, key: str) -> bytes:
     try:
         return store.get(key + MANIFEST_SUFFIX, max_bytes=MAX_MANIFEST_BYTES).data
     except ObjectTooLarge as error:
@@ -95,7 +95,7 @@ def _get_manifest(store: Store, key: str) -> bytes:
         ) from error
 
 
-def read_manifest_file(store: Store, key: str) -> ManifestFile:
+def read_manifest_file(store: Reader, key: str) -> ManifestFile:
     """The sibling manifest, parsed; no byte of the payload is fetched.
 
     Raises:
@@ -105,6 +105,6 @@ def read_manifest_file(store: Store, key: str) -> ManifestFile:
     return ManifestFile.parse(read_manifest_bytes(store, key), key)
 
 
-def read_manifest(store: Store, key: str) -> Manifest:
+def read_manifest(store: Reader, key: str) -> Manifest:
     """The manifest of the artifact under `key`; see `read_manifest_file`."""
     return read_manifest_file(store, key).manifest

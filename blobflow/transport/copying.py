@@ -22,7 +22,8 @@ from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part
 from blobflow.engine.pool import move_parts
 from blobflow.errors import ArtifactInvalid, StoreConfigurationError, Unsupported, UsageError
-from blobflow.stores.base import ObjectMeta, Store
+from blobflow.stores.base import ObjectMeta, Reader, Store
+from blobflow.stores.optional import address_of, copy_from, server_of
 from blobflow.transport.catalog import check_artifact_key
 from blobflow.transport.remote import RemoteArtifact
 from blobflow.transport.uploading import MultipartUpload, UploadRequest, run
@@ -55,7 +56,7 @@ class CopyResult:
 
 
 def copy_artifact(
-    source_store: Store,
+    source_store: Reader,
     source_key: str,
     target_store: Store,
     target_key: str,
@@ -126,14 +127,14 @@ def copy_artifact(
     )
 
 
-def _is_same_place(source: Store, target: Store) -> bool:
+def _is_same_place(source: Reader, target: Store) -> bool:
     """Whether the target store can copy the source's objects. Two servers may have buckets of one name."""
-    return source.url == target.url and source.server.endpoint == target.server.endpoint
+    return source.url == target.url and server_of(source).endpoint == server_of(target).endpoint
 
 
-def _is_same_server(source: Store, source_key: str, target: Store, target_key: str) -> bool:
+def _is_same_server(source: Reader, source_key: str, target: Store, target_key: str) -> bool:
     """Whether the two have one server, which may be asked to copy from bucket to bucket."""
-    here, there = source.address_of(source_key), target.address_of(target_key)
+    here, there = address_of(source, source_key), address_of(target, target_key)
     return here is not None and there is not None and here[:2] == there[:2]
 
 
@@ -212,8 +213,8 @@ class RemotePayload:
             StoreConfigurationError, Unsupported: it does not do that for us.
         """
         remote = self.remote
-        address = None if _is_same_place(remote.store, target) else remote.store.address_of(remote.key)
-        return target.copy(remote.key, key) if address is None else target.copy_from(address, remote.payload, key)
+        address = None if _is_same_place(remote.store, target) else address_of(remote.store, remote.key)
+        return target.copy(remote.key, key) if address is None else copy_from(target, address, remote.payload, key)
 
     def chunks(self, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
         """The payload's bytes of a range, a bufferful at a time, each valid until the next."""

@@ -40,7 +40,13 @@ from blobflow.errors import (
     UploadIncomplete,
     UsageError,
 )
-from blobflow.stores.base import ObjectMeta, Store, check_object_size, check_readable
+from blobflow.stores.base import (
+    ObjectMeta,
+    Reader,
+    Store,
+    check_object_size,
+    check_readable,
+)
 from blobflow.transport.catalog import check_artifact_key
 from blobflow.transport.reading import failures_noted, land_parts, landing_plan
 from blobflow.transport.remote import RemoteArtifact
@@ -342,7 +348,7 @@ def _gone(ticket: UploadTicket) -> NoSuchUpload:
 
 
 def begin_download(
-    store: Store,
+    store: Reader,
     key: str,
     dest: str | Path,
     *,
@@ -386,7 +392,7 @@ def begin_download(
 
 
 def fetch_lane(
-    store: Store,
+    store: Reader,
     ticket: DownloadTicket,
     dest: str | Path,
     lane: int,

@@ -21,7 +21,10 @@ from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
 from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch, UsageError, setting
 from blobflow.fields import check_choice
-from blobflow.stores.base import ObjectMeta, Store
+from blobflow.stores.base import (
+    ObjectMeta,
+    Reader,
+)
 from blobflow.transport.remote import RemoteArtifact
 from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 
@@ -74,7 +77,7 @@ class DownloadResult:
 
 
 def verify(
-    store: Store,
+    store: Reader,
     key: str,
     *,
     mode: VerifyMode = "auto",
@@ -151,7 +154,7 @@ def verify(
     )
 
 
-def _attested_crc32c(store: Store, payload: ObjectMeta) -> int | None:
+def _attested_crc32c(store: Reader, payload: ObjectMeta) -> int | None:
     """The CRC32C that the store tells, if it may be believed; to find that out may cost requests."""
     return payload.crc32c if payload.crc32c is not None and store.capabilities().attests_crc32c else None
 
@@ -226,7 +229,7 @@ def _read_members(
 
 
 def download(
-    store: Store,
+    store: Reader,
     key: str,
     dest: str | Path,
     *,

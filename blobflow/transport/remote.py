@@ -23,7 +23,7 @@ from blobflow.errors import (
     ReplacementInProgress,
     SizeMismatch,
 )
-from blobflow.stores.base import ObjectMeta, Store
+from blobflow.stores.base import ObjectMeta, Reader
 from blobflow.transport.catalog import read_manifest_bytes, read_manifest_file
 from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 
@@ -52,7 +52,7 @@ def check_expected(key: str, digest: str, expected_digest: str | None) -> None:
 class RemoteArtifact:
     """An artifact in a store, opened for reading: its parts verified as far as nothing but contents is open."""
 
-    store: Store
+    store: Reader
     key: str
     manifest_file: ManifestFile
     payload: ObjectMeta
@@ -60,7 +60,7 @@ class RemoteArtifact:
     index_bytes: bytes = field(default=b"", repr=False)
 
     @classmethod
-    def open(cls, store: Store, key: str, expected_digest: str | None) -> RemoteArtifact:
+    def open(cls, store: Reader, key: str, expected_digest: str | None) -> RemoteArtifact:
         """Read the manifest and pin the payload.
 
         Raises:
@@ -176,7 +176,7 @@ class RemoteArtifact:
         )
 
 
-def _replaced_or(store: Store, key: str, manifest_file: ManifestFile, error: BlobflowError) -> BlobflowError:
+def _replaced_or(store: Reader, key: str, manifest_file: ManifestFile, error: BlobflowError) -> BlobflowError:
     """`error`, unless the artifact was replaced between two of our requests: then trying again helps."""
     try:
         unchanged = read_manifest_bytes(store, key) == manifest_file.data

@@ -39,8 +39,8 @@ from blobflow.stores.base import (
     check_object_size,
     check_put_size,
     check_readable,
-    check_room_for,
 )
+from blobflow.stores.optional import check_room_for
 from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key, read_manifest_bytes
 from blobflow.transport.remote import payload_size
 from blobflow.uploads.intent import Intent, IntentKeeper

@@ -32,7 +32,7 @@ from blobflow.errors import (
     TransferBusy,
 )
 from blobflow.owner import owner_is_gone, process_owner
-from blobflow.stores.base import PutMode, Store
+from blobflow.stores.base import PutMode, Reader, Store
 from blobflow.untrusted import quoted, read_object
 
 log = logging.getLogger(__name__)
@@ -179,6 +179,26 @@ class Intent:
         return intent
 
 
+def read_intent(store: Reader, key: str) -> tuple[Intent | None, str]:
+    """The intent of the upload of `key`, and the entity tag of its object: None and an empty one where there is none.
+
+    An intent that is damaged, or too large, counts as none; its entity tag lets a writer replace it.
+    """
+    try:
+        data, meta = store.get(key + SUFFIX, max_bytes=_MAX_BYTES)
+    except ObjectNotFound:
+        return None, ""
+    except ObjectTooLarge:
+        meta = store.head(key + SUFFIX)
+        if meta.size <= _MAX_BYTES:
+            raise  # another one meanwhile, that must not be replaced unread
+        return None, meta.e_tag
+    try:
+        return Intent.parse(data), meta.e_tag
+    except ArtifactInvalid:
+        return None, meta.e_tag
+
+
 class IntentKeeper:
     """Reads and writes the intent of one key. Every write is a compare-and-swap where the store has one."""
 
@@ -199,22 +219,7 @@ class IntentKeeper:
 
     def load(self) -> Intent | None:
         """The intent in the store, or None. One that is damaged, or too large, counts as none and is replaced."""
-        try:
-            data, meta = self._store.get(self._key, max_bytes=_MAX_BYTES)
-        except ObjectNotFound:
-            self.intent, self._e_tag = None, ""
-            return None
-        except ObjectTooLarge:
-            meta = self._store.head(self._key)
-            if meta.size <= _MAX_BYTES:
-                raise  # another one meanwhile, that must not be replaced unread
-            self.intent, self._e_tag = None, meta.e_tag
-            return None
-        self._e_tag = meta.e_tag
-        try:
-            self.intent = Intent.parse(data)
-        except ArtifactInvalid:
-            self.intent = None
+        self.intent, self._e_tag = read_intent(self._store, self._key.removesuffix(SUFFIX))
         return self.intent
 
     def is_alive(self) -> bool:

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from blobflow.config import ChunkProfile
 from blobflow.errors import NoSuchUpload
-from blobflow.stores.base import Store
+from blobflow.stores.base import (
+    Reader,
+)
 from blobflow.untrusted import Counter
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ _KEY_CHARACTERS: Final = 100
 """Of a key, in the name of a transfer, which is that of a file as well."""
 
 
-def transfer_id(store: Store, key: str, digest: str, kind: str) -> str:
+def transfer_id(store: Reader, key: str, digest: str, kind: str) -> str:
     """The name under which every process finds the same transfer again.
 
     It begins with the kind and the end of the key, for people who look for one of many; the rest makes it the only one.
@@ -91,7 +93,7 @@ class TransferProgress:
 
     def __init__(
         self,
-        store: Store,
+        store: Reader,
         key: str,
         digest: str,
         kind: TransferKind,

@@ -26,8 +26,9 @@ from blobflow.errors import (
     UsageError,
 )
 from blobflow.limits import AdaptiveLimit, Bandwidth
-from blobflow.stores.base import Body, Coroutines
+from blobflow.stores.base import Body
 from blobflow.stores.limited import LimitedStore
+from blobflow.stores.optional import Coroutines, coroutines_of
 from blobflow.stores.retry import RetryingStore
 from blobflow.stores.s3.store import S3Options, S3Store
 from tests.fault_proxy import Corrupt, FaultProxy, Reset, Stall, Truncate, random_faults, scripted_faults
@@ -384,7 +385,7 @@ def test_a_proxy_means_threads(strict_s3: StrictS3, stores: Stores, monkeypatch:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    assert inner.coroutines() is None
+    assert coroutines_of(inner) is None
 
 
 # Limits
@@ -418,13 +419,15 @@ class Held(Coroutines):
         pass
 
 
-def test_requests_in_flight_are_limited_for_coroutines_too(strict_s3: StrictS3, stores: Stores) -> None:
+def test_requests_in_flight_are_limited_for_coroutines_too(
+    strict_s3: StrictS3, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They wait for a place without a thread, get one in turn, and one that is cancelled takes none along."""
 
     async def main() -> None:
         held = Held()
         inner = stores(strict_s3).store
-        inner.coroutines = lambda: held
+        monkeypatch.setattr(inner, "coroutines", lambda: held)
         limit = AdaptiveLimit(2)
         limited = LimitedStore(inner, requests=limit, bandwidth=Bandwidth(1e9)).coroutines()
         assert limited is not None

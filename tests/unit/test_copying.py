@@ -26,8 +26,9 @@ from blobflow.errors import (
     TransferBusy,
     UsageError,
 )
-from blobflow.stores.base import ObjectAddress, Store
+from blobflow.stores.base import Store
 from blobflow.stores.local.store import LocalStore
+from blobflow.stores.optional import ObjectAddress, address_of
 from blobflow.stores.wrapping import WrappingStore
 from blobflow.testing import CorruptRead, FailAfter, FailBefore, FaultyStore, Hook, Request, scripted_faults
 from blobflow.transport import ProgressEvent, read_manifest_bytes
@@ -373,7 +374,7 @@ class _SomebodyElses(WrappingStore):
     """The strict server knows one access key only; this one says that it is another's."""
 
     def address_of(self, key: str) -> ObjectAddress | None:
-        address = self.store.address_of(key)
+        address = address_of(self.store, key)
         return address and address._replace(identity="somebody-else")
 
 

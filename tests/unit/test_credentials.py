@@ -22,6 +22,7 @@ from blobflow.mirror.client import MirrorClient
 from blobflow.stores import open_store
 from blobflow.stores.base import Body
 from blobflow.stores.coroutines import RetryingCoroutines
+from blobflow.stores.optional import coroutines_of
 from blobflow.stores.s3.store import S3Options, S3Store
 from blobflow.streams.http_source import HttpSource
 from blobflow.testing import read_tree
@@ -260,7 +261,7 @@ def test_a_spoiled_token_ends_batches_as_well(monkeypatch: pytest.MonkeyPatch):
 
     async def put() -> None:
         store = open_store("s3://bucket", endpoint_url="http://127.0.0.1:1")
-        found = store.coroutines()
+        found = coroutines_of(store)
         assert isinstance(found, RetryingCoroutines)
         await found.put("k", Body.of(b"x"))
 

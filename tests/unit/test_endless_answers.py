@@ -14,7 +14,7 @@ import pytest
 from blobflow.errors import BlobflowError, StoreUnavailable, TimedOut
 from blobflow.http.client import MAX_CHUNK_LINE_BYTES, Chunks
 from blobflow.mirror.client import MirrorClient
-from blobflow.stores.base import Coroutines
+from blobflow.stores.optional import Coroutines
 from blobflow.stores.s3.store import S3Options, S3Store
 from blobflow.streams.http_source import HttpSource
 from tests.servers import Peer, scripted_server

@@ -14,7 +14,7 @@ import pytest
 from blobflow.errors import BlobflowError, StoreConfigurationError, StoreUnavailable, SystemLimit
 from blobflow.mirror.client import MirrorClient
 from blobflow.stores import open_store
-from blobflow.stores.base import Coroutines
+from blobflow.stores.optional import Coroutines
 from blobflow.stores.retry import RetryingStore
 from blobflow.stores.s3.store import S3Options, S3Store
 from blobflow.streams.http_source import HttpSource

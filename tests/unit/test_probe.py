@@ -29,8 +29,9 @@ from blobflow.errors import (
     TimedOut,
     Unsupported,
 )
-from blobflow.stores.base import Body, Capabilities, ObjectMeta, PartMeta, PutMode, Server, Store
+from blobflow.stores.base import Body, Capabilities, ObjectMeta, PartMeta, PutMode, Store
 from blobflow.stores.local.store import LocalStore
+from blobflow.stores.optional import HasServer, ObjectAddress, Server
 from blobflow.stores.probe import (
     MAX_AGE_S,
     MAX_STUBBORN_AGE_S,
@@ -222,13 +223,11 @@ class StrictParrot(Parrot):
 
 
 class KnowsOnePage(LocalStore):
-    @override
     def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
         return self.list_parts(key, upload_id)[:page_size]
 
 
 class StandsStill(LocalStore):
-    @override
     def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
         raise Unsupported("the list of parts stands still", capability="conditional writes")
 
@@ -393,7 +392,7 @@ def test_a_checksum_that_is_not_attested_refuses_nothing(tmp_path: Path) -> None
 SINCE_EPOCH_S = 1_800_000_000.0
 
 
-class Named(LocalStore):
+class Named(LocalStore, HasServer):
     """A local store behind a server's name."""
 
     def __init__(self, root: Path, name: str = "https://one.example") -> None:
@@ -404,6 +403,14 @@ class Named(LocalStore):
     @override
     def server(self) -> Server:
         return Server(self.name, "TestServer/1")
+
+    @override
+    def address_of(self, key: str) -> ObjectAddress | None:
+        raise NotImplementedError
+
+    @override
+    def copy_from(self, address: ObjectAddress, meta: ObjectMeta, target: str) -> ObjectMeta:
+        raise NotImplementedError
 
 
 def test_the_report_costs_later_processes_one_get(tmp_path: Path) -> None:

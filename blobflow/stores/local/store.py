@@ -89,6 +89,7 @@ from blobflow.stores.base import (
     check_key,
     plain,
 )
+from blobflow.stores.optional import HasClock, HasRoom
 from blobflow.untrusted import bounded_time, read_object, utc_time
 
 _log = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ _IS_TEMPORARY = re.compile(rb"[0-9a-f]{32}")
 _NO_OBJECT_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO})
 
 
-class LocalStore(Store):
+class LocalStore(Store, HasClock, HasRoom):
     """Objects as plain files below `root`; the embedded default.
 
     Threads and processes of one machine may use the same root at the same time, through any number of store

@@ -14,7 +14,8 @@ from typing_extensions import override
 from blobflow.errors import BlobflowError, ChecksumMismatch, ObjectNotFound
 from blobflow.http.async_client import AsyncHttpClient, BufferedResponse
 from blobflow.http.client import HttpError
-from blobflow.stores.base import Body, Coroutines, ObjectMeta, StoredObject, check_key
+from blobflow.stores.base import Body, ObjectMeta, StoredObject, check_key
+from blobflow.stores.optional import Coroutines
 from blobflow.stores.s3.endpoint import S3Endpoint
 from blobflow.stores.s3.errors import BOTOCORE_ERRORS, RequestContext, S3Error
 from blobflow.stores.s3.store import S3Store, damaged, is_intact, put_headers, put_result, stored, with_checksums

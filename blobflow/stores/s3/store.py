@@ -49,17 +49,15 @@ from blobflow.http.client import HttpError, Response
 from blobflow.stores.base import (
     Body,
     Capabilities,
-    Coroutines,
-    ObjectAddress,
     ObjectMeta,
     PartMeta,
     PutMode,
-    Server,
     Store,
     StoredObject,
     UploadMeta,
     check_key,
 )
+from blobflow.stores.optional import Coroutines, HasClock, HasCoroutines, HasServer, ObjectAddress, Server, cannot_copy
 from blobflow.stores.s3.endpoint import UNSIGNED_PAYLOAD, S3Endpoint
 from blobflow.stores.s3.errors import (
     BOTOCORE_ERRORS,
@@ -121,7 +119,7 @@ _SKEW_S = 60.0
 _EMPTY = {"Content-Length": "0"}
 
 
-class S3Store(Store):
+class S3Store(Store, HasServer, HasClock, HasCoroutines):
     """Objects in a bucket, below a prefix.
 
     Threads share a store. A forked child makes connections of its own at its first call.
@@ -357,9 +355,9 @@ class S3Store(Store):
 
     @override
     def copy_from(self, address: ObjectAddress, meta: ObjectMeta, target: str) -> ObjectMeta:
-        """See `Store.copy_from`. Objects of any bucket of the server that this identity may read."""
+        """See `HasServer.copy_from`. Objects of any bucket of the server that this identity may read."""
         if self.address_of(target)[:2] != address[:2]:
-            return super().copy_from(address, meta, target)
+            raise cannot_copy(self, address)
         return self._copy(address.path, meta, target)
 
     def _path(self, key: str) -> str:
@@ -456,8 +454,8 @@ class S3Store(Store):
     def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
         return self.list_parts_by(key, upload_id, PAGE)
 
-    @override
     def list_parts_by(self, key: str, upload_id: str, page_size: int) -> list[PartMeta]:
+        """`list_parts` in pages of at most `page_size`."""
         check_key(key)
         call = RequestContext("list parts of", key, upload_id=upload_id)
         found: dict[int, PartMeta] = {}
