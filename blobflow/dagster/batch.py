@@ -12,9 +12,9 @@ from blobflow.batch import BatchExecutor, Permission
 from blobflow.batch.operations import ALL_PERMISSIONS
 from blobflow.batch.stream import DEFAULT_DEADLINE_S
 from blobflow.dagster import metadata as md
+from blobflow.dagster.checkpoints import count_log
 from blobflow.dagster.failures import DEFAULT_RETRY_POLICY, dagster_errors
 from blobflow.dagster.fencing import RunFence
-from blobflow.dagster.progress import count_log
 from blobflow.errors import StoreUnavailable
 from blobflow.fields import KnownFields
 

@@ -24,7 +24,6 @@ import dagster as dg
 from blobflow.dagster import metadata as md
 from blobflow.dagster.failures import dagster_errors
 from blobflow.dagster.fencing import RunFence
-from blobflow.dagster.progress import ProgressLog
 from blobflow.errors import UsageError
 from blobflow.transport import ProgressEvent
 from blobflow.transport.checkpoints import Checkpoint, TransferJournal
@@ -34,6 +33,9 @@ TRANSFERS: Final = dg.AssetKey(["blobflow", "transfers"])
 """The journal. It needs no definition and no partitions definition: observations may name any partition."""
 LIVE_S: Final = 30.0
 """Seconds after which a transfer without checkpoints shows how far it is."""
+_LINE_S: Final = 10.0
+_LINE_SHARE: Final = 0.1
+_MIN_LINE_S: Final = 1.0
 
 StepContext: TypeAlias = dg.OpExecutionContext | dg.AssetExecutionContext | dg.OutputContext | dg.InputContext
 
@@ -45,9 +47,9 @@ def transfer_journal(
 
     Args:
         context: Of an op, an asset, or the output or input of an IO manager.
-        instance: Needed with an `OutputContext`, which does not tell it. An IO manager finds it as `context.instance`
+        instance: Needed with an `OutputContext`, which does not have it. An IO manager finds it as `context.instance`
             in `setup_for_execution`.
-        run_id: Needed with an `InputContext`, which does not tell it (`context.run.run_id` in `setup_for_execution`):
+        run_id: Needed with an `InputContext`, which does not have it (`context.run.run_id` in `setup_for_execution`):
             without it, the step does not notice that its run is over. Observations of inputs belong to no run.
 
     Raises:
@@ -71,7 +73,9 @@ def transfer_journal(
         instance = instance or context.instance
         run_id = run_id or context.run_id
         write = context.log_event
-    return StepJournal(ObservationHome(instance, write), RunFence(instance, run_id), context.log.info, writer=run_id)
+    return StepJournal(
+        ObservationCheckpoints(instance, write), RunFence(instance, run_id), context.log.info, writer=run_id
+    )
 
 
 @contextmanager
@@ -82,7 +86,7 @@ def step_journal(context: dg.OpExecutionContext, retry_policy: dg.RetryPolicy | 
         yield journal
 
 
-class ObservationHome:
+class ObservationCheckpoints:
     """Keeps checkpoints as observations of `TRANSFERS`.
 
     Args:
@@ -122,19 +126,21 @@ class StepJournal(TransferJournal):
     """The journal of one step: it also shows progress, and ends the step when its run is over.
 
     Args:
+        checkpoints: Where the checkpoints are kept.
+        fence: Of the step's run.
         write: Takes a line for the step's log.
     """
 
     def __init__(
         self,
-        home: ObservationHome,
+        checkpoints: ObservationCheckpoints,
         fence: RunFence,
         write: Callable[[str], None],
         *,
         writer: str | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        super().__init__(home, writer=writer, clock=clock)
+        super().__init__(checkpoints, writer=writer, clock=clock)
         self.fence = fence
         self._line = write
         self._lines: dict[str, ProgressLog] = {}
@@ -220,3 +226,55 @@ def _advanced(record: TransferRecord, bytes_done: int) -> TransferRecord:
     more = max(0, bytes_done - record.bytes_done)
     parts = record.parts_done + -(-more // record.part_size)
     return record.model_copy(update={"bytes_done": record.bytes_done + more, "parts_done": parts})
+
+
+# ------------------------------------------------------------------------------------------------ progress in the log
+
+
+class ProgressLog:
+    """Writes a line every 10 s, or every 10 % where that takes more than a second.
+
+    Args:
+        write: Takes a line.
+        phase: What is going on.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self, write: Callable[[str], None], phase: str, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._write = write
+        self._phase = phase
+        self._clock = clock
+        self._started = self._shown = clock()
+        self._shown_bytes = 0
+
+    def transfer(self, event: ProgressEvent) -> None:
+        """`on_progress` of uploads, downloads and verifications."""
+        self.bytes(event.bytes_done, event.bytes_total, event.bytes_resumed)
+
+    def bytes(self, done: int, total: int, resumed: int = 0) -> None:
+        """`on_progress` of exports and imports."""
+        now = self._clock()
+        silence = now - self._shown
+        if silence < _LINE_S and (silence < _MIN_LINE_S or done - self._shown_bytes < _LINE_SHARE * total):
+            return
+        self._shown, self._shown_bytes = now, done
+        speed = (done - resumed) / 1e6 / (now - self._started)
+        percent = 100 * done / total if total else 100.0
+        self._write(f"{self._phase}.progress percent={percent:.0f} bytes={done} of={total} mb_per_s={speed:.1f}")
+
+
+def count_log(
+    write: Callable[[str], None], phase: str, *, clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, int], None]:
+    """An `on_progress` that counts things instead of bytes: a line every 10 s."""
+    shown = clock()
+
+    def count(done: int, total: int) -> None:
+        nonlocal shown
+        if clock() - shown >= _LINE_S:
+            shown = clock()
+            write(f"{phase}.progress percent={100 * done / max(total, 1):.0f} done={done} of={total}")
+
+    return count

@@ -90,7 +90,7 @@ def dagster_errors(
 def waits_logged(log: dg.DagsterLogManager) -> Iterator[None]:
     """While a store does not answer, or every attempt fails, the step's log says so: what, where, why and for how long.
 
-    Retries are on standard error only, where nobody looks who looks at a run.
+    Retries are on standard error only, which does not appear in the log of a run.
     """
     with reporting_waits(lambda wait: log.warning("step.waits %s", wait), silence_s=SILENT_S):
         yield

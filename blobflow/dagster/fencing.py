@@ -21,7 +21,7 @@ from blobflow.errors import BlobflowError
 log = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 3.0
-"""Seconds between two looks at the run's status: 3 ms each, and long enough after a crash for nobody to mind."""
+"""Seconds between two looks at the run's status: 3 ms each, and soon enough after a crash."""
 
 
 class StepOrphaned(BlobflowError):
@@ -65,7 +65,7 @@ class RunFence:
         self._clock = clock
         self._looked_at = clock()
         if parent_alive is None and (parent := multiprocessing.parent_process()) is not None:
-            # Not os.getppid: a step that was started by a fork server is no child of its run worker.
+            # Not os.getppid: a step that was started by a fork server is not a child of its run worker.
             parent_alive = parent.is_alive
         self._parent_alive = parent_alive
         self._ended: StepOrphaned | None = None
@@ -96,7 +96,7 @@ class RunFence:
             raise self._ended
 
     def _reason(self, instance: dg.DagsterInstance, run_id: str) -> str:
-        """Why nobody waits for this step; empty if somebody does."""
+        """Why this step is not wanted any more; empty if it is."""
         run = instance.get_run_by_id(run_id)
         if run is not None and run.is_finished:
             return f"run {run_id} is over ({run.status.value})"

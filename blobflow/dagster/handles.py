@@ -102,10 +102,10 @@ class MirrorHandle:
 
 
 def check_pinned(digest: str | None, remote: RemoteHandle) -> None:
-    """Return if the artifact is the one that the caller names, or if he names none.
+    """Return if the artifact is `digest`, or if that is None.
 
     Raises:
-        DigestMismatch: it is another one; whoever can write to the store may have put it there.
+        DigestMismatch: it is another one, which a process that can write to the store may have put there.
     """
     if digest is not None and digest != remote.digest:
         raise DigestMismatch(

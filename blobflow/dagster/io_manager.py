@@ -22,7 +22,6 @@ of ops belong to their run, as they do with Dagster's own IO managers: `runs/<ru
 contents do not (`ops/<step>/<output>/...`), so that a new run continues the upload of a killed one.
 """
 
-import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -36,17 +35,15 @@ from pydantic import Field, PrivateAttr, field_validator
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends import export_artifact
 from blobflow.backends.patterns import ExcludePatterns
-from blobflow.coordination.lease import Lease
 from blobflow.coordination.lease_store import LeaseStore
-from blobflow.coordination.refs import name_artifact, read_ref
-from blobflow.coordination.rounds import check_name, content_key, round_number
+from blobflow.coordination.refs import read_ref
+from blobflow.coordination.rounds import check_name, content_key, take_token
 from blobflow.dagster import metadata as md
-from blobflow.dagster.checkpoints import StepJournal, transfer_journal
+from blobflow.dagster.checkpoints import ProgressLog, StepJournal, transfer_journal
 from blobflow.dagster.failures import io_manager_errors, waits_logged
 from blobflow.dagster.fencing import RunFence
-from blobflow.dagster.progress import ProgressLog
 from blobflow.dagster.resource import BlobflowResource, Configured
-from blobflow.errors import ArtifactNotFound, LeaseLost, TransferBusy, UsageError
+from blobflow.errors import ArtifactNotFound, LeaseLost, UsageError
 from blobflow.scratch import scratch_directory
 from blobflow.stores import Store
 from blobflow.stores.base import check_readable, key_segment
@@ -61,10 +58,6 @@ _PARTITION_TAGS: Final = (
     "dagster/asset_partition_range_end",
 )
 """Of a run: its partition, or the ends of its range of them."""
-
-_TICKET_TTL_S: Final = 10.0
-"""Of a lease that is held for three requests."""
-_TICKET_WAIT_S: Final = 0.1
 
 
 @dataclass(frozen=True)
@@ -178,7 +171,9 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
             store = self.blobflow.get_store()
             leases = self.blobflow.get_leases(store)
             published = {
-                partition: self._publish(context, store, leases, self._home(context, what, partition), value, journal)
+                partition: self._publish(
+                    context, store, leases, self._location(context, what, partition), value, journal
+                )
                 for partition, value in values.items()
             }
             if len(published) == 1:
@@ -192,35 +187,35 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         context: dg.OutputContext,
         store: Store,
         leases: LeaseStore | None,
-        home: "_Home",
+        location: "_Location",
         value: Stored,
         journal: StepJournal | None,
     ) -> dict[str, Any]:
         """Store a value, prove that it is whole, and move the ref to it; the facts for the materialization."""
         # Before the value is looked at: of two steps that publish at once, the one that began later has the newer.
-        ticket = _take_ticket(store, leases, home) if home.lasts else None
+        token = take_token(store, location.name, ref=location.ref, leases=leases if location.lasts else None)
         if isinstance(value, ArtifactRef):
             facts: dict[str, Any] = {md.STATUS: "referenced", md.BYTES_SENT: 0, md.BYTES_RESUMED: 0}
             verified = verify(store, value.key, expected_digest=value.digest, **self._verification(context, journal))
         else:
-            verified, facts = self._upload(context, store, home, value, journal)
+            verified, facts = self._upload(context, store, location, value, journal)
         stored = ArtifactRef(verified.key, verified.artifact_digest)
         if journal:
             journal.fence.check(now=True)
         try:
-            name_artifact(store, home.ref, stored.key, stored.digest, round_number=ticket)
+            token.publish(store, stored.key, stored.digest)
         except LeaseLost as lost:
-            context.log.warning("output.superseded ref=%s key=%s reason=%r", home.ref, stored.key, lost.message)
+            context.log.warning("output.superseded ref=%s key=%s reason=%r", location.ref, stored.key, lost.message)
             facts[md.STATUS] = "superseded"
         manifest, uri = verified.manifest, f"{store.url}/{stored.key}"
         context.log.info(
             "output.done status=%s uri=%s ref=%s bytes_sent=%d bytes_resumed=%d",
-            *(facts[md.STATUS], uri, home.ref, facts[md.BYTES_SENT], facts[md.BYTES_RESUMED]),
+            *(facts[md.STATUS], uri, location.ref, facts[md.BYTES_SENT], facts[md.BYTES_RESUMED]),
         )
         return {
             md.URI: uri,
             md.KEY: stored.key,
-            md.REF: home.ref,
+            md.REF: location.ref,
             md.ARTIFACT_DIGEST: stored.digest,
             md.CONTENT_DIGEST: manifest.content_digest,
             md.BACKEND: manifest.backend,
@@ -235,14 +230,19 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         }
 
     def _upload(
-        self, context: dg.OutputContext, store: Store, home: "_Home", directory: Path, journal: StepJournal | None
+        self,
+        context: dg.OutputContext,
+        store: Store,
+        location: "_Location",
+        directory: Path,
+        journal: StepJournal | None,
     ) -> tuple[VerifyResult, dict[str, Any]]:
         """Bring a directory into the store under the key of its content, and verify what is there then."""
         check_readable(store)  # not only after everything was hashed
         with self._as_artifact(context, directory, journal) as (artifact, facts):
             result = upload(
                 store,
-                content_key(home.name, artifact),
+                content_key(location.name, artifact),
                 artifact,
                 profile=self.blobflow.get_profile(),
                 on_progress=_progress(context, "upload", journal),
@@ -356,14 +356,14 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         journal: StepJournal | None,
     ) -> Stored:
         store = self.blobflow.get_store()
-        home = self._home(context, what, partition)
-        named = read_ref(store, home.ref)
+        location = self._location(context, what, partition)
+        named = read_ref(store, location.ref)
         if named is None:
             raise NotMaterialized(
-                f"{what} is not in {store.url}: there is no ref {home.ref!r}",
+                f"{what} is not in {store.url}: there is no ref {location.ref!r}",
                 hint="materialize it with this IO manager; or, if something else has put it there, name its ref in the"
                 f" metadata {md.REF!r} of the asset or of the input",
-                key=home.ref,
+                key=location.ref,
             )
         if kind is ArtifactRef:
             return ArtifactRef(named.key, named.manifest_sha256)
@@ -401,12 +401,12 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
             return io_manager_errors(RunFence(None, None))
         return io_manager_errors(journal.fence, journal.metadata)
 
-    def _home(self, context: dg.InputContext | dg.OutputContext, what: str, partition: str | None) -> "_Home":
+    def _location(self, context: dg.InputContext | dg.OutputContext, what: str, partition: str | None) -> "_Location":
         if not context.has_asset_key:
             if isinstance(context, dg.InputContext) and context.upstream_output is None:
                 raise UsageError(f"{what} comes from no step and no asset", hint="connect it to an output or an asset")
             identifier = [key_segment(part) for part in context.get_identifier()]
-            return _Home("/".join(("ops", *identifier[1:])), "/".join(("runs", *identifier, self.ref)), lasts=False)
+            return _Location("/".join(("ops", *identifier[1:])), "/".join(("runs", *identifier, self.ref)), lasts=False)
         given = _given_ref(context)
         if given is None:
             name, last = "/".join(map(key_segment, context.asset_key.path)), self.ref
@@ -416,11 +416,11 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
                 raise UsageError(f"{what} has the ref {given!r}", hint="name it like 'orders/latest'")
         if partition is not None:
             name = f"{name}/{key_segment(partition)}"
-        return _Home(name, f"{name}/{last}", lasts=True)
+        return _Location(name, f"{name}/{last}", lasts=True)
 
 
 @dataclass(frozen=True)
-class _Home:
+class _Location:
     """Where a value lives in the store."""
 
     name: str
@@ -428,26 +428,6 @@ class _Home:
     ref: str
     lasts: bool
     """Whether run after run moves the ref; the ref of an op's output belongs to one run."""
-
-
-def _take_ticket(store: Store, leases: LeaseStore | None, home: _Home) -> int | None:
-    """A number above that of everybody who has begun to publish under this ref before; None where nobody counts.
-
-    Raises:
-        TransferBusy: a round under this name is under way.
-    """
-    if leases is None:
-        return None
-    lease = Lease(leases, f"{home.name}/round", ttl_s=_TICKET_TTL_S)
-    deadline = time.monotonic() + 2 * _TICKET_TTL_S
-    while not lease.try_acquire():
-        if time.monotonic() > deadline:
-            raise TransferBusy(f"a round of {home.name!r} is under way", key=home.name)
-        time.sleep(_TICKET_WAIT_S)
-    try:
-        return round_number(store, lease, home.ref)
-    finally:
-        lease.abandon()
 
 
 def _given_ref(context: dg.InputContext | dg.OutputContext) -> str | None:

@@ -24,7 +24,7 @@ CORRECTNESS: Final = ("create_only", "compare_and_swap", "reads_ranges")
 Without the others, transfers are slower or start over after a crash, and verifications read more."""
 
 RUNS_AGE_S: Final = 30 * 24 * 3600.0
-"""After which nobody starts a failed run again from where it stopped."""
+"""Seconds after which a failed run is not started again from where it stopped."""
 
 _ROWS: Final = 100
 _UNFINISHED: Final = [
@@ -114,47 +114,7 @@ def gc_job(
         config: settings_of_run,  # pyright: ignore[reportInvalidTypeForm]
     ) -> None:
         with dagster_errors(context, retry_policy):
-            check_age(config.runs_older_than_s)
-            store = getattr(context.resources, resource_key).get_store()
-            report = collect(
-                store,
-                config.prefix,
-                older_than_s=config.older_than_s,
-                payloads=config.payloads,
-                dry_run=config.dry_run,
-            )
-            runs = _runs_handed_on(context.instance, store, handoff, config.runs_older_than_s)
-            if not config.dry_run:
-                for key in (key for keys in runs.values() for key in keys):
-                    store.delete(key)
-            found = [
-                *(("upload", upload.key) for upload in report.uploads),
-                *(("intent", key) for key in report.intents),
-                *(("trial of a probe", key) for key in report.trials),
-                *(("payload", key) for key in report.payloads),
-                *(("handed on in a run", key) for keys in runs.values() for key in keys),
-                *(("unreadable intent, left alone", key) for key in report.unreadable),
-                *(("failed, left for the next time", key) for key in report.failed),
-            ]
-            context.add_output_metadata(
-                {
-                    md.GC_DRY_RUN: report.dry_run,
-                    md.GC_UPLOADS: len(report.uploads),
-                    md.GC_UPLOADS_KEPT: report.uploads_kept,
-                    md.GC_INTENTS: len(report.intents),
-                    md.GC_TRIALS: len(report.trials),
-                    md.GC_PAYLOADS: len(report.payloads),
-                    md.GC_RUNS: len(runs),
-                    md.GC_FOUND: _table(("what", "key"), found[:_ROWS]),
-                }
-            )
-            context.log.info(
-                "gc.done dry_run=%s uploads=%d uploads_kept=%d intents=%d "
-                "trials=%d payloads=%d runs=%d unreadable=%d failed=%d",
-                *(report.dry_run, len(report.uploads), report.uploads_kept, len(report.intents)),
-                *(len(report.trials), len(report.payloads), len(runs), len(report.unreadable), len(report.failed)),
-            )
-            _raise_if_any(report.failed)
+            _collect(context, getattr(context.resources, resource_key).get_store(), config, handoff)
 
     @dg.job(
         name=name,
@@ -165,6 +125,54 @@ def gc_job(
         collect_garbage()
 
     return gc
+
+
+def _collect(context: dg.OpExecutionContext, store: Store, config: GcConfig, handoff: str) -> None:
+    """Remove what nobody needs, and show what it was.
+
+    Raises:
+        StoreUnavailable: something could not be removed.
+    """
+    check_age(config.runs_older_than_s)
+    report = collect(
+        store,
+        config.prefix,
+        older_than_s=config.older_than_s,
+        payloads=config.payloads,
+        dry_run=config.dry_run,
+    )
+    runs = _runs_handed_on(context.instance, store, handoff, config.runs_older_than_s)
+    if not config.dry_run:
+        for key in (key for keys in runs.values() for key in keys):
+            store.delete(key)
+    found = [
+        *(("upload", upload.key) for upload in report.uploads),
+        *(("intent", key) for key in report.intents),
+        *(("trial of a probe", key) for key in report.trials),
+        *(("payload", key) for key in report.payloads),
+        *(("handed on in a run", key) for keys in runs.values() for key in keys),
+        *(("unreadable intent, left alone", key) for key in report.unreadable),
+        *(("failed, left for the next time", key) for key in report.failed),
+    ]
+    context.add_output_metadata(
+        {
+            md.GC_DRY_RUN: report.dry_run,
+            md.GC_UPLOADS: len(report.uploads),
+            md.GC_UPLOADS_KEPT: report.uploads_kept,
+            md.GC_INTENTS: len(report.intents),
+            md.GC_TRIALS: len(report.trials),
+            md.GC_PAYLOADS: len(report.payloads),
+            md.GC_RUNS: len(runs),
+            md.GC_FOUND: _table(("what", "key"), found[:_ROWS]),
+        }
+    )
+    context.log.info(
+        "gc.done dry_run=%s uploads=%d uploads_kept=%d intents=%d "
+        "trials=%d payloads=%d runs=%d unreadable=%d failed=%d",
+        *(report.dry_run, len(report.uploads), report.uploads_kept, len(report.intents)),
+        *(len(report.trials), len(report.payloads), len(runs), len(report.unreadable), len(report.failed)),
+    )
+    _raise_if_any(report.failed)
 
 
 def retention_job(
@@ -263,7 +271,7 @@ def _defaulting_to(config: dg.Config) -> Any:
 def _runs_handed_on(
     instance: dg.DagsterInstance, store: Store, handoff: str, older_than_s: float
 ) -> dict[str, list[str]]:
-    """What the steps of runs handed to each other that nobody will start again; by run."""
+    """The keys of what steps handed to each other, by run, for runs that will not be started again."""
     under_way = {run.root_run_id or run.run_id for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))}
     before = time.time() - older_than_s
     found: dict[str, list[str]] = {}
@@ -386,7 +394,7 @@ _NOT_TRIED: Final = Finding(holds=True, evidence="not tried: nothing depends on 
 
 
 def _report(store: Store, *, fresh: bool) -> ProbeReport:
-    """What a store can do; those that are no servers are tried out whenever somebody asks."""
+    """What a store can do; a store that is not a server is tried out each time."""
     return store.report(fresh=fresh) if isinstance(store, ProbedStore) else probe(store)
 
 

@@ -21,13 +21,12 @@ from typing import Any, Final
 
 import dagster as dg
 
-from blobflow.backends import Importer
 from blobflow.dagster import metadata as md
-from blobflow.dagster.checkpoints import StepJournal, step_journal
 from blobflow.dagster.handles import PIN, RemoteHandle, SnapshotHandle, StagedHandle, UploadHandle
 from blobflow.dagster.resource import BlobflowResource
-from blobflow.dagster.spec import PipelineSpec, step_op
-from blobflow.dagster.steps import digest_if_gone, find_remote, find_snapshot, snapshot_facts, stage
+from blobflow.dagster.spec import PipelineSpec, resource_of, step_op
+from blobflow.dagster.steps import Step, digest_if_gone, find_remote, find_snapshot, open_step, snapshot_facts, stage
+from blobflow.mirror.update import shown
 from blobflow.transport import (
     DownloadTicket,
     LaneResult,
@@ -65,12 +64,12 @@ def upload_graph(spec: PipelineSpec, waits: Sequence[str]) -> dg.GraphDefinition
 
     @step_op(spec, "upload_plan", waits=waits, out={"snapshot": dg.Out(SnapshotHandle), "ticket": dg.Out(UploadTicket)})
     def begin(context: dg.OpExecutionContext):
-        return begin_upload_lanes(context, spec, spec.resource(context))
+        return begin_upload_lanes(context, spec, resource_of(context, spec))
 
     def lane_op(lane: int) -> dg.OpDefinition:
         @step_op(spec, f"upload_lane_{lane}", pool=True)
         def send(context: dg.OpExecutionContext, snapshot: SnapshotHandle, ticket: UploadTicket) -> LaneHandle:
-            return upload_lane(context, spec, spec.resource(context), snapshot, ticket, lane)
+            return upload_lane(context, spec, resource_of(context, spec), snapshot, ticket, lane)
 
         return send
 
@@ -78,7 +77,7 @@ def upload_graph(spec: PipelineSpec, waits: Sequence[str]) -> dg.GraphDefinition
     def commit(
         context: dg.OpExecutionContext, snapshot: SnapshotHandle, ticket: UploadTicket, sent: list[LaneHandle]
     ) -> UploadHandle:
-        return commit_upload_lanes(context, spec, spec.resource(context), snapshot, ticket, sent)
+        return commit_upload_lanes(context, spec, resource_of(context, spec), snapshot, ticket, sent)
 
     def upload(**after: Any):
         snapshot, ticket = begin.alias("plan")(**after)
@@ -92,13 +91,12 @@ def begin_upload_lanes(
     context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource
 ) -> tuple[SnapshotHandle, UploadTicket]:
     """The newest snapshot, and the upload that its lanes share."""
-    with step_journal(context, spec.retry_policy):
-        store = blobflow.get_store()
-        snapshot = find_snapshot(context, spec, blobflow, store)
-        digest = digest_if_gone(context, spec, store, snapshot)
+    with open_step(context, spec, blobflow) as step:
+        snapshot = find_snapshot(step)
+        digest = digest_if_gone(step, snapshot)
         if digest is not None:
             return snapshot, UploadTicket(snapshot.key, "", digest, 0, 0, 0)
-        ticket = begin_upload(store, snapshot.key, snapshot.path, profile=blobflow.get_profile())
+        ticket = begin_upload(step.store, snapshot.key, snapshot.path, profile=blobflow.get_profile())
         context.log.info(
             "upload.begun key=%s upload_id=%s parts=%d part_size=%d lanes=%d",
             *(ticket.key, ticket.upload_id, ticket.parts, ticket.part_size, spec.lanes),
@@ -115,20 +113,11 @@ def upload_lane(
     lane: int,
 ) -> LaneHandle:
     """Send the parts of one lane."""
-    with step_journal(context, spec.retry_policy) as journal:
-        store = blobflow.get_store()
-        if not ticket.upload_id or digest_if_gone(context, spec, store, snapshot) is not None:
-            return _done(context, journal, lane, _NOTHING)
-        sent = send_parts(
-            store,
-            ticket,
-            snapshot.path,
-            ticket.numbers(lane, spec.lanes),
-            profile=blobflow.get_profile(),
-            on_progress=journal.progress,
-            on_checkpoint=journal.save,
-        )
-        return _done(context, journal, lane, sent)
+    with open_step(context, spec, blobflow) as step:
+        if not ticket.upload_id or digest_if_gone(step, snapshot) is not None:
+            return _done(step, lane, _NOTHING)
+        numbers = ticket.numbers(lane, spec.lanes)
+        return _done(step, lane, send_parts(step.store, ticket, snapshot.path, numbers, **step.transfer))
 
 
 def commit_upload_lanes(
@@ -140,21 +129,13 @@ def commit_upload_lanes(
     sent: list[LaneHandle],
 ) -> UploadHandle:
     """Prove that all parts are in the store, and publish the artifact."""
-    with step_journal(context, spec.retry_policy) as journal:
-        store = blobflow.get_store()
+    with open_step(context, spec, blobflow) as step:
+        store, journal = step.store, step.journal
         metadata = snapshot_facts(store, snapshot)
-        digest = digest_if_gone(context, spec, store, snapshot) if ticket.upload_id else ticket.artifact_digest
+        digest = digest_if_gone(step, snapshot) if ticket.upload_id else ticket.artifact_digest
         status, seconds, sent_again = "unchanged", 0.0, 0
         if digest is None:
-            result = commit_upload(
-                store,
-                ticket,
-                snapshot.path,
-                lanes=spec.lanes,
-                profile=blobflow.get_profile(),
-                on_progress=journal.progress,
-                on_checkpoint=journal.save,
-            )
+            result = commit_upload(store, ticket, snapshot.path, lanes=spec.lanes, **step.transfer)
             digest, status = result.artifact_digest, result.status
             seconds, sent_again = result.seconds, result.bytes_sent
         if status == "unchanged":
@@ -194,18 +175,18 @@ def download_graph(spec: PipelineSpec, waits: Sequence[str]) -> dg.GraphDefiniti
         out={"remote": dg.Out(RemoteHandle), "ticket": dg.Out(DownloadTicket)},
     )
     def begin(context: dg.OpExecutionContext):
-        return begin_download_lanes(context, spec, spec.resource(context))
+        return begin_download_lanes(context, spec, resource_of(context, spec))
 
     def lane_op(lane: int) -> dg.OpDefinition:
         @step_op(spec, f"download_lane_{lane}", pool=True)
         def land(context: dg.OpExecutionContext, ticket: DownloadTicket) -> LaneHandle:
-            return download_lane(context, spec, spec.resource(context), ticket, lane)
+            return download_lane(context, spec, resource_of(context, spec), ticket, lane)
 
         return land
 
     @step_op(spec, "download_assemble")
     def assemble(context: dg.OpExecutionContext, remote: RemoteHandle, landed: list[LaneHandle]) -> StagedHandle:
-        return assemble_download(context, spec, spec.resource(context), remote, landed)
+        return assemble_download(context, spec, resource_of(context, spec), remote, landed)
 
     def download(**after: Any):
         remote, ticket = begin.alias("plan")(**after)
@@ -219,14 +200,13 @@ def begin_download_lanes(
     context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource
 ) -> tuple[RemoteHandle, DownloadTicket]:
     """The artifact that the mirror is to show, and the download that its lanes share."""
-    with step_journal(context, spec.retry_policy):
-        store = blobflow.get_store()
-        remote = find_remote(context, spec, store)
-        importer = spec.importer_for(context)
-        if _is_alive(importer, remote.digest):
+    with open_step(context, spec, blobflow) as step:
+        remote = find_remote(step)
+        importer = step.importer
+        if shown(importer, remote.digest):
             return remote, DownloadTicket(remote.key, remote.digest, spec.lanes, 0, 0, 0)
         ticket = begin_download(
-            store,
+            step.store,
             remote.key,
             importer.staging(remote.digest),
             lanes=spec.lanes,
@@ -244,20 +224,12 @@ def download_lane(
     context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource, ticket: DownloadTicket, lane: int
 ) -> LaneHandle:
     """Land the parts of one lane."""
-    with step_journal(context, spec.retry_policy) as journal:
-        importer = spec.importer_for(context)
-        if not ticket.parts or _is_alive(importer, ticket.artifact_digest):
-            return _done(context, journal, lane, _NOTHING)
-        landed = fetch_lane(
-            blobflow.get_store(),
-            ticket,
-            importer.staging(ticket.artifact_digest),
-            lane,
-            profile=blobflow.get_profile(),
-            on_progress=journal.progress,
-            on_checkpoint=journal.save,
-        )
-        return _done(context, journal, lane, landed)
+    with open_step(context, spec, blobflow) as step:
+        importer = step.importer
+        if not ticket.parts or shown(importer, ticket.artifact_digest):
+            return _done(step, lane, _NOTHING)
+        staging = importer.staging(ticket.artifact_digest)
+        return _done(step, lane, fetch_lane(step.store, ticket, staging, lane, **step.transfer))
 
 
 def assemble_download(
@@ -268,28 +240,20 @@ def assemble_download(
     landed: list[LaneHandle],
 ) -> StagedHandle:
     """Fetch what is missing, verify what the lanes landed, and make the artifact of it."""
-    with step_journal(context, spec.retry_policy) as journal:
-        importer = spec.importer_for(context)
-        if _is_alive(importer, remote.digest):
-            metadata: dict[str, Any] = {md.STATUS: "unchanged", md.BYTES_RECEIVED: 0, md.BYTES_RESUMED: 0}
-        else:
-            metadata = stage(context, blobflow, importer, remote.key, remote.digest, journal)
+    with open_step(context, spec, blobflow) as step:
+        metadata = stage(step, remote.key, remote.digest)
+        if not shown(step.importer, remote.digest):
             own_bytes = metadata[md.BYTES_RECEIVED]
             if len(landed) == spec.lanes:
                 metadata |= _lane_facts(context, landed, md.BYTES_RECEIVED)
                 metadata[md.BYTES_RECEIVED] += own_bytes
             metadata.pop(md.PARTS, None)
-            metadata[md.DOWNLOAD_SECONDS] = round(_slowest(landed) + metadata[md.DOWNLOAD_SECONDS], 3)
+            metadata[md.DOWNLOAD_SECONDS] = round(_slowest(landed) + metadata.get(md.DOWNLOAD_SECONDS, 0.0), 3)
         context.add_output_metadata(metadata)
         return StagedHandle(remote.key, remote.digest, metadata, remote.round_number)
 
 
 # ---------------------------------------------------------------------------------------------------------------- both
-
-
-def _is_alive(importer: Importer, digest: str) -> bool:
-    alive = importer.current()
-    return alive is not None and alive.digest == digest
 
 
 def _graph(name: str, compose: Callable[..., Any], inputs: Sequence[str]) -> dg.GraphDefinition:
@@ -299,15 +263,14 @@ def _graph(name: str, compose: Callable[..., Any], inputs: Sequence[str]) -> dg.
 _NOTHING: Final = LaneResult("unchanged", parts=0, bytes_moved=0, bytes_resumed=0, seconds=0.0)
 
 
-def _done(context: dg.OpExecutionContext, journal: StepJournal, lane: int, result: LaneResult) -> LaneHandle:
-    context.log.info(
+def _done(step: Step, lane: int, result: LaneResult) -> LaneHandle:
+    step.log.info(
         "lane.done lane=%d status=%s parts=%d bytes_moved=%d bytes_resumed=%d seconds=%.1f",
         *(lane, result.status, result.parts, result.bytes_moved, result.bytes_resumed, result.seconds),
     )
-    context.add_output_metadata(journal.metadata())
-    return LaneHandle(
-        lane, context.run_id, result.parts, result.bytes_moved, result.bytes_resumed, round(result.seconds, 3)
-    )
+    step.context.add_output_metadata(step.journal.metadata())
+    seconds = round(result.seconds, 3)
+    return LaneHandle(lane, step.context.run_id, result.parts, result.bytes_moved, result.bytes_resumed, seconds)
 
 
 def _slowest(lanes: Sequence[LaneHandle]) -> float:

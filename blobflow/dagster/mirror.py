@@ -40,7 +40,7 @@ class ArtifactMirror:
 
     name: str
     remote: dg.AssetSpec
-    """External: a sensor tells of it."""
+    """External: a sensor reports it."""
     mirror: dg.AssetsDefinition
     job: Any
     sensors: list[dg.SensorDefinition]
@@ -78,15 +78,15 @@ def artifact_mirror(
     """A mirror of what the pipeline `name` of another deployment publishes in the store.
 
     With a ref, the mirror shows what the ref `<name>/<ref>` names, and a `ref_sensor` starts a run whenever it moves.
-    Without one (None), every artifact below `<name>/` is a partition with a mirror of its own: a `manifest_sensor`
-    tells of them, and an automation condition makes the runs, one backfill for all that is new.
+    Without one (None), every artifact below `<name>/` is a partition with its own mirror: a `manifest_sensor`
+    reports them, and an automation condition makes the runs, one backfill for all that is new.
 
     Args:
         name: Of the publishing pipeline: what its keys begin with.
         importer: Of the target; without a ref it may be a function of the partition key, which is the artifact's key.
         key_prefix: Of the assets' keys, before the name, which the pipeline's own assets begin with. A key that a
             translator gives stays as it is.
-        announce: Without a ref: of which artifacts the sensor tells; see `manifest_sensor`.
+        announce: Without a ref: which artifacts the sensor reports; see `manifest_sensor`.
         digest: Refuse every artifact but this one (`sha256:...`), whoever writes to the store. A single run is held to
             one by the config `digest` of its first step.
         lanes: Among how many steps each download is divided; see `artifact_pipeline`.

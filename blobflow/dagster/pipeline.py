@@ -27,6 +27,7 @@ from blobflow.dagster.spec import (
     ExporterOf,
     ImporterOf,
     PipelineSpec,
+    resource_of,
     step_op,
 )
 from blobflow.dagster.steps import (
@@ -214,7 +215,7 @@ def snapshot_asset(spec: PipelineSpec) -> dg.AssetsDefinition:
 
     @step_op(spec, "export", waits=ins, out={"result": dg.Out(is_required=False)})
     def export(context: dg.OpExecutionContext):
-        result = export_snapshot(context, spec, spec.resource(context))
+        result = export_snapshot(context, spec, resource_of(context, spec))
         if result is not None:  # without an output, Dagster skips what comes after
             yield result
 
@@ -237,11 +238,11 @@ def remote_asset(spec: PipelineSpec) -> dg.AssetsDefinition:
 
     @step_op(spec, "upload", waits=ins, pool=True)
     def upload(context: dg.OpExecutionContext) -> UploadHandle:
-        return upload_snapshot(context, spec, spec.resource(context))
+        return upload_snapshot(context, spec, resource_of(context, spec))
 
     @step_op(spec, "verify", out={"result": dg.Out(), CHECK_NAME: dg.Out(is_required=False)})
     def verify(context: dg.OpExecutionContext, uploaded: UploadHandle):
-        yield from verify_remote(context, spec, spec.resource(context), uploaded)
+        yield from verify_remote(context, spec, resource_of(context, spec), uploaded)
 
     uploading = upload if spec.lanes == 1 else upload_graph(spec, list(ins))
 
@@ -258,11 +259,11 @@ def mirror_asset(spec: PipelineSpec) -> dg.AssetsDefinition:
 
     @step_op(spec, "download", waits=ins, pool=True, config_schema=PIN)
     def download(context: dg.OpExecutionContext) -> StagedHandle:
-        return download_remote(context, spec, spec.resource(context))
+        return download_remote(context, spec, resource_of(context, spec))
 
     @step_op(spec, "import")
     def import_(context: dg.OpExecutionContext, staged: StagedHandle):
-        return import_mirror(context, spec, spec.resource(context), staged)
+        return import_mirror(context, spec, resource_of(context, spec), staged)
 
     downloading = download if spec.lanes == 1 else download_graph(spec, list(ins))
 

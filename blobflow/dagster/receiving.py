@@ -5,7 +5,7 @@
 | `["mirrors", name, "remote"]` | a sensor; external | a new snapshot arrived, whole |
 | `["mirrors", name, "mirror"]` | the nodes download, import | the target shows it, and the receiver says `Following` |
 
-The receiver (`blobflow mirror serve`) is a process of its own, which works on while this deployment is down. What the
+The receiver (`blobflow mirror serve`) is a separate process, which works on while this deployment is down. What the
 two share is the receiver's directory.
 """
 
@@ -70,7 +70,7 @@ def received_mirror(
     A sensor starts a run whenever the newest complete snapshot is another one. The run proves every member by its
     SHA-256, imports it and notes `Following` with the cursor in the receiver's journal, where `blobflow mirror status`
     shows it; a snapshot without a cursor is followed from its position. Of a snapshot that is still arriving, a second
-    sensor tells how far it is, as observations of the mirror.
+    sensor reports how far it is, as observations of the mirror.
 
     Args:
         name: Of the two assets' prefix: letters, digits and `_`.
@@ -121,7 +121,7 @@ def received_mirror(
 
 @dataclass(frozen=True)
 class _FollowingImporter:
-    """An importer that tells the receiver what it brought to life."""
+    """An importer that reports to the receiver what it brought to life."""
 
     inner: Importer
     directory: Path

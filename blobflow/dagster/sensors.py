@@ -1,51 +1,36 @@
 """Sensors that follow a store: what appears there becomes asset events, partitions and, where asked for, runs.
 
-| sensor | follows | tells of it |
+| sensor | follows | reports |
 |---|---|---|
 | `manifest_sensor` | every verified artifact below a prefix | an event and a dynamic partition for each |
 | `ref_sensor` | one ref, e.g. `orders/latest` | an event whenever it is moved |
 
-Dagster's event log is the journal: what the last event says of an artifact is what is known of it. The cursor only says
-where the walk through the keys stands. So a tick that was killed anywhere is simply evaluated again, what it recorded
-is not recorded twice, and a run that it did not come to request is requested by the next one.
+A tick of the first is in `blobflow.dagster.manifest_tick`.
 """
 
 import re
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError as NotInTime
-from dataclasses import dataclass
-from itertools import pairwise
-from statistics import quantiles
-from time import monotonic
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Final, Literal, TypeAlias
 
 import dagster as dg
 
-from blobflow.artifact.limits import MAX_MANIFEST_BYTES
-from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.coordination.refs import read_ref
 from blobflow.dagster import metadata as md
 from blobflow.dagster.failures import as_dagster_error
-from blobflow.errors import (
-    ArtifactInvalid,
-    ArtifactNotFound,
-    BlobflowError,
-    InvalidKey,
-    ObjectNotFound,
-    RefusedError,
-    ReplacementInProgress,
-    StoreUnavailable,
-    TemporaryError,
-    UsageError,
+from blobflow.dagster.manifest_tick import (
+    DATA_VERSION,
+    ManifestTick,
+    ManifestWalk,
+    PublishedArtifact,
+    described,
+    open_store,
 )
+from blobflow.errors import BlobflowError, TemporaryError, UsageError
 from blobflow.fields import check_choice
-from blobflow.stores import ObjectMeta, Store, StoredObject
-from blobflow.transport import MANIFEST_SUFFIX, read_manifest_bytes
-from blobflow.transport.remote import payload_size
+from blobflow.transport import read_manifest_bytes
 
 Announce: TypeAlias = Literal["verified", "published"]
-"""Which artifacts a sensor tells of: those that a ref names or has named, or all that are complete."""
+"""Which artifacts a sensor reports: those that a ref names or has named, or all that are complete."""
 
 Target: TypeAlias = Any
 """What `dg.sensor` takes as its `target`: a job, assets, or a selection of assets."""
@@ -53,35 +38,8 @@ Target: TypeAlias = Any
 PAGE_SIZE: Final = 950
 """Artifacts that one tick looks at. Dagster needs 10 ms to record one, so 10,000 new artifacts are 12 ticks."""
 LARGEST_PAGE: Final = 1000
-BUDGET_S: Final = 20.0
-"""Of one tick: what the sensor does, and what Dagster will need to record what it tells. A tick stays below 30 s even
-where recording becomes half as slow again meanwhile."""
 MAX_RUNS: Final = 50
 """Dagster starts about six a second."""
-
-_RECORD_S: Final = 0.1
-"""For an event, where nothing was measured lately: so a first tick tells of 150 artifacts, be Dagster quick or slow."""
-_RUN_S: Final = 0.2
-_PARTITION_SHARE: Final = 0.3
-"""What a partition costs, measured in asset events: it is looked up, and added together with the others."""
-_MEASURED: Final = 100
-_FEWEST_MEASURED: Final = 8
-
-_PATIENCE_S: Final = 5.0
-"""A store that is down for longer is asked again by the next tick."""
-_BATCH: Final = 32
-_READERS: Final = 8
-_NAMED: Final = 5
-"""Artifacts that a message names; the log names all."""
-_QUOTED: Final = 200
-"""Characters of what a manifest says: anybody may have written it, and it may have a megabyte."""
-_ANY: Final = "any"
-"""In the place of a digest: nobody asks whether the artifact was verified."""
-_DATA_VERSION: Final = "dagster/data_version"
-_RUN_KEY: Final = "dagster/run_key"
-_SENSOR_NAME: Final = "dagster/sensor_name"
-_NOT_IN_PARTITION_KEYS: Final = "..."
-"""Dagster's notation for ranges. (It takes no control characters either, nor do stores.)"""
 
 
 def artifact_partitions(name: str) -> dg.DynamicPartitionsDefinition:
@@ -104,15 +62,15 @@ def manifest_sensor(
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
     resource_key: str = "blobflow",
 ) -> dg.SensorDefinition:
-    """A sensor that tells of the artifacts below a prefix that were verified, whoever brought them there.
+    """A sensor that reports the verified artifacts below a prefix, whichever process uploaded them.
 
     A pipeline moves its ref to an artifact when it has verified it. So what the ref names, or is known to have named
     before (it remembers 20 places), is verified; it is looked for in the directory of the artifact's key and in those
-    above. With `announce="published"` the sensor tells of every complete artifact: of one whose verification is still
-    under way, or has failed, and of those that no ref ever names.
+    above. With `announce="published"` the sensor reports every complete artifact: also one whose verification is
+    still under way, or has failed, and those that no ref ever names.
 
-    Tick by tick it goes through the keys, a page each, and then begins anew. So it finds what is new wherever it sorts,
-    what was replaced and what is gone, and a store of N artifacts is gone through in N / `page_size` ticks.
+    Each tick looks at one page of the keys; after the last page the walk starts over. So the sensor finds what is new,
+    wherever its key sorts, what was replaced and what is gone. N artifacts take N / `page_size` ticks.
 
     | in the store | in Dagster |
     |---|---|
@@ -129,7 +87,7 @@ def manifest_sensor(
         name: The pipeline's; the sensor is called `<name>_manifest_sensor`.
         prefix: Of the keys, a plain string; by default `<name>/`.
         asset_key: The external asset; by default `[name, "remote"]`.
-        partitions_def: By default `artifact_partitions(name)`. No other sensor and nobody else should change them.
+        partitions_def: By default `artifact_partitions(name)`. Nothing else should change them.
         target: A job or assets with the same partitions, to be run for each artifact. None: no runs.
         max_runs: Runs requested per tick, at most 50. The artifacts after them wait for the next tick.
         page_size: Artifacts looked at per tick, at most 1,000; fewer if to look at them and to record what is new
@@ -146,7 +104,7 @@ def manifest_sensor(
     for what, limit, highest in (("page_size", page_size, LARGEST_PAGE), ("max_runs", max_runs, MAX_RUNS)):
         if not 1 <= limit <= highest:
             raise UsageError(f"{what}={limit} is not between 1 and {highest}")
-    plan = _Plan(
+    walk = ManifestWalk(
         sensor_name=f"{name}_manifest_sensor",
         prefix=f"{name}/" if prefix is None else prefix,
         asset_key=_asset_key(name, asset_key),
@@ -155,20 +113,20 @@ def manifest_sensor(
         page_size=page_size,
         ref=ref if announce == "verified" else None,
     )
-    which = "verified artifacts" if plan.ref else "published artifacts, verified or not,"
+    which = "verified artifacts" if walk.ref else "published artifacts, verified or not,"
 
     @dg.sensor(
-        name=plan.sensor_name,
-        description=f"Tells of the {which} below {plan.prefix!r}.",
+        name=walk.sensor_name,
+        description=f"Tells of the {which} below {walk.prefix!r}.",
         target=target,
         required_resource_keys={resource_key},
         minimum_interval_seconds=minimum_interval_seconds,
         default_status=default_status,
     )
     def manifests(context: dg.SensorEvaluationContext) -> dg.SensorResult:
-        store = _open(context, resource_key)
+        store = open_store(context, resource_key)
         try:
-            return _Tick(context, store, plan).run()
+            return ManifestTick(context, store, walk).run()
         except BlobflowError as error:
             raise as_dagster_error(error, retry_number=0, retry_policy=None) from error
         finally:
@@ -187,14 +145,15 @@ def ref_sensor(
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
     resource_key: str = "blobflow",
 ) -> dg.SensorDefinition:
-    """A sensor that tells when the ref `<name>/<ref>` was moved, which takes one small request per tick.
+    """A sensor that reports when the ref `<name>/<ref>` was moved; it makes one small request per tick.
 
     That is how a mirror follows an exporter that lives in another Dagster deployment: every move is a materialization
     of the external asset, and with `target` a run, with the run key `<name>/<ref>@<generation>@<digest>`. Of several
     moves between two ticks only the last one counts.
 
     Args:
-        name: The pipeline's; the sensor is called `<name>_<ref>_sensor`, with `_` for what is no letter or digit.
+        name: The pipeline's; the sensor is called `<name>_<ref>_sensor`; every other character than a letter or
+            digit becomes `_`.
         asset_key: The external asset; by default `[name, "remote"]`.
         target: A job or assets without partitions. None: no runs; the mirror's automation condition makes them.
         minimum_interval_seconds: Between ticks.
@@ -214,7 +173,7 @@ def ref_sensor(
     )
     def moves(context: dg.SensorEvaluationContext) -> dg.SensorResult:
         try:
-            store = _open(context, resource_key)
+            store = open_store(context, resource_key)
             try:
                 state = read_ref(store, followed)
                 if state is None:
@@ -223,13 +182,13 @@ def ref_sensor(
                 if version == context.cursor:
                     return _nothing(context, f"{followed!r} still names {state.key!r}")
                 data = read_manifest_bytes(store, state.key)
-                found = _Artifact.read(store, state.key, data)
+                found = PublishedArtifact.read(store, state.key, data)
             finally:
                 store.close()
             if found.digest != state.manifest_sha256:
                 return _nothing(context, f"{state.key!r} was replaced; its uploader moves {followed!r} in a moment")
         except TemporaryError as error:
-            return _nothing(context, _told(error))
+            return _nothing(context, described(error))
         except BlobflowError as error:
             raise as_dagster_error(error, retry_number=0, retry_policy=None) from error
         known = _latest_version(context.instance, remote) == (state.generation, state.manifest_sha256)
@@ -251,463 +210,14 @@ def _asset_key(name: str, given: dg.AssetKey | Sequence[str] | str | None) -> dg
     return given if isinstance(given, dg.AssetKey) else dg.AssetKey(given)
 
 
-def _open(context: dg.SensorEvaluationContext, resource_key: str) -> Store:
-    return getattr(context.resources, resource_key).get_store(patience_s=_PATIENCE_S)
-
-
 def _nothing(context: dg.SensorEvaluationContext, reason: str) -> dg.SensorResult:
     return dg.SensorResult(skip_reason=reason, cursor=context.cursor)
 
 
-def _told(error: BlobflowError) -> str:
-    return f"{error.message}. Hint: {error.hint}" if error.hint else error.message
-
-
 def _latest_version(instance: dg.DagsterInstance, asset_key: dg.AssetKey) -> tuple[Any, Any] | None:
-    """Generation and digest that the last event of the asset tells."""
+    """Generation and digest of the asset's last event."""
     for record in instance.fetch_materializations(asset_key, limit=1).records:
         made = record.asset_materialization
         if made is not None and md.GENERATION in made.metadata:
-            return made.metadata[md.GENERATION].value, (made.tags or {}).get(_DATA_VERSION)
+            return made.metadata[md.GENERATION].value, (made.tags or {}).get(DATA_VERSION)
     return None
-
-
-@dataclass(frozen=True)
-class _Artifact:
-    """What its manifest tells of an artifact."""
-
-    key: str
-    digest: str
-    facts: dict[str, Any]
-
-    @classmethod
-    def read(cls, store: Store, key: str, data: bytes) -> "_Artifact":
-        """What the bytes of a manifest tell.
-
-        Raises:
-            ArtifactInvalid: it is none.
-        """
-        manifest = Manifest.parse(data)
-        digest = artifact_digest(data)
-        facts = {
-            md.URI: f"{store.url}/{key}",
-            md.KEY: key,
-            md.SIZE: payload_size(data, manifest),
-            md.MEMBERS: manifest.members,
-            md.ARTIFACT_DIGEST: digest,
-            md.CONTENT_DIGEST: manifest.content_digest,
-            md.BACKEND: manifest.backend[:_QUOTED],
-            md.CREATED_AT: dg.MetadataValue.timestamp(manifest.created_at),
-        }
-        return cls(key, digest, facts)
-
-    def event(
-        self, asset_key: dg.AssetKey, also: dict[str, Any], partition: str | None = None
-    ) -> dg.AssetMaterialization:
-        return dg.AssetMaterialization(
-            asset_key, partition=partition, metadata={**self.facts, **also}, tags={_DATA_VERSION: self.digest}
-        )
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the ticks of one manifest sensor share."""
-
-    sensor_name: str
-    prefix: str
-    asset_key: dg.AssetKey
-    partitions_def: dg.DynamicPartitionsDefinition
-    max_runs: int
-    """0: no runs."""
-    page_size: int
-    ref: str | None
-    """Last segment of the refs that name what was verified; None: everything is told of."""
-
-    @property
-    def partitions_name(self) -> str:
-        return str(self.partitions_def.name)
-
-
-class _Cursor(NamedTuple):
-    """Where the sensor stands: at most 930 bytes, as a key has at most 900."""
-
-    recorded: int
-    """Storage id of the asset's last event when the last tick began; whatever came after it may want a run."""
-    position: str
-    """The object that the walk reached; empty: it begins anew."""
-
-    @classmethod
-    def parse(cls, text: str | None) -> "_Cursor":
-        """What nobody understands begins from the start, which costs time and nothing else."""
-        version, _, rest = (text or "").partition(" ")
-        recorded, _, position = rest.partition(" ")
-        return cls(int(recorded), position) if version == "1" and recorded.isdecimal() else cls(0, "")
-
-    def __str__(self) -> str:
-        return f"1 {self.recorded} {self.position}"
-
-
-class _Known(NamedTuple):
-    """What the last event tells of an artifact."""
-
-    digest: str | None
-    e_tag: str | None
-
-
-class _NotVerifiedError(RefusedError):
-    """No ref has named the artifact so far. Field: key."""
-
-
-class _Step(NamedTuple):
-    """A step of the walk: an object that is listed, or a partition whose artifact is not."""
-
-    at: str
-    """The object's key, or the one that is missing."""
-    key: str | None
-    """The artifact's; None: the object is no manifest."""
-    e_tag: str | None
-    """None: not listed."""
-
-
-class _Tick:
-    """One evaluation of a manifest sensor: a walk through what is listed and what is known, side by side."""
-
-    def __init__(self, context: dg.SensorEvaluationContext, store: Store, plan: _Plan) -> None:
-        self._context = context
-        self._store = store
-        self._plan = plan
-        self._cursor = _Cursor.parse(context.cursor)
-        self._position = self._cursor.position
-        self._began = monotonic()
-        self._record_s, self._run_s = _RECORD_S, _RUN_S
-        self._partitions = {
-            key for key in context.instance.get_dynamic_partitions(plan.partitions_name) if key.startswith(plan.prefix)
-        }
-        self._looked = 0
-        self._events: list[dg.AssetMaterialization] = []
-        self._added: list[str] = []
-        self._gone: list[str] = []
-        self._runs: list[dg.RunRequest] = []
-        self._unreadable: list[str] = []
-        self._unverified = 0
-        self._named_in: dict[str, Future[dict[str, set[str]]]] = {}
-        self._lock = threading.Lock()
-        self._trouble: BlobflowError | None = None
-
-    def run(self) -> dg.SensorResult:
-        """What Dagster is to record, and the cursor behind it."""
-        recorded = self._last_recorded()
-        self._record_s = self._measured_record_s()
-        if self._plan.max_runs:
-            self._run_s = self._measured_run_s()
-            self._request_forgotten_runs()
-        readers = ThreadPoolExecutor(_READERS, thread_name_prefix="blobflow-sensor")
-        try:
-            self._walk(readers)
-        finally:
-            # Not waited for: of a store that hangs, a request may take longer than Dagster waits for the tick.
-            readers.shutdown(wait=False, cancel_futures=True)
-        if self._gone and not self._anything_listed():
-            self._gone.clear()
-        partitions = self._plan.partitions_def
-        summary = self._summary()
-        self._context.log.info("sensor.tick %s", summary)
-        return dg.SensorResult(
-            asset_events=self._events,
-            dynamic_partitions_requests=[
-                *([partitions.build_add_request(self._added)] if self._added else []),
-                *([partitions.build_delete_request(self._gone)] if self._gone else []),
-            ],
-            run_requests=self._runs,
-            skip_reason=None if self._runs else summary,
-            cursor=str(_Cursor(recorded, self._position)),
-        )
-
-    def _summary(self) -> str:
-        parts = [
-            f"{self._looked} artifacts below {self._plan.prefix!r} looked at",
-            f"{len(self._events)} new or replaced",
-            f"{len(self._gone)} gone",
-        ]
-        if self._unverified:
-            parts.append(f"{self._unverified} not verified yet: no ref {self._plan.ref!r} has named them")
-        if self._unreadable:
-            named = ", ".join(self._unreadable[:_NAMED])
-            more = len(self._unreadable) - _NAMED
-            parts.append(f"{len(self._unreadable)} unreadable: {named}" + (f" and {more} more" if more > 0 else ""))
-        if self._trouble is not None:
-            parts.append(f"stopped there: {_told(self._trouble)}")
-        return "; ".join(parts)
-
-    # The time
-
-    def _to_record_s(self) -> float:
-        """What Dagster will need to record what was found so far."""
-        events = len(self._events) + len(self._gone) + _PARTITION_SHARE * len(self._added)
-        return events * self._record_s + len(self._runs) * self._run_s
-
-    def _left_s(self) -> float:
-        """Of the budget."""
-        return BUDGET_S - (monotonic() - self._began) - self._to_record_s()
-
-    def _measured_record_s(self) -> float:
-        """What it took to record an event of the last tick."""
-        of_last_tick = dg.AssetRecordsFilter(self._plan.asset_key, after_storage_id=self._cursor.recorded or None)
-        records = self._context.instance.fetch_materializations(of_last_tick, limit=_MEASURED).records
-        return _pace([record.timestamp for record in records], _RECORD_S)
-
-    def _measured_run_s(self) -> float:
-        """What it took to create a run of one of the last ticks."""
-        ours = dg.RunsFilter(tags={_SENSOR_NAME: self._plan.sensor_name})
-        records = self._context.instance.get_run_records(ours, limit=_MEASURED)
-        return _pace([record.create_timestamp.timestamp() for record in records], _RUN_S)
-
-    # The walk
-
-    def _walk(self, readers: ThreadPoolExecutor) -> None:
-        """Go on from the cursor until the page is full, the time is over, or the end is reached."""
-        batch: list[_Step] = []
-        listing = self._store.list(self._plan.prefix, start_after=self._position or None)
-        try:
-            for step in _side_by_side(listing, self._missing_candidates()):
-                if step.key is not None:
-                    batch.append(step)
-                    self._looked += 1
-                over = self._looked == self._plan.page_size or self._left_s() <= 0
-                if over or len(batch) == _BATCH:
-                    if not self._settle(batch, readers):
-                        return
-                    self._position = step.at
-                    batch = []
-                if over:
-                    return
-        except TemporaryError as error:
-            self._settle(batch, readers)
-            self._trouble = error
-        else:
-            if self._settle(batch, readers):
-                self._position = ""
-
-    def _missing_candidates(self) -> list[str]:
-        """The manifests of the known artifacts behind the position, in the order of a listing."""
-        start = self._position.encode()
-        manifests = (key + MANIFEST_SUFFIX for key in self._partitions)
-        return sorted((at for at in manifests if at.encode() > start), key=str.encode)
-
-    def _settle(self, batch: Sequence[_Step], readers: ThreadPoolExecutor) -> bool:
-        """Take up what is new in a batch, in order. False: the walk stops behind the position."""
-        left_s, before_s = self._left_s(), self._to_record_s()
-        known = self._known([step.key for step in batch if step.key is not None])
-        read = {step.at: readers.submit(self._read, step) for step in batch if self._is_news(step, known)}
-        # The last batch of a tick may have no time left, and gets some: every tick gets on.
-        deadline = monotonic() + max(_PATIENCE_S, left_s)
-        for step in batch:
-            if step.at in read:
-                outcome = _outcome(read[step.at], step.at, deadline)
-                if isinstance(outcome, TemporaryError) and not isinstance(outcome, ReplacementInProgress):
-                    self._trouble = outcome
-                    for pending in read.values():
-                        pending.cancel()  # of a store that is down, each would use up the patience
-                    return False
-                if not self._take_up(str(step.key), outcome, known.get(str(step.key))):
-                    return False
-            self._position = step.at
-            if step.at in read and self._to_record_s() - before_s >= left_s:
-                return False
-        return True
-
-    def _is_news(self, step: _Step, known: dict[str, _Known]) -> bool:
-        seen = known.get(str(step.key))
-        return step.e_tag is None or step.key not in self._partitions or seen is None or seen.e_tag != step.e_tag
-
-    def _read(self, step: _Step) -> StoredObject | BlobflowError:
-        try:
-            # What is gone needs no ref to be told of.
-            if step.e_tag is not None and not self._digests_named(str(step.key)):
-                return _NotVerifiedError(f"no ref names {step.key!r}", key=step.key)
-            return self._store.get(step.at, max_bytes=MAX_MANIFEST_BYTES)
-        except ObjectNotFound:
-            try:
-                read_manifest_bytes(self._store, str(step.key))
-            except BlobflowError as error:
-                return error
-            return ReplacementInProgress(f"{step.key!r} has just appeared", key=str(step.key))
-        except BlobflowError as error:
-            return error
-
-    def _digests_named(self, key: str) -> set[str]:
-        """The artifacts that were verified under a key; what is announced as published counts as well.
-
-        Raises:
-            BlobflowError: a ref cannot be read.
-        """
-        if self._plan.ref is None:
-            return {_ANY}
-        parts = key.split("/")
-        directories = ["/".join(parts[:depth]) for depth in range(len(parts) - 1, 0, -1)]
-        return {digest for directory in directories for digest in self._named(directory).get(key, ())}
-
-    def _named(self, directory: str) -> dict[str, set[str]]:
-        """The digests by the keys that the ref in a directory names or has named; it is read once in a tick."""
-        with self._lock:
-            named = self._named_in.get(directory)
-            is_mine = named is None
-            if named is None:
-                named = self._named_in[directory] = Future()
-        if is_mine:
-            try:
-                state = read_ref(self._store, f"{directory}/{self._plan.ref}")
-                found: dict[str, set[str]] = {}
-                for entry in state.entries() if state else ():
-                    found.setdefault(entry.key, set()).add(entry.manifest_sha256)
-                named.set_result(found)
-            except BaseException as error:  # noqa: BLE001 - it is raised below, to all that wait
-                named.set_exception(error)
-        return named.result()
-
-    def _take_up(self, key: str, outcome: StoredObject | BlobflowError, known: _Known | None) -> bool:
-        """False: it wants a run, and this tick may request no more of them."""
-        if isinstance(outcome, ReplacementInProgress):
-            return True
-        if isinstance(outcome, _NotVerifiedError):
-            self._unverified += 1
-            return True
-        if isinstance(outcome, ArtifactNotFound | InvalidKey):
-            if key in self._partitions:
-                self._gone.append(key)
-            return True
-        try:
-            if isinstance(outcome, BlobflowError):
-                raise outcome
-            found = _Artifact.read(self._store, key, outcome.data)
-            is_known = known is not None and known.digest == found.digest
-            if not is_known and not self._digests_named(key) & {found.digest, _ANY}:
-                self._unverified += 1
-                return True
-            if _NOT_IN_PARTITION_KEYS in key:
-                raise ArtifactInvalid(
-                    f"Dagster takes no partition key with {_NOT_IN_PARTITION_KEYS!r}", key=key, what="key"
-                )
-        except BlobflowError as error:
-            reason = error.message[:_QUOTED]
-            self._unreadable.append(f"{key!r} ({reason})")
-            self._context.log.warning("manifest.unreadable key=%s error=%s", key, reason)
-            return True
-        if not is_known:
-            if self._plan.max_runs and not self._request_run(key, found.digest):
-                return False
-            announced = "verified" if self._plan.ref else "published"
-            also = {md.MANIFEST_E_TAG: outcome.meta.e_tag, md.ANNOUNCED: announced}
-            self._events.append(found.event(self._plan.asset_key, also, partition=key))
-        self._add(key)
-        return True
-
-    def _add(self, key: str) -> None:
-        if key not in self._partitions and key not in self._added:
-            self._added.append(key)
-
-    def _anything_listed(self) -> bool:
-        """Whether the store shows anything at all; a disk that is not mounted looks as if everything were gone."""
-        try:
-            if next(self._store.list(self._plan.prefix), None) is not None:
-                return True
-            self._trouble = ArtifactNotFound(
-                f"nothing at all is listed, so nothing of the {len(self._gone)} artifacts is taken for gone",
-                hint="see that the store is the right one and mounted; partitions can be removed in Dagster's UI",
-            )
-        except TemporaryError as error:
-            self._trouble = error
-        return False
-
-    # The journal
-
-    def _last_recorded(self) -> int:
-        records = self._context.instance.fetch_materializations(self._plan.asset_key, limit=1).records
-        return max((record.storage_id for record in records), default=0)
-
-    def _known(self, keys: Sequence[str]) -> dict[str, _Known]:
-        """What the last events of these artifacts tell."""
-        known: dict[str, _Known] = {}
-        wanted = set(keys)
-        page: str | None = None
-        while wanted:
-            found = self._context.instance.fetch_materializations(
-                dg.AssetRecordsFilter(self._plan.asset_key, asset_partitions=sorted(wanted)),
-                limit=len(wanted),
-                cursor=page,
-            )
-            for record in found.records:
-                key, made = record.partition_key, record.asset_materialization
-                if key is not None and made is not None and key not in known:
-                    e_tag = made.metadata.get(md.MANIFEST_E_TAG)
-                    known[key] = _Known((made.tags or {}).get(_DATA_VERSION), str(e_tag.value) if e_tag else None)
-            wanted -= known.keys()
-            if not found.has_more:
-                break
-            page = found.cursor
-        return known
-
-    # Runs
-
-    def _request_run(self, key: str, digest: str) -> bool:
-        if len(self._runs) >= self._plan.max_runs:
-            return False
-        tags = {md.KEY: key, md.ARTIFACT_DIGEST: digest}
-        self._runs.append(dg.RunRequest(run_key=f"{key}@{digest}", partition_key=key, tags=tags))
-        return True
-
-    def _request_forgotten_runs(self) -> None:
-        """Request what a killed tick did not come to: it recorded its events, at most as many as this one may request.
-
-        Of the events that the last complete tick recorded, the runs are there.
-        """
-        behind = dg.AssetRecordsFilter(self._plan.asset_key, after_storage_id=self._cursor.recorded or None)
-        records = self._context.instance.fetch_materializations(behind, limit=self._plan.max_runs).records
-        for record in reversed(records):
-            key, made = record.partition_key, record.asset_materialization
-            digest = (made.tags or {}).get(_DATA_VERSION) if made else None
-            if key is None or digest is None or not key.startswith(self._plan.prefix):
-                continue
-            if not self._has_run(f"{key}@{digest}"):
-                self._request_run(key, digest)
-                self._add(key)
-
-    def _has_run(self, run_key: str) -> bool:
-        tags = {_RUN_KEY: run_key, _SENSOR_NAME: self._plan.sensor_name}
-        return bool(self._context.instance.get_run_records(dg.RunsFilter(tags=tags), limit=1))
-
-
-def _outcome(read: "Future[StoredObject | BlobflowError]", at: str, deadline: float) -> StoredObject | BlobflowError:
-    try:
-        return read.result(timeout=max(0.0, deadline - monotonic()))
-    except NotInTime:
-        hint = "see why the store is slow"
-        return StoreUnavailable(f"{at!r} was not read in time", hint=hint, operation="get", key=at)
-
-
-def _pace(timestamps: Iterable[float], assumed_s: float) -> float:
-    """Seconds from one record to the next, as the slower ones of them took; `assumed_s` where there are too few.
-
-    Not the mean: between two ticks, or while the daemon was down, there is a gap that says nothing.
-    """
-    gaps = [later - earlier for earlier, later in pairwise(sorted(timestamps))]
-    return quantiles(gaps, n=4)[-1] if len(gaps) >= _FEWEST_MEASURED else assumed_s
-
-
-def _side_by_side(listing: Iterable[ObjectMeta], known: Sequence[str]) -> Iterator[_Step]:
-    """What is listed, and in between, where it would be listed, what is known and is not."""
-    missing = iter(known)
-    next_known = next(missing, None)
-    for meta in listing:
-        while next_known is not None and next_known.encode() < meta.key.encode():
-            yield _Step(next_known, next_known.removesuffix(MANIFEST_SUFFIX), None)
-            next_known = next(missing, None)
-        if next_known == meta.key:
-            next_known = next(missing, None)
-        key = meta.key.removesuffix(MANIFEST_SUFFIX)
-        # Not `.manifest.json` alone: what ends up there belongs to somebody else.
-        is_manifest = key != meta.key and bool(key) and not key.endswith("/")
-        yield _Step(meta.key, key if is_manifest else None, meta.e_tag)
-    while next_known is not None:
-        yield _Step(next_known, next_known.removesuffix(MANIFEST_SUFFIX), None)
-        next_known = next(missing, None)

@@ -4,8 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, TypeAlias
 
 import dagster as dg
 
@@ -15,18 +14,15 @@ from blobflow.dagster.failures import DEFAULT_RETRY_POLICY
 from blobflow.dagster.resource import BlobflowResource
 from blobflow.errors import UsageError
 from blobflow.fields import check_choice
-from blobflow.stores.base import key_segment
 from blobflow.transport import VerifyMode
 
 MAX_LANES: Final = 64
 """A graph of more steps is too large to read, and each step costs seconds of processor time."""
 
-Backend = TypeVar("Backend", Exporter, Importer)
 ExporterOf: TypeAlias = Exporter | Callable[[str], Exporter]
 ImporterOf: TypeAlias = Importer | Callable[[str], Importer]
 Stage = Literal["snapshot", "remote", "mirror"]
 
-_UNPARTITIONED: Final = "-"
 _DESCRIPTIONS: dict[Stage, str] = {
     "snapshot": "One consistent artifact of the source: every file read once, manifest and index written.",
     "remote": "The artifact in the store: sent, verified there, and named by the ref.",
@@ -111,8 +107,6 @@ class PipelineSpec:
                 raise UsageError("an importer that depends on the partition needs partitions, which are for `ref=None`")
             raise UsageError("an exporter or importer that depends on the partition needs a partitions_def")
 
-    # The assets
-
     @cached_property
     def snapshot(self) -> dg.AssetSpec:
         """How the asset of exported snapshots looks."""
@@ -136,38 +130,6 @@ class PipelineSpec:
         spec = (self.translator or BlobflowTranslator()).get_asset_spec(BlobflowAssetProps(self.name, stage, known))
         return spec.replace_attributes(group_name=self.group_name) if self.group_name else spec
 
-    # What a step needs, which may depend on its partition
-
-    def resource(self, context: dg.OpExecutionContext) -> BlobflowResource:
-        """The resource that the code location configures."""
-        return getattr(context.resources, self.resource_key)
-
-    def exporter_for(self, context: dg.OpExecutionContext) -> Exporter:
-        """The exporter of this step's partition."""
-        assert self.exporter is not None, "another deployment exports"
-        return _chosen(self.exporter, context)
-
-    def importer_for(self, context: dg.OpExecutionContext) -> Importer:
-        """The importer of this step's partition."""
-        return _chosen(self.importer, context)
-
-    def prefix(self, context: dg.OpExecutionContext) -> str:
-        """What keys, lease and ref of this step's partition begin with."""
-        return f"{self.name}/{key_segment(context.partition_key)}" if context.has_partition_key else self.name
-
-    def ref_name(self, context: dg.OpExecutionContext) -> str | None:
-        """The ref that names the newest artifact."""
-        return f"{self.prefix(context)}/{self.ref}" if self.ref is not None else None
-
-    def artifact_key(self, context: dg.OpExecutionContext) -> str | None:
-        """The only key that this step may look at; None: whichever the ref or the run names."""
-        return context.partition_key if self.exporter is None and self.partitions_def is not None else None
-
-    def scratch_root(self, context: dg.OpExecutionContext, blobflow: BlobflowResource) -> Path:
-        """The directory of the rounds' scratch directories, which are called after their runs."""
-        partition = key_segment(context.partition_key) if context.has_partition_key else _UNPARTITIONED
-        return blobflow.scratch_path(self.name, partition)
-
 
 def step_op(
     spec: PipelineSpec, node: str, *, waits: Iterable[str] = (), pool: bool = False, **options: Any
@@ -189,11 +151,10 @@ def step_op(
     )
 
 
+def resource_of(context: dg.OpExecutionContext, spec: PipelineSpec) -> BlobflowResource:
+    """The resource that the code location configures for the pipeline."""
+    return getattr(context.resources, spec.resource_key)
+
+
 def _is_backend(*candidates: object) -> bool:
     return all(candidate is None or hasattr(candidate, "backend") for candidate in candidates)
-
-
-def _chosen(backend: Backend | Callable[[str], Backend], context: dg.OpExecutionContext) -> Backend:
-    if _is_backend(backend):
-        return backend  # pyright: ignore[reportReturnType]
-    return backend(context.partition_key)  # pyright: ignore[reportCallIssue]

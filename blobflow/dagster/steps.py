@@ -11,19 +11,20 @@
 A step finds its input, calls the core and turns the result into metadata. The core continues interrupted transfers.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import dagster as dg
+from pydantic import JsonValue
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest import Manifest, artifact_digest
-from blobflow.backends import ExportResult, Importer, import_artifact
-from blobflow.coordination.lease import Lease, record_completion
-from blobflow.coordination.refs import check_round, name_artifact, read_ref
-from blobflow.coordination.rounds import check_name, content_key, kept_alive, round_number
+from blobflow.backends import Exporter, ExportResult, Importer
+from blobflow.coordination.rounds import ExportRound, RoundToken, check_name, content_key
 from blobflow.dagster import metadata as md, scratch as rounds
 from blobflow.dagster.checkpoints import StepJournal, step_journal
 from blobflow.dagster.failures import error_metadata
@@ -48,13 +49,13 @@ from blobflow.errors import (
     ReplacementInProgress,
     TransferBusy,
 )
+from blobflow.mirror.update import stage_artifact, update_mirror
 from blobflow.stores import Store
-from blobflow.stores.base import check_readable
+from blobflow.stores.base import check_readable, key_segment
 from blobflow.transport import (
     PROOF_MEANS,
     Healed,
     VerifyResult,
-    download,
     read_manifest_bytes,
     upload,
     verify_or_heal,
@@ -62,6 +63,89 @@ from blobflow.transport import (
 from blobflow.uploads.progress import transfer_id
 
 CHECK_NAME: Final = "verified"
+
+_UNPARTITIONED: Final = "-"
+Backend = TypeVar("Backend", Exporter, Importer)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step at work: what its pipeline is, for the partition of this run, and where it reports."""
+
+    context: dg.OpExecutionContext
+    spec: PipelineSpec
+    blobflow: BlobflowResource
+    journal: StepJournal
+
+    @cached_property
+    def store(self) -> Store:
+        """The store; nothing is sent before it is used."""
+        return self.blobflow.get_store()
+
+    @property
+    def log(self) -> dg.DagsterLogManager:
+        """The log of the step."""
+        return self.context.log
+
+    @property
+    def partition(self) -> str | None:
+        """The key of the run's partition."""
+        return self.context.partition_key if self.context.has_partition_key else None
+
+    @property
+    def prefix(self) -> str:
+        """What keys, lease and ref begin with."""
+        return self.spec.name if self.partition is None else f"{self.spec.name}/{key_segment(self.partition)}"
+
+    @property
+    def ref(self) -> str | None:
+        """The full name of the ref that names the newest artifact."""
+        return f"{self.prefix}/{self.spec.ref}" if self.spec.ref is not None else None
+
+    @property
+    def scratch_root(self) -> Path:
+        """The directory of the rounds' scratch directories, which are called after their runs."""
+        segment = _UNPARTITIONED if self.partition is None else key_segment(self.partition)
+        return self.blobflow.scratch_path(self.spec.name, segment)
+
+    @property
+    def exporter(self) -> Exporter:
+        """The exporter of the partition."""
+        assert self.spec.exporter is not None, "another deployment exports"
+        return self._chosen(self.spec.exporter)
+
+    @property
+    def importer(self) -> Importer:
+        """The importer of the partition."""
+        return self._chosen(self.spec.importer)
+
+    @property
+    def transfer(self) -> dict[str, Any]:
+        """The arguments that every transfer of the core takes."""
+        return {
+            "profile": self.blobflow.get_profile(),
+            "on_progress": self.journal.progress,
+            "on_checkpoint": self.journal.save,
+        }
+
+    @property
+    def upstream(self) -> Upstream:
+        """Where the step finds its input."""
+        # A mirror alone that has partitions: each is an artifact's key.
+        key = self.partition if self.spec.exporter is None else None
+        return Upstream(self.context, self.store, self.prefix, self.ref, key)
+
+    def _chosen(self, backend: Backend | Callable[[str], Backend]) -> Backend:
+        if hasattr(backend, "backend"):
+            return backend  # pyright: ignore[reportReturnType]
+        return backend(self.context.partition_key)  # pyright: ignore[reportCallIssue]
+
+
+@contextmanager
+def open_step(context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource) -> Iterator[Step]:
+    """Gives the step, and raises the core's errors as Dagster's."""
+    with step_journal(context, spec.retry_policy) as journal:
+        yield Step(context, spec, blobflow, journal)
 
 
 # -------------------------------------------------------------------------------------------------------------- export
@@ -74,17 +158,16 @@ def export_snapshot(
 
     The step has no output then, and Dagster skips the steps after it.
     """
-    with step_journal(context, spec.retry_policy) as journal:
-        prefix = spec.prefix(context)
-        check_name(prefix)  # before the export, not after it
-        store = blobflow.get_store()
+    with open_step(context, spec, blobflow) as step:
+        store = step.store
+        check_name(step.prefix)  # before the export, not after it
         check_readable(store)
         leases = blobflow.get_leases(store)
-        lease = Lease(leases, f"{prefix}/round", ttl_s=spec.ttl_s) if leases else None
-        if lease is not None and not lease.try_acquire():
-            _skip_export(context, spec)
+        held = ExportRound.begin(store, step.prefix, ref=step.ref, leases=leases, ttl_s=spec.ttl_s)
+        if held is None:
+            _skip_export(step)
             return None
-        result, snapshot = _exported(context, spec, blobflow, store, lease, journal)
+        result, snapshot = _exported(step, held)
         artifact, manifest = result.artifact, result.artifact.manifest
         stored = stored_digest(store, snapshot.key, manifest)
         status = "unchanged" if stored else "exported"
@@ -115,73 +198,50 @@ def export_snapshot(
         )
 
 
-def _exported(
-    context: dg.OpExecutionContext,
-    spec: PipelineSpec,
-    blobflow: BlobflowResource,
-    store: Store,
-    lease: Lease | None,
-    journal: StepJournal,
-) -> tuple[ExportResult, SnapshotHandle]:
-    """Export as one round: while the lease is held, and into a directory that a failure leaves empty."""
-    prefix = spec.prefix(context)
-    root = spec.scratch_root(context, blobflow)
-    scratch = root / context.run_id
-    progress = journal.watch("export")
-    number: int | None = None
-    generation = lease.generation if lease is not None else None
+def _exported(step: Step, held: ExportRound) -> tuple[ExportResult, SnapshotHandle]:
+    """Export while the round is held; a failure removes the scratch directory and gives the round up."""
+    scratch = step.scratch_root / step.context.run_id
+    progress = step.journal.watch("export")
     try:
-        with kept_alive(lease, spec.max_silence_s) if lease else nullcontext() as alive:
+        with held.kept_alive(step.spec.max_silence_s) as alive:
 
             def report(done: int, total: int) -> None:
-                if alive is not None:
-                    alive()
+                alive()
                 progress(done, total)
 
-            if lease is not None:
-                number = round_number(store, lease, spec.ref_name(context) or prefix)
-            rounds.discard_all(root, context)
-            rounds.mark_used(scratch, context)
-            result = spec.exporter_for(context).export(scratch / rounds.ARTIFACT, on_progress=report)
-        if lease is not None:
-            # A round that was lost meanwhile ends here: what it exported is not handed on. Its completion is recorded
-            # once it is published.
-            lease.release()
-        rounds.leave_note(scratch, number, generation)
+            token = held.take_number()
+            rounds.discard_all(step.scratch_root, step.context)
+            rounds.mark_used(scratch, step.context)
+            result = step.exporter.export(scratch / rounds.ARTIFACT, on_progress=report)
+        held.hand_over()
+        rounds.leave_note(scratch, token.number, token.generation)
     except BaseException:
         rounds.remove(scratch)
-        if lease is not None:
-            lease.abandon()
+        held.abandon()
         raise
     artifact = result.artifact
-    key = content_key(prefix, artifact)
-    return result, SnapshotHandle(key, str(scratch), artifact.manifest_bytes, number, generation)
+    key = content_key(token.name, artifact)
+    return result, SnapshotHandle(key, str(scratch), artifact.manifest_bytes, token.number, token.generation)
 
 
-def _skip_export(context: dg.OpExecutionContext, spec: PipelineSpec) -> None:
-    """Tell that another run exports the same snapshot.
+def _skip_export(step: Step) -> None:
+    """Report that another run exports the same snapshot.
 
     Raises:
         TransferBusy: a process that is no run exports it.
     """
-    prefix = spec.prefix(context)
-    other = _run_that_exports(context, spec.snapshot.key)
+    asset = step.spec.snapshot.key
+    other = _run_that_exports(step.context, asset)
     if other is None:
         raise TransferBusy(
-            f"another process is exporting {prefix!r} at this moment",
+            f"another process is exporting {step.prefix!r} at this moment",
             hint="let it end; this run takes the round over if it does not",
-            key=prefix,
+            key=step.prefix,
         )
-    reason = f"nothing to do: run {other} is exporting {prefix!r} at this moment"
-    context.log.info("export.skipped reason=%r", reason)
-    context.log_event(
-        dg.AssetObservation(
-            spec.snapshot.key,
-            partition=context.partition_key if context.has_partition_key else None,
-            description=reason,
-            metadata={md.STATUS: "skipped", md.REASON: reason},
-        )
-    )
+    reason = f"nothing to do: run {other} is exporting {step.prefix!r} at this moment"
+    step.log.info("export.skipped reason=%r", reason)
+    metadata = {md.STATUS: "skipped", md.REASON: reason}
+    step.context.log_event(dg.AssetObservation(asset, partition=step.partition, description=reason, metadata=metadata))
 
 
 def _run_that_exports(context: dg.OpExecutionContext, snapshot: dg.AssetKey) -> str | None:
@@ -203,22 +263,15 @@ def _run_that_exports(context: dg.OpExecutionContext, snapshot: dg.AssetKey) -> 
 
 def upload_snapshot(context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource) -> UploadHandle:
     """Bring the newest snapshot into the store, under the key of its content."""
-    with step_journal(context, spec.retry_policy) as journal:
-        store = blobflow.get_store()
-        snapshot = find_snapshot(context, spec, blobflow, store)
+    with open_step(context, spec, blobflow) as step:
+        store, journal = step.store, step.journal
+        snapshot = find_snapshot(step)
         metadata = snapshot_facts(store, snapshot)
-        digest = digest_if_gone(context, spec, store, snapshot)
+        digest = digest_if_gone(step, snapshot)
         if digest is not None:
             status, sent, resumed = "unchanged", 0, 0
         else:
-            result = upload(
-                store,
-                snapshot.key,
-                snapshot.path,
-                profile=blobflow.get_profile(),
-                on_progress=journal.progress,
-                on_checkpoint=journal.save,
-            )
+            result = upload(store, snapshot.key, snapshot.path, **step.transfer)
             digest, status = result.artifact_digest, result.status
             if status == "unchanged":
                 journal.done(transfer_id(store, snapshot.key, digest, "upload"))
@@ -233,28 +286,24 @@ def upload_snapshot(context: dg.OpExecutionContext, spec: PipelineSpec, blobflow
         return UploadHandle.of(snapshot, digest, status, metadata)
 
 
-def find_snapshot(
-    context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource, store: Store
-) -> SnapshotHandle:
+def find_snapshot(step: Step) -> SnapshotHandle:
     """The snapshot that is to be brought into the store."""
-    return _upstream(context, spec, store).snapshot(spec.snapshot.key, spec.scratch_root(context, blobflow))
+    return step.upstream.snapshot(step.spec.snapshot.key, step.scratch_root)
 
 
-def digest_if_gone(
-    context: dg.OpExecutionContext, spec: PipelineSpec, store: Store, snapshot: SnapshotHandle
-) -> str | None:
+def digest_if_gone(step: Step, snapshot: SnapshotHandle) -> str | None:
     """The digest under which the store has a snapshot that is not on the disk any more; None if it is on the disk.
 
     Raises:
         ArtifactNotFound: neither has it.
     """
     if snapshot.scratch and Artifact.is_artifact(snapshot.path):
-        rounds.mark_used(Path(snapshot.scratch), context)
+        rounds.mark_used(Path(snapshot.scratch), step.context)
         return None
     # It was removed after an earlier verification, and only this asset is materialized again.
-    digest = stored_digest(store, snapshot.key, snapshot.manifest)
+    digest = stored_digest(step.store, snapshot.key, snapshot.manifest)
     if digest is None:
-        raise snapshot_is_gone(store, spec.snapshot.key, snapshot.key, snapshot.scratch)
+        raise snapshot_is_gone(step.store, step.spec.snapshot.key, snapshot.key, snapshot.scratch)
     return digest
 
 
@@ -290,11 +339,11 @@ def verify_remote(
 
     A damaged artifact whose content is on the disk is uploaded again.
     """
-    with step_journal(context, spec.retry_policy) as journal:
-        store = blobflow.get_store()
+    with open_step(context, spec, blobflow) as step:
+        store = step.store
         at_hand = rounds.artifact_in(uploaded.scratch)
         try:
-            result, healed = _proven(context, spec, blobflow, store, uploaded, at_hand, journal)
+            result, healed = _proven(step, uploaded, at_hand)
         except PermissionMissing:
             raise  # it says nothing of the artifact
         except (IntegrityError, RefusedError, NotFoundError) as error:
@@ -306,11 +355,11 @@ def verify_remote(
                 )
             yield _failed_check(spec, error)
             raise
-        ref = spec.ref_name(context)
-        if ref is not None:
-            journal.fence.check(now=True)
-            name_artifact(store, ref, uploaded.key, result.artifact_digest, round_number=uploaded.round_number)
-        _complete_round(context, spec, blobflow, store, uploaded)
+        token = RoundToken(step.prefix, step.ref, uploaded.round_number, uploaded.generation)
+        if token.ref is not None:
+            step.journal.fence.check(now=True)
+        token.publish(store, uploaded.key, result.artifact_digest)
+        _complete_round(step, token, uploaded.cursor)
         if uploaded.scratch:
             rounds.discard(Path(uploaded.scratch), context)
         context.log.info(
@@ -328,35 +377,25 @@ def verify_remote(
                 md.PROOF: result.proof,
                 md.VERIFY_SECONDS: round(result.seconds, 3),
                 **md.healing(healed),
-                **({md.REF: ref} if ref is not None else {}),
+                **({md.REF: token.ref} if token.ref is not None else {}),
             },
             check_results=[_passed_check(spec, result, healed)],
         )
 
 
-def _proven(
-    context: dg.OpExecutionContext,
-    spec: PipelineSpec,
-    blobflow: BlobflowResource,
-    store: Store,
-    uploaded: UploadHandle,
-    at_hand: Artifact | None,
-    journal: StepJournal,
-) -> tuple[VerifyResult, Healed | None]:
-    with _about(store, uploaded.key):
+def _proven(step: Step, uploaded: UploadHandle, at_hand: Artifact | None) -> tuple[VerifyResult, Healed | None]:
+    with _about(step.store, uploaded.key):
         return verify_or_heal(
-            store,
+            step.store,
             uploaded.key,
             at_hand,
-            mode=spec.verify_mode,
+            mode=step.spec.verify_mode,
             expected_digest=uploaded.digest,
-            profile=blobflow.get_profile(),
-            on_progress=journal.progress,
-            on_checkpoint=journal.save,
-            on_damage=lambda found: context.log.warning(
+            on_damage=lambda found: step.log.warning(
                 "verify.damaged key=%s error=%r: its content is at hand and is uploaded again",
                 *(uploaded.key, found.message),
             ),
+            **step.transfer,
         )
 
 
@@ -385,18 +424,14 @@ def _passed_check(spec: PipelineSpec, result: VerifyResult, healed: Healed | Non
     )
 
 
-def _complete_round(
-    context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource, store: Store, uploaded: UploadHandle
-) -> None:
+def _complete_round(step: Step, token: RoundToken, cursor: JsonValue) -> None:
     """Record that the round is published; a failure loses only the record."""
-    leases = blobflow.get_leases(store) if uploaded.generation is not None else None
-    if leases is None or uploaded.generation is None:
-        return
+    leases = step.blobflow.get_leases(step.store) if token.generation is not None else None
     try:
-        if not record_completion(leases, f"{spec.prefix(context)}/round", uploaded.generation, uploaded.cursor):
-            context.log.info("round.superseded generation=%d", uploaded.generation)
+        if not token.complete(leases, cursor):
+            step.log.info("round.superseded generation=%d", token.generation)
     except BlobflowError as error:
-        context.log.warning("round.completion_failed error=%r", error.message)
+        step.log.warning("round.completion_failed error=%r", error.message)
 
 
 # ------------------------------------------------------------------------------------------------- download and import
@@ -404,15 +439,9 @@ def _complete_round(
 
 def download_remote(context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource) -> StagedHandle:
     """Land the artifact that the mirror is to show where its importer takes it from."""
-    with step_journal(context, spec.retry_policy) as journal:
-        remote = find_remote(context, spec, blobflow.get_store())
-        importer = spec.importer_for(context)
-        alive = importer.current()
-        if alive is not None and alive.digest == remote.digest:
-            context.log.info("download.done status=unchanged key=%s alive=%s", remote.key, alive.path)
-            metadata: dict[str, Any] = {md.STATUS: "unchanged", md.BYTES_RECEIVED: 0, md.BYTES_RESUMED: 0}
-        else:
-            metadata = stage(context, blobflow, importer, remote.key, remote.digest, journal)
+    with open_step(context, spec, blobflow) as step:
+        remote = find_remote(step)
+        metadata = stage(step, remote.key, remote.digest)
         context.add_output_metadata(metadata)
         return StagedHandle(remote.key, remote.digest, metadata, remote.round_number)
 
@@ -421,23 +450,23 @@ def import_mirror(
     context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource, staged: StagedHandle
 ) -> dg.MaterializeResult[MirrorHandle]:
     """Bring the artifact to life at the target, unless a later round's artifact lives there."""
-    with step_journal(context, spec.retry_policy) as journal:
-        importer = spec.importer_for(context)
+    with open_step(context, spec, blobflow) as step:
         metadata = staged.metadata
-        artifact = importer.current()
-        if artifact is None or artifact.digest != staged.digest:
-            landed = importer.staging(staged.digest)
-            if not Artifact.is_artifact(landed):
-                # An import that was killed may have moved it away; or this step runs on another machine.
-                metadata = stage(context, blobflow, importer, staged.key, staged.digest, journal)
-            artifact = Artifact.open(landed)
-        journal.fence.check(now=True)
-        if (ref := spec.ref_name(context)) is not None:
-            found, alive = read_ref(blobflow.get_store(), ref), importer.current()
-            # Like the ref, a mirror that shows the newest never goes back because somebody wakes up late.
-            if found and alive and alive.digest == found.manifest_sha256 != staged.digest:
-                check_round(ref, found, staged.round_number)
-        result = import_artifact(artifact, importer, consume=True, on_progress=journal.watch("import"), key=staged.key)
+        # An import that was killed may have moved the artifact away; or this step runs on another machine.
+        again = stage(step, staged.key, staged.digest)
+        if again[md.STATUS] != "unchanged":
+            metadata = again
+        step.journal.fence.check(now=True)
+        result = update_mirror(
+            step.store,
+            staged.key,
+            staged.digest,
+            step.importer,
+            ref=step.ref,
+            round_number=staged.round_number,
+            on_import=step.journal.watch("import"),
+            **step.transfer,
+        ).imported
         context.log.info(
             "import.done status=%s members=%d bytes=%d seconds=%.1f path=%s",
             *(result.status, result.members, result.bytes, result.seconds, result.path),
@@ -461,41 +490,25 @@ def import_mirror(
         )
 
 
-def find_remote(context: dg.OpExecutionContext, spec: PipelineSpec, store: Store) -> RemoteHandle:
+def find_remote(step: Step) -> RemoteHandle:
     """The artifact that the mirror is to show.
 
     Raises:
         DigestMismatch: it is not the one that the pipeline, or the run's configuration, allows.
     """
-    remote = _upstream(context, spec, store).remote(spec.remote.key)
-    check_pinned(spec.digest, remote)
-    check_pinned(context.op_config["digest"], remote)
+    remote = step.upstream.remote(step.spec.remote.key)
+    check_pinned(step.spec.digest, remote)
+    check_pinned(step.context.op_config["digest"], remote)
     return remote
 
 
-def stage(
-    context: dg.OpExecutionContext,
-    blobflow: BlobflowResource,
-    importer: Importer,
-    key: str,
-    digest: str,
-    journal: StepJournal,
-) -> dict[str, Any]:
-    """Land an artifact in the importer's staging; gives metadata. What an earlier attempt landed is kept."""
-    store = blobflow.get_store()
-    with _about(store, key):
-        result = download(
-            store,
-            key,
-            importer.staging(digest),
-            profile=blobflow.get_profile(),
-            expected_digest=digest,
-            on_progress=journal.progress,
-            on_checkpoint=journal.save,
-        )
+def stage(step: Step, key: str, digest: str) -> dict[str, Any]:
+    """Land an artifact where the importer takes it from, unless it is there or alive; gives metadata."""
+    with _about(step.store, key):
+        result = stage_artifact(step.store, key, digest, step.importer, **step.transfer)
     if result.status == "unchanged":
-        journal.done(transfer_id(store, key, digest, "download"))
-    context.log.info(
+        step.journal.done(transfer_id(step.store, key, digest, "download"))
+    step.log.info(
         "download.done status=%s key=%s bytes_received=%d bytes_resumed=%d",
         *(result.status, key, result.bytes_received, result.bytes_resumed),
     )
@@ -503,15 +516,10 @@ def stage(
         md.STATUS: result.status,
         md.BYTES_RECEIVED: result.bytes_received,
         md.BYTES_RESUMED: result.bytes_resumed,
-        md.DOWNLOAD_SECONDS: round(result.seconds, 3),
-        **journal.metadata(),
+        **({md.DOWNLOAD_SECONDS: round(result.seconds, 3)} if result.status != "unchanged" else {}),
+        **step.journal.metadata(),
         **md.throughput(result.bytes_received, result.seconds),
     }
-
-
-def _upstream(context: dg.OpExecutionContext, spec: PipelineSpec, store: Store) -> Upstream:
-    """Where a step finds its input."""
-    return Upstream(context, store, spec.prefix(context), spec.ref_name(context), spec.artifact_key(context))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import dagster as dg
 import pytest
 
 from blobflow.dagster import metadata as md
-from blobflow.dagster.checkpoints import LIVE_S, TRANSFERS, ObservationHome, StepJournal, transfer_journal
+from blobflow.dagster.checkpoints import LIVE_S, TRANSFERS, ObservationCheckpoints, StepJournal, transfer_journal
 from blobflow.dagster.fencing import RunFence
 from blobflow.errors import StoreUnavailable, UsageError
 from blobflow.testing import FailBefore, Fault, Hook, Request, read_tree
@@ -46,7 +46,7 @@ def checkpoints(instance: dg.DagsterInstance, kind: str) -> list[Checkpoint]:
 
 
 def journal_of(instance: dg.DagsterInstance, clock: Clock, lines: list[str]) -> StepJournal:
-    home = ObservationHome(instance, instance.report_runless_asset_event)
+    home = ObservationCheckpoints(instance, instance.report_runless_asset_event)
     return StepJournal(home, RunFence(instance, None), lines.append, writer="run-1", clock=clock)
 
 
@@ -148,7 +148,7 @@ def test_the_next_attempt_says_where_it_begins(ephemeral):
     """The step's log names the run before and the bytes that are kept; its observation links to that run."""
     clock, lines = Clock(1_000_000.0), list[str]()
     journal_of(ephemeral, clock, lines).save(record(0))
-    home = ObservationHome(ephemeral, ephemeral.report_runless_asset_event)
+    home = ObservationCheckpoints(ephemeral, ephemeral.report_runless_asset_event)
     second = StepJournal(home, RunFence(ephemeral, None), lines.append, writer="run-2", clock=clock)
     second.save(record(4, parts_resumed=4, bytes_resumed=400))
     assert lines == ["upload.resumed attempt=2 after=run-1 resumed_from_bytes=400 parts=4/10"]

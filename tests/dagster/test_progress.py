@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from blobflow.dagster.progress import ProgressLog
+from blobflow.dagster.checkpoints import ProgressLog
 from blobflow.transport import ProgressEvent
 from tests.clock import Clock
 

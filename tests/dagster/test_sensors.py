@@ -544,7 +544,7 @@ def test_a_slow_store_makes_the_page_shorter(daemon: Daemon, monkeypatch):
 
         return Hook(wait) if request.operation == "get" else None
 
-    monkeypatch.setattr("blobflow.dagster.sensors.monotonic", lambda: now[0])
+    monkeypatch.setattr("blobflow.dagster.manifest_tick.monotonic", lambda: now[0])
     FaultyResource.script(takes_two_seconds)
     publish(daemon.store, range(100))
     told: list[int] = []
@@ -562,7 +562,7 @@ def test_other_objects_are_no_obstacle(daemon: Daemon, monkeypatch):
         now[0] += 1
         return now[0]
 
-    monkeypatch.setattr("blobflow.dagster.sensors.monotonic", clock)
+    monkeypatch.setattr("blobflow.dagster.manifest_tick.monotonic", clock)
     for number in range(50):
         daemon.store.put(f"orders/0-{number:02}", b"")
     keys = publish(daemon.store, [1])
@@ -579,7 +579,7 @@ class SlowDagster:
         self.seconds = seconds
         self.times = 1.0
         monkeypatch.setattr("time.time", lambda: self.now)  # of the events that are recorded
-        monkeypatch.setattr("blobflow.dagster.sensors.monotonic", lambda: self.now)
+        monkeypatch.setattr("blobflow.dagster.manifest_tick.monotonic", lambda: self.now)
 
     def __call__(self, what: str) -> None:
         self.now += self.seconds[what] * self.times
@@ -669,8 +669,8 @@ def test_a_store_that_hangs_ends_the_tick(daemon: Daemon, monkeypatch: pytest.Mo
     def hang(_: Request) -> None:
         release.wait(60)
 
-    monkeypatch.setattr("blobflow.dagster.sensors.BUDGET_S", 2.0)
-    monkeypatch.setattr("blobflow.dagster.sensors._PATIENCE_S", 0.5)
+    monkeypatch.setattr("blobflow.dagster.manifest_tick.BUDGET_S", 2.0)
+    monkeypatch.setattr("blobflow.dagster.manifest_tick.PATIENCE_S", 0.5)
     publish(daemon.store, range(10))
     FaultyResource.script(faults)
     result = daemon.tick()
@@ -779,7 +779,7 @@ def test_many_manifests_are_found_page_by_page(daemon: Daemon, monkeypatch):
     for n in range(number):
         (directory / f"{n:06}.tar.manifest.json").write_bytes(content)
     daemon.sensor = published_sensor("orders", page_size=1000)
-    monkeypatch.setattr("blobflow.dagster.sensors.BUDGET_S", 3600.0)  # pages are what is counted here, not seconds
+    monkeypatch.setattr("blobflow.dagster.manifest_tick.BUDGET_S", 3600.0)  # pages are counted here, not seconds
     for tick in range(number // 1000 + 1):
         result = daemon.evaluate()
         for request in result.dynamic_partitions_requests:

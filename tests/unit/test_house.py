@@ -143,17 +143,6 @@ def test_dagster_can_read_our_annotations():
 PACKAGE = ROOT / "blobflow"
 MAX_FUNCTION_LINES = 60
 MAX_IMPORTS_INSIDE = 40
-LONG_FUNCTIONS = {
-    "blobflow.dagster.jobs.gc_job",
-    "blobflow.dagster.lanes.download_in_lanes",
-    "blobflow.dagster.lanes.upload_in_lanes",
-    "blobflow.dagster.pipeline._mirror_asset",
-    "blobflow.dagster.pipeline._remote_asset",
-    "blobflow.dagster.pipeline._snapshot_asset",
-    "blobflow.dagster.pipeline.export",
-    "blobflow.dagster.pipeline.verify_artifact",
-}
-"""What is still too long. The list only shrinks."""
 CIRCLES = {
     ("blobflow.stores.s3.coroutines", "blobflow.stores.s3.store"),
 }
@@ -211,7 +200,7 @@ def test_no_function_is_long():
         for function in functions(module)
         if body_lines(function) > MAX_FUNCTION_LINES
     }
-    assert found <= LONG_FUNCTIONS
+    assert found == set()
 
 
 def test_modules_do_not_import_each_other():
