@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
@@ -17,8 +19,12 @@ from blobflow.dagster import (
     BlobflowTranslator,
     DirectoryExporter,
     DirectoryImporter,
+    PipelineSpec,
+    build_pipeline,
     metadata as md,
+    steps,
 )
+from blobflow.dagster.handles import PIN
 from blobflow.dagster.pipeline import artifact_pipeline
 from blobflow.errors import PermissionMissing, StoreUnavailable, TransferBusy, UsageError
 from blobflow.testing import FailBefore, Fault, Hook, Request, read_tree, write_tree
@@ -484,3 +490,53 @@ def test_arguments_that_make_no_sense_are_refused_at_once(place, arguments, mess
     }
     with pytest.raises(UsageError, match=message):
         artifact_pipeline(**{**settings, **arguments})
+
+
+def test_a_spec_makes_the_pipeline_that_the_arguments_make(place):
+    """`build_pipeline` of a `PipelineSpec` makes what `artifact_pipeline` makes of the same arguments."""
+    ends: dict[str, Any] = {
+        "exporter": DirectoryExporter(path=place.source),
+        "importer": DirectoryImporter(path=place.home / "mirror"),
+        "lanes": 2,
+        "deps": ["raw"],
+        "group_name": "ours",
+    }
+    spec = PipelineSpec("orders", **ends)
+    made, other = build_pipeline(spec), artifact_pipeline("orders", **ends)
+
+    assert [list(asset.specs) for asset in made.assets] == [list(asset.specs) for asset in other.assets]
+    assert made.job.name == other.job.name == "orders_job"
+    with pytest.raises(FrozenInstanceError):
+        spec.lanes = 3  # pyright: ignore[reportAttributeAccessIssue]
+    assert replace(spec, name="invoices").snapshot.key == dg.AssetKey(["invoices", "snapshot"])
+    with pytest.raises(UsageError, match="lanes must be 1 to 64, not 0"):
+        replace(spec, lanes=0)
+
+
+def test_the_five_steps_are_functions_that_an_op_may_call(place):
+    """An op of one's own that calls the five steps one after the other brings a tree to its mirror."""
+    spec = PipelineSpec(
+        "orders", DirectoryExporter(path=place.source), DirectoryImporter(path=place.home / "mirror"), retry_policy=None
+    )
+
+    @dg.op(required_resource_keys={"blobflow"}, config_schema=PIN)
+    def all_at_once(context):
+        blobflow = context.resources.blobflow
+        exported = steps.export_snapshot(context, spec, blobflow)
+        assert exported is not None
+        uploaded = steps.upload_snapshot(context, spec, blobflow)
+        (verified,) = steps.verify_remote(context, spec, blobflow, uploaded)
+        assert isinstance(verified, dg.MaterializeResult)
+        staged = steps.download_remote(context, spec, blobflow)
+        mirrored = steps.import_mirror(context, spec, blobflow, staged)
+        assert exported.data_version == verified.data_version == mirrored.data_version
+        return staged.key
+
+    @dg.job(resource_defs={"blobflow": place.resource()})
+    def whole():
+        all_at_once()
+
+    result = whole.execute_in_process(instance=place.instance)
+
+    assert [result.output_for_node("all_at_once")] == keys(place)
+    assert read_tree(place.current) == TREE
