@@ -47,5 +47,9 @@ from blobflow.transport import (
     upload as upload,
     verify as verify,
 )
+from blobflow.transport.checkpoints import (
+    LocalCheckpointStore as LocalCheckpointStore,
+    TransferJournal as TransferJournal,
+)
 from blobflow.uploads.progress import TransferRecord as TransferRecord
 from blobflow.version import __version__ as __version__

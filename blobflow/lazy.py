@@ -22,7 +22,8 @@ def public_names(package: str) -> dict[str, str]:
     import ast
     import pkgutil
 
-    stub = pkgutil.get_data(package, "__init__.pyi") or b""
+    stub = pkgutil.get_data(package, "__init__.pyi")
+    assert stub is not None, package
     imports = [node for node in ast.parse(stub).body if isinstance(node, ast.ImportFrom)]
     return {alias.name: node.module for node in imports for alias in node.names if node.module}
 

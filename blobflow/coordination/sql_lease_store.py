@@ -50,7 +50,7 @@ class SqlLeaseStore(LeaseStore):
         """The server's time, and the monotonic second at which it told it."""
 
     def __repr__(self) -> str:
-        return f"<SqlLeases {self.url}>"
+        return f"<SqlLeaseStore {self.url}>"
 
     @override
     def read(self, name: str) -> Found | None:

@@ -15,6 +15,7 @@ defs = dg.Definitions.merge(
 
 from blobflow.backends import DirectoryExporter, DirectoryImporter
 from blobflow.dagster.batch import batch_asset, batch_op
+from blobflow.dagster.checkpoints import transfer_journal
 from blobflow.dagster.component import ArtifactMirrorComponent, ArtifactPipelineComponent
 from blobflow.dagster.handles import MirrorHandle, RemoteHandle, SnapshotHandle
 from blobflow.dagster.handoff import HandoffIOManager
@@ -64,4 +65,5 @@ __all__ = [
     "received_mirror",
     "ref_sensor",
     "retention_job",
+    "transfer_journal",
 ]

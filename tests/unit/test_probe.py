@@ -297,7 +297,7 @@ def test_every_lie_is_found(tmp_path: Path, liar: Callable[[Path], Store], lacks
 
 
 def test_what_does_not_hold_is_not_relied_upon(tmp_path: Path) -> None:
-    """Abilities are taken from a declared set; only the attested checksum is added."""
+    """Capabilities are taken from a declared set; only the attested checksum is added."""
     report = probe(Honest(tmp_path))
     declared = Capabilities()
     assert report.apply(declared) == replace(declared, attests_crc32c=True)

@@ -1,7 +1,3 @@
-"""Lanes: one upload or download shared by several processes or machines (docs/lanes.md)."""
-
-from __future__ import annotations
-
 from blobflow.transport.lanes import (
     DownloadTicket as DownloadTicket,
     LaneResult as LaneResult,
