@@ -25,7 +25,6 @@ another user's, is refused.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -49,7 +48,6 @@ from blobflow.durable import (
     free_bytes,
     fsync_directory,
     lock,
-    try_lock,
     unlock_and_close,
     whole_lines,
     write_all,
@@ -68,7 +66,6 @@ from blobflow.errors import (
     SizeMismatch,
     StoreConfigurationError,
     StoreUnavailable,
-    TransferBusy,
     UploadIncomplete,
     UsageError,
     expanded,
@@ -89,6 +86,7 @@ from blobflow.stores.base import (
     check_key,
     plain,
 )
+from blobflow.stores.local.locks import KeyLocks
 from blobflow.stores.optional import HasClock, HasRoom
 from blobflow.untrusted import bounded_time, read_object, utc_time
 
@@ -109,12 +107,6 @@ _SWEEP_AFTER_S = 24 * 3600.0
 """Far above what the slowest writer needs between two writes to the same temporary file."""
 _STRAGGLER_PATIENCE_S = 30.0
 """How long complete waits for a part that another process is still writing."""
-
-_LOCK_POLL_S = 0.02
-_LOCK_PATIENCE_S = 2.0
-"""Longer than a sync usually takes. Breaking the lock of a holder that is only slow costs it a retry, nothing else."""
-_NO_NOTE = b" " * 32
-_IS_TEMPORARY = re.compile(rb"[0-9a-f]{32}")
 
 _NO_OBJECT_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO})
 
@@ -145,7 +137,7 @@ class LocalStore(Store, HasClock, HasRoom):
         self.root = expanded(root).absolute()
         self.url = self.root.as_uri()
         self._now_ns = now_ns
-        self._straggler_patience_s = straggler_patience_s
+        self._locks = KeyLocks(self._own, url=self.url, patience_s=straggler_patience_s)
         self._journals: dict[str, _JournalState] = {}
         self._swept = False
 
@@ -249,7 +241,7 @@ class LocalStore(Store, HasClock, HasRoom):
                 os.close(self._open_object(key))
             except ObjectNotFound:
                 return
-            with self._locked(key):
+            with self._locks.held(key):
                 try:
                     parent = self._open_directory(segments[:-1])
                 except OSError as error:
@@ -550,7 +542,7 @@ class LocalStore(Store, HasClock, HasRoom):
             FileNotFoundError: the source is gone.
         """
         segments = key.split("/")
-        with self._locked(key, "" if name == "payload" else name):
+        with self._locks.held(key, "" if name == "payload" else name):
             for _ in range(_MKDIR_ATTEMPTS):
                 try:
                     parent = self._open_directory(segments[:-1], make=True)
@@ -618,87 +610,6 @@ class LocalStore(Store, HasClock, HasRoom):
                 return  # not empty, or gone
             finally:
                 os.close(parent)
-
-    @contextmanager
-    def _locked(self, key: str, temporary: str = "") -> Generator[None]:
-        """Hold the lock that all writers of `key` share, in this process and in others.
-
-        A process that is stopped while it holds the lock must not stop everybody else. So a holder writes down the
-        temporary file that it is about to rename: whoever has waited for too long puts a new lock file in the place
-        of the old one and removes that file, so that the sleeper has nothing left to rename.
-
-        Args:
-            temporary: Name of that file in `tmp`. Whoever holds the lock without one is left alone by those who want
-                the same key; other keys that share the lock have nothing to fear from him.
-
-        Raises:
-            TransferBusy: somebody holds it for this key without such a file, and does not let go.
-        """
-        name = f"{crc32c(key.encode()) & 0xFF:02x}"
-        with self._own("locks") as locks:
-            fd = self._take_lock(key, locks, name)
-            try:
-                while True:
-                    os.pwrite(fd, temporary.encode() or _unbreakable(key), 0)
-                    # After the note: if the lock was not broken by now, whoever breaks it later reads the note.
-                    if locks.names_file(name, fd):
-                        break
-                    unlock_and_close(fd)
-                    fd = -1
-                    fd = self._take_lock(key, locks, name)
-                yield
-            finally:
-                if fd >= 0:
-                    # Who is stopped before it has written its own note is not to be taken for this holder.
-                    with suppress(OSError):
-                        os.pwrite(fd, _NO_NOTE, 0)
-                    unlock_and_close(fd)
-
-    def _take_lock(self, key: str, locks: PrivateDirectory, name: str) -> int:
-        """A descriptor of the lock file that holds its lock; the file may have been replaced meanwhile."""
-        started, pause_s = time.monotonic(), _LOCK_POLL_S / 16
-        while True:
-            fd = locks.open(name, os.O_RDWR | os.O_CREAT)
-            try:
-                while locks.names_file(name, fd):
-                    if try_lock(fd):
-                        return fd
-                    waited_s = time.monotonic() - started
-                    if waited_s > _LOCK_PATIENCE_S and os.pread(fd, len(_NO_NOTE), 0) != _unbreakable(key):
-                        fresh = self._break_lock(key, fd, locks, name)
-                        if fresh is None:
-                            break
-                        os.close(fd)
-                        return fresh
-                    if waited_s > self._straggler_patience_s:
-                        raise TransferBusy(f"another process is writing {key!r}, and does not get on with it", key=key)
-                    time.sleep(pause_s)
-                    pause_s = min(2 * pause_s, _LOCK_POLL_S)
-            except BaseException:
-                unlock_and_close(fd)
-                raise
-            unlock_and_close(fd)
-
-    def _break_lock(self, key: str, held: int, locks: PrivateDirectory, name: str) -> int | None:
-        """Put a new lock file, locked, in the place of the one that a sleeper holds; None: another one was quicker."""
-        with _exclusive(locks, "breaking"), self._own("tmp") as tmp:
-            if not locks.names_file(name, held):
-                return None
-            fresh = uuid.uuid4().hex
-            fd = tmp.open(fresh, _CREATE)
-            try:
-                lock(fd)
-                tmp.rename(fresh, name, locks)
-                note = os.pread(held, len(_NO_NOTE), 0)
-                _log.warning("store.lock_broken url=%s lock=%s", self.url, name)
-                if note == _unbreakable(key):  # the holder is another one by now
-                    self._lock_alone(key, held)
-                elif _IS_TEMPORARY.fullmatch(note):
-                    tmp.unlink(note.decode())
-            except BaseException:
-                unlock_and_close(fd)
-                raise
-            return fd
 
     @contextmanager
     def _own(self, name: str, *, make: bool = True) -> Generator[PrivateDirectory]:
@@ -822,7 +733,7 @@ class LocalStore(Store, HasClock, HasRoom):
                     if held == "shared":
                         lock(guard, shared=True)
                     elif held == "alone":
-                        self._lock_alone(key, guard)
+                        self._locks.wait_for(guard, key)
                     # After the lock: complete may have finished while this call waited.
                     upload.stat("payload")
                 except FileNotFoundError:
@@ -835,14 +746,6 @@ class LocalStore(Store, HasClock, HasRoom):
             if intent["key"] != key:
                 raise _no_such_upload(key, upload_id)
             yield _Upload(key, upload_id, upload, intent["part_size"], self._journals)
-
-    def _lock_alone(self, key: str, fd: int) -> None:
-        """Wait for the exclusive lock, but not for ever: a stopped process may hold it."""
-        deadline = time.monotonic() + self._straggler_patience_s
-        while not try_lock(fd):
-            if time.monotonic() >= deadline:
-                raise TransferBusy(f"a part of {key!r} is still being written by another process", key=key)
-            time.sleep(_LOCK_POLL_S)
 
 
 class _JournalState(NamedTuple):
@@ -1004,22 +907,6 @@ def _is_key(path: str) -> bool:
     except InvalidKey:
         return False
     return True
-
-
-def _unbreakable(key: str) -> bytes:
-    """The note of a holder that has no temporary file; as long as every note."""
-    return b"-" + hashlib.blake2b(key.encode(), digest_size=16).hexdigest()[1:].encode()
-
-
-@contextmanager
-def _exclusive(directory: PrivateDirectory, name: str) -> Generator[None]:
-    """Hold the lock of one file."""
-    fd = directory.open(name, os.O_RDWR | os.O_CREAT)
-    try:
-        lock(fd)
-        yield
-    finally:
-        unlock_and_close(fd)
 
 
 def _create(directory: PrivateDirectory, name: str, content: bytes, mode: int | None = None) -> None:
