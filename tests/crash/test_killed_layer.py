@@ -137,12 +137,15 @@ def test_a_killed_command_is_continued_by_another_machine(tmp_path: Path):
     assert fingerprint(back) == fingerprint(source)
 
 
-class Kennel:
+class LayerProcesses:
     """Children that sync and restore, and can be killed."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.crash.layer_kennel"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "tests.crash.layer_processes"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def run(self, order: dict[str, Any], kill_after_s: float | None = None) -> int:
@@ -181,7 +184,7 @@ def test_random_kills_leave_no_wrong_state(tmp_path: Path):
     order["expected"] = ["TransferBusy", "NotFoundError", "UploadInterrupted", "StoreUnavailable"]
     codes: Counter[int] = Counter()
     took = 0.2
-    with closing(Kennel()) as kennel:
+    with closing(LayerProcesses()) as processes:
         while codes[-signal.SIGKILL] < kills:
             if dice.random() < 0.1:
                 shutil.rmtree(dice.choice(hosts), ignore_errors=True)
@@ -190,7 +193,7 @@ def test_random_kills_leave_no_wrong_state(tmp_path: Path):
             path = dice.choice(sources) if what == "sync" else tmp_path / f"back {container}"
             now = order | {"what": what, "container": container, "home": str(home), "path": str(path)}
             started = time.monotonic()
-            code = kennel.run(now, dice.uniform(0, took))
+            code = processes.run(now, dice.uniform(0, took))
             codes[code] += 1
             # About the time that one takes, so that kills fall everywhere.
             seconds = 1.5 * (time.monotonic() - started)
@@ -203,10 +206,10 @@ def test_random_kills_leave_no_wrong_state(tmp_path: Path):
         for number, container in enumerate(CONTAINERS):
             for source in (sources[number], sources[number + 1]):
                 done = order | {"what": "sync", "container": container, "home": str(hosts[0]), "path": str(source)}
-                assert kennel.run(done) == 0
+                assert processes.run(done) == 0
             _assert_truthful(store, hosts)
             back = tmp_path / f"last {container}"
-            assert kennel.run(done | {"what": "restore", "home": str(tmp_path / "empty"), "path": str(back)}) == 0
+            assert processes.run(done | {"what": "restore", "home": str(tmp_path / "empty"), "path": str(back)}) == 0
             assert fingerprint(back) == fingerprint(sources[number + 1])
     print(f"codes={dict(codes)}")
     collect(store, older_than_s=0, payloads=True)

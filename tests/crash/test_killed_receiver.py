@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ import pytest
 from blobflow.mirror import Bootstrapping, Snapshot, read_snapshots
 from blobflow.mirror.client import MirrorClient
 from tests.kit import noise
+from tests.servers import free_port
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -46,12 +46,6 @@ def running(directory: Path, port: int, checkpoint_bytes: int) -> Generator[subp
             yield process
         finally:
             process.kill()
-
-
-def free_port() -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def write_noise(path: Path, size: int) -> None:

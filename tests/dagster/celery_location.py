@@ -23,7 +23,7 @@ from blobflow.dagster import (
 )
 from blobflow.testing import Fault, Hook, Request
 from tests.dagster.kit import FaultyResource
-from tests.dagster.yard import wait_for
+from tests.processes import wait_for
 
 LANES = 3
 WORKERS = 2

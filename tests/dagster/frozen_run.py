@@ -13,7 +13,7 @@ import dagster as dg
 
 from blobflow import DirectoryExporter, ExportResult
 from tests.dagster.kit import Place, failure
-from tests.dagster.yard import wait_for
+from tests.processes import wait_for
 
 
 class Gated:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -37,6 +36,7 @@ from blobflow.errors import UsageError
 from blobflow.testing import read_tree, write_tree
 from tests.dagster.backfill_location import REGIONS
 from tests.dagster.kit import FOLLOWING, MIRROR, REMOTE, SNAPSHOT, Place
+from tests.processes import wait_for
 from tests.servers import free_port
 
 HOURLY = dg.HourlyPartitionsDefinition("2026-11-20-00:00")
@@ -309,10 +309,7 @@ class Deployment:
             return json.load(answer)["data"]
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 2700
-        while not condition():
-            assert time.monotonic() < deadline, (self.home / "processes.log").read_text()[-5000:]
-            time.sleep(0.5)
+        wait_for(condition, 2700, self.home / "processes.log")
 
     def _answers(self) -> bool:
         try:

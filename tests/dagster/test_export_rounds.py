@@ -20,7 +20,8 @@ from blobflow.errors import StoreUnavailable
 from blobflow.testing import FailBefore, Fault, Request, read_tree, write_tree
 from blobflow.transport import list_artifacts
 from tests.dagster.kit import FaultyResource, Place, failure
-from tests.dagster.yard import ROOT, wait_for
+from tests.dagster.s3_pipeline import ROOT
+from tests.processes import wait_for
 
 TTL_S = 0.6
 

@@ -22,9 +22,10 @@ from tests.clock import Clock
 from tests.dagster import location_s3
 from tests.dagster.kit import MIRROR, REMOTE, FaultyResource, Place, failure, materialization
 from tests.dagster.location_s3 import PARTS, WORKERS
-from tests.dagster.yard import Yard, is_gone, wait_for, yard
+from tests.dagster.s3_pipeline import S3Pipeline, s3_pipeline
 from tests.fault_rules import Rule
 from tests.kit import sized
+from tests.processes import is_gone, wait_for
 from tests.strict_s3 import Exchange, Hook as ServerHook
 
 
@@ -215,8 +216,8 @@ def test_rounds_count_on_when_the_lease_was_removed(place: Place):
 
 
 @pytest.fixture
-def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Yard]:
-    with yard(tmp_path, monkeypatch) as made:
+def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Pipeline]:
+    with s3_pipeline(tmp_path, monkeypatch) as made:
         yield made
 
 
@@ -224,7 +225,7 @@ def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Yard]:
 @pytest.mark.parametrize(
     "trial", [0, 1, *(pytest.param(trial, marks=pytest.mark.slow) for trial in range(2, sized(20, 6)))]
 )
-def test_an_orphan_and_its_successor_end_with_one_artifact(orders: Yard, monkeypatch, trial: int):
+def test_an_orphan_and_its_successor_end_with_one_artifact(orders: S3Pipeline, monkeypatch, trial: int):
     """The run worker is killed, its step lives on beside the next run, and together they publish one right artifact.
 
     In every other trial the fence never closes: that nothing is harmed does not depend on the orphan noticing.
@@ -254,7 +255,7 @@ def test_an_orphan_and_its_successor_end_with_one_artifact(orders: Yard, monkeyp
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("trial", range(sized(20, 1)))
-def test_an_orphan_and_its_successor_run_side_by_side(orders: Yard, monkeypatch, trial: int):
+def test_an_orphan_and_its_successor_run_side_by_side(orders: S3Pipeline, monkeypatch, trial: int):
     """Both send the same parts for half a minute, one as slowly as the other, and one right artifact comes of it.
 
     In every other trial the orphan notices in the middle of it that nobody waits for it.
@@ -291,7 +292,7 @@ def test_an_orphan_and_its_successor_run_side_by_side(orders: Yard, monkeypatch,
     check_one_artifact(orders, successor)
 
 
-def check_one_artifact(orders: Yard, successor: dg.ExecuteInProcessResult) -> None:
+def check_one_artifact(orders: S3Pipeline, successor: dg.ExecuteInProcessResult) -> None:
     """The successor succeeded, and what it published is whole."""
     assert successor.success
     orders.check_whole()

@@ -21,8 +21,9 @@ from blobflow.dagster import metadata as md
 from blobflow.testing import Tree, read_tree, write_tree
 from tests.dagster.celery_location import BEFORE_HELD, LANES, PART, WORKERS
 from tests.dagster.kit import REMOTE
-from tests.dagster.yard import ROOT, wait_for
+from tests.dagster.s3_pipeline import ROOT
 from tests.kit import noise
+from tests.processes import wait_for
 from tests.servers import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("default")]

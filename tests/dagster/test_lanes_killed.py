@@ -17,8 +17,9 @@ from blobflow.transport import list_artifacts
 from blobflow.transport.remote import RemoteArtifact
 from tests.dagster import location_s3
 from tests.dagster.location_s3 import PART, PARTS, WORKERS
-from tests.dagster.yard import Yard, is_gone, wait_for, yard
+from tests.dagster.s3_pipeline import S3Pipeline, s3_pipeline
 from tests.fault_rules import Rule
+from tests.processes import is_gone, wait_for
 from tests.strict_s3 import Exchange, Hook
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -31,8 +32,8 @@ HELD = list(range(FIRST_HELD, FIRST_HELD + LANES * WORKERS))
 
 
 @pytest.fixture
-def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Yard]:
-    with yard(tmp_path, monkeypatch) as made:
+def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Pipeline]:
+    with s3_pipeline(tmp_path, monkeypatch) as made:
         monkeypatch.setenv("ORDERS_LANES", str(LANES))
         yield made
 
@@ -66,7 +67,7 @@ class Gate:
 
 
 @contextmanager
-def held(orders: Yard, kind: str, number_of: Callable[[Exchange], int | None]) -> Iterator[Gate]:
+def held(orders: S3Pipeline, kind: str, number_of: Callable[[Exchange], int | None]) -> Iterator[Gate]:
     """Hold every lane when half of its parts are through, as many requests as it has workers."""
     gate = Gate(HELD, number_of)
     operation = {"upload": "UploadPart", "download": "GetObject"}[kind]
@@ -78,7 +79,7 @@ def held(orders: Yard, kind: str, number_of: Callable[[Exchange], int | None]) -
         orders.server.script()
 
 
-def step_pids(orders: Yard, run_id: str) -> dict[str, int]:
+def step_pids(orders: S3Pipeline, run_id: str) -> dict[str, int]:
     """The processes of a run's steps."""
     entries = orders.instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_WORKER_STARTED)
     events = [entry.dagster_event for entry in entries if entry.dagster_event is not None]
@@ -91,14 +92,14 @@ def step_pids(orders: Yard, run_id: str) -> dict[str, int]:
     return found
 
 
-def killed_run(orders: Yard) -> str:
+def killed_run(orders: S3Pipeline) -> str:
     """The id of the run whose worker is dead, after the daemon has noticed it."""
     (run,) = orders.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
     orders.instance.report_run_failed(run, "the run worker is gone")
     return run.run_id
 
 
-def lane_pids(orders: Yard, run_id: str) -> list[int]:
+def lane_pids(orders: S3Pipeline, run_id: str) -> list[int]:
     """The processes of a run's lanes."""
     pids = [pid for step, pid in step_pids(orders, run_id).items() if ".lane_" in step]
     assert len(pids) == LANES
@@ -123,14 +124,14 @@ def check_moved_once(numbers: list[int]) -> None:
     assert max(times.values()) == 2
 
 
-def retry(orders: Yard, run_id: str) -> dg.JobExecutionResult:
+def retry(orders: S3Pipeline, run_id: str) -> dg.JobExecutionResult:
     """The re-execution from failure, as the UI and the daemon start it."""
     job = dg.build_reconstructable_job(location_s3.__name__, location_s3.orders.__name__)
     options = dg.ReexecutionOptions.from_failure(run_id, orders.instance)
     return dg.execute_job(job, orders.instance, reexecution_options=options, raise_on_error=False)
 
 
-def test_a_worker_killed_with_six_lanes_in_flight_loses_no_part(orders: Yard):
+def test_a_worker_killed_with_six_lanes_in_flight_loses_no_part(orders: S3Pipeline):
     """All six are run again; each sends what it lacks, and twice no more than it had in flight."""
     assert orders.in_process("snapshot").success
     with held(orders, "upload", lambda exchange: exchange.part_number) as gate:
@@ -155,7 +156,7 @@ def test_a_worker_killed_with_six_lanes_in_flight_loses_no_part(orders: Yard):
     assert facts[md.BYTES_SENT] == facts[md.SIZE] - facts[md.BYTES_RESUMED]
 
 
-def test_a_worker_killed_with_six_lanes_of_a_download_in_flight_continues(orders: Yard):
+def test_a_worker_killed_with_six_lanes_of_a_download_in_flight_continues(orders: S3Pipeline):
     """The orphans leave the stage by themselves; after that all six lanes fetch what they lack."""
     assert orders.in_process("snapshot", "remote").success
     store = location_s3.Marking.opened[-1]

@@ -20,7 +20,7 @@ WEB = dg.AssetKey(["layers", "web-1"])
 COPY = dg.AssetKey(["layers", "web-2"])
 
 
-class Yard:
+class LayerPlace:
     """Two containers of the same content, a store, and runs."""
 
     def __init__(self, home: Path, instance: dg.DagsterInstance) -> None:
@@ -49,14 +49,14 @@ class Yard:
 
 
 @pytest.fixture
-def yard(tmp_path: Path, instance: dg.DagsterInstance) -> Yard:
+def layer_place(tmp_path: Path, instance: dg.DagsterInstance) -> LayerPlace:
     FaultyResource.script(lambda _: None)
-    return Yard(tmp_path, instance)
+    return LayerPlace(tmp_path, instance)
 
 
-def test_one_asset_per_container_and_skips_are_seen(yard: Yard):
+def test_one_asset_per_container_and_skips_are_seen(layer_place: LayerPlace):
     """Uploaded, shared by the second container, unchanged the next time: one data version for one content."""
-    first, shared, again = yard.run(WEB), yard.run(COPY), yard.run(WEB)
+    first, shared, again = layer_place.run(WEB), layer_place.run(COPY), layer_place.run(WEB)
     seen = [facts(first, WEB), facts(shared, COPY), facts(again, WEB)]
     assert [one["blobflow/status"] for one in seen] == ["uploaded", "shared", "unchanged"]
     assert [one["blobflow/bytes_sent"] > 0 for one in seen] == [True, False, False]
@@ -65,43 +65,43 @@ def test_one_asset_per_container_and_skips_are_seen(yard: Yard):
     made = materialization(again, WEB)
     assert made is not None
     assert (made.tags or {})["dagster/data_version"] == seen[0]["blobflow/layer_digest"]
-    (yard.sources[0] / "more").write_text("more")
-    assert facts(yard.run(WEB), WEB)["blobflow/status"] == "uploaded"
+    (layer_place.sources[0] / "more").write_text("more")
+    assert facts(layer_place.run(WEB), WEB)["blobflow/status"] == "uploaded"
 
 
-def test_a_failed_sync_is_continued_by_the_next_run(yard: Yard):
+def test_a_failed_sync_is_continued_by_the_next_run(layer_place: LayerPlace):
     """The failure says how far it had come; the journal of transfers keeps both attempts."""
-    (yard.sources[0] / "large").write_bytes(noise(9 << 20))
+    (layer_place.sources[0] / "large").write_bytes(noise(9 << 20))
     FaultyResource.script(
         lambda request: FailBefore() if request.operation == "put_part" and request.number > 1000 else None
     )
-    step, message, metadata = failure(yard.run(WEB, retry_policy=None))
+    step, message, metadata = failure(layer_place.run(WEB, retry_policy=None))
     assert (step, "put_part" in message) == ("layers__web_1", True)
     assert metadata["blobflow/bytes_done"] > 0
     FaultyResource.script(lambda _: None)
-    seen = facts(yard.run(WEB), WEB)
+    seen = facts(layer_place.run(WEB), WEB)
     assert seen["blobflow/status"] == "uploaded"
     assert seen["blobflow/resumed_from_bytes"] >= 900 * 4096
     assert FaultyResource.count("put_part") == seen["blobflow/parts"] - seen["blobflow/resumed_from_bytes"] // 4096
     assert seen["blobflow/retries"] == 1
-    observations = yard.instance.fetch_observations(TRANSFERS, limit=100).records
+    observations = layer_place.instance.fetch_observations(TRANSFERS, limit=100).records
     states = [o.asset_observation.metadata["blobflow/status"].value for o in observations if o.asset_observation]
     assert {"failed", "done"} <= set(states)
 
 
-def test_a_restore_is_a_job(yard: Yard, tmp_path: Path):
+def test_a_restore_is_a_job(layer_place: LayerPlace, tmp_path: Path):
     """Container and path are configuration; a second one changes nothing; what is in the way is named."""
-    yard.run(WEB)
+    layer_place.run(WEB)
     back = tmp_path / "back"
-    assert yard.restore(container="web-1", path=str(back)).success
-    assert read_tree(back) == read_tree(yard.sources[0])
-    assert yard.restore(container="web-1", path=str(back)).success
+    assert layer_place.restore(container="web-1", path=str(back)).success
+    assert read_tree(back) == read_tree(layer_place.sources[0])
+    assert layer_place.restore(container="web-1", path=str(back)).success
     (back / "mine").write_text("mine")
-    _, message, metadata = failure(yard.restore(container="web-1", path=str(back)))
+    _, message, metadata = failure(layer_place.restore(container="web-1", path=str(back)))
     assert "was changed since" in message
     assert metadata["blobflow/error"] == "DestinationNotEmpty"
-    assert yard.restore(container="web-1", path=str(back), overwrite=True).success
-    assert read_tree(back) == read_tree(yard.sources[0])
+    assert layer_place.restore(container="web-1", path=str(back), overwrite=True).success
+    assert read_tree(back) == read_tree(layer_place.sources[0])
     assert LocalStore(tmp_path / "store").list_uploads() == []
 
 

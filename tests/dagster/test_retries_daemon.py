@@ -18,8 +18,9 @@ import pytest
 
 from blobflow.dagster import metadata as md
 from blobflow.dagster.checkpoints import TRANSFERS
+from tests.dagster.s3_pipeline import ROOT, S3Pipeline, s3_pipeline
 from tests.dagster.test_retries_killed import ASSET, check, prepare
-from tests.dagster.yard import ROOT, Yard, is_gone, kill, wait_for, yard
+from tests.processes import is_gone, kill, wait_for
 from tests.servers import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -44,7 +45,7 @@ LOCATIONS = """{workspaceOrError {... on Workspace {locationEntries {name locati
 class Operator:
     """Somebody at the web UI."""
 
-    def __init__(self, url: str, orders: Yard) -> None:
+    def __init__(self, url: str, orders: S3Pipeline) -> None:
         self._url = url
         self._orders = orders
         entry = wait_for(self._location)
@@ -130,14 +131,14 @@ def running(program: str, *options: str, log: Path) -> Generator[None]:
 
 
 @pytest.fixture
-def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Yard]:
-    with yard(tmp_path, monkeypatch, SETTINGS) as made:
+def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Pipeline]:
+    with s3_pipeline(tmp_path, monkeypatch, SETTINGS) as made:
         monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "instance"))
         yield made
 
 
 @contextmanager
-def operated(orders: Yard) -> Generator[Operator]:
+def operated(orders: S3Pipeline) -> Generator[Operator]:
     """The webserver and the daemon."""
     port = free_port()
     location = ("-m", "tests.dagster.location_s3")
@@ -149,7 +150,7 @@ def operated(orders: Yard) -> Generator[Operator]:
 
 
 @pytest.mark.parametrize("kind", ["upload", "download"])
-def test_reexecution_from_failure_continues(orders: Yard, kind: str):
+def test_reexecution_from_failure_continues(orders: S3Pipeline, kind: str):
     """The step's process is killed, the run fails, and the button sends what is missing."""
     prepare(orders, kind)
     with operated(orders) as operator:
@@ -164,7 +165,7 @@ def test_reexecution_from_failure_continues(orders: Yard, kind: str):
 
 
 @pytest.mark.parametrize("kind", ["upload", "download"])
-def test_the_daemon_retries_a_killed_run_worker(orders: Yard, monkeypatch, kind: str):
+def test_the_daemon_retries_a_killed_run_worker(orders: S3Pipeline, monkeypatch, kind: str):
     """The worker is killed, its orphaned step stops by itself, and the run that the daemon starts continues."""
     prepare(orders, kind)
     monkeypatch.setenv("ORDERS_RETRIES", "5")
@@ -185,7 +186,7 @@ def test_the_daemon_retries_a_killed_run_worker(orders: Yard, monkeypatch, kind:
 
 @pytest.mark.parametrize("executor", ["in_process", "multiprocess"])
 @pytest.mark.parametrize("kind", ["upload", "download"])
-def test_terminate_stops_a_run_with_retries_left(orders: Yard, monkeypatch, kind: str, executor: str):
+def test_terminate_stops_a_run_with_retries_left(orders: S3Pipeline, monkeypatch, kind: str, executor: str):
     """The step has a retry policy, into which Dagster turns interrupts: the run ends nevertheless, and at once."""
     prepare(orders, kind)
     monkeypatch.setenv("ORDERS_RETRIES", "5")
@@ -207,7 +208,7 @@ def test_terminate_stops_a_run_with_retries_left(orders: Yard, monkeypatch, kind
 
 
 @pytest.mark.parametrize("kind", ["upload", "download"])
-def test_terminate_leaves_a_transfer_that_can_go_on(orders: Yard, kind: str):
+def test_terminate_leaves_a_transfer_that_can_go_on(orders: S3Pipeline, kind: str):
     """The step is interrupted, writes its last checkpoint, and the next run continues there."""
     prepare(orders, kind)
     with operated(orders) as operator:

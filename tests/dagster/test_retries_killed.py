@@ -12,7 +12,8 @@ import pytest
 from blobflow.dagster import metadata as md
 from tests.dagster import location_s3
 from tests.dagster.location_s3 import PART, PARTS, WORKERS
-from tests.dagster.yard import Yard, kill, yard
+from tests.dagster.s3_pipeline import S3Pipeline, s3_pipeline
+from tests.processes import kill
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -20,12 +21,12 @@ ASSET = {"upload": "remote", "download": "mirror"}
 
 
 @pytest.fixture
-def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Yard]:
-    with yard(tmp_path, monkeypatch) as made:
+def orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Pipeline]:
+    with s3_pipeline(tmp_path, monkeypatch) as made:
         yield made
 
 
-def told(orders: Yard, kind: str) -> dict[str, object]:
+def told(orders: S3Pipeline, kind: str) -> dict[str, object]:
     """What the newest materialization says."""
     made = orders.instance.get_latest_materialization_event(dg.AssetKey(["orders", ASSET[kind]]))
     assert made is not None
@@ -33,7 +34,7 @@ def told(orders: Yard, kind: str) -> dict[str, object]:
     return {label: value.value for label, value in made.asset_materialization.metadata.items()}
 
 
-def check(orders: Yard, kind: str, retries: int = 1) -> None:
+def check(orders: S3Pipeline, kind: str, retries: int = 1) -> None:
     """Whole at its place, moved once, and the UI says what was reused."""
     orders.check_whole()
     orders.check_sent_once(kind)
@@ -48,13 +49,13 @@ def check(orders: Yard, kind: str, retries: int = 1) -> None:
         orders.check_mirror()
 
 
-def prepare(orders: Yard, kind: str) -> None:
+def prepare(orders: S3Pipeline, kind: str) -> None:
     """Everything before the asset whose transfer is killed, in this process."""
     assert orders.in_process("snapshot", *(["remote"] if kind == "download" else [])).success
 
 
 @pytest.mark.parametrize("kind", ["upload", "download"])
-def test_a_killed_step_is_retried_in_the_same_run(orders: Yard, monkeypatch, kind: str):
+def test_a_killed_step_is_retried_in_the_same_run(orders: S3Pipeline, monkeypatch, kind: str):
     """RetryPolicy: the step's process is killed, the next one in the same run sends what is missing."""
     prepare(orders, kind)
     monkeypatch.setenv("ORDERS_RETRIES", "1")
@@ -76,7 +77,7 @@ def test_a_killed_step_is_retried_in_the_same_run(orders: Yard, monkeypatch, kin
 
 
 @pytest.mark.parametrize("kind", ["upload", "download"])
-def test_a_brand_new_run_continues_what_a_killed_run_began(orders: Yard, kind: str):
+def test_a_brand_new_run_continues_what_a_killed_run_began(orders: S3Pipeline, kind: str):
     """Worker and step are killed; a run that knows nothing of them continues, by the transfer's id alone."""
     prepare(orders, kind)
     with orders.held(kind) as hold, orders.worker(ASSET[kind]) as worker:

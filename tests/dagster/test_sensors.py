@@ -32,6 +32,7 @@ from blobflow.stores.local.store import LocalStore
 from blobflow.testing import FailAfter, FailBefore, Fault, Hook, Request, Truncate
 from tests.dagster.kit import FaultyResource
 from tests.kit import FULL_SIZE, Killed, artifact_of, sized, watched
+from tests.processes import wait_for
 from tests.servers import S3Endpoint
 
 REMOTE = dg.AssetKey(["orders", "remote"])
@@ -910,10 +911,7 @@ class RealDaemon:
             yield instance
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 900
-        while not condition():
-            assert time.monotonic() < deadline, (self.home / "daemon.log").read_text()[-5000:]
-            time.sleep(0.2)
+        wait_for(condition, 900, self.home / "daemon.log")
 
 
 def ticks_of(instance: dg.DagsterInstance) -> list[Any]:

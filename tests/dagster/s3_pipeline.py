@@ -1,17 +1,15 @@
-"""Where processes get killed: a strict S3 that holds a transfer at its middle, and runs of the pipeline around it."""
+"""A pipeline over a strict S3 that can hold a transfer in its middle, for tests that kill processes."""
 
 from __future__ import annotations
 
 import filecmp
 import os
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 import pytest
@@ -20,15 +18,14 @@ from tests.dagster import location_s3
 from tests.dagster.location_s3 import PART, PARTS, WORKERS
 from tests.fault_rules import Rule
 from tests.kit import noise
+from tests.processes import PATIENCE_S
 from tests.strict_s3 import Exchange, Hook, Limits, StrictS3
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 300.0
-"""No test waits that long; it is how long a broken one may hang on a busy machine."""
 SETTINGS = "telemetry: {enabled: false}\n"
 
 
-class Yard:
+class S3Pipeline:
     """One pipeline, its server, and what the server saw."""
 
     def __init__(self, home: Path, server: StrictS3, instance: dg.DagsterInstance) -> None:
@@ -147,21 +144,8 @@ class Hold:
         self._released.set()
 
 
-def kill(pid: int) -> None:
-    """SIGKILL one process."""
-    os.kill(pid, signal.SIGKILL)
-
-
-def is_gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has waited for counts."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-
-
 @contextmanager
-def yard(home: Path, monkeypatch: pytest.MonkeyPatch, settings: str = SETTINGS) -> Generator[Yard]:
+def s3_pipeline(home: Path, monkeypatch: pytest.MonkeyPatch, settings: str = SETTINGS) -> Generator[S3Pipeline]:
     """A place whose server ends with the block; `settings` are the instance's dagster.yaml."""
     (home / "instance").mkdir()
     (home / "instance" / "dagster.yaml").write_text(settings)
@@ -169,7 +153,7 @@ def yard(home: Path, monkeypatch: pytest.MonkeyPatch, settings: str = SETTINGS) 
         StrictS3(Limits(min_part_size=PART)) as server,
         dg.DagsterInstance.from_config(str(home / "instance")) as instance,
     ):
-        made = Yard(home, server, instance)
+        made = S3Pipeline(home, server, instance)
         for name, value in made.environment.items():
             monkeypatch.setenv(name, value)
         for target, tuned in location_s3.TUNED.items():
@@ -179,14 +163,3 @@ def yard(home: Path, monkeypatch: pytest.MonkeyPatch, settings: str = SETTINGS) 
         finally:
             while location_s3.Marking.opened:
                 location_s3.Marking.opened.pop().close()
-
-
-def wait_for(holds: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
-    """Look every 50 ms at what only another process can change, and return it once it is true."""
-    ticks = threading.Event()
-    for _ in range(int(seconds / 0.05)):
-        found = holds()
-        if found:
-            return found
-        ticks.wait(0.05)
-    raise AssertionError(f"not within {seconds} s")
