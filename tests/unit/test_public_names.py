@@ -169,3 +169,14 @@ def test_a_star_import_takes_the_public_names():
         warnings.simplefilter("error")
         exec("from blobflow import *", scope)
     assert public_names("blobflow") == sorted(name for name in scope if name != "__builtins__")
+
+
+def test_the_api_page_describes_every_public_name_once():
+    """What is promised is on one page: no name is missing there, and none is promised twice."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    described = re.findall(r"^### ::: (\S+)$", page, re.MULTILINE)
+    top = set(public_names("blobflow")) - {"__version__", "BlobflowError"}  # the errors have a section
+    beside = {
+        f"blobflow.{space}.{name}" for space in NAMESPACES for name in set(public_names(f"blobflow.{space}")) - top
+    }
+    assert sorted(described) == sorted({f"blobflow.{name}" for name in top} | beside)
