@@ -128,9 +128,9 @@ class Artifact:
         """Where each byte of the payload comes from."""
         return checked_layout(self.manifest_file, self.index)
 
-    def adopt(self, manifest_bytes: bytes) -> Artifact:
+    def adopt(self, manifest_file: ManifestFile) -> Artifact:
         """The same members under another manifest whose body is byte-identical (see `Manifest.same_body`)."""
-        other = Artifact(self.path, ManifestFile.parse(manifest_bytes))
+        other = Artifact(self.path, manifest_file)
         if not other.manifest.same_body(self.manifest):
             raise ArtifactInvalid(
                 f"{self!r} and the manifest {other.digest} describe different payloads", what="payload"

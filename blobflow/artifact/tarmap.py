@@ -231,8 +231,3 @@ def manifest_entry(manifest_bytes: bytes) -> bytes:
 def manifest_entry_length(manifest_size: int) -> int:
     """Bytes of `manifest_entry`."""
     return member_length(MANIFEST_NAME, manifest_size)
-
-
-def payload_crc32c(manifest_bytes: bytes, body_size: int, body_crc32c: int) -> int:
-    """The CRC32C of the whole payload, known before a byte of it is sent."""
-    return combine_crc32c(crc32c(manifest_entry(manifest_bytes)), body_crc32c, body_size)

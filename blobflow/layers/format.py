@@ -223,10 +223,6 @@ class LayerMeta(BaseModel):
         return ManifestFile.parse(self.manifest.encode())
 
     @property
-    def manifest_bytes(self) -> bytes:
-        return self.manifest_file.data
-
-    @property
     def plan(self) -> FramePlan:
         return FramePlan(self.head_size, self.tar_size, self.frame_size)
 
@@ -254,7 +250,7 @@ class LayerMeta(BaseModel):
         if document.get("format") != FORMAT:
             raise ArtifactInvalid(f"not the metadata of a layer of format {FORMAT!r}", what="metadata")
         meta = as_model(cls, document, "the metadata of a layer is damaged:")
-        plan = plan_of(meta.manifest_bytes, meta.frame_size)
+        plan = plan_of(meta.manifest_file, meta.frame_size)
         if (layer_digest(meta.manifest_file.manifest), plan.head, plan.size, len(plan)) != (
             *(meta.digest, meta.head_size, meta.tar_size, meta.frames),
         ):
@@ -262,9 +258,8 @@ class LayerMeta(BaseModel):
         return meta
 
 
-def plan_of(manifest_bytes: bytes, frame_size: int) -> FramePlan:
+def plan_of(manifest_file: ManifestFile, frame_size: int) -> FramePlan:
     """The frames of the layer with that manifest, which tells the sizes of head and tar."""
-    manifest_file = ManifestFile.parse(manifest_bytes)
     size = manifest_file.payload_size
     head = len(manifest_file.entry) + member_length(INDEX_NAME, manifest_file.manifest.index.size)
     if head > size:
@@ -274,11 +269,11 @@ def plan_of(manifest_bytes: bytes, frame_size: int) -> FramePlan:
     return FramePlan(head, size, frame_size)
 
 
-def meta_of(manifest_bytes: bytes, codec: str, plan: FramePlan, sizes: Sequence[int]) -> LayerMeta:
+def meta_of(manifest_file: ManifestFile, codec: str, plan: FramePlan, sizes: Sequence[int]) -> LayerMeta:
     """The metadata of a layer whose frames have these sizes."""
     table = encode_seek_table(sizes, plan)
     return LayerMeta(
-        digest=layer_digest(Manifest.parse(manifest_bytes)),
+        digest=layer_digest(manifest_file.manifest),
         object_size=sum(sizes) + len(table),
         tar_size=plan.size,
         head_size=plan.head,
@@ -286,7 +281,7 @@ def meta_of(manifest_bytes: bytes, codec: str, plan: FramePlan, sizes: Sequence[
         frames=len(plan),
         seek_table_crc32c=crc32c(table),
         codec=codec,
-        manifest=manifest_bytes.decode(),
+        manifest=manifest_file.data.decode(),
     )
 
 
@@ -306,7 +301,7 @@ def tree_digest(manifest: Manifest) -> str:
 def as_layer(artifact: Artifact) -> Artifact:
     """The same members behind a manifest that says nothing of time and host."""
     anywhere = artifact.manifest.model_copy(update={"created_at": _EPOCH, "producer": _PRODUCER, "holes": None})
-    return artifact.adopt(anywhere.encode())
+    return artifact.adopt(ManifestFile.of(anywhere))
 
 
 def manifest_digest(meta: LayerMeta) -> str:

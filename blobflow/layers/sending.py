@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from blobflow.artifact.artifact import Artifact
-from blobflow.artifact.manifest import Manifest, artifact_digest
-from blobflow.artifact.tarmap import payload_crc32c
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
@@ -152,7 +151,7 @@ def finish_layer(store: Store, key: str) -> Sent | None:
     intent = session.load()
     if intent is None or intent.frames is None or not _is_idle(session):
         return None
-    layer = _Layer(store, intent.manifest_bytes, intent.frames.frame_size)
+    layer = _Layer(store, intent.manifest_file, intent.frames.frame_size)
     layer.session = session
     size = known_size(intent.frames.sizes, layer.plan)
     if size is None or layer.key != key:
@@ -189,11 +188,11 @@ def abandon_layer(store: Store, key: str, upload_id: str) -> None:
 class _Layer:
     """How every upload of a layer ends, whoever began it: proven, completed, published."""
 
-    def __init__(self, store: Store, manifest_bytes: bytes, frame_size: int) -> None:
+    def __init__(self, store: Store, manifest_file: ManifestFile, frame_size: int) -> None:
         self.store = store
-        self.manifest_bytes = manifest_bytes
-        self.plan: FramePlan = plan_of(manifest_bytes, frame_size)
-        manifest = Manifest.parse(manifest_bytes)
+        self.manifest_file = manifest_file
+        self.plan: FramePlan = plan_of(manifest_file, frame_size)
+        manifest = manifest_file.manifest
         self.digest = layer_digest(manifest)
         self.is_private = manifest.private is not None
         """Whether others than its owner must not read the layer, where it becomes a file."""
@@ -208,7 +207,7 @@ class _Layer:
             self.session.abandon()
             raise
         made = self.session.complete(self.session.prove(plan))
-        return meta_of(self.manifest_bytes, frames.codec, self.plan, frames.sizes), made
+        return meta_of(self.manifest_file, frames.codec, self.plan, frames.sizes), made
 
     def check_contents(self, frames: FrameLog) -> None:
         """Hold what was compressed against what the manifest promises.
@@ -216,8 +215,7 @@ class _Layer:
         Raises:
             ChecksumMismatch: they differ.
         """
-        manifest = Manifest.parse(self.manifest_bytes)
-        expected = payload_crc32c(self.manifest_bytes, manifest.body.size, manifest.body.crc32c)
+        expected = self.manifest_file.payload_crc32c
         lengths = (self.plan.frame(number).length for number in range(1, len(self.plan) + 1))
         actual = combine_all(zip(frames.crcs, lengths, strict=True))
         if actual != expected:
@@ -267,7 +265,7 @@ class _Sending(_Layer):
 
     def __init__(self, request: LayerRequest) -> None:
         frame_size = FramePlan.frame_size_for(request.artifact.layout.size, request.frame_size)
-        super().__init__(request.store, request.artifact.manifest_bytes, frame_size)
+        super().__init__(request.store, request.artifact.manifest_file, frame_size)
         self.request = request
         self.artifact = request.artifact
         self.codec = request.codec
@@ -296,7 +294,7 @@ class _Sending(_Layer):
         intent = self.session.load()
         self.session.check_idle()
         codec = intent.frames.codec if intent is not None and intent.frames else self.codec.name
-        like = meta_of(self.manifest_bytes, codec, self.plan, [0] * len(self.plan))
+        like = meta_of(self.manifest_file, codec, self.plan, [0] * len(self.plan))
         meta = find_bytes(self.store, self.key, like)
         if meta is None:
             return None
@@ -326,7 +324,7 @@ class _Sending(_Layer):
             progress.tick()
         self.check_contents(frames)
         table = encode_seek_table(frames.sizes, self.plan)
-        meta = meta_of(self.manifest_bytes, frames.codec, self.plan, frames.sizes)
+        meta = meta_of(self.manifest_file, frames.codec, self.plan, frames.sizes)
         check_put_size(self.store, self.key, meta.object_size)
         body = Body(
             meta.object_size,
@@ -366,12 +364,12 @@ class _Sending(_Layer):
         """Begin an upload, or continue one that a process of before left; returns what is known of its frames."""
         session = self.session
         new = FrameLog(self.codec.name, self.plan.frame_size)
-        intent = session.claim(self.manifest_bytes, part_size, self._would_continue, frames=new)
+        intent = session.claim(self.manifest_file, part_size, self._would_continue, frames=new)
         if session.is_new:
             self._abort_others(session.upload_id)
-        elif intent.manifest_bytes != self.manifest_bytes:
-            self.artifact = self.artifact.adopt(intent.manifest_bytes)
-            self.manifest_bytes = intent.manifest_bytes
+        elif intent.manifest_file != self.manifest_file:
+            self.artifact = self.artifact.adopt(intent.manifest_file)
+            self.manifest_file = intent.manifest_file
         self.request.on_begin(session.upload_id, session.part_size)
         return new.longer(intent.frames)
 
@@ -393,7 +391,7 @@ class _Sending(_Layer):
             and len(frames.sizes) <= len(self.plan)
             and intent.manifest.same_body(self.artifact.manifest)
             # It is in the first frame: another length would move everything behind it.
-            and len(intent.manifest_bytes) == len(self.manifest_bytes)
+            and len(intent.manifest_file.data) == len(self.manifest_file.data)
         )
 
     def _send_in_parts(self, frames: FrameLog) -> Sent | None:
@@ -423,7 +421,7 @@ class _Sending(_Layer):
         progress = self.progress = self._progress(session.upload_id, lambda: session.save(cutter.log()))
         for number in range(1, cutter.first_frame):
             progress.resumed(self.plan.frame(number).length)
-        sent = Sent(meta_of(self.manifest_bytes, frames.codec, self.plan, [0] * len(self.plan)))
+        sent = Sent(meta_of(self.manifest_file, frames.codec, self.plan, [0] * len(self.plan)))
         for number in range(1, first_part):
             sent.parts_resumed += 1
             sent.bytes_resumed += plan.part(number).length
@@ -495,7 +493,7 @@ class _Sending(_Layer):
     def _progress(self, upload_id: str | None, save: Callable[[], None]) -> TransferProgress:
         """Counts frames, because the parts are not known beforehand, and the bytes of the tar."""
         return TransferProgress(
-            *(self.store, self.key, artifact_digest(self.manifest_bytes), "upload"),
+            *(self.store, self.key, self.manifest_file.digest, "upload"),
             part_size=self.plan.frame_size,
             parts=len(self.plan),
             size=self.plan.size,

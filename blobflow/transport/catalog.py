@@ -71,24 +71,29 @@ def read_manifest_bytes(store: Reader, key: str) -> bytes:
         ArtifactInvalid: the object is larger than a manifest may be.
     """
     check_artifact_key(key)
-    try:
-        return _get_manifest(store, key)
-    except ObjectNotFound:
-        intent = read_intent(store, key)[0]
-    try:
-        # Again, because an upload may have published and removed its intent between the two requests.
-        return _get_manifest(store, key)
-    except ObjectNotFound as error:
-        if intent is not None and intent.replaces:
-            raise ReplacementInProgress(f"the artifact {key!r} is being replaced", key=key) from error
-        raise ArtifactNotFound(
-            f"no artifact {key!r} in {store.url}" + (": its upload is not finished" if intent else ""), key=key
-        ) from error
+    if (found := find_manifest_bytes(store, key)) is not None:
+        return found
+    intent = read_intent(store, key)[0]
+    # Again, because an upload may have published and removed its intent between the two requests.
+    if (found := find_manifest_bytes(store, key)) is not None:
+        return found
+    if intent is not None and intent.replaces:
+        raise ReplacementInProgress(f"the artifact {key!r} is being replaced", key=key)
+    raise ArtifactNotFound(
+        f"no artifact {key!r} in {store.url}" + (": its upload is not finished" if intent else ""), key=key
+    )
 
 
-def _get_manifest(store: Reader, key: str) -> bytes:
+def find_manifest_bytes(store: Reader, key: str) -> bytes | None:
+    """The bytes of the sibling manifest, or None if there is none at this moment.
+
+    Raises:
+        ArtifactInvalid: the object is larger than a manifest may be.
+    """
     try:
         return store.get(key + MANIFEST_SUFFIX, max_bytes=MAX_MANIFEST_BYTES).data
+    except ObjectNotFound:
+        return None
     except ObjectTooLarge as error:
         raise ArtifactInvalid(
             f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key, what="manifest"

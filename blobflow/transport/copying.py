@@ -15,8 +15,8 @@ from typing import Final, Literal
 
 from typing_extensions import override
 
-from blobflow.artifact.manifest import Manifest, artifact_digest
-from blobflow.artifact.tarmap import manifest_entry, payload_crc32c
+from blobflow.artifact.manifest import Manifest
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part
@@ -159,34 +159,30 @@ class RemotePayload:
     """
 
     def __init__(
-        self, remote: RemoteArtifact, manifest_bytes: bytes | None = None, meter: _Meter | None = None
+        self, remote: RemoteArtifact, manifest_file: ManifestFile | None = None, meter: _Meter | None = None
     ) -> None:
         self.remote = remote
         self.meter = meter or _Meter()
-        self.manifest_bytes = manifest_bytes or remote.manifest_file.data
-        self.manifest = Manifest.parse(self.manifest_bytes)
-        self.digest = artifact_digest(self.manifest_bytes)
-        self._head = manifest_entry(self.manifest_bytes)
-        self._shift = len(manifest_entry(remote.manifest_file.data)) - len(self._head)
-        self.payload_size = self.size = len(self._head) + self.manifest.body.size
-        self.payload_crc32c = payload_crc32c(self.manifest_bytes, self.manifest.body.size, self.manifest.body.crc32c)
+        self.manifest_file = manifest_file or remote.manifest_file
+        self.size = self.manifest_file.payload_size
+        self._head = self.manifest_file.entry
+        self._shift = len(remote.manifest_file.entry) - len(self._head)
 
     def __repr__(self) -> str:
-        return f"<RemotePayload {self.digest[:19]} of {self.remote.key!r} in {self.remote.store.url}>"
+        return f"<RemotePayload {self.manifest_file.digest[:19]} of {self.remote.key!r} in {self.remote.store.url}>"
 
     @property
     def is_as_stored(self) -> bool:
         """Whether this is the stored payload to the last byte, its manifest included."""
-        return self.manifest_bytes == self.remote.manifest_file.data
+        return self.manifest_file == self.remote.manifest_file
 
-    def adopt(self, manifest_bytes: bytes) -> RemotePayload:
+    def adopt(self, manifest_file: ManifestFile) -> RemotePayload:
         """The same body behind another manifest: the one whose upload is taken up."""
-        other = RemotePayload(self.remote, manifest_bytes, self.meter)
-        if not other.manifest.same_body(self.manifest):
+        if not manifest_file.manifest.same_body(self.manifest_file.manifest):
             raise ArtifactInvalid(
-                f"{self!r} and the manifest {other.digest} describe different payloads", what="payload"
+                f"{self!r} and the manifest {manifest_file.digest} describe different payloads", what="payload"
             )
-        return other
+        return RemotePayload(self.remote, manifest_file, self.meter)
 
     def source(self) -> RemotePayload:
         """Itself: nothing has to be opened."""
@@ -252,7 +248,7 @@ class _ServerCopy(MultipartUpload):
             made = self.store.head(self.key)
             attested = self.session.attested(made)
             actual = self._read_back(made, payload.meter) if attested is None else attested
-        if actual != self.payload.payload_crc32c:
+        if actual != self.payload.manifest_file.payload_crc32c:
             self.store.delete(self.key)
             self.session.abandon()
             raise self.differs(actual)

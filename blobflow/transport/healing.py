@@ -94,7 +94,7 @@ def verify_or_heal(
         payload = artifact
         if stored.manifest.same_body(artifact.manifest):
             # The very artifact that was there: refs and digests that somebody wrote down stay right.
-            payload = artifact.adopt(stored.data)
+            payload = artifact.adopt(stored)
         request = UploadRequest(
             store, key, payload, profile or ChunkProfile(), False, on_progress, on_checkpoint, damaged=pinned or "gone"
         )

@@ -172,13 +172,15 @@ def begin_upload(
         found = look(request, started)
         if isinstance(found, UploadResult):
             return UploadTicket(key, "", found.artifact_digest, request.profile.chunk_size, 0, found.bytes_total)
-        check_object_size(store, key, request.payload.payload_size)
+        check_object_size(store, key, request.payload.manifest_file.payload_size)
         upload = MultipartUpload(request, found, owner=_OWNER)
         if upload.claim():
             session, plan = upload.session, upload.plan
             if not session.is_new:
                 session.save()
-            return UploadTicket(key, session.upload_id, upload.payload.digest, plan.part_size, len(plan), plan.size)
+            return UploadTicket(
+                key, session.upload_id, upload.payload.manifest_file.digest, plan.part_size, len(plan), plan.size
+            )
     raise busy(request)
 
 
@@ -295,7 +297,7 @@ class _LanesUpload(MultipartUpload):
         intent = self.session.load()
         if intent is not None and intent.upload_id == ticket.upload_id:
             self.adopt(intent)
-        elif request.payload.digest != ticket.artifact_digest:
+        elif request.payload.manifest_file.digest != ticket.artifact_digest:
             raise _gone(ticket)
         self.session.take_up(ticket.upload_id, ticket.part_size)
         self.begin()

@@ -13,9 +13,8 @@ from typing import Final, Literal, Protocol
 from typing_extensions import Self
 
 from blobflow.artifact.artifact import Artifact
-from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import Manifest, artifact_digest
-from blobflow.artifact.tarmap import manifest_entry
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.checksum import crc32c
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
@@ -26,7 +25,6 @@ from blobflow.errors import (
     KeyConflict,
     NoSuchUpload,
     ObjectNotFound,
-    ObjectTooLarge,
     PreconditionFailed,
     TransferBusy,
     UploadIncomplete,
@@ -41,8 +39,7 @@ from blobflow.stores.base import (
     check_readable,
 )
 from blobflow.stores.optional import check_room_for
-from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key, read_manifest_bytes
-from blobflow.transport.remote import payload_size
+from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key, find_manifest_bytes, read_manifest_bytes
 from blobflow.uploads.intent import Intent, IntentKeeper
 from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 from blobflow.uploads.session import CLAIM_ATTEMPTS, ClaimedUpload, md5_in, upload_part_size
@@ -71,25 +68,13 @@ class Payload(Protocol):
     """What is brought under a key: that of an `Artifact` here, or of one in another store."""
 
     @property
-    def manifest(self) -> Manifest: ...
-
-    @property
-    def manifest_bytes(self) -> bytes: ...
-
-    @property
-    def digest(self) -> str: ...
-
-    @property
-    def payload_size(self) -> int: ...
-
-    @property
-    def payload_crc32c(self) -> int:
-        """Promised by the manifest; what was sent is held against it before it becomes an object."""
+    def manifest_file(self) -> ManifestFile:
+        """What was sent is compared with its checksum before it becomes an object."""
         ...
 
     def source(self) -> PayloadReader: ...
 
-    def adopt(self, manifest_bytes: bytes) -> Self:
+    def adopt(self, manifest_file: ManifestFile) -> Self:
         """The same body behind another manifest (see `Manifest.same_body`)."""
         ...
 
@@ -178,7 +163,7 @@ def run(request: UploadRequest, multipart: type[MultipartUpload] | None = None) 
             return found
         replaces = found or replaces
         check_readable(store)
-        check_object_size(store, request.key, request.payload.payload_size)
+        check_object_size(store, request.key, request.payload.manifest_file.payload_size)
         if not store.capabilities().multipart:
             return _StreamUpload(request, replaces).run(started)
         upload = (multipart or MultipartUpload)(request, replaces)
@@ -190,16 +175,16 @@ def run(request: UploadRequest, multipart: type[MultipartUpload] | None = None) 
 def look(request: UploadRequest, started: float) -> UploadResult | str | None:
     """The result, if all of it is there; else the digest of the artifact that the upload is to replace, if any."""
     store, key = request.store, request.key
-    existing_bytes = _published(store, key)
+    existing_bytes = find_manifest_bytes(store, key)
     if existing_bytes is None:
         return None
-    digest, existing = artifact_digest(existing_bytes), _replaceable(existing_bytes, request)
+    existing = _same_content(existing_bytes, request)
     # A manifest that lost its payload is repaired by uploading again.
-    if existing is None or not _payload_is_there(request, existing_bytes):
-        return digest
-    _remove_leftover(store, key, existing_bytes)
-    size = payload_size(existing_bytes, existing)
-    return UploadResult("unchanged", key, digest, existing, size, 0, 0, time.monotonic() - started)
+    if existing is None or not _payload_is_there(request, existing):
+        return artifact_digest(existing_bytes)
+    _remove_leftover(store, key, existing)
+    size, seconds = existing.payload_size, time.monotonic() - started
+    return UploadResult("unchanged", key, existing.digest, existing.manifest, size, 0, 0, seconds)
 
 
 def busy(request: UploadRequest) -> TransferBusy:
@@ -207,19 +192,7 @@ def busy(request: UploadRequest) -> TransferBusy:
     return TransferBusy(f"{CLAIM_ATTEMPTS} times, others were quicker under {request.key!r}", key=request.key)
 
 
-def _published(store: Store, key: str) -> bytes | None:
-    """The sibling manifest that is there now."""
-    try:
-        return store.get(key + MANIFEST_SUFFIX, max_bytes=MAX_MANIFEST_BYTES).data
-    except ObjectNotFound:
-        return None
-    except ObjectTooLarge as error:
-        raise ArtifactInvalid(
-            f"the manifest of {key!r} exceeds {MAX_MANIFEST_BYTES} bytes", key=key, what="manifest"
-        ) from error
-
-
-def _replaceable(existing_bytes: bytes, request: UploadRequest) -> Manifest | None:
+def _same_content(existing_bytes: bytes, request: UploadRequest) -> ManifestFile | None:
     """The manifest under the key if it is of the same content, None if it may be replaced.
 
     Raises:
@@ -227,35 +200,35 @@ def _replaceable(existing_bytes: bytes, request: UploadRequest) -> Manifest | No
         ArtifactInvalid: likewise, of a damaged one.
     """
     try:
-        existing = Manifest.parse(existing_bytes, request.key)
+        existing = ManifestFile.parse(existing_bytes, request.key)
     except ArtifactInvalid:
         if not request.overwrite:
             raise
         return None
-    if existing.same_content(request.payload.manifest):
+    mine = request.payload.manifest_file.manifest
+    if existing.manifest.same_content(mine):
         return existing
     if request.overwrite:
         return None
-    mine = request.payload.manifest
-    modes_alone = existing.model_copy(update={"private": mine.private}).same_content(mine)
+    modes_alone = existing.manifest.model_copy(update={"private": mine.private}).same_content(mine)
     raise KeyConflict(
         f"key {request.key!r} holds another artifact"
         + (": the same files, of which others are private" if modes_alone else ""),
         key=request.key,
-        expected=request.payload.digest,
-        actual=artifact_digest(existing_bytes),
+        expected=request.payload.manifest_file.digest,
+        actual=existing.digest,
     )
 
 
-def _payload_is_there(request: UploadRequest, manifest_bytes: bytes) -> bool:
+def _payload_is_there(request: UploadRequest, existing: ManifestFile) -> bool:
     try:
         found = request.store.head(request.key)
     except ObjectNotFound:
         return False
-    return found.e_tag != request.damaged and found.size == payload_size(manifest_bytes, Manifest.parse(manifest_bytes))
+    return found.e_tag != request.damaged and found.size == existing.payload_size
 
 
-def _remove_leftover(store: Store, key: str, manifest_bytes: bytes) -> None:
+def _remove_leftover(store: Store, key: str, published: ManifestFile) -> None:
     """Remove the intent of a process that died after it had published this very manifest.
 
     Should its owner be alive after all, it is about to remove it; and whoever joined it finds the payload complete.
@@ -263,8 +236,8 @@ def _remove_leftover(store: Store, key: str, manifest_bytes: bytes) -> None:
     """
     keeper = IntentKeeper(store, key)
     intent = keeper.load()
-    is_healing = intent is not None and intent.replaces == artifact_digest(manifest_bytes)
-    if intent is not None and intent.manifest_bytes == manifest_bytes and not is_healing:
+    is_healing = intent is not None and intent.replaces == published.digest
+    if intent is not None and intent.manifest_file == published and not is_healing:
         log.info("upload.leftover_intent key=%s upload_id=%s", key, intent.upload_id)
         store.abort_multipart(key, intent.upload_id)
         keeper.remove(intent.upload_id)
@@ -280,12 +253,12 @@ class _Upload:
         self.payload = request.payload
         self.profile = request.profile
         self.replaces = replaces
-        self.is_private = request.payload.manifest.private is not None
+        self.is_private = request.payload.manifest_file.manifest.private is not None
         """Whether others than its owner must not read the payload, where it becomes a file."""
 
     def new_progress(self, plan: TransferPlan, upload_id: str | None, save: Callable[[], None]) -> TransferProgress:
         return TransferProgress(
-            *(self.store, self.key, self.payload.digest, self.request.kind),
+            *(self.store, self.key, self.payload.manifest_file.digest, self.request.kind),
             part_size=plan.part_size,
             parts=len(plan),
             size=plan.size,
@@ -302,17 +275,17 @@ class _Upload:
         Raises:
             KeyConflict: another artifact was published under this key meanwhile; it is left alone.
         """
-        found = _published(self.store, self.key)
+        found = find_manifest_bytes(self.store, self.key)
         if found is None:
             return
         actual = artifact_digest(found)
         if actual == self.replaces:
             self.store.delete(self.key + MANIFEST_SUFFIX)
-        elif found != self.payload.manifest_bytes:  # equal bytes: a joined uploader was quicker
+        elif found != self.payload.manifest_file.data:  # equal bytes: a joined uploader was quicker
             raise KeyConflict(
                 f"another artifact was published under {self.key!r} meanwhile",
                 key=self.key,
-                expected=self.payload.digest,
+                expected=self.payload.manifest_file.digest,
                 actual=actual,
             )
 
@@ -322,30 +295,30 @@ class _Upload:
         Raises:
             KeyConflict: another artifact was published under this key meanwhile.
         """
-        if made.size != self.payload.payload_size:
+        manifest_file = self.payload.manifest_file
+        if made.size != (expected := manifest_file.payload_size):
             raise UploadIncomplete(
-                f"the payload {self.key!r} has {made.size} bytes in the store, not {self.payload.payload_size}",
+                f"the payload {self.key!r} has {made.size} bytes in the store, not {expected}",
                 key=self.key,
-                expected=self.payload.payload_size,
+                expected=expected,
                 actual=made.size,
             )
         mode = PutMode.CREATE if self.store.capabilities().conditional else PutMode.OVERWRITE
-        manifest_bytes = self.payload.manifest_bytes
         try:
             self.store.put(
                 self.key + MANIFEST_SUFFIX,
-                manifest_bytes,
+                manifest_file.data,
                 mode=mode,
                 content_type="application/json",
                 private=self.is_private,
             )
         except PreconditionFailed:
             found = read_manifest_bytes(self.store, self.key)
-            if found != manifest_bytes:
+            if found != manifest_file.data:
                 raise KeyConflict(
                     f"another artifact was published under {self.key!r} meanwhile",
                     key=self.key,
-                    expected=self.payload.digest,
+                    expected=manifest_file.digest,
                     actual=artifact_digest(found),
                 ) from None
         now = self.store.head(self.key)
@@ -360,7 +333,7 @@ class _Upload:
 
     def differs(self, actual: int) -> ChecksumMismatch:
         """What was sent has the CRC32C `actual`, and not the one that the manifest promises."""
-        expected = self.payload.payload_crc32c
+        expected = self.payload.manifest_file.payload_crc32c
         return ChecksumMismatch(
             f"the payload of {self.payload!r} has CRC32C {actual:08x}, its manifest says {expected:08x}",
             hint=self.request.if_differs,
@@ -373,8 +346,8 @@ class _Upload:
         return UploadResult(
             status="uploaded",
             key=self.key,
-            artifact_digest=self.payload.digest,
-            manifest=self.payload.manifest,
+            artifact_digest=self.payload.manifest_file.digest,
+            manifest=self.payload.manifest_file.manifest,
             bytes_total=progress.record.bytes_total,
             bytes_sent=progress.bytes_moved,
             bytes_resumed=progress.bytes_resumed,
@@ -394,7 +367,7 @@ class _StreamUpload(_Upload):
         plan = TransferPlan(source.size, self.profile.chunk_size)
         progress = self.new_progress(plan, None, save=lambda: None)
         progress.begin()
-        expected = self.payload.payload_crc32c
+        expected = self.payload.manifest_file.payload_crc32c
 
         def chunks() -> Iterator[memoryview]:
             nonlocal progress
@@ -441,18 +414,18 @@ class MultipartUpload(_Upload):
 
     def claim(self) -> bool:
         """Begin an upload, or join one of the same payload. False: somebody published under the key meanwhile."""
-        payload, session = self.payload, self.session
-        part_size = upload_part_size(self.store, payload.payload_size, self.profile.chunk_size)
+        mine, session = self.payload.manifest_file, self.session
+        part_size = upload_part_size(self.store, mine.payload_size, self.profile.chunk_size)
         intent = session.claim(
-            payload.manifest_bytes,
+            mine,
             part_size,
-            lambda intent: intent.manifest.same_body(payload.manifest),
+            lambda intent: intent.manifest.same_body(mine.manifest),
             replaces=self.replaces,
         )
         self.adopt(intent)
         if session.is_new:
             # Whoever held the intent before may have published and removed it since we looked at the key.
-            found = _published(self.store, self.key)
+            found = find_manifest_bytes(self.store, self.key)
             if found is not None and artifact_digest(found) != self.replaces:
                 log.info("upload.overtaken key=%s", self.key)
                 session.abandon()
@@ -463,12 +436,12 @@ class MultipartUpload(_Upload):
     def adopt(self, intent: Intent) -> None:
         """Publish, at the end, what the intent says."""
         self.replaces = self.replaces or intent.replaces
-        if intent.manifest_bytes != self.payload.manifest_bytes:
-            self.payload = self.payload.adopt(intent.manifest_bytes)
+        if intent.manifest_file != self.payload.manifest_file:
+            self.payload = self.payload.adopt(intent.manifest_file)
 
     def begin(self) -> None:
         """Plan the session's parts, and count them."""
-        self.plan = TransferPlan(self.payload.payload_size, self.session.part_size)
+        self.plan = TransferPlan(self.payload.manifest_file.payload_size, self.session.part_size)
         self.progress = self.new_progress(self.plan, self.session.upload_id, save=self.session.save)
 
     def run(self) -> bool:
@@ -492,7 +465,7 @@ class MultipartUpload(_Upload):
 
     def settle(self) -> ObjectMeta | None:
         """The payload, if somebody completed this upload: its embedded manifest is as unique as its digest."""
-        head = manifest_entry(self.payload.manifest_bytes)
+        head = self.payload.manifest_file.entry
         return self.session.settle(self.plan.size, begins_with=head, other_than=self.request.damaged)
 
     def make(self) -> ObjectMeta:
@@ -517,7 +490,7 @@ class MultipartUpload(_Upload):
     def complete(self) -> ObjectMeta:
         """Prove that the parts, whose checksums are all known, are the payload, and make it of them."""
         actual = self.session.crc32c(self.plan)
-        if actual != self.payload.payload_crc32c:
+        if actual != self.payload.manifest_file.payload_crc32c:
             # Nothing of this upload can be used again: its parts came from files that are no longer the same.
             self.session.abandon()
             raise self.differs(actual)

@@ -19,7 +19,8 @@ from itertools import pairwise
 from typing import Any, Final
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
-from blobflow.artifact.manifest import Manifest, artifact_digest, is_private
+from blobflow.artifact.manifest import Manifest
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.backoff import jittered_wait_s
 from blobflow.engine.plan import MAX_PARTS
 from blobflow.errors import (
@@ -87,7 +88,7 @@ class FrameLog:
 class Intent:
     """One upload under way."""
 
-    manifest_bytes: bytes
+    manifest_file: ManifestFile
     upload_id: str
     part_size: int
     owner: str
@@ -105,7 +106,7 @@ class Intent:
 
     @property
     def manifest(self) -> Manifest:
-        return Manifest.parse(self.manifest_bytes)
+        return self.manifest_file.manifest
 
     def is_alive(self, now: float) -> bool:
         """Whether its owner may still be at work."""
@@ -117,7 +118,7 @@ class Intent:
         packed = array("I", (self.crcs[number] for number in numbers))
         document: dict[str, Any] = {
             "format": FORMAT,
-            "artifact_digest": artifact_digest(self.manifest_bytes),
+            "artifact_digest": self.manifest_file.digest,
             "upload_id": self.upload_id,
             "part_size": self.part_size,
             "owner": self.owner,
@@ -127,7 +128,7 @@ class Intent:
             "replaces": self.replaces,
             "parts": _encode_ranges(numbers),
             "crc32c": _pack(packed),
-            "manifest": self.manifest_bytes.decode(),
+            "manifest": self.manifest_file.data.decode(),
         }
         if self.frames is not None:
             document["frames"] = self.frames.encode()
@@ -153,7 +154,7 @@ class Intent:
         try:
             packed = _unpack(document["crc32c"])
             intent = cls(
-                manifest_bytes=document["manifest"].encode(),
+                manifest_file=ManifestFile.parse(document["manifest"].encode()),
                 upload_id=_words(document["upload_id"]),
                 part_size=_whole(document["part_size"]),
                 owner=_words(document["owner"]),
@@ -167,11 +168,10 @@ class Intent:
             digest = document["artifact_digest"]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ArtifactInvalid(f"the intent of an upload is damaged: {quoted(error)}", what="intent") from error
-        if artifact_digest(intent.manifest_bytes) != digest or intent.part_size <= 0:
+        if intent.manifest_file.digest != digest or intent.part_size <= 0:
             raise ArtifactInvalid("the intent of an upload contradicts itself", what="intent")
-        manifest = Manifest.parse(intent.manifest_bytes)
-        frames = intent.frames
-        size = manifest.body.size + len(intent.manifest_bytes) if frames is None else sum(frames.sizes)
+        stored, frames = intent.manifest_file, intent.frames
+        size = stored.manifest.body.size + len(stored.data) if frames is None else sum(frames.sizes)
         if size > intent.part_size * MAX_PARTS:
             raise ArtifactInvalid(
                 f"the intent of an upload has parts of {intent.part_size} bytes for {size} bytes", what="intent"
@@ -228,7 +228,7 @@ class IntentKeeper:
 
     def begin(
         self,
-        manifest_bytes: bytes,
+        manifest_file: ManifestFile,
         upload_id: str,
         part_size: int,
         *,
@@ -237,7 +237,7 @@ class IntentKeeper:
     ) -> bool:
         """Write a new intent in the place of what `load` saw. False: somebody else was first."""
         intent = Intent(
-            manifest_bytes=manifest_bytes,
+            manifest_file=manifest_file,
             upload_id=upload_id,
             part_size=part_size,
             owner=self._owner or process_owner(),
@@ -316,7 +316,7 @@ class IntentKeeper:
                 mode=mode,
                 e_tag=e_tag,
                 content_type="application/json",
-                private=is_private(intent.manifest_bytes),
+                private=intent.manifest.private is not None,
             )
         except PreconditionFailed:
             return False

@@ -29,6 +29,7 @@ from typing import Final
 
 from typing_extensions import Buffer, Self, override
 
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.checksum import combine_all, crc32c
 from blobflow.config import MIB
 from blobflow.engine.plan import Part, TransferPlan
@@ -307,7 +308,7 @@ class ClaimedUpload(UploadSession):
 
     def claim(
         self,
-        manifest_bytes: bytes,
+        manifest_file: ManifestFile,
         part_size: int,
         is_same: Callable[[Intent], bool],
         *,
@@ -335,7 +336,7 @@ class ClaimedUpload(UploadSession):
                 self.check_idle()
             if intent is not None:
                 replaces = replaces or intent.replaces
-            if self._join() if joins else self._begin(manifest_bytes, part_size, replaces, frames):
+            if self._join() if joins else self._begin(manifest_file, part_size, replaces, frames):
                 return self._claimed()
         raise TransferBusy(f"too many processes begin an upload to {self.key!r}", key=self.key)
 
@@ -354,10 +355,12 @@ class ClaimedUpload(UploadSession):
                 return False  # another process has just finished it, or given it up
         return True
 
-    def _begin(self, manifest_bytes: bytes, part_size: int, replaces: str | None, frames: FrameLog | None) -> bool:
+    def _begin(
+        self, manifest_file: ManifestFile, part_size: int, replaces: str | None, frames: FrameLog | None
+    ) -> bool:
         before = self.intent
         self.create(part_size)
-        if not self._keeper.begin(manifest_bytes, self.upload_id, part_size, replaces=replaces, frames=frames):
+        if not self._keeper.begin(manifest_file, self.upload_id, part_size, replaces=replaces, frames=frames):
             self.store.abort_multipart(self.key, self.upload_id)
             return False
         if before is not None:

@@ -23,6 +23,7 @@ from blobflow.artifact.index import Index, Member
 from blobflow.artifact.index_parquet import decode_index, decode_origins, encode_index, encode_origins
 from blobflow.artifact.landing import Landing, Stage, _Notes
 from blobflow.artifact.manifest import BodyInfo, IndexInfo, Manifest
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.backends.append_log import _records as log_records
 from blobflow.backends.mirror_history import HISTORY_NAME, read_history
 from blobflow.checksum import EMPTY_SHA256, crc32c
@@ -130,9 +131,9 @@ def _index(data: bytes) -> object:
 
 
 def _layer_meta() -> bytes:
-    manifest = _manifest()
-    plan = plan_of(manifest, 2048)
-    return meta_of(manifest, "zstd", plan, [100] * len(plan)).encode()
+    manifest_file = ManifestFile.parse(_manifest())
+    plan = plan_of(manifest_file, 2048)
+    return meta_of(manifest_file, "zstd", plan, [100] * len(plan)).encode()
 
 
 _PLAN: Final = FramePlan(300, 1000, 200)
@@ -188,7 +189,9 @@ def _probe_report(data: bytes) -> object:
 
 
 def _intent() -> bytes:
-    return Intent(_manifest(), "id", 8 << 20, "owner", 3, 1.5, "w", {1: 5, 2: 6, 4: 7}, replaces=_DIGEST).encode()
+    return Intent(
+        ManifestFile.parse(_manifest()), "id", 8 << 20, "owner", 3, 1.5, "w", {1: 5, 2: 6, 4: 7}, replaces=_DIGEST
+    ).encode()
 
 
 def _local_upload(data: bytes) -> object:

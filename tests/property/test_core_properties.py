@@ -20,6 +20,7 @@ from blobflow.artifact.checker import PayloadChecker
 from blobflow.artifact.index import Index, Member, path_fault
 from blobflow.artifact.index_parquet import decode_index, encode_index
 from blobflow.artifact.manifest import EXECUTABLE_MODE, FILE_MODE, Manifest
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.artifact.tarmap import TarMap
 from blobflow.checksum import EMPTY_SHA256, combine_all, combine_crc32c, crc32c, sha256
 from blobflow.engine.plan import TransferPlan
@@ -93,7 +94,7 @@ def test_an_upload_never_has_too_many_parts(size: int, chunk: int, minimum: int)
 def test_an_intent_survives(crcs: dict[int, int], owner: str, replaces: str | None):
     """Any set of parts, any owner."""
     with contextlib.suppress(UnicodeEncodeError):
-        intent = Intent(MANIFEST.encode(), "up", 1, owner, 1, 0.5, "w", crcs, replaces)
+        intent = Intent(ManifestFile.of(MANIFEST), "up", 1, owner, 1, 0.5, "w", crcs, replaces)
         assert Intent.parse(intent.encode()) == intent
 
 
@@ -107,7 +108,7 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 @given(st.data())
 def test_damaged_documents_are_refused_with_a_type(data: st.DataObject):
     """Whatever stands in a field of a manifest or an intent: it is read, or it is ArtifactInvalid."""
-    intent = Intent(MANIFEST.encode(), "up", 1, "o", 1, 0.5, "w", {1: 1}, None)
+    intent = Intent(ManifestFile.of(MANIFEST), "up", 1, "o", 1, 0.5, "w", {1: 1}, None)
     for parse, encoded in ((Manifest.parse, MANIFEST.encode()), (Intent.parse, intent.encode())):
         document = json.loads(encoded)
         document[data.draw(st.sampled_from(sorted(document)))] = data.draw(json_values)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from blobflow import Artifact
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.errors import ArtifactInvalid, ArtifactNotFound, ChecksumMismatch, DigestMismatch
 from tests.kit import artifact_of
 
@@ -65,9 +66,9 @@ def test_a_manifest_can_be_adopted_if_only_its_own_bytes_differ(artifact: Artifa
     """Another time of export is another artifact of the same body; other content is not."""
     document = json.loads(artifact.manifest_bytes)
     later = json.dumps({**document, "created_at": "2031-01-01T00:00:00Z"}).encode()
-    adopted = artifact.adopt(later)
+    adopted = artifact.adopt(ManifestFile.parse(later))
     assert adopted.manifest_bytes == later
     assert adopted.index is artifact.index
     assert adopted.payload_size == adopted.layout.size
     with pytest.raises(ArtifactInvalid, match="describe different payloads"):
-        artifact.adopt(json.dumps({**document, "content_digest": "sha256:" + "0" * 64}).encode())
+        artifact.adopt(ManifestFile.parse(json.dumps({**document, "content_digest": "sha256:" + "0" * 64}).encode()))

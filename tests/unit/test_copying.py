@@ -316,7 +316,7 @@ def test_another_upload_under_way_keeps_a_copy_away(source: LocalStore, target: 
     """Two different contents never mix under one key."""
     other = artifact_of(tmp_path / "other", {"other": "x"})
     IntentKeeper(target, COPY).begin(
-        other.manifest_bytes, target.create_multipart(COPY, part_size=4096), 4096, replaces=None
+        other.manifest_file, target.create_multipart(COPY, part_size=4096), 4096, replaces=None
     )
     with pytest.raises(TransferBusy):
         copy_artifact(source, KEY, target, COPY)
@@ -525,7 +525,7 @@ def test_an_unchanged_push_leaves_the_intent_of_other_content_alone(
     other = artifact_of(tmp_path / "other", {"other": "x"})
     keeper = IntentKeeper(target, KEY)
     keeper.load()
-    keeper.begin(other.manifest_bytes, target.create_multipart(KEY, part_size=4096), 4096, replaces=artifact.digest)
+    keeper.begin(other.manifest_file, target.create_multipart(KEY, part_size=4096), 4096, replaces=artifact.digest)
     assert upload(target, KEY, artifact).status == "unchanged"
     assert f"{KEY}.upload.json" in keys(target)
     assert len(target.list_uploads()) == 1

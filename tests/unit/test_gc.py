@@ -163,7 +163,7 @@ def test_an_intent_that_was_taken_up_again_stays(artifact: Artifact, store: Loca
         keeper = IntentKeeper(store, "a.tar")
         before = keeper.load()
         assert before is not None
-        assert keeper.begin(before.manifest_bytes, upload_id, 4096, replaces=None)
+        assert keeper.begin(before.manifest_file, upload_id, 4096, replaces=None)
 
     watched = FaultyStore(store, lambda request: Hook(begin_anew) if request.operation == "abort_multipart" else None)
     assert summary(collect(watched, clock=clock)) == (["a.tar"], [], [], 0)

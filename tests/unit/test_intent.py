@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from blobflow.artifact.manifest import artifact_digest
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.errors import ArtifactInvalid, NoSuchUpload, ObjectTooLarge, TransferBusy
 from blobflow.owner import process_owner
 from blobflow.stores.local.store import LocalStore
@@ -19,11 +20,11 @@ from blobflow.uploads.intent import SUFFIX, TTL_S, Intent, IntentKeeper
 from tests.clock import Clock
 from tests.unit.test_manifest import MANIFEST
 
-MANIFEST_BYTES = MANIFEST.encode()
+MANIFEST_FILE = ManifestFile.of(MANIFEST)
 GONE = f"{process_owner().rpartition('/')[0]}/{10**9}"
 """A process of this machine that cannot exist."""
 INTENT = Intent(
-    manifest_bytes=MANIFEST_BYTES,
+    manifest_file=MANIFEST_FILE,
     upload_id="up-1",
     part_size=4096,
     owner=process_owner(),
@@ -51,7 +52,7 @@ def test_an_intent_survives_its_encoding():
     document = json.loads(data)
     assert document["parts"] == "1-3,9"
     assert base64.b64decode(document["crc32c"]) == bytes.fromhex("00000000 ffffffff 07000000 08000000")
-    assert document["artifact_digest"] == artifact_digest(MANIFEST_BYTES)
+    assert document["artifact_digest"] == MANIFEST_FILE.digest
     assert Intent.parse(replace(INTENT, crcs={}).encode()).crcs == {}
 
 
@@ -98,7 +99,7 @@ def test_a_damaged_intent_counts_as_none_and_is_replaced(data: bytes, store: Loc
     keeper = IntentKeeper(store, "key")
     assert keeper.load() is None
     assert not keeper.is_alive()
-    assert keeper.begin(MANIFEST_BYTES, "up-2", 1, replaces=None)
+    assert keeper.begin(MANIFEST_FILE, "up-2", 1, replaces=None)
     found = IntentKeeper(store, "key").load()
     assert found is not None
     assert found.upload_id == "up-2"
@@ -110,7 +111,7 @@ def test_an_oversized_intent_counts_as_none_and_is_replaced(size: int, store: Lo
     store.put("key" + SUFFIX, bytes(size))
     keeper = IntentKeeper(store, "key")
     assert keeper.load() is None
-    assert keeper.begin(MANIFEST_BYTES, "up-2", 1, replaces=None)
+    assert keeper.begin(MANIFEST_FILE, "up-2", 1, replaces=None)
     found = IntentKeeper(store, "key").load()
     assert found is not None
     assert found.upload_id == "up-2"
@@ -142,8 +143,8 @@ def test_only_one_of_two_begins(store: LocalStore):
     """Both saw no intent; the second write is refused, and its writer then sees the first one's intent."""
     first, second = IntentKeeper(store, "key"), IntentKeeper(store, "key")
     assert first.load() is second.load() is None
-    assert first.begin(MANIFEST_BYTES, "up-1", 1, replaces=None)
-    assert not second.begin(MANIFEST_BYTES, "up-2", 1, replaces=None)
+    assert first.begin(MANIFEST_FILE, "up-1", 1, replaces=None)
+    assert not second.begin(MANIFEST_FILE, "up-2", 1, replaces=None)
     found = second.load()
     assert found is not None
     assert (found.upload_id, found.generation) == ("up-1", 1)
@@ -153,9 +154,9 @@ def test_only_one_of_two_begins(store: LocalStore):
 def test_taking_over_raises_the_generation(store: LocalStore):
     """The generation counts owners of the key."""
     first, second = IntentKeeper(store, "key"), IntentKeeper(store, "key")
-    first.begin(MANIFEST_BYTES, "up-1", 1, replaces=None)
+    first.begin(MANIFEST_FILE, "up-1", 1, replaces=None)
     second.load()
-    other = MANIFEST.model_copy(update={"content_digest": "sha256:" + "9" * 64}).encode()
+    other = ManifestFile.of(MANIFEST.model_copy(update={"content_digest": "sha256:" + "9" * 64}))
     assert second.begin(other, "up-2", 1, replaces="sha256:x")
     assert second.intent is not None
     assert (second.intent.generation, second.intent.replaces) == (2, "sha256:x")
@@ -166,9 +167,9 @@ def test_taking_over_raises_the_generation(store: LocalStore):
 def test_a_new_upload_of_the_same_payload_is_joined_not_fought(store: LocalStore):
     """The old upload is settled; whoever worked on it looks at the object and then joins the new one."""
     first, second = IntentKeeper(store, "key"), IntentKeeper(store, "key")
-    first.begin(MANIFEST_BYTES, "up-1", 1, replaces=None)
+    first.begin(MANIFEST_FILE, "up-1", 1, replaces=None)
     second.load()
-    second.begin(MANIFEST_BYTES, "up-2", 1, replaces=None)
+    second.begin(MANIFEST_FILE, "up-2", 1, replaces=None)
     with pytest.raises(NoSuchUpload):
         first.save({1: 1})
 
@@ -177,7 +178,7 @@ def test_joined_uploaders_merge_their_parts(store: LocalStore):
     """Neither writer loses what the other one acknowledged."""
     clock = Clock()
     first, second = IntentKeeper(store, "key", clock=clock), IntentKeeper(store, "key", clock=clock)
-    first.begin(MANIFEST_BYTES, "up-1", 1, replaces=None)
+    first.begin(MANIFEST_FILE, "up-1", 1, replaces=None)
     second.load()
     first.save({1: 11})
     clock.now = 1010.0
@@ -192,7 +193,7 @@ def test_joined_uploaders_merge_their_parts(store: LocalStore):
 def test_an_intent_that_is_gone_means_that_the_upload_is_settled(store: LocalStore):
     """A joined uploader has published: that is not a conflict, the object itself tells what happened."""
     first, second = IntentKeeper(store, "key"), IntentKeeper(store, "key")
-    first.begin(MANIFEST_BYTES, "up-1", 1, replaces=None)
+    first.begin(MANIFEST_FILE, "up-1", 1, replaces=None)
     second.load()
     first.remove("up-1")
     with pytest.raises(NoSuchUpload):
@@ -202,9 +203,9 @@ def test_an_intent_that_is_gone_means_that_the_upload_is_settled(store: LocalSto
 def test_the_intent_of_another_upload_is_not_removed(store: LocalStore):
     """A process that slept through its own replacement leaves the successor's intent alone."""
     sleeper, successor = IntentKeeper(store, "key"), IntentKeeper(store, "key")
-    sleeper.begin(MANIFEST_BYTES, "up-1", 1, replaces=None)
+    sleeper.begin(MANIFEST_FILE, "up-1", 1, replaces=None)
     successor.load()
-    successor.begin(MANIFEST_BYTES, "up-2", 1, replaces=None)
+    successor.begin(MANIFEST_FILE, "up-2", 1, replaces=None)
     sleeper.remove("up-1")
     assert store.exists("key" + SUFFIX)
     successor.remove("up-2")
@@ -215,7 +216,7 @@ def test_a_released_intent_keeps_nobody_away(store: LocalStore):
     """The parts stay known; the intent of another upload is not released."""
     clock = Clock()
     keeper = IntentKeeper(store, "key", clock=clock)
-    keeper.begin(MANIFEST_BYTES, "up-1", 1, replaces=None)
+    keeper.begin(MANIFEST_FILE, "up-1", 1, replaces=None)
     keeper.save({1: 1})
     keeper.release("up-2")
     assert keeper.is_alive()
@@ -231,7 +232,7 @@ def test_renewal_is_due_after_a_third(store: LocalStore):
     """Long enough before the end that one lost write does no harm."""
     clock = Clock()
     keeper = IntentKeeper(store, "key", clock=clock)
-    keeper.begin(MANIFEST_BYTES, "up-1", 1, replaces=None)
+    keeper.begin(MANIFEST_FILE, "up-1", 1, replaces=None)
     clock.now += TTL_S / 3
     assert not keeper.renewal_due()
     clock.now += 1
@@ -243,7 +244,7 @@ def test_renewal_is_due_after_a_third(store: LocalStore):
 def test_somebody_who_writes_all_the_time_does_not_hang_us(store: LocalStore):
     """The number of attempts is bounded."""
     keeper = IntentKeeper(store, "key")
-    keeper.begin(MANIFEST_BYTES, "up-1", 1, replaces=None)
+    keeper.begin(MANIFEST_FILE, "up-1", 1, replaces=None)
 
     def disturb(_: Request) -> None:
         other = IntentKeeper(store, "key")

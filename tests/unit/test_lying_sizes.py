@@ -15,6 +15,7 @@ from blobflow import ChunkProfile, copy_artifact, download, verify
 from blobflow.artifact.index import Index, Member
 from blobflow.artifact.index_parquet import encode_index
 from blobflow.artifact.manifest import BodyInfo, IndexInfo, Manifest
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.artifact.tarmap import TarMap, header, manifest_entry
 from blobflow.checksum import crc32c, sha256
 from blobflow.engine.plan import MAX_PARTS, TransferPlan
@@ -123,7 +124,7 @@ def test_an_intent_of_more_parts_than_an_upload_has_is_none(liar: Liar) -> None:
     """Anybody may plant one: parts of one byte would be a plan of billions."""
     manifest, _ = liar.get(KEY + ".manifest.json", max_bytes=1 << 20)
     size = Manifest.parse(manifest).body.size + len(manifest)
-    right = Intent(manifest, "id", -(-size // MAX_PARTS), "owner", 3, 1.5, "w", {})
+    right = Intent(ManifestFile.parse(manifest), "id", -(-size // MAX_PARTS), "owner", 3, 1.5, "w", {})
     assert Intent.parse(right.encode()) == right
     with pytest.raises(ArtifactInvalid, match="has parts of 1 bytes"):
         Intent.parse(replace(right, part_size=1).encode())

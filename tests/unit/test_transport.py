@@ -676,7 +676,7 @@ def test_a_living_upload_of_other_content_keeps_others_away(artifact: Artifact, 
     """Not from a live owner; at once from one that is gone; and from an unknown one when its time is over."""
     other = artifact_of(tmp_path / "other", {"other": "x"})
     keeper = IntentKeeper(store, KEY)
-    keeper.begin(artifact.manifest_bytes, store.create_multipart(KEY, part_size=4096), 4096, replaces=None)
+    keeper.begin(artifact.manifest_file, store.create_multipart(KEY, part_size=4096), 4096, replaces=None)
     with pytest.raises(TransferBusy, match=r"another upload to .* is under way") as refusal:
         upload(store, KEY, other)
     assert refusal.value.retryable
@@ -689,7 +689,7 @@ def test_an_unknown_owner_is_waited_for_until_its_time_is_over(artifact: Artifac
     """Of a process on another machine only the expiry is known."""
     other = artifact_of(tmp_path / "other", {"other": "x"})
     then = IntentKeeper(store, KEY, clock=lambda: time.time() - 1000)
-    then.begin(artifact.manifest_bytes, store.create_multipart(KEY, part_size=4096), 4096, replaces=None)
+    then.begin(artifact.manifest_file, store.create_multipart(KEY, part_size=4096), 4096, replaces=None)
     document = json.loads(store.get(KEY + SUFFIX, max_bytes=2**20).data)
     document["owner"] = "another-machine/-/-/1"
     store.put(KEY + SUFFIX, json.dumps(document).encode())
@@ -758,11 +758,11 @@ def test_absent_and_damaged_are_two_errors(artifact: Artifact, store: LocalStore
     assert damage.value.exit_code == 3
     store.delete(f"{KEY}.manifest.json")
     keeper = IntentKeeper(store, KEY)
-    keeper.begin(artifact.manifest_bytes, "up", 4096, replaces=None)
+    keeper.begin(artifact.manifest_file, "up", 4096, replaces=None)
     with pytest.raises(ArtifactNotFound, match="its upload is not finished"):
         read_manifest(store, KEY)
     keeper.load()
-    keeper.begin(artifact.manifest_bytes, "up", 4096, replaces="sha256:x")
+    keeper.begin(artifact.manifest_file, "up", 4096, replaces="sha256:x")
     with pytest.raises(ReplacementInProgress) as busy:
         read_manifest(store, KEY)
     assert busy.value.exit_code == 75

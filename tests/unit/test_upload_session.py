@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.checksum import crc32c
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import NoSuchUpload, StoreUnavailable, TransferBusy, UploadIncomplete
@@ -24,8 +25,8 @@ from tests.kit import declare, keys, noise, watched
 from tests.unit.test_manifest import MANIFEST
 
 KEY = "orders/monday"
-MINE = MANIFEST.encode()
-THEIRS = MANIFEST.model_copy(update={"content_digest": "sha256:" + "9" * 64}).encode()
+MINE = ManifestFile.of(MANIFEST)
+THEIRS = ManifestFile.of(MANIFEST.model_copy(update={"content_digest": "sha256:" + "9" * 64}))
 PLAN = TransferPlan(10_000, 4096)
 DATA = noise(PLAN.size, 3)
 ELSEWHERE = "another-host/boot/1/1"
@@ -41,13 +42,13 @@ def session_of(store: Store, *, owner: str | None = None, exclusive: bool = Fals
     return ClaimedUpload(store, KEY, content_type="application/x-tar", owner=owner, exclusive=exclusive)
 
 
-def of(manifest_bytes: bytes) -> Callable[[Intent], bool]:
-    return lambda intent: intent.manifest_bytes == manifest_bytes
+def of(manifest_file: ManifestFile) -> Callable[[Intent], bool]:
+    return lambda intent: intent.manifest_file == manifest_file
 
 
-def claimed(store: Store, manifest_bytes: bytes = MINE, *, owner: str | None = None) -> ClaimedUpload:
+def claimed(store: Store, manifest_file: ManifestFile = MINE, *, owner: str | None = None) -> ClaimedUpload:
     session = session_of(store, owner=owner)
-    session.claim(manifest_bytes, PLAN.part_size, of(manifest_bytes))
+    session.claim(manifest_file, PLAN.part_size, of(manifest_file))
     return session
 
 
@@ -108,7 +109,7 @@ def test_an_upload_of_the_same_content_is_joined(store: LocalStore):
     second = session_of(watching)
     intent = second.claim(THEIRS, 2 * PLAN.part_size, of(MINE))
     assert (second.upload_id, second.part_size, second.is_new) == (first.upload_id, PLAN.part_size, False)
-    assert (intent.manifest_bytes, intent_bytes(store)) == (MINE, before)
+    assert (intent.manifest_file, intent_bytes(store)) == (MINE, before)
     assert [request.operation for request in watching.log] == ["get"]
 
 
@@ -132,7 +133,7 @@ def test_of_two_who_claim_at_once_one_is_refused(store: LocalStore):
         claimed(FaultyStore(store, scripted_faults(faults)))
     [winner] = theirs
     assert uploads(store) == [winner.upload_id]
-    assert Intent.parse(intent_bytes(store)).manifest_bytes == THEIRS
+    assert Intent.parse(intent_bytes(store)).manifest_file == THEIRS
 
 
 def test_what_nobody_works_on_is_replaced_intent_first(store: LocalStore):
