@@ -58,7 +58,7 @@ def find_tests(root: Path = ROOT) -> dict[str, list[str]]:
         ValueError: a marker's argument is not a plain string.
     """
     found: dict[str, list[str]] = {}
-    for path in [*sorted(root.glob("tests/**/test_*.py")), root / "blobflow" / "testing.py"]:
+    for path in [*sorted(root.glob("tests/**/test_*.py")), *sorted(root.glob("blobflow/testing/*.py"))]:
         if not path.exists():
             continue
         name = path.relative_to(root).as_posix()

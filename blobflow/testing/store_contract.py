@@ -1,385 +1,37 @@
-"""Tools for your own tests: the contracts of stores and backends, a store with faults, directory trees as literals.
-
-Nothing here imports pytest, so the module may be imported anywhere.
-"""
+"""Every promise of a store, as tests."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import shutil
-import stat
 import subprocess
 import sys
 import threading
 import unittest
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from itertools import repeat
-from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-from typing_extensions import override
-
-from blobflow.artifact.artifact import Artifact
-from blobflow.artifact.members import verify_members
-from blobflow.backends.base import Exporter, Importer
-from blobflow.checksum import Buffer, crc32c
+from blobflow.checksum import crc32c
 from blobflow.errors import (
-    BlobflowError,
-    DestinationNotEmpty,
-    IntegrityError,
     InvalidKey,
     NoSuchUpload,
     ObjectChanged,
     ObjectNotFound,
     ObjectTooLarge,
     PreconditionFailed,
-    RefusedError,
     SizeMismatch,
-    StoreUnavailable,
     Unsupported,
     UploadIncomplete,
     UsageError,
 )
-from blobflow.forks import reset_after_fork_of
-from blobflow.stores.base import MAX_KEY_BYTES, Body, ObjectMeta, PartMeta, PutMode, Store, StoredObject
-from blobflow.stores.local.store import LocalStore
-from blobflow.stores.wrapping import WrappingStore
-from blobflow.transport import download, upload
-
-__all__ = [
-    "BackendContract",
-    "CorruptRead",
-    "Executable",
-    "FailAfter",
-    "FailBefore",
-    "Fault",
-    "FaultyStore",
-    "Fifo",
-    "Hook",
-    "Request",
-    "StoreContract",
-    "Symlink",
-    "Tree",
-    "Truncate",
-    "random_faults",
-    "read_tree",
-    "scripted_faults",
-    "write_tree",
-]
+from blobflow.stores.base import MAX_KEY_BYTES, Body, PutMode, Store
+from blobflow.testing.checks import raises
 
 _T = TypeVar("_T")
-_E = TypeVar("_E", bound=BaseException)
 
-# ------------------------------------------------------------------------------------------------------ directory trees
-
-
-@dataclass(frozen=True)
-class Symlink:
-    """A symbolic link."""
-
-    target: str
-
-
-@dataclass(frozen=True)
-class Executable:
-    """A file whose owner may execute it."""
-
-    content: str | bytes
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "content", _Content(_encoded(self.content)))
-
-
-@dataclass(frozen=True)
-class Fifo:
-    """A named pipe."""
-
-
-Tree: TypeAlias = "Mapping[str, str | bytes | Tree | Symlink | Executable | Fifo]"
-"""A directory as a literal: text and bytes are files, mappings are directories."""
-
-
-class _Content(bytes):
-    """A file's bytes, equal to the text they encode: trees may be written as text."""
-
-    __slots__ = ()
-
-    @override
-    def __eq__(self, other: object) -> bool:
-        return bytes(self) == (other.encode() if isinstance(other, str) else other)
-
-    __hash__ = bytes.__hash__
-
-
-def _encoded(content: str | bytes) -> bytes:
-    return content.encode() if isinstance(content, str) else content
-
-
-def write_tree(path: str | os.PathLike[str], tree: Tree) -> Path:
-    """Make the directory `path` with the contents of `tree`; what is there already stays.
-
-    >>> write_tree(tmp_path / "orders", {"readme": "hello", "data": {"0.bin": b"...", "latest": Symlink("0.bin")}})
-    """
-    root = Path(path)
-    root.mkdir(parents=True, exist_ok=True)
-    for name, node in tree.items():
-        target = root / name
-        match node:
-            case Symlink():
-                target.symlink_to(node.target)
-            case Fifo():
-                os.mkfifo(target)
-            case Executable():
-                target.write_bytes(_encoded(node.content))
-                target.chmod(0o755)
-            case str() | bytes():
-                target.write_bytes(_encoded(node))
-            case _:
-                write_tree(target, node)
-    return root
-
-
-def read_tree(path: str | os.PathLike[str]) -> Tree:
-    """The contents of a directory, to be compared with the literal it should be."""
-    tree: dict[str, str | bytes | Tree | Symlink | Executable | Fifo] = {}
-    for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
-        status = entry.stat(follow_symlinks=False)
-        if stat.S_ISLNK(status.st_mode):
-            tree[entry.name] = Symlink(os.readlink(entry.path))
-        elif stat.S_ISDIR(status.st_mode):
-            tree[entry.name] = read_tree(entry.path)
-        elif stat.S_ISFIFO(status.st_mode):
-            tree[entry.name] = Fifo()
-        else:
-            content = _Content(Path(entry.path).read_bytes())
-            tree[entry.name] = Executable(content) if status.st_mode & stat.S_IXUSR else content
-    return tree
-
-
-# --------------------------------------------------------------------------------------------------------------- faults
-
-
-class Request(NamedTuple):
-    """One request that reached a `FaultyStore`."""
-
-    operation: str
-    """The name of the method; `get_range` for both ways to read a range."""
-    key: str
-    """Or the prefix, for listings."""
-    number: int
-    """Counts the requests of this operation, from 1."""
-
-
-@dataclass(frozen=True)
-class FailBefore:
-    """The request never arrives: nothing happens."""
-
-    error: BlobflowError | None = None
-
-
-@dataclass(frozen=True)
-class FailAfter:
-    """The answer is lost: the store did it, and the caller does not know."""
-
-    error: BlobflowError | None = None
-
-
-@dataclass(frozen=True)
-class CorruptRead:
-    """One byte of what is read is wrong, and nobody says so."""
-
-    at: int = 0
-
-
-@dataclass(frozen=True)
-class Truncate:
-    """The connection breaks in the middle: after `keep` bytes of a body or a read, or entries of a listing."""
-
-    keep: int = 0
-    error: BlobflowError | None = None
-
-
-@dataclass(frozen=True)
-class Hook:
-    """`call` runs before the request: to block it, to count, to change the store behind the caller's back."""
-
-    call: Callable[[Request], None]
-
-
-Fault: TypeAlias = FailBefore | FailAfter | CorruptRead | Truncate | Hook
-
-
-def scripted_faults(script: Mapping[tuple[str, int], Fault]) -> Callable[[Request], Fault | None]:
-    """Faults by operation and number.
-
-    >>> FaultyStore(store, scripted_faults({("put_part", 3): FailAfter(), ("list", 1): Truncate(keep=10)}))
-    """
-    return lambda request: script.get((request.operation, request.number))
-
-
-def random_faults(
-    seed: int, rate: float, kinds: Sequence[Fault] = (FailBefore(), FailAfter(), Truncate(keep=1))
-) -> Callable[[Request], Fault | None]:
-    """A fault of one of the kinds for that share of the requests; the same ones for a seed and an order of calls."""
-    generator = random.Random(seed)
-
-    def faults(_: Request) -> Fault | None:
-        return generator.choice(kinds) if generator.random() < rate else None
-
-    return faults
-
-
-class FaultyStore(WrappingStore):
-    """Passes requests on to `store`, except where `faults` says otherwise.
-
-    Faults of one request come one after the other, so that a callable `faults` may keep a state without a lock.
-
-    Attributes:
-        log: All requests, in order.
-    """
-
-    def __init__(self, store: Store, faults: Callable[[Request], Fault | None] = lambda _: None) -> None:
-        super().__init__(store)
-        self.faults = faults
-        self.log: list[Request] = []
-        self._counts: Counter[str] = Counter()
-        self.reset_after_fork()
-        reset_after_fork_of(self)
-
-    def reset_after_fork(self) -> None:
-        """See `ResettableAfterFork`."""
-        self._lock = threading.Lock()
-
-    def count(self, operation: str) -> int:
-        """How many requests of an operation there were."""
-        return self._counts[operation]
-
-    def _next(self, operation: str, key: str) -> tuple[Request, Fault | None]:
-        with self._lock:
-            self._counts[operation] += 1
-            request = Request(operation, key, self._counts[operation])
-            self.log.append(request)
-            fault = self.faults(request)
-        if isinstance(fault, Hook):
-            fault.call(request)
-        if isinstance(fault, FailBefore):
-            raise fault.error or _injected(request, "was not sent")
-        return request, fault
-
-    @override
-    def _call(self, operation: str, key: str, attempt: Callable[[], _T]) -> _T:
-        request, fault = self._next(operation, key)
-        if isinstance(fault, Truncate):
-            raise fault.error or _injected(request, "was not sent whole")
-        answer = attempt()
-        if isinstance(fault, FailAfter):
-            raise fault.error or _injected(request, "got no answer")
-        return answer
-
-    def _send_body(self, operation: str, key: str, body: Body, call: Callable[[Body], _T]) -> _T:
-        request, fault = self._next(operation, key)
-        if isinstance(fault, Truncate):
-            error = fault.error or _injected(request, f"broke after {fault.keep} bytes")
-            body = Body(
-                body.size, lambda whole=body: _first(whole, fault.keep, error), body.crc32c, metadata=body.metadata
-            )
-        answer = call(body)
-        if isinstance(fault, FailAfter):
-            raise fault.error or _injected(request, "got no answer")
-        return answer
-
-    @override
-    def put(
-        self,
-        key: str,
-        body: Buffer | Body,
-        *,
-        mode: PutMode = PutMode.OVERWRITE,
-        e_tag: str | None = None,
-        content_type: str = "application/octet-stream",
-        private: bool = False,
-    ) -> ObjectMeta:
-        def call(body: Body) -> ObjectMeta:
-            return self.store.put(key, body, mode=mode, e_tag=e_tag, content_type=content_type, private=private)
-
-        return self._send_body("put", key, body if isinstance(body, Body) else Body.of(body), call)
-
-    @override
-    def get(self, key: str, *, max_bytes: int) -> StoredObject:
-        request, fault = self._next("get", key)
-        found = self.store.get(key, max_bytes=max_bytes)
-        match fault:
-            case FailAfter() | Truncate():
-                raise fault.error or _injected(request, "got no answer")
-            case CorruptRead():
-                data = bytearray(found.data)
-                _flip(memoryview(data), fault.at)
-                return StoredObject(bytes(data), found.meta)
-            case _:
-                return found
-
-    @override
-    def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
-        request, fault = self._next("get_range", key)
-        match fault:
-            case Truncate():
-                self.store.get_range_into(key, offset, buffer[: fault.keep], e_tag=e_tag)
-                raise fault.error or _injected(request, f"broke after {fault.keep} bytes")
-            case FailAfter():
-                self.store.get_range_into(key, offset, buffer, e_tag=e_tag)
-                raise fault.error or _injected(request, "got no answer")
-            case CorruptRead():
-                self.store.get_range_into(key, offset, buffer, e_tag=e_tag)
-                _flip(buffer, fault.at)
-            case _:
-                self.store.get_range_into(key, offset, buffer, e_tag=e_tag)
-
-    @override
-    def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:
-        request, fault = self._next("list", prefix)
-        for position, meta in enumerate(self.store.list(prefix, start_after=start_after)):
-            if isinstance(fault, Truncate | FailAfter) and position >= getattr(fault, "keep", 0):
-                raise fault.error or _injected(request, f"broke after {position} entries")
-            yield meta
-
-    @override
-    def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
-        def call(body: Body) -> PartMeta:
-            return self.store.put_part(key, upload_id, part_number, body)
-
-        return self._send_body("put_part", key, body, call)
-
-
-def _injected(request: Request, what: str) -> StoreUnavailable:
-    return StoreUnavailable(
-        f"injected fault: {request.operation} {request.key!r} (number {request.number}) {what}",
-        operation=request.operation,
-        key=request.key,
-    )
-
-
-def _flip(buffer: memoryview, at: int) -> None:
-    if buffer:
-        buffer[at % len(buffer)] ^= 0x01
-
-
-def _first(body: Body, keep: int, error: BlobflowError) -> Iterator[Buffer]:
-    for buffer in body:
-        if keep > 0:
-            yield memoryview(buffer)[:keep]
-        keep -= len(buffer)
-        if keep <= 0:
-            break
-    raise error
-
-
-# ------------------------------------------------------------------------------------------------------------- contract
 
 _ODD_KEYS = (
     "plain",
@@ -448,21 +100,6 @@ elif job == "parts":
         store.put_part(key, upload_id, number, Body.of(bytes([number]) * size))
     print(len(numbers))
 """
-
-
-class _Caught(Generic[_E]):
-    value: _E
-
-
-@contextmanager
-def _raises(kind: type[_E]) -> Generator[_Caught[_E]]:
-    caught: _Caught[_E] = _Caught()
-    try:
-        yield caught
-    except kind as error:
-        caught.value = error
-    else:
-        raise AssertionError(f"{kind.__name__} was not raised")
 
 
 def _noise(size: int, seed: int = 0) -> bytes:
@@ -551,7 +188,7 @@ class StoreContract:
             lambda: store.get_range("absent", 0, 1),
             lambda: store.copy("absent", "elsewhere"),
         ):
-            with _raises(ObjectNotFound) as refusal:
+            with raises(ObjectNotFound) as refusal:
                 read()
             assert refusal.value.key.startswith("absent")
         assert not store.exists("absent")
@@ -559,11 +196,11 @@ class StoreContract:
     def test_a_directory_is_no_object(self, store: Store) -> None:
         """A prefix of keys is not a key."""
         store.put("a/b", b"x")
-        with _raises(ObjectNotFound):
+        with raises(ObjectNotFound):
             store.head("a")
-        with _raises(ObjectNotFound):
+        with raises(ObjectNotFound):
             store.get("a", max_bytes=1)
-        with _raises(ObjectNotFound):
+        with raises(ObjectNotFound):
             store.head("a/b/c")
         store.delete("a")
         assert store.exists("a/b")
@@ -572,16 +209,16 @@ class StoreContract:
         """As many bytes as allowed are read, one more is refused with the limit."""
         store.put("small", b"12345")
         assert store.get("small", max_bytes=5).data == b"12345"
-        with _raises(ObjectTooLarge) as refusal:
+        with raises(ObjectTooLarge) as refusal:
             store.get("small", max_bytes=4)
         assert (refusal.value.key, refusal.value.limit) == ("small", 4)
 
     def test_a_failing_source_stores_nothing(self, store: Store) -> None:
         """What a body raises comes out as it is, and the key keeps what it held."""
-        with _raises(_SourceFailed):
+        with raises(_SourceFailed):
             store.put("new", _failing_body(b"abc", 6))
         store.put("old", b"earlier")
-        with _raises(_SourceFailed):
+        with raises(_SourceFailed):
             store.put("old", _failing_body(b"abc", 6))
         assert store.get("old", max_bytes=10).data == b"earlier"
         assert [meta.key for meta in store.list()] == ["old"]
@@ -589,7 +226,7 @@ class StoreContract:
     def test_a_body_of_another_size_stores_nothing(self, store: Store) -> None:
         """A body that ends early or goes on is refused."""
         for chunks in ((b"12345",), (b"1234", b"567")):
-            with _raises(SizeMismatch):
+            with raises(SizeMismatch):
                 store.put("wrong", Body(6, lambda chunks=chunks: chunks))
             assert not store.exists("wrong")
 
@@ -608,7 +245,7 @@ class StoreContract:
         store.put(key, b"1")
         assert store.get(key, max_bytes=1).data == b"1"
         assert [meta.key for meta in store.list("s" * 100)] == [key]
-        with _raises(InvalidKey):
+        with raises(InvalidKey):
             store.put("s/" * 450 + "s", b"1")
 
     def test_bad_keys_are_refused_everywhere(self, store: Store) -> None:
@@ -638,7 +275,7 @@ class StoreContract:
             if store.capabilities().multipart:
                 calls.append(lambda key=key: store.create_multipart(key, part_size=store.capabilities().min_part_size))
             for call in calls:
-                with _raises(InvalidKey):
+                with raises(InvalidKey):
                     call()
 
     def test_delete_is_idempotent(self, store: Store) -> None:
@@ -676,7 +313,7 @@ class StoreContract:
         """A create-only put succeeds once; the object stays the first one."""
         self._need_conditional(store)
         meta = store.put("once", b"first", mode=PutMode.CREATE)
-        with _raises(PreconditionFailed) as refusal:
+        with raises(PreconditionFailed) as refusal:
             store.put("once", b"second", mode=PutMode.CREATE)
         assert refusal.value.key == "once"
         found = store.get("once", max_bytes=10)
@@ -689,7 +326,7 @@ class StoreContract:
         self._need_conditional(store)
         first = store.put("ref", b"1")
         second = store.put("ref", b"2", mode=PutMode.UPDATE, e_tag=first.e_tag)
-        with _raises(PreconditionFailed):
+        with raises(PreconditionFailed):
             store.put("ref", b"3", mode=PutMode.UPDATE, e_tag=first.e_tag)
         assert store.get("ref", max_bytes=1).data == b"2"
         store.put("ref", b"4", mode=PutMode.UPDATE, e_tag=second.e_tag)
@@ -700,14 +337,14 @@ class StoreContract:
         self._need_conditional(store)
         gone = store.put("ref", b"1")
         store.delete("ref")
-        with _raises(PreconditionFailed):
+        with raises(PreconditionFailed):
             store.put("ref", b"2", mode=PutMode.UPDATE, e_tag=gone.e_tag)
         assert not store.exists("ref")
 
     def test_an_e_tag_belongs_to_update(self, store: Store) -> None:
         """A mode without its e_tag, or an e_tag without its mode, is a mistake of the caller."""
         for mode, e_tag in ((PutMode.UPDATE, None), (PutMode.CREATE, '"x"'), (PutMode.OVERWRITE, '"x"')):
-            with _raises(UsageError):
+            with raises(UsageError):
                 store.put("key", b"", mode=mode, e_tag=e_tag)
 
     def test_only_one_thread_creates(self, store: Store) -> None:
@@ -763,7 +400,7 @@ class StoreContract:
         if store.capabilities().conditional:
             raise unittest.SkipTest("the store has conditional writes")
         for mode, e_tag in ((PutMode.CREATE, None), (PutMode.UPDATE, '"x"')):
-            with _raises(Unsupported) as refusal:
+            with raises(Unsupported) as refusal:
                 store.put("key", b"", mode=mode, e_tag=e_tag)
             assert (refusal.value.store, refusal.value.capability) == (store.url, "conditional writes")
         assert not store.exists("key")
@@ -790,14 +427,14 @@ class StoreContract:
         store.put("object", b"0123456789")
         store.put("empty", b"")
         for key, offset, length in (("object", 5, 6), ("object", 10, 1), ("object", 100, 1), ("empty", 0, 1)):
-            with _raises(SizeMismatch):
+            with raises(SizeMismatch):
                 store.get_range(key, offset, length)
 
     def test_a_pin_refuses_another_object(self, store: Store) -> None:
         """A pinned read never gives bytes of a successor, and the error can be retried."""
         first = store.put("object", b"first")
         second = store.put("object", b"other")
-        with _raises(ObjectChanged) as refusal:
+        with raises(ObjectChanged) as refusal:
             store.get_range("object", 0, 5, e_tag=first.e_tag)
         assert refusal.value.retryable
         assert (refusal.value.key, refusal.value.expected) == ("object", first.e_tag)
@@ -948,7 +585,7 @@ class StoreContract:
         first = store.put_part("large", upload_id, 1, Body.of(parts[0]))
         third = store.put_part("large", upload_id, 3, Body.of(parts[2]))
         for wrong in ([first, third], [third], [], [first, third._replace(part_number=2)]):
-            with _raises(UploadIncomplete):
+            with raises(UploadIncomplete):
                 store.complete_multipart("large", upload_id, wrong)
         assert not store.exists("large")
         second = store.put_part("large", upload_id, 2, Body.of(parts[1]))
@@ -986,18 +623,18 @@ class StoreContract:
         assert store.get("large", max_bytes=10).data == b"earlier"
         store.complete_multipart("large", upload_id, acknowledged)
         assert store.get("large", max_bytes=len(data)).data == data
-        with _raises(ObjectChanged):
+        with raises(ObjectChanged):
             store.get_range("large", 0, 1, e_tag=earlier.e_tag)
 
     def test_a_failing_part_changes_nothing(self, store: Store) -> None:
         """A part whose source fails is not acknowledged, and the one sent before stays whole."""
         parts, _ = self._parts(store, 1)
         upload_id = store.create_multipart("large", part_size=len(parts[0]))
-        with _raises(_SourceFailed):
+        with raises(_SourceFailed):
             store.put_part("large", upload_id, 1, _failing_body(b"abc", len(parts[0])))
         assert store.list_parts("large", upload_id) == []
         part = store.put_part("large", upload_id, 1, Body.of(parts[0]))
-        with _raises(_SourceFailed):
+        with raises(_SourceFailed):
             store.put_part("large", upload_id, 1, _failing_body(b"abc", len(parts[0])))
         store.complete_multipart("large", upload_id, [part])
         assert store.get("large", max_bytes=len(parts[0])).data == parts[0]
@@ -1024,7 +661,7 @@ class StoreContract:
             lambda: store.put_part("two", upload_id, 1, Body.of(b"2")),
             lambda: store.list_parts("two", upload_id),
         ):
-            with _raises(NoSuchUpload):
+            with raises(NoSuchUpload):
                 call()
         store.abort_multipart("two", upload_id)
         assert [listed[:3] for listed in store.list_parts("one", upload_id)] == [part[:3]]
@@ -1072,7 +709,7 @@ class StoreContract:
             lambda: store.complete_multipart("key", "id", []),
             lambda: store.abort_multipart("key", "id"),
         ):
-            with _raises(Unsupported) as refusal:
+            with raises(Unsupported) as refusal:
                 call()
             assert (refusal.value.store, refusal.value.capability) == (store.url, "multipart uploads")
 
@@ -1101,7 +738,7 @@ class StoreContract:
             lambda: store.list_parts("large", upload_id),
             lambda: store.put_part("large", upload_id, 1, Body.of(b"late")),
         ):
-            with _raises(NoSuchUpload) as refusal:
+            with raises(NoSuchUpload) as refusal:
                 call()
             assert (refusal.value.key, refusal.value.upload_id) == ("large", upload_id)
 
@@ -1144,173 +781,3 @@ def _together(count: int, call: Callable[[int], _T]) -> list[_T]:
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
-
-
-# ------------------------------------------------------------------------------------------------- contract of backends
-
-
-class _Cancelled(Exception):
-    """What a progress callback raises has to come out of the work as it went in."""
-
-
-class BackendContract:
-    """Every promise of `blobflow.backends.base.Exporter` and `Importer` as tests. Inherit, and say what your source is.
-
-    Sources have revisions, counted from 1; each has other content than the one before, and a later cursor if any.
-
-    >>> class TestMyBackend(BackendContract):
-    ...     def write_source(self, source, revision):
-    ...         (source / "my.db").write_text(f"revision {revision}")
-    ...
-    ...     def exporter(self, source):
-    ...         return MyExporter(source)
-    ...
-    ...     def importer(self, target):
-    ...         return MyImporter(target)
-    ...
-    ...     def revision_of(self, target):
-    ...         return int((target / "my.db").read_text().split()[1])
-    """
-
-    def write_source(self, source: Path, revision: int) -> None:
-        """Bring the source in an existing directory from the revision before to this one."""
-        raise NotImplementedError
-
-    def exporter(self, source: Path) -> Exporter:
-        """An exporter of the source in a directory."""
-        raise NotImplementedError
-
-    def importer(self, target: Path) -> Importer:
-        """An importer into a directory, which may be absent."""
-        raise NotImplementedError
-
-    def revision_of(self, target: Path) -> int:
-        """Which revision the target in a directory is at, read as its users do."""
-        raise NotImplementedError
-
-    def test_an_export_is_a_whole_artifact(self, tmp_path: Path) -> None:
-        """Its members are what the index says, and the manifest names the importer that takes it."""
-        artifact = self._export(tmp_path, 1)
-        verify_members(artifact)
-        assert artifact.manifest.backend == self.exporter(tmp_path).backend == self.importer(tmp_path).backend
-        assert not artifact.is_reference or artifact.data.resolve().is_dir()
-
-    def test_an_unchanged_source_has_the_same_content(self, tmp_path: Path) -> None:
-        """So that an upload of it is skipped; a changed one is told apart."""
-        first, again = self._export(tmp_path, 1), self._export(tmp_path, 1, "again")
-        assert first.manifest.same_content(again.manifest)
-        assert not first.manifest.same_content(self._export(tmp_path, 2).manifest)
-
-    def test_a_destination_that_holds_something_is_left_alone(self, tmp_path: Path) -> None:
-        """No export writes over anything."""
-        dest = tmp_path / "taken"
-        write_tree(dest, {"precious": "1"})
-        with _raises(DestinationNotEmpty):
-            self._exporter_at(tmp_path, 1).export(dest)
-        assert read_tree(dest) == {"precious": "1"}
-
-    def test_a_cancelled_export_leaves_nothing(self, tmp_path: Path) -> None:
-        """Raising from the progress callback ends it, and the destination is as before."""
-
-        def cancel(_done: int, _total: int) -> None:
-            raise _Cancelled
-
-        exporter = self._exporter_at(tmp_path, 1)
-        with _raises(_Cancelled):
-            exporter.export(tmp_path / "absent", on_progress=cancel)
-        (tmp_path / "empty").mkdir()
-        with _raises(_Cancelled):
-            exporter.export(tmp_path / "empty", on_progress=cancel)
-        assert not (tmp_path / "absent").exists()
-        assert read_tree(tmp_path / "empty") == {}
-
-    def test_an_import_brings_the_source_back(self, tmp_path: Path) -> None:
-        """With the cursor that is embedded in the artifact, where following the source goes on."""
-        artifact, importer = self._export(tmp_path, 1), self.importer(tmp_path / "target")
-        assert importer.current() is None
-        assert importer.cursor() is None
-        result = importer.import_artifact(artifact)
-        assert (result.status, result.artifact_digest) == ("imported", artifact.digest)
-        assert result.cursor == importer.cursor() == artifact.manifest.cursor
-        alive = importer.current()
-        assert alive is not None
-        assert alive.digest == artifact.digest
-        assert self.revision_of(tmp_path / "target") == 1
-        assert Artifact.open(artifact.path).digest == artifact.digest
-
-    def test_another_process_finds_what_is_alive(self, tmp_path: Path) -> None:
-        """An importer keeps nothing to itself."""
-        artifact = self._export(tmp_path, 1)
-        self.importer(tmp_path / "target").import_artifact(artifact)
-        other = self.importer(tmp_path / "target")
-        alive = other.current()
-        assert alive is not None
-        assert (alive.digest, other.cursor()) == (artifact.digest, artifact.manifest.cursor)
-
-    def test_an_artifact_that_is_alive_is_left_alone(self, tmp_path: Path) -> None:
-        """An import may be called again after a crash; one that may be consumed is gone afterwards."""
-        artifact, importer = self._export(tmp_path, 1), self.importer(tmp_path / "target")
-        importer.import_artifact(artifact)
-        result = importer.import_artifact(artifact, consume=True)
-        assert (result.status, result.cursor) == ("unchanged", artifact.manifest.cursor)
-        assert not artifact.path.exists()
-        assert self.revision_of(tmp_path / "target") == 1
-
-    def test_a_newer_artifact_takes_the_place_of_the_older(self, tmp_path: Path) -> None:
-        """From its staging place, where a download would have put it."""
-        importer = self.importer(tmp_path / "target")
-        importer.import_artifact(self._export(tmp_path, 1))
-        newer = self._exporter_at(tmp_path, 2).export(importer.staging("sha256:" + "a" * 64)).artifact
-        result = importer.import_artifact(newer, consume=True)
-        assert result.status == "imported"
-        assert importer.cursor() == newer.manifest.cursor
-        assert self.revision_of(tmp_path / "target") == 2
-        assert not newer.path.exists()
-
-    def test_a_published_artifact_is_brought_to_life(self, tmp_path: Path) -> None:
-        """Over a store and through the staging place, in which nothing stays."""
-        artifact, importer = self._export(tmp_path, 1), self.importer(tmp_path / "target")
-        store = LocalStore(tmp_path / "store")
-        upload(store, "key", artifact)
-        landed = importer.staging(artifact.digest)
-        result = importer.import_artifact(Artifact.open(download(store, "key", landed).path), consume=True, key="key")
-        assert result.cursor == importer.cursor() == artifact.manifest.cursor
-        assert self.revision_of(tmp_path / "target") == 1
-        assert list(landed.parent.iterdir()) == []
-
-    def test_damage_is_found_before_anything_changes(self, tmp_path: Path) -> None:
-        """The transport is not trusted: a flipped bit is refused, and the target stays as it was."""
-        importer = self.importer(tmp_path / "target")
-        importer.import_artifact(self._export(tmp_path, 1))
-        landed = tmp_path / "landed"
-        newer = self._export(tmp_path, 2)
-        shutil.copytree(newer.path, landed)
-        member = next(path for path in sorted((landed / "data").rglob("*")) if path.is_file() and path.stat().st_size)
-        content = bytearray(member.read_bytes())
-        content[len(content) // 2] ^= 1
-        member.write_bytes(content)
-        with _raises(IntegrityError):
-            importer.import_artifact(Artifact.open(landed), consume=True)
-        assert self.revision_of(tmp_path / "target") == 1
-
-    def test_an_artifact_of_another_backend_is_refused(self, tmp_path: Path) -> None:
-        """Only the importer of its backend knows what to do with it."""
-        artifact, importer = self._export(tmp_path, 1), self.importer(tmp_path / "target")
-        manifest = artifact.manifest.model_copy(update={"backend": "somebody-elses"})
-        (artifact.path / "MANIFEST.json").write_bytes(manifest.encode())
-        with _raises(RefusedError):
-            importer.import_artifact(Artifact.open(artifact.path))
-        assert importer.current() is None
-
-    def _exporter_at(self, tmp_path: Path, revision: int) -> Exporter:
-        """An exporter of the source, which is brought to the revision first."""
-        source = tmp_path / "source"
-        source.mkdir(exist_ok=True)
-        mark = tmp_path / "source.revision"
-        for each in range(int(mark.read_text()) + 1 if mark.exists() else 1, revision + 1):
-            self.write_source(source, each)
-            mark.write_text(str(each))
-        return self.exporter(source)
-
-    def _export(self, tmp_path: Path, revision: int, name: str = "artifact") -> Artifact:
-        return self._exporter_at(tmp_path, revision).export(tmp_path / f"{name}-{revision}").artifact
