@@ -283,18 +283,11 @@ class ArtifactPipelineComponent(_StoreComponent):
         pipeline = build_pipeline(spec)
         schedules = []
         if self.schedule is not None:
-            timing = self.schedule
-            if isinstance(timing, str):
-                timing = ExportSchedule(cron_schedule=timing)
+            timing = ExportSchedule(cron_schedule=self.schedule) if isinstance(self.schedule, str) else self.schedule
+            status = dg.DefaultScheduleStatus.RUNNING if timing.running else dg.DefaultScheduleStatus.STOPPED
+            zone = timing.execution_timezone
             schedules = [
-                export_schedule(
-                    pipeline,
-                    timing.cron_schedule,
-                    execution_timezone=timing.execution_timezone,
-                    default_status=dg.DefaultScheduleStatus.RUNNING
-                    if timing.running
-                    else dg.DefaultScheduleStatus.STOPPED,
-                )
+                export_schedule(pipeline, timing.cron_schedule, execution_timezone=zone, default_status=status)
             ]
         own = dg.Definitions(schedules=schedules, resources=self._resources(options))
         return dg.Definitions.merge(pipeline.definitions, own)

@@ -54,6 +54,7 @@ from blobflow.stores import Store
 from blobflow.stores.base import check_readable, key_segment
 from blobflow.transport import (
     PROOF_MEANS,
+    DownloadResult,
     Healed,
     VerifyResult,
     read_manifest_bytes,
@@ -453,9 +454,9 @@ def import_mirror(
     with open_step(context, spec, blobflow) as step:
         metadata = staged.metadata
         # An import that was killed may have moved the artifact away; or this step runs on another machine.
-        again = stage(step, staged.key, staged.digest)
-        if again[md.STATUS] != "unchanged":
-            metadata = again
+        landed = _land(step, staged.key, staged.digest)
+        if landed.status != "unchanged":
+            metadata = _download_facts(step, landed)
         step.journal.fence.check(now=True)
         result = update_mirror(
             step.store,
@@ -504,13 +505,21 @@ def find_remote(step: Step) -> RemoteHandle:
 
 def stage(step: Step, key: str, digest: str) -> dict[str, Any]:
     """Land an artifact where the importer takes it from, unless it is there or alive; gives metadata."""
-    with _about(step.store, key):
-        result = stage_artifact(step.store, key, digest, step.importer, **step.transfer)
-    if result.status == "unchanged":
+    landed = _land(step, key, digest)
+    if landed.status == "unchanged":
         step.journal.done(transfer_id(step.store, key, digest, "download"))
+    return _download_facts(step, landed)
+
+
+def _land(step: Step, key: str, digest: str) -> DownloadResult:
+    with _about(step.store, key):
+        return stage_artifact(step.store, key, digest, step.importer, **step.transfer)
+
+
+def _download_facts(step: Step, result: DownloadResult) -> dict[str, Any]:
     step.log.info(
         "download.done status=%s key=%s bytes_received=%d bytes_resumed=%d",
-        *(result.status, key, result.bytes_received, result.bytes_resumed),
+        *(result.status, result.key, result.bytes_received, result.bytes_resumed),
     )
     return {
         md.STATUS: result.status,
