@@ -367,7 +367,7 @@ def test_a_slow_complete_is_waited_for(
     strict_s3: StrictS3, stores: Stores, export: Callable[[], Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Complete that takes much longer than any timeout, in sixty blanks, succeeds at the first try."""
-    monkeypatch.setattr("blobflow.stores.s3.store.PATIENCE_S", 0.4)
+    monkeypatch.setattr("blobflow.stores.s3.requests.PATIENCE_S", 0.4)
     artifact = export()
     strict_s3.script(Rule(Late(blanks=60, pause_s=0.02), "CompleteMultipartUpload"))
     send(stores(strict_s3, idle_timeout=0.4), artifact)

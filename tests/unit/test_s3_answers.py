@@ -352,7 +352,7 @@ def test_an_upload_of_a_strange_server_is_begun_once(open_s3: Callable[..., S3St
 
 def test_a_document_is_read_up_to_a_limit(open_s3: Callable[..., S3Store], monkeypatch: pytest.MonkeyPatch) -> None:
     """A document without an end does not fill the memory: what is beyond the limit is not even read."""
-    monkeypatch.setattr("blobflow.stores.s3.store.MAX_ANSWER_BYTES", 1000)
+    monkeypatch.setattr("blobflow.stores.s3.requests.MAX_ANSWER_BYTES", 1000)
 
     def endless(peer: Peer) -> None:
         peer.request()

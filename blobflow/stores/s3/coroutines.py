@@ -1,6 +1,6 @@
 """Small objects of an S3 bucket, by the coroutines of one event loop.
 
-What is asked and what the answers mean is `blobflow.stores.s3.store`'s; only the way there is another.
+Requests and errors are those of `blobflow.stores.s3.requests`; only the connections are others.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from blobflow.stores.base import Body, ObjectMeta, StoredObject, check_key
 from blobflow.stores.optional import Coroutines
 from blobflow.stores.s3.endpoint import S3Endpoint
 from blobflow.stores.s3.errors import BOTOCORE_ERRORS, RequestContext, S3Error
-from blobflow.stores.s3.store import S3Store, damaged, is_intact, put_headers, put_result, stored, with_checksums
+from blobflow.stores.s3.messages import damaged, is_intact, put_headers, put_result, stored, with_checksums
+from blobflow.stores.s3.requests import S3Requests
 
 
 class S3Coroutines(Coroutines):
     """See `Coroutines`. Every call is one attempt, signed for itself."""
 
-    def __init__(self, store: S3Store) -> None:
+    def __init__(self, store: S3Requests) -> None:
         self._store = store
         self._access: S3Endpoint | None = None
         self._client: AsyncHttpClient | None = None
