@@ -1,8 +1,8 @@
-"""What each thread is doing right now, so that whoever waits can be told for what.
+"""What each thread is doing right now, so that a long wait can be explained to the user.
 
-Costs a dictionary entry per request. Code that may wait says so with `doing`, code that moves bytes calls `moved`, and
-code that tries again calls `Activity.blocked_by`. `reporting_waits` looks at all of them once a second and reports what
-has not got on for nearly ten seconds, so that nobody watches a program that is silent for longer.
+It costs one dictionary entry per request. Code that may wait enters `doing`, code that moves bytes calls `moved`, and
+code that retries calls `Activity.blocked_by`. `reporting_waits` checks all activities once a second. It reports the
+one that has been silent for longest, so that no program is silent for more than ten seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from blobflow.forks import reset_after_fork_of
 _log = logging.getLogger(__name__)
 
 SILENCE_S: Final = 9.0
-"""Before a wait is reported, and between two reports; with a look every second, nobody hears nothing for over 10 s."""
+"""Silence before a wait is reported, and between two reports; with a check every second, at most 10 s in all."""
 _LOOK_S: Final = 1.0
 
 
@@ -39,7 +39,7 @@ class Activity:
         self.blocked_since: float | None = None
 
     def blocked_by(self, reason: str) -> None:
-        """An attempt failed and will be repeated: what it moved is not progress."""
+        """Record a failed attempt that will be repeated: the bytes it moved do not count as progress."""
         root = self.root
         root.reason = reason
         if root.blocked_since is None:
@@ -47,7 +47,7 @@ class Activity:
         root.moved_at = root.blocked_since
 
     def went_on(self) -> None:
-        """An attempt succeeded, and the activity goes on with the next one."""
+        """Record an attempt that succeeded; the activity continues with the next one."""
         root = self.root
         root.reason, root.blocked_since, root.moved_at = "", None, time.monotonic()
 
@@ -72,12 +72,12 @@ _current = _Activities()
 def doing(
     what: str, *, where: Callable[[], str] | None = None, quiet: bool = False, task: object = None
 ) -> Generator[Activity]:
-    """Say what this thread does inside the block; blocks may be nested.
+    """Record what this thread does inside the block; blocks may be nested.
 
     Args:
-        where: Gives the place for reports (the store's URL and server); it is called by another thread.
-        quiet: The user asked for this wait (a limit on bandwidth), so it is not reported.
-        task: The coroutine's task, where several share a thread.
+        where: Returns the place for reports (the store's URL and server). Another thread calls it.
+        quiet: The user asked for this wait (a bandwidth limit), so it is not reported.
+        task: The coroutine's task, if several share a thread.
     """
     owner = threading.get_ident() if task is None else -id(task)
     outer = _current.of.get(owner)
@@ -92,7 +92,7 @@ def doing(
 
 
 def moved() -> None:
-    """Bytes have moved: what this thread is doing goes on, however long it takes."""
+    """Record that bytes have moved: the thread's activity makes progress, however long it takes."""
     found = _current.of.get(threading.get_ident())
     if found is not None:
         found.root.moved_at = time.monotonic()
@@ -106,13 +106,13 @@ def activity_of(thread: int | None) -> str:
 
 @dataclass(frozen=True)
 class Wait:
-    """Something that has not got on for a while.
+    """Something that has made no progress for a while.
 
     Attributes:
         what: What is waited for, and where, e.g. `get of 'a.manifest.json' in s3://bucket at http://host:9000`.
-        seconds: For how long: no byte moved, or every attempt failed.
-        reason: How the last attempt failed; empty where there was no answer at all so far.
-        others: Further threads and tasks that wait.
+        seconds: How long no byte has moved or every attempt has failed.
+        reason: How the last attempt failed; empty if there was no response so far.
+        others: How many other threads and tasks wait too.
     """
 
     what: str
@@ -127,7 +127,7 @@ class Wait:
 
 
 def longest_wait(*, at_least_s: float = SILENCE_S) -> Wait | None:
-    """What has been silent for longest, over all threads and tasks of this process; None: all of them go on."""
+    """The longest silence over all threads and tasks of this process; None if all of them make progress."""
     now = time.monotonic()
     silent = [
         found.root
@@ -146,14 +146,14 @@ def longest_wait(*, at_least_s: float = SILENCE_S) -> Wait | None:
 def reporting_waits(
     report: Callable[[Wait], None], *, silence_s: float = SILENCE_S, look_s: float = _LOOK_S
 ) -> Generator[None]:
-    """Call `report` while something in this process waits: the longest wait, after `silence_s` and at most that often.
+    """Call `report` with the longest wait of this process while the block runs, at most once per `silence_s`.
 
-    The command line prints it; a Dagster step logs it to `context.log`, where its user looks. `report` is called by a
-    thread that ends with the block, never by one that waits; what it raises is logged and ends nothing.
+    The command line prints it; a Dagster step logs it to `context.log`, where its user looks. A separate thread calls
+    `report` and ends with the block. An exception from `report` is logged and ends nothing.
 
     Args:
         silence_s: Seconds without a byte before a wait is reported, and between two reports.
-        look_s: Seconds between two looks.
+        look_s: Seconds between two checks.
     """
     ended = threading.Event()
 
@@ -167,7 +167,7 @@ def reporting_waits(
                 if wait is not None:
                     report(wait)
                     quiet_until = time.monotonic() + silence_s
-            except Exception:  # noqa: BLE001  # who watches must not end what is watched
+            except Exception:  # noqa: BLE001  # a failed report must not end the work that it reports on
                 _log.debug("wait_not_reported", exc_info=True)
 
     watcher = threading.Thread(target=watch, name="blobflow-waits", daemon=True)

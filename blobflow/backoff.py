@@ -1,11 +1,11 @@
 """When a failed attempt is repeated: one rule for stores, HTTP sources and pushes, for threads and for coroutines.
 
-1. The wait after the n-th failure is random between 0 and 0.25 s * 2**(n - 1), at most 20 s. That is exponential
+1. The wait after the n-th failure is random between 0 and 0.25 s * 2**(n - 1), at most 20 s. This is exponential
    backoff with full jitter: clients that failed together do not come back together.
-2. It is at least as long as the server asks for (`Retry-After`, RFC 9110, section 10.2.3).
+2. The wait is at least as long as the server asks for (`Retry-After`, RFC 9110, section 10.2.3).
 3. Patience begins with the first failure, because one attempt alone may be silent for long before it times out. A
-   random wait ends with the patience, so that the last attempt is made then. Where the server asks for more than is
-   left of it, the call fails at once, with its error: the server does not want an earlier request.
+   random wait ends when the patience ends, so that one last attempt is made then. If the server asks for a longer
+   wait than the remaining patience, the call fails at once with its error: an earlier request is not wanted.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from typing import Final
 from blobflow.errors import BlobflowError, TemporaryError
 
 DEFAULT_PATIENCE_S: Final = 120.0
-"""Longer than a store's restart or a failover; shorter than an operator's."""
+"""Longer than a store's restart or failover; shorter than an operator's patience."""
 
 _FIRST_WAIT_S: Final = 0.25
 _LONGEST_WAIT_S: Final = 20.0
-"""Beyond that, waiting longer helps the server no more and costs the transfer its restart."""
+"""Longer waits do not help the server, and they delay the transfer's restart."""
 _MAX_DOUBLINGS: Final = 30
-"""More change nothing, and 2**1100 is not a float."""
+"""More doublings change nothing, and 2**1100 does not fit into a float."""
 
 
 def jittered_wait_s(failures: int, *, first_s: float, longest_s: float) -> float:
-    """A random wait after that many failures, at least one; see rule 1."""
+    """A random wait after `failures` failures (at least one); see rule 1."""
     return random.uniform(0.0, min(longest_s, first_s * 2 ** min(failures - 1, _MAX_DOUBLINGS)))
 
 
 class Backoff:
-    """The waits of one call, until it succeeds or its patience ends. It does not wait itself: its caller does.
+    """The waits of one call, until it succeeds or its patience ends. The caller does the waiting.
 
     Args:
         patience_s: Seconds from the first failure to the last attempt.
         clock: Monotonic seconds.
 
     Attributes:
-        failures: Of the call so far.
+        failures: Failures of the call so far.
     """
 
     def __init__(self, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,7 +56,7 @@ class Backoff:
         """Seconds to wait before the next attempt, after one that failed with `error`.
 
         Raises:
-            `error` itself, where there is no next attempt.
+            `error` itself, if there is no next attempt.
         """
         now = self._clock()
         if not self.failures:

@@ -1,8 +1,8 @@
 """CRC32C that can be combined, and SHA-256, over the same buffers in one pass.
 
 CRC32C (Castagnoli, RFC 3720 appendix B.4) is linear over GF(2): the checksum of `A + B` follows from the two
-checksums and the length of `B` alone. That is what lets blobflow know the checksum of a payload before a byte of it
-is sent, and prove an upload whose parts were sent by different processes (docs/format.md, "The algebra").
+checksums and the length of `B` alone. So blobflow knows the checksum of a payload before it sends a byte of it,
+and can prove an upload whose parts were sent by different processes (docs/format.md, "The algebra").
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ _POLYNOMIAL = 0x82F63B78  # Castagnoli, bit-reversed
 
 
 def crc32c(data: Buffer, crc: int = 0) -> int:
-    """The CRC32C of `data`, continuing from `crc` (the checksum of what came before; 0 at the start)."""
+    """The CRC32C of `data`, continuing from `crc` (the checksum of the bytes before it; 0 at the start)."""
     return _crc32c(data, crc)
 
 
 def combine_crc32c(first: int, second: int, second_length: int) -> int:
     """The CRC32C of `A + B` from the checksums of A and B and the length of B in bytes.
 
-    About a microsecond for each set bit of the length: moving a checksum past n bytes is a multiplication by
-    x^(8n) modulo the polynomial, done here for the powers of two of n.
+    It costs about a microsecond for each set bit of the length. Moving a checksum past n bytes is a multiplication by
+    x^(8n) modulo the polynomial; it is done here for the powers of two of n.
     """
     crc = first
     power = 0

@@ -1,4 +1,4 @@
-"""Transfer profiles: how large a chunk is, how often progress is saved, how long silence is borne."""
+"""Transfer profiles: the chunk size, the checkpoint interval, and the timeouts on silence."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 1024 * KIB
 class ChunkProfile(KnownFields):
     """How a transfer is cut and paced. Ints are bytes or counts, floats are seconds.
 
-    The three presets are the seed's (`tests/unit/test_profiles.py` holds the numbers):
+    `tests/unit/test_profiles.py` holds the numbers of the three presets:
 
     | preset | chunk | checkpoint every | idle timeout | for |
     |---|---|---|---|---|
@@ -32,7 +32,7 @@ class ChunkProfile(KnownFields):
         default=8 * MIB, gt=0, description="Bytes per chunk; one chunk is one part of a multipart upload."
     )
     checkpoint_interval: int = Field(
-        default=64, gt=0, description="Chunks between two saved checkpoints; the most that a power cut moves again."
+        default=64, gt=0, description="Chunks between two saved checkpoints; a power cut moves at most these again."
     )
     verify_digest: bool = Field(default=True, description="Compare the final digest with the expected one.")
     read_timeout: float = Field(
@@ -55,16 +55,16 @@ class ChunkProfile(KnownFields):
 
     @classmethod
     def edge(cls) -> ChunkProfile:
-        """Small chunks and much patience for slow and broken links."""
+        """Small chunks and long timeouts for slow and broken links."""
         return cls(chunk_size=MIB, checkpoint_interval=32, read_timeout=300.0, write_timeout=300.0)
 
     @classmethod
     def custom(cls, chunk_size: int, checkpoint_interval: int, **options: Any) -> ChunkProfile:
-        """Your own chunk size (bytes) and checkpoint interval (chunks); other fields by name.
+        """A profile with your own chunk size (bytes) and checkpoint interval (chunks); other fields by name.
 
         Raises:
-            pydantic.ValidationError: a size or an interval below 1.
-            UsageError: an unknown option, with the nearest known one.
+            pydantic.ValidationError: a size or an interval is below 1.
+            UsageError: an option is unknown; the message names the nearest known one.
         """
         return cls(chunk_size=chunk_size, checkpoint_interval=checkpoint_interval, **options)
 
@@ -73,7 +73,7 @@ class ChunkProfile(KnownFields):
         """The preset called `name`: `datacenter`, `tactical` or `edge`.
 
         Raises:
-            ValueError: no such preset.
+            ValueError: there is no such preset.
         """
         presets = {"datacenter": cls.datacenter, "tactical": cls.tactical, "edge": cls.edge}
         if name not in presets:

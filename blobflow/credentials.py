@@ -1,7 +1,7 @@
-"""Credentials: cleaned before they are used, refused by name, and never shown.
+"""Credentials: cleaned before use, rejected by name, never shown.
 
-The commonest fault of a secret is the newline at the end of the file that it was read from. HTTP has no header for it,
-and a client library that says so repeats the whole value.
+The commonest fault of a secret is a newline at the end of the file it was read from. HTTP headers cannot carry a
+newline, and a client library that reports it repeats the whole value.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _Text = TypeVar("_Text", str, "str | None")
 
 
 def cleaned(value: _Text, name: str) -> _Text:
-    """A key, secret or token without white space around it; None stays None.
+    """A key, secret or token without surrounding white space; None stays None.
 
     Args:
-        name: What it is, for the message; the value is in no message.
+        name: The name for messages; the value is in no message.
 
     Raises:
-        StoreConfigurationError: no key, secret or token has such characters.
+        StoreConfigurationError: it has a character that no key, secret or token has.
     """
     if value is None:
         return value
@@ -36,10 +36,10 @@ def cleaned(value: _Text, name: str) -> _Text:
 
 
 def header_value(name: str, value: str) -> str:
-    """The value of a request's header, without white space around it.
+    """The value of a request header without surrounding white space.
 
     Raises:
-        UsageError: it cannot be sent. The value, which may be a secret, is not shown.
+        UsageError: it cannot be sent. The value is not shown, because it may be a secret.
     """
     stripped = value.strip()
     try:
@@ -49,7 +49,7 @@ def header_value(name: str, value: str) -> str:
     else:
         is_sendable = not any(character in stripped for character in "\r\n\0")
     if not is_sendable:
-        # Not `from`: the error of the encoding shows what it could not encode.
+        # Not `from`: the encoding error shows the value that it could not encode.
         raise UsageError(
             f"the header {name} cannot be sent: it holds a line break or a character outside of Latin-1",
             hint="look for a line break or a wrong encoding in what gives it; its value is not shown here",
@@ -59,7 +59,7 @@ def header_value(name: str, value: str) -> str:
 
 
 def endpoint_fault(url: str) -> str | None:
-    """Why `url` cannot be the address of a server, in words that do not repeat it; None: it can be."""
+    """Why `url` cannot be the address of a server, without repeating it; None if it can be one."""
     try:
         parts = urlsplit(url)
         port = parts.port

@@ -1,13 +1,13 @@
-"""Files that survive a crash, and files that several processes use: the one place for what the system calls promise.
+"""Files that survive a crash, and files that several processes use: the one place that knows the system calls.
 
-**Journals.** A journal is a file of lines that only grows, read again after a crash. Everywhere one rule says what a
-crash may leave: *a line counts once its newline is there*; what follows the last newline is torn, and is not a record.
-`whole_lines` reads by this rule. A writer that holds the file alone cuts the torn end off and goes on there
-(`append_at`). Writers that share a file cannot, so each begins with a newline, which ends a torn line before it
-(`append_lines`); the readers of those files pass over lines that are not records.
+**Journals.** A journal is a file of lines that only grows and is read again after a crash. One rule defines what
+counts after a crash: *a line counts once its newline is there*. Bytes after the last newline are torn; they are not a
+record. `whole_lines` reads by this rule. A writer that holds the file alone cuts the torn end off and continues there
+(`append_at`). Writers that share a file cannot cut it off, so each write begins with a newline, which ends a torn line
+before it (`append_lines`). The readers of those files skip lines that are not records.
 
-**Locks** are those of flock(2): they belong to the open file, end with the process, and are advisory. Whoever waits for
-the lock of a file that its holder may rename or remove asks `names_file` after it has the lock.
+**Locks** are flock(2) locks: they belong to the open file, end with the process, and are advisory. If the holder may
+rename or remove the file, a caller that waited for its lock checks `names_file` once it has the lock.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int
 
 
 def copy_bytes(source: int, target: int, offset: int = 0) -> int:
-    """Copy a whole file from descriptor to descriptor, by reflink or inside the kernel where the file systems can.
+    """Copy a whole file from descriptor to descriptor, by reflink or inside the kernel if the file systems can.
 
     Args:
-        source: Is read from its first byte; its position does not matter and stays.
-        target: Is written to, likewise.
+        source: It is read from its first byte; its position does not matter and does not change.
+        target: The descriptor to write to; likewise.
         offset: Where in `target` the first byte goes.
 
     Returns:
         Bytes copied: the size that `source` had when its end was reached.
 
     Raises:
-        OSError: of either file.
+        OSError: an error of either file.
     """
     copied = 0
     while True:
@@ -63,7 +63,7 @@ def copy_bytes(source: int, target: int, offset: int = 0) -> int:
         if not count:
             break
         copied += count
-    # What is left, if the kernel cannot; some file systems answer 0 for "cannot", so the end is always read for.
+    # The rest, if the kernel cannot. Some file systems return 0 for "cannot", so this always reads to the end.
     while block := os.pread(source, _COPY_BYTES, copied):
         write_all(target, block, offset + copied)
         copied += len(block)
@@ -71,7 +71,7 @@ def copy_bytes(source: int, target: int, offset: int = 0) -> int:
 
 
 def replace_file(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Put a file in place whole, with its bytes on disk; it replaces what is there.
+    """Write `data` to disk and put it in place as a whole file, replacing an existing one.
 
     Its name is durable only after `fsync_directory` or `sync_tree`, which the caller calls once for many files.
 
@@ -97,9 +97,9 @@ def fsync_directory(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Make everything written so far below `path` durable: one syncfs(2) where there is one, else sync(2).
+    """Make everything written so far below `path` durable: one syncfs(2) if available, else sync(2).
 
-    One call, because a tree of 100,000 small files would need 100,000 times an fsync.
+    It is one call, because a tree of 100,000 small files would need 100,000 calls of fsync.
     """
     import ctypes  # not at the top: commands that sync no tree start 10 ms earlier
 
@@ -120,12 +120,12 @@ def sync_tree(path: Path) -> None:
 
 
 def whole_lines(file: BinaryIO, start: int = 0, *, longest: int = sys.maxsize) -> Iterator[tuple[int, bytes]]:
-    """The lines that a journal has at this moment, however many are appended meanwhile; a torn last line is left out.
+    """The lines that a journal has at this moment, without a torn last line; lines appended later are not read.
 
     Args:
-        file: Open for reading, and only read by this iterator until it ends.
+        file: Open for reading; only this iterator may read it until the iteration ends.
         start: Offset of the first line.
-        longest: Lines of more bytes are passed over, so that a damaged file takes no more memory than that.
+        longest: Longer lines (in bytes) are skipped, so that a damaged file takes no more memory than that.
 
     Yields:
         The offset after each line, and the line with its newline.
@@ -145,15 +145,15 @@ def whole_lines(file: BinaryIO, start: int = 0, *, longest: int = sys.maxsize) -
 def append_lines(descriptor: int, lines: Iterable[str]) -> None:
     """Append lines to a journal that other processes append to as well, or were killed in. The caller syncs it.
 
-    One write, because O_APPEND keeps single writes of several processes apart. The newline in front ends the torn line
-    of a process that died, which would swallow this one otherwise.
+    All lines go out in one write, because O_APPEND keeps single writes of several processes apart. The leading newline
+    ends the torn line of a process that died; otherwise that line would swallow the first new one.
 
     Args:
         descriptor: Open with O_APPEND.
-        lines: Without newlines.
+        lines: Lines without newlines.
 
     Raises:
-        OSError: of the file; `ENOSPC` also where only a part of the lines could be written.
+        OSError: an error of the file; `ENOSPC` also if only a part of the lines could be written.
     """
     data = "".join(f"\n{line}" for line in lines).encode() + b"\n"
     if os.write(descriptor, data) != len(data):
@@ -164,11 +164,11 @@ def append_at(descriptor: int, end: int, data: bytes, *, durable: bool = True) -
     """Append whole lines to a journal that this process holds alone, and return its new end.
 
     Args:
-        end: Of the last whole line. What follows it, a line that somebody was killed in, is cut off first.
-        durable: Whether the lines are on disk, and not only with the kernel, on return.
+        end: Offset after the last whole line. Bytes after it are a torn line of a killed process; they are cut off.
+        durable: Whether the lines are on disk on return, and not only in the kernel.
 
     Raises:
-        OSError: nothing was appended, as far as the disk still allows to cut it off; the next call does it again.
+        OSError: nothing was appended, if the disk still allows cutting it off; the next call cuts it off otherwise.
     """
     if os.fstat(descriptor).st_size != end:
         os.ftruncate(descriptor, end)
@@ -187,16 +187,16 @@ def append_at(descriptor: int, end: int, data: bytes, *, durable: bool = True) -
 
 
 def lock(descriptor: int, *, shared: bool = False) -> None:
-    """Wait for the lock of an open file and take it; closing the file gives it back.
+    """Wait for the lock of an open file and take it; closing the file releases it.
 
     Args:
-        shared: With others that take it shared, too.
+        shared: Take a shared lock, which several holders can have at once.
     """
     fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
-    """Take the lock of an open file without waiting; False: somebody else has it."""
+    """Take the lock of an open file without waiting; False if another holder has it."""
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -205,7 +205,7 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
 
 
 def unlock_and_close(descriptor: int) -> None:
-    """Close a file and give its lock back, which a child that was forked meanwhile would keep with its own copy."""
+    """Close a file and release its lock now; a child forked meanwhile would keep it with its copy of the descriptor."""
     with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
@@ -215,7 +215,7 @@ def names_file(path: str | Path, descriptor: int, *, dir_fd: int | None = None) 
     """Whether a path still names an open file or directory. A link is not followed.
 
     Args:
-        path: Below the open directory `dir_fd`, if there is one.
+        path: A path below the open directory `dir_fd`, if one is given.
     """
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, dir_fd=dir_fd, follow_symlinks=False))
@@ -224,10 +224,10 @@ def names_file(path: str | Path, descriptor: int, *, dir_fd: int | None = None) 
 
 
 def take_lock_file(path: Path, busy: str) -> int:
-    """A descriptor that holds the lock of the file `path` until it is closed. The file is made, and stays.
+    """A descriptor that holds the lock of the file `path` until it is closed. The file is created, and stays.
 
     Args:
-        busy: The message of the error where another process has the lock.
+        busy: The message of the error if another process has the lock.
 
     Raises:
         TransferBusy: another process, or another object of this one, has the lock.
@@ -243,22 +243,22 @@ def take_lock_file(path: Path, busy: str) -> int:
 # Room
 
 SQLITE_FULL: Final = "database or disk is full"
-"""What SQLite says instead of ENOSPC; Python tells its codes only since 3.11."""
+"""SQLite's message for ENOSPC; Python reports SQLite's error codes only since 3.11."""
 _COMPRESSING: Final = ("zfs", "bcachefs", "fuse")
-"""Beginnings of the names of file systems where data may take less room than it has bytes; others have an option."""
+"""Prefixes of file systems where data may take less room than its size; others have a mount option for it."""
 _COPYING: Final = ("ext2", "ext3", "ext4", "tmpfs", "vfat", "exfat")
 """File systems in which a copy shares no blocks with its original."""
 
 
 def check_room(path: Path, needed: int) -> None:
-    """Refuse to write more bytes below a directory than its file system has room for. Quotas are not known.
+    """Refuse to write more bytes below a directory than its file system has room for. Quotas are not checked.
 
     Args:
-        path: Need not exist yet.
-        needed: The fewest bytes that will be written, whatever is left as a hole.
+        path: A directory that need not exist yet.
+        needed: The fewest bytes that will be written, without holes.
 
     Raises:
-        DiskTooSmall: naming both numbers.
+        DiskTooSmall: there is less room; the message has both numbers.
     """
     free = free_bytes(path)
     if free is not None and needed > free:
@@ -276,7 +276,7 @@ def too_small(place: str, needed: int, free: int) -> DiskTooSmall:
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that can still be written below a directory; None where that cannot be said."""
+    """Bytes that can still be written below a directory; None if that is unknown."""
     while not path.exists() and path.parent != path:
         path = path.parent
     try:
@@ -290,14 +290,14 @@ def free_bytes(path: Path) -> int | None:
 
 
 def copies_take_room(source: Path, target: Path) -> bool:
-    """Whether a copy surely needs as many bytes as its original has: the file system cannot share them."""
+    """Whether a copy needs as many bytes as its original, because the file system cannot share blocks."""
     while not target.exists() and target.parent != target:
         target = target.parent
     return os.stat(source).st_dev != os.stat(target).st_dev or _file_system(target)[0] in _COPYING
 
 
 def _file_system(path: Path) -> tuple[str, str]:
-    """The type and the options of the file system that a path lies in, from /proc/self/mountinfo (proc(5))."""
+    """The type and the options of the file system of a path, from /proc/self/mountinfo (proc(5))."""
     device = os.stat(path).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     try:

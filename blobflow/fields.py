@@ -1,4 +1,4 @@
-"""Models that refuse a field that they do not have, and name the nearest one that they have."""
+"""Models that reject an unknown field and suggest the nearest known one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from blobflow.errors import UsageError
 
 
 class KnownFields(BaseModel):
-    """Refuses a field that it does not have, whoever makes it: Python, Dagster's config or YAML.
+    """Rejects unknown fields, whether Python, Dagster's config or YAML creates the model.
 
-    Pydantic drops unknown fields, or refuses them and shows their values, which may be secrets.
+    Pydantic drops unknown fields, or rejects them and shows their values, which may be secrets.
 
     Raises:
-        UsageError: naming the field and the one that was meant.
+        UsageError: a field is unknown; the message names it and the nearest known one.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)
@@ -32,30 +32,30 @@ class KnownFields(BaseModel):
 
 
 def check_names(what: str, known: Iterable[str], given: Iterable[Any]) -> None:
-    """Return if all names that are given are known.
+    """Return if all given names are known.
 
     Raises:
-        UsageError: one is not; the message names the nearest that is.
+        UsageError: a name is unknown; the message names the nearest known one.
     """
     known = sorted(known)
     for name in map(str, given):
         if name not in known:
             near = get_close_matches(name, known, n=1)
-            # In the message, not in a hint: where definitions are loaded Dagster shows nothing else.
+            # In the message, not in a hint: when Dagster loads definitions it shows nothing else.
             remedy = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
             raise UsageError(f"{what} has no field {name[:100]!r}: {remedy}", field=name[:100])
 
 
 def check_choice(name: str, given: Any, choices: Any) -> None:
-    """Return if an argument of a function is one of those that its type allows.
+    """Return if an argument is one of the values that its type allows.
 
-    A misspelt one would mean whatever the last branch does.
+    Without this check, a misspelt value would mean whatever the last branch does.
 
     Args:
         choices: A `Literal` type.
 
     Raises:
-        UsageError: it is not; the message names the nearest that is.
+        UsageError: it is not allowed; the message names the nearest allowed value.
     """
     known = sorted(get_args(choices))
     if given not in known:

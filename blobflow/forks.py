@@ -1,7 +1,7 @@
-"""What a forked child must forget: locks that are held, and counts of what is held, by threads of its parent.
+"""What a forked child must reset: locks and counts that belong to other threads of its parent.
 
-Only the forking thread lives on in a child. A lock that another one held at that moment stays locked there for ever,
-and what another one had taken is never given back.
+Only the forking thread lives on in a child. A lock that another thread held at that moment stays locked for ever in
+the child, and whatever another thread had taken is never given back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class ResettableAfterFork(Protocol):
     """Something that threads share."""
 
     def reset_after_fork(self) -> None:
-        """Begin with fresh locks, and with nothing held; called in a child, by its only thread."""
+        """Start with fresh locks and with nothing held; called in a child by its only thread."""
         ...
 
 

@@ -1,7 +1,7 @@
 """Packages whose names load on first use.
 
-A package lists its public names once, as imports in its `__init__.pyi`. Type checkers read that stub as it is, and so
-does `attach`, so that `import blobflow` loads no name before it is used.
+A package lists its public names once, as imports in its `__init__.pyi`. Type checkers read that stub, and so does
+`attach`, so that `import blobflow` loads no name before it is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from blobflow import moved
 @functools.cache
 def public_names(package: str) -> dict[str, str]:
     """Every name in the stub of `package`, with the module that it comes from."""
-    # Only who uses a name pays for these.
+    # Imported here, so that only code that uses a name pays for these.
     import ast
     import pkgutil
 

@@ -18,10 +18,10 @@ DEFAULT_MEMORY_BYTES: Final = 512 * MIB
 
 
 class ByteBudget:
-    """Bytes that may be held at the same time; who asks for more than is free waits.
+    """Caps the bytes held at once; callers block until enough is free.
 
-    A request above the whole budget waits until nothing else is held, and then gets it: a small budget makes
-    transfers take turns, never fail.
+    A request above the whole budget waits until nothing else is held, and then gets it. So a small budget makes
+    transfers take turns, but never fail.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -40,7 +40,7 @@ class ByteBudget:
         return f"<ByteBudget {self.held_bytes} of {self.limit_bytes} bytes held>"
 
     def acquire(self, size: int, *, timeout_s: float) -> bool:
-        """Take `size` bytes; False if they did not become free within `timeout_s`."""
+        """Take `size` bytes; False if they were not free within `timeout_s`."""
         with self._condition:
             free = self._has_room(size) or self._condition.wait_for(lambda: self._has_room(size), timeout_s)
             if free:
@@ -51,21 +51,21 @@ class ByteBudget:
         return not self.held_bytes or self.held_bytes + size <= self.limit_bytes
 
     def release(self, size: int) -> None:
-        """Give `size` bytes back."""
+        """Release `size` bytes."""
         with self._condition:
             self.held_bytes -= size
             self._condition.notify_all()
 
 
 memory_budget = ByteBudget(DEFAULT_MEMORY_BYTES)
-"""Payload buffers of all transfers of this process. Set its `limit_bytes` before transfers begin."""
+"""The budget for payload buffers of all transfers of this process. Set `limit_bytes` before transfers begin."""
 
 
 class Bandwidth:
     """A token bucket: on average at most `bytes_per_s`, in bursts of at most one second's worth.
 
-    Takes are served in order. One larger than a second's worth goes through at once and is paid for by those after
-    it, so any part size works with any rate.
+    Calls are served in order. One above a second's worth passes at once, and later calls wait for it. So any part
+    size works with any rate.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Bandwidth:
         self._clock = clock
         self._sleep = sleep
         self._free_at = clock()
-        """When everything taken so far is paid for; in the past, it is credit for a burst."""
+        """When everything taken so far is paid for; a time in the past is credit for a burst."""
         self.reset_after_fork()
         reset_after_fork_of(self)
 
@@ -96,7 +96,7 @@ class Bandwidth:
             self._sleep(wait_s)
 
     def reserve(self, size: int) -> float:
-        """Seconds after which `size` bytes may pass, for callers that wait by other means; negative for a credit."""
+        """Seconds after which `size` bytes may pass, for callers that do not block; negative for unused credit."""
         with self._lock:
             now = self._clock()
             begin = max(self._free_at, now - 1.0)
@@ -105,10 +105,10 @@ class Bandwidth:
 
 
 class AdaptiveLimit:
-    """Requests in flight to one endpoint: halved when it says SlowDown, then raised by one for each round without.
+    """Caps the requests in flight to one endpoint: halved on SlowDown, raised by one for each round without it.
 
-    Additive increase, multiplicative decrease, as TCP does it (RFC 5681), with the number of requests in flight as
-    the window: so several processes that share an endpoint end up with fair shares of it.
+    This is additive increase, multiplicative decrease as in TCP (RFC 5681); the window is the number of requests in
+    flight. Several processes that share an endpoint end up with fair shares of it.
     """
 
     def __init__(self, maximum: int) -> None:
@@ -117,7 +117,7 @@ class AdaptiveLimit:
         self.maximum = maximum
         self._window = float(maximum)
         self._epoch = 0
-        """Decreases so far; a request that began before the last one says nothing about the new window."""
+        """Decreases so far; a request that began before the last decrease does not count against the new window."""
         self.reset_after_fork()
         reset_after_fork_of(self)
 
@@ -137,7 +137,7 @@ class AdaptiveLimit:
 
     @contextmanager
     def slot(self) -> Generator[Callable[[bool], None]]:
-        """Hold one place; the block tells the outcome with `answered(slow_down)`."""
+        """Hold one slot; the block reports the outcome with `answered(slow_down)`."""
         with self._condition:
             self._condition.wait_for(lambda: self._in_flight < self.window)
             self._in_flight += 1
@@ -148,11 +148,11 @@ class AdaptiveLimit:
             self.end()
 
     def begin(self, on_free: Callable[[], None] | None = None) -> int | None:
-        """Take a place without waiting for it; `end` gives it back.
+        """Take a slot without waiting; `end` releases it.
 
         Returns:
-            What `answered` is to be told; None where no place is free. Then `on_free` is called once, by whichever
-            thread frees one, and may begin again.
+            The epoch to pass to `answered`; None if no slot is free. Then `on_free` is called once, by the thread that
+            frees one, and may call `begin` again.
         """
         with self._condition:
             if self._in_flight >= self.window:
@@ -163,7 +163,7 @@ class AdaptiveLimit:
             return self._epoch
 
     def end(self) -> None:
-        """Give a place back."""
+        """Release a slot."""
         with self._condition:
             self._in_flight -= 1
             self._condition.notify_all()
@@ -172,7 +172,7 @@ class AdaptiveLimit:
             self.wake()
 
     def wake(self) -> None:
-        """Tell as many of those who wait after `begin` as there are free places; also for who was told and left."""
+        """Call one waiting callback for each free slot; a waiter that was called and gave up calls it again."""
         with self._condition:
             count = min(len(self._waiting), self.window - self._in_flight)
             waiting = [self._waiting.popleft() for _ in range(count)]
@@ -181,11 +181,11 @@ class AdaptiveLimit:
 
     @property
     def epoch(self) -> int:
-        """What `answered` is to be told of a request that begins now."""
+        """The epoch to pass to `answered` for a request that begins now."""
         return self._epoch
 
     def answered(self, epoch: int, slow_down: bool) -> None:
-        """Widen the window a little, or halve it for a SlowDown that is no echo of one before."""
+        """Widen the window a little, or halve it for a SlowDown that is not an echo of an earlier one."""
         with self._condition:
             if not slow_down:
                 self._window = min(float(self.maximum), self._window + 1.0 / self._window)
@@ -195,7 +195,7 @@ class AdaptiveLimit:
 
 
 class Permits:
-    """Places for operations of batches; streams take theirs in bulk, and may share one `Permits` with others."""
+    """Slots for batch operations; streams take theirs in bulk, and may share one `Permits` with others."""
 
     def __init__(self, limit: int) -> None:
         if limit < 0:
@@ -214,11 +214,11 @@ class Permits:
 
     @property
     def free(self) -> int:
-        """Permits that nobody holds."""
+        """Permits that are not taken."""
         return self.limit - self._taken
 
     def take(self, share: Callable[[int], int]) -> int:
-        """Take `share(free)` permits at once, at least one and at most what is free; 0 where none is free."""
+        """Take `share(free)` permits at once, at least one and at most all that are free; 0 if none is free."""
         with self._lock:
             free = self.free
             taken = max(1, min(share(free), free)) if free > 0 else 0
@@ -226,14 +226,14 @@ class Permits:
             return taken
 
     def give_back(self, count: int) -> None:
-        """Give permits back."""
+        """Return permits."""
         with self._lock:
             self._taken -= count
 
 
 @cache
 def shared_bandwidth(bytes_per_s: float) -> Bandwidth:
-    """The bucket that everybody in this process shares who asks for this rate."""
+    """The token bucket that all stores of this process with this rate share."""
     return Bandwidth(bytes_per_s)
 
 

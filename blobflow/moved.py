@@ -1,6 +1,6 @@
-"""Where names and modules of 0.1 went. Until 0.3 the old places work, with a DeprecationWarning that names the new one.
+"""Where names and modules of 0.1 moved: until 0.3 the old places work, with a DeprecationWarning.
 
-Only `blobflow/lazy.py` and packages that lost a name call this module. In 0.3 it goes, with its test.
+Only `blobflow/lazy.py` and packages that lost a name call this module. It is removed in 0.3, with its test.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ NAMES: Final[Mapping[str, Mapping[str, tuple[str, ...]]]] = {
     "blobflow.stores.local": {"blobflow.stores.local.store": ("LocalStore",)},
     "blobflow.stores.s3": {"blobflow.stores.s3.store": ("S3Store",)},
 }
-"""Names that left a module which still exists: old module, then new module, then names."""
+"""Names that left a module that still exists: old module, then new module, then names."""
 
 MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     "blobflow.backends.history": ("blobflow.backends.mirror_history",),
@@ -87,7 +87,7 @@ MODULES: Final[Mapping[str, tuple[str, ...]]] = {
     "blobflow.stores.s3_options": ("blobflow.stores.s3.options",),
     "blobflow.streams.transfer": ("blobflow.streams", "blobflow.streams.transferring"),
 }
-"""Modules that are gone, and where their names are now; the first module that has a name is the one to import from."""
+"""Modules that no longer exist, and the modules that have their names now; the first with a name is the one to use."""
 
 RENAMED: Final[Mapping[str, str]] = {
     "Abilities": "Capabilities",
@@ -101,7 +101,7 @@ RENAMED: Final[Mapping[str, str]] = {
 
 
 def find(module: str, name: str) -> Any:
-    """What was `module.name`, with a DeprecationWarning for the line that asked.
+    """The value of `module.name`, with a DeprecationWarning for the line that asked.
 
     Raises:
         AttributeError: there never was such a name.
@@ -123,18 +123,18 @@ def attach(module: str) -> Callable[[str], Any]:
 
 
 class _Finder:
-    """Makes `import blobflow.lease` work: the module is empty, and finds its names where they are now."""
+    """Makes `import blobflow.lease` work: the module is empty and looks its names up in their new modules."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG004
-        # importlib.abc, whose Loader the type asks for, costs 15 ms.
+        # importlib.abc, whose Loader the type expects, costs 15 ms.
         return ModuleSpec(name, _Finder()) if name in MODULES else None  # pyright: ignore[reportArgumentType]
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """Python makes the module."""
+        """Let Python create the module."""
 
     def exec_module(self, module: ModuleType) -> None:
         vars(module)["__getattr__"] = attach(module.__name__)
 
 
-sys.meta_path.append(_Finder)  # the last one: asked only for what nobody else knows
+sys.meta_path.append(_Finder)  # the last one: asked only for modules that no other finder knows

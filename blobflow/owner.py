@@ -1,4 +1,4 @@
-"""Who holds a lease or an intent: a process that others on the same machine can find to be gone."""
+"""Owners of leases and intents: processes whose end other processes of the machine can detect."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def process_owner() -> str:
 def owner_is_gone(owner: str) -> bool:
     """Whether `owner` was a process of this machine that no longer exists.
 
-    Of a process of another machine nothing is known: then False, and only the lease's expiry counts.
+    It is False for a process of another machine: its state is unknown, and only the lease's expiry counts.
     """
     machine, _, pid = owner.rpartition("/")
     if machine != _machine() or not pid.isdecimal():
         return False
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, OverflowError):  # no pid is that large
+    except (ProcessLookupError, OverflowError):  # a pid is never that large
         return True
     except PermissionError:
         return False
@@ -32,7 +32,7 @@ def owner_is_gone(owner: str) -> bool:
 
 @cache
 def boot_id() -> str:
-    """Differs after every start of the machine; empty where the system does not tell (not Linux)."""
+    """An id that changes with every start of the machine; empty if the system has none (not Linux)."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -45,5 +45,5 @@ def _machine() -> str:
         # Containers of one host share the boot id, and their pids mean different processes.
         namespace = str(os.stat("/proc/self/ns/pid").st_ino)
     except OSError:
-        namespace = "-"  # not Linux: the host name has to do
+        namespace = "-"  # not Linux: the host name must do
     return f"{socket.gethostname()}/{boot_id()[:8] or '-'}/{namespace}"

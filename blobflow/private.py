@@ -1,12 +1,12 @@
 """Directories that only this user may change, used through their descriptors.
 
-Whatever this package keeps for itself (temporary files, locks, journals, stages, caches) lies in such a directory. It
-is opened without following a link, and its owner is checked. Everything in it is then named relative to the descriptor,
-so nobody can lead a write or a removal elsewhere by planting a link, or by moving a directory while it is in use.
+Everything that this package keeps (temporary files, locks, journals, stages, caches) is in such a directory. The
+directory is opened without following a link, and its owner is checked. Everything in it is then named relative to the
+descriptor. So nobody can redirect a write or a removal by planting a link, or by moving a directory while it is in use.
 
-A directory is trusted if it belongs to this user, or to the owner of the directory that it lies in, who could replace
-it in any case. A directory is *shared* if its group may write to it, everybody else may not, and this process is in
-that group: several users can use one volume on purpose.
+A directory is trusted if it belongs to this user, or to the owner of its parent directory, who could replace it in any
+case. A directory is *shared* if its group may write to it, everybody else may not, and this process is in that group.
+So several users can use one volume on purpose.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from blobflow.trees import make_directories, remove_entries, remove_tree
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-"""O_NONBLOCK: to open a FIFO that somebody left in the directory must not hang; it means nothing for files."""
+"""O_NONBLOCK: opening a FIFO that was left in the directory must not hang; for files it has no effect."""
 _LINK_ERRNOS: Final = frozenset({errno.ELOOP, errno.ENOTDIR, errno.EMLINK})
-"""What open(2) says of a link where O_NOFOLLOW forbids it; EMLINK on BSD."""
+"""Error codes of open(2) for a link that O_NOFOLLOW forbids; EMLINK on BSD."""
 
 
 class PrivateDirectory:
-    """An open directory of this user's; use it in a `with` block, or `close` it.
+    """An open directory that belongs to this user; use it in a `with` block, or `close` it.
 
     Attributes:
         path: Where it was when it was opened, for messages only.
-        descriptor: For calls that take a `dir_fd`.
+        descriptor: The descriptor for calls that take a `dir_fd`.
         is_shared: Whether other users work in it as well, through its group.
     """
 
@@ -53,14 +53,14 @@ class PrivateDirectory:
 
     @classmethod
     def at(cls, path: Path, *, make: bool = True) -> PrivateDirectory:
-        """The directory that a user named. Links on the way to it are the user's own and are followed.
+        """The directory at a path from the user. Links on the way to it are the user's and are followed.
 
         Args:
-            make: Make it where it is missing, for its owner alone.
+            make: Create it if it is missing, with access only for its owner.
 
         Raises:
             RefusedError: it belongs to another user, who is not root.
-            FileNotFoundError: it is missing and was not to be made.
+            FileNotFoundError: it is missing and `make` is False.
         """
         if make:
             make_directories(path, 0o700)
@@ -77,15 +77,15 @@ class PrivateDirectory:
     def within(cls, parent: int, name: str, path: Path, *, make: bool = False) -> PrivateDirectory:
         """The directory `name` of the open directory `parent`, never through a link.
 
-        One of this user's that others can read is closed to them, unless it is shared.
+        If it belongs to this user and others can read it, their access is removed, unless it is shared.
 
         Args:
-            path: For messages.
-            make: Make it where it is missing, durably.
+            path: The path for messages.
+            make: Create it durably if it is missing.
 
         Raises:
-            RefusedError: a link or a file lies there, it belongs to another user, or anybody may write to it.
-            FileNotFoundError: it is missing and was not to be made.
+            RefusedError: it is a link or a file, it belongs to another user, or everybody may write to it.
+            FileNotFoundError: it is missing and `make` is False.
         """
         above = os.fstat(parent)
         try:
@@ -133,15 +133,15 @@ class PrivateDirectory:
     # Files
 
     def open(self, name: str, flags: int, mode: int | None = None) -> int:
-        """A descriptor of the file `name`; nothing happens to a file that is not to be trusted.
+        """A descriptor of the file `name`; a file that is not trusted stays unchanged.
 
         Args:
-            flags: Of open(2).
-            mode: Of a file that is made, before the umask; by default it is for those who use the directory.
+            flags: Flags of open(2).
+            mode: Mode of a new file, before the umask; by default it is for the users of the directory.
 
         Raises:
-            RefusedError: a link lies there, something that is no regular file, or a file that belongs to another user
-                or has another name elsewhere.
+            RefusedError: it is a link, not a regular file, a file of another user, or a file that has another name
+                elsewhere.
         """
         wanted = mode if mode is not None else 0o660 if self.is_shared else 0o600
         return open_own(
@@ -154,21 +154,21 @@ class PrivateDirectory:
             return file.read(limit)
 
     def names(self) -> list[str]:
-        """The names of everything in it, in no order."""
+        """The names of all entries, in no particular order."""
         return os.listdir(self.descriptor)
 
     def entries(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Everything in it, links as such; what vanishes meanwhile is left out."""
+        """All entries with their status, links not followed; entries that vanish meanwhile are left out."""
         for name in self.names():
             with suppress(FileNotFoundError):
                 yield name, self.stat(name)
 
     def stat(self, name: str) -> os.stat_result:
-        """Of an entry, a link as such."""
+        """The status of an entry; a link is not followed."""
         return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
 
     def has(self, name: str) -> bool:
-        """Whether there is an entry of that name."""
+        """Whether there is an entry of this name."""
         try:
             self.stat(name)
         except FileNotFoundError:
@@ -176,21 +176,21 @@ class PrivateDirectory:
         return True
 
     def names_file(self, name: str, descriptor: int) -> bool:
-        """Whether `name` still is the open file or directory."""
+        """Whether `name` still names the open file or directory."""
         return names_file(name, descriptor, dir_fd=self.descriptor)
 
     def unlink(self, name: str) -> None:
-        """Remove a file or a link; absent is fine."""
+        """Remove a file or a link; a missing one is fine."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.descriptor)
 
     def rename(self, name: str, new_name: str, target: PrivateDirectory | None = None) -> None:
-        """Give an entry another name, here or in `target`; it replaces what is there."""
+        """Rename an entry, here or into `target`; it replaces an existing entry."""
         to = self if target is None else target
         os.rename(name, new_name, src_dir_fd=self.descriptor, dst_dir_fd=to.descriptor)
 
     def remove(self, name: str) -> None:
-        """Remove an entry and everything below it; absent is fine, links are removed and not followed."""
+        """Remove an entry and everything below it; a missing one is fine, and links are not followed."""
         remove_tree(name, dir_fd=self.descriptor)
 
     def clear(self) -> None:
@@ -198,10 +198,10 @@ class PrivateDirectory:
         remove_entries(self.descriptor)
 
     def hold(self, *, shared: bool = False) -> bool:
-        """Hold it until it is closed, or until the process ends, unless another one holds it.
+        """Lock the directory until it is closed or the process ends; False if another process has the lock.
 
         Args:
-            shared: With others that hold it shared, too.
+            shared: Take a shared lock, which several holders can have at once.
         """
         return try_lock(self.descriptor, shared=shared)
 
@@ -219,18 +219,18 @@ def open_own(
     owner: int | None = None,
     shared: bool = False,
 ) -> int:
-    """A descriptor of a file that is this user's; nothing happens to one that another user can have prepared.
+    """A descriptor of a file that belongs to this user; a file that another user may have prepared stays unchanged.
 
     Args:
-        flags: Of open(2).
-        mode: Of a file that is made, before the umask; with O_CREAT, one that is there already is narrowed to it.
-        within: An open directory, and the name there; then `path` is for messages only.
-        owner: Whose file it may be as well: the owner of its directory.
+        flags: Flags of open(2).
+        mode: Mode of a new file, before the umask; with O_CREAT, an existing file is narrowed to it.
+        within: An open directory and the name in it; then `path` is for messages only.
+        owner: Another user that it may belong to: the owner of its directory.
         shared: Whether the users of its directory trust each other.
 
     Raises:
-        RefusedError: a link lies there, something that is no regular file, or a file that belongs to another user or
-            has another name elsewhere.
+        RefusedError: it is a link, not a regular file, a file of another user, or a file that has another name
+            elsewhere.
     """
     directory, name = within or (None, path)
     try:
@@ -264,7 +264,7 @@ def _is_shared(status: os.stat_result) -> bool:
 
 
 def _others(status: os.stat_result) -> int:
-    """The permissions that users have who have no business in the directory."""
+    """The permissions of users that do not use the directory."""
     return stat.S_IRWXO if _is_shared(status) else stat.S_IRWXG | stat.S_IRWXO
 
 

@@ -1,4 +1,4 @@
-"""The scratch directory of an export: private, small, and gone afterwards whatever happens."""
+"""The scratch directory of an export: private, small, and always removed at the end."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _ATTEMPTS: Final = 10
 
 @contextmanager
 def scratch_directory(source: Path, parent: Path | None = None) -> Generator[Path]:
-    """A private directory that goes at the end, and what killed processes left of theirs goes first.
+    """A private directory that is removed at the end; leftovers of killed processes are removed first.
 
-    Its owner holds a lock on it, which ends with the process: a directory that nobody holds is left over.
+    Its owner holds a lock on it, which ends with the process. So a directory without a lock is a leftover.
 
     Args:
-        source: What is exported; the directory must not lie inside it.
-        parent: Where to make it; by default among the system's temporary files.
+        source: The directory that is exported; the scratch directory must not be inside it.
+        parent: Where to create it; by default the system's directory for temporary files.
     """
     remedy = "set TMPDIR to a directory elsewhere" if parent is None else "name a scratch directory elsewhere"
     parent = parent or temporary_directory()
@@ -39,14 +39,14 @@ def scratch_directory(source: Path, parent: Path | None = None) -> Generator[Pat
         above = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for name in os.listdir(above):
-            # Another process may remove it at this moment, and another user's is not ours to remove.
+            # Another process may remove it at this moment, and we must not remove another user's.
             if name.startswith(_PREFIX):
                 with suppress(OSError, RefusedError), PrivateDirectory.within(above, name, parent / name) as leftover:
                     _remove(above, name, leftover)
         for _ in range(_ATTEMPTS):
             with writing(parent):
                 name = os.path.basename(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-            # Another process may take it for a leftover in the moment before it is held.
+            # Another process may remove it as a leftover in the moment before it is locked.
             try:
                 scratch = PrivateDirectory.within(above, name, parent / name)
             except FileNotFoundError:
@@ -65,10 +65,10 @@ def scratch_directory(source: Path, parent: Path | None = None) -> Generator[Pat
 
 
 def temporary_directory() -> Path:
-    """Where the system's temporary files are.
+    """The system's directory for temporary files.
 
     Raises:
-        RefusedError: none of the places for them can be written to.
+        RefusedError: none of the places for them is writable.
     """
     try:
         return Path(tempfile.gettempdir())

@@ -1,9 +1,9 @@
-"""A table in a SQL database: made by its first use, reached by a connection for each request.
+"""A table in a SQL database: created by its first use, with a new connection for each request.
 
-SQLAlchemy comes with Dagster; the driver of the database is the caller's business. A connection of its own for every
-request means that neither forks nor a failover of the server leave a dead one behind; a row is written a few times a
-minute. Every statement is a transaction of its own: a process that is stopped between two of them holds no lock of the
-server's that others wait for.
+SQLAlchemy comes with Dagster; the caller provides the driver of the database. A new connection for each request means
+that neither a fork nor a failover of the server leaves a dead one. It is affordable: a row is written a few times a
+minute. Every statement is one transaction. So a process that is stopped between two statements holds no lock that
+others wait for.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from blobflow.durable import SQLITE_FULL
 from blobflow.errors import BlobflowError, DiskFull, StoreConfigurationError, StoreUnavailable
 
 NAME_LENGTH: Final = 255
-"""MySQL indexes no longer column of four-byte characters by default."""
+"""MySQL does not index longer columns of four-byte characters by default."""
 _BUSY_S: Final = 30
-"""How long SQLite waits for another writer, whose transaction is one statement."""
+"""Seconds that SQLite waits for another writer, whose transaction is one statement."""
 _SQLITE_OPTIONS: Final = frozenset(
     {"timeout", "isolation_level", "detect_types", "check_same_thread", "cached_statements"}
 )
-"""What Python's driver takes; more with `uri=true`."""
+"""Options that Python's driver takes; more with `uri=true`."""
 _LIBPQ: Final = {
     "connect_timeout": 10,
     "keepalives_idle": 10,
@@ -45,7 +45,7 @@ _LIBPQ: Final = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30_000,
 }
-"""A server that vanished is noticed within half a minute. libpq's own answer is to wait for it, for hours."""
+"""A server that vanished is noticed within half a minute; by default libpq waits for hours."""
 
 
 _SQLITE_READ_ONLY: Final = "attempt to write a readonly database"
@@ -53,20 +53,20 @@ _SQLITE_REASONS: Final = frozenset({
     SQLITE_FULL, _SQLITE_READ_ONLY, "database disk image is malformed", "database is locked", "disk I/O error",
     "file is not a database", "unable to open database file",
 })  # fmt: skip
-"""What SQLite says without any value in it; https://www.sqlite.org/rescode.html."""
+"""SQLite's messages that hold no value; https://www.sqlite.org/rescode.html."""
 
 
 class SqlTable:
-    """One table, and the way to its database.
+    """One table and the way to its database.
 
     Args:
-        url: Of SQLAlchemy, e.g. `sqlite:////var/lib/leases.db` or `postgresql+psycopg2://user@host/db`.
+        url: SQLAlchemy URL, e.g. `sqlite:////var/lib/leases.db` or `postgresql+psycopg2://user@host/db`.
         operation: What a row is, for errors.
         wal: Whether a SQLite file gets a write-ahead log, so that readers and a writer do not wait for each other. It
             needs a local file system.
 
     Raises:
-        StoreConfigurationError: not such a URL, or its driver is not installed.
+        StoreConfigurationError: the URL is invalid, or its driver is not installed.
     """
 
     def __init__(self, url: str, table: Table, *, operation: str, wal: bool = False) -> None:
@@ -79,7 +79,7 @@ class SqlTable:
                     hint="take it out of the URL; an SQLite database has no password",
                 )
             self.url = _shown(parsed)
-            """For people; without the password, and without the query, which may hold one."""
+            """The URL for people: without the password, and without the query, which may hold one."""
             self._engine = create_engine(
                 parsed,
                 poolclass=NullPool,
@@ -88,7 +88,7 @@ class SqlTable:
                 hide_parameters=True,
             )
         except (ArgumentError, NoSuchModuleError, ValueError):
-            # Not `from`: what SQLAlchemy says may repeat the URL.
+            # Not `from`: SQLAlchemy's message may repeat the URL.
             raise StoreConfigurationError(
                 "not the URL of a SQL database that SQLAlchemy knows",
                 hint="e.g. sqlite:////var/lib/leases.db or postgresql+psycopg2://user@host/db",
@@ -108,13 +108,12 @@ class SqlTable:
         """A connection for the block.
 
         Args:
-            name: Of the row, for errors.
+            name: Name of the row, for errors.
 
         Raises:
-            StoreUnavailable: the database failed; whether a statement whose answer was lost has happened, nobody
-                knows.
-            StoreConfigurationError: it refuses.
-            sqlalchemy.exc.IntegrityError: a row with that key is there already.
+            StoreUnavailable: the database failed. If the response was lost, the statement may or may not have run.
+            StoreConfigurationError: the database refused the statement or the connection.
+            sqlalchemy.exc.IntegrityError: a row with this key exists already.
         """
         what = f"{self._operation} {name!r}: {self.url}"
         try:
@@ -124,7 +123,7 @@ class SqlTable:
         except (OperationalError, InterfaceError, InternalError) as error:
             raise _failed(error, what, self._operation, name) from error
         except IntegrityError:
-            raise  # a row that is there already: the caller's business
+            raise  # the row exists already: the caller decides
         except DBAPIError as error:
             raise StoreConfigurationError(
                 f"{what} refused with {_named(error)}",
@@ -137,7 +136,7 @@ class SqlTable:
         try:
             return self._engine.connect()
         except (TypeError, ValueError):
-            # The driver's own. Not `from`: it may repeat what it does not take.
+            # An error of the driver. Not `from`: it may repeat the option that it rejects.
             raise StoreConfigurationError(
                 f"{self._operation}: the driver of {self.url} does not take the options in its query",
                 hint="look at the query of the URL",
@@ -154,15 +153,16 @@ class SqlTable:
             with self._connect() as connection:
                 connection.execute(CreateTable(self._table, if_not_exists=True))
         except (IntegrityError, ProgrammingError):
-            # Postgres: another one made it at this moment, between our look and our attempt; or only the type of its
-            # rows, which is a duplicate object then. Whatever else it was fails again.
+            # Postgres: another process created the table, or only the type of its rows (a duplicate object), between
+            # our
+            # check and our attempt. Any other error occurs again now.
             with self._connect() as connection:
                 connection.execute(CreateTable(self._table, if_not_exists=True))
         self._is_made = True
 
 
 def _failed(error: DBAPIError, what: str, operation: str, key: str) -> BlobflowError:
-    """What a failure of the database means; the driver's own words are not repeated, they may hold values."""
+    """The error for a failure of the database; it does not repeat the driver's message, which may hold values."""
     message = f"{what} failed with {_named(error)}"
     reason = str(error.orig)
     if reason == SQLITE_FULL:
@@ -174,18 +174,18 @@ def _failed(error: DBAPIError, what: str, operation: str, key: str) -> BlobflowE
 
 
 def _named(error: DBAPIError) -> str:
-    """The type of a driver's error, and what it says where that is one of SQLite's fixed sentences."""
+    """The type of a driver's error, with its message if that is one of SQLite's fixed sentences."""
     reason = str(error.orig)
     return type(error.orig).__name__ + (f": {reason}" if reason in _SQLITE_REASONS else "")
 
 
 def _shown(url: URL) -> str:
-    """A URL for people; of its query only that there is one."""
+    """A URL for people; of its query, only its presence is shown."""
     return url.set(query={}).render_as_string(hide_password=True) + ("?..." if url.query else "")
 
 
 def _connect_options(url: URL) -> dict[str, Any]:
-    """What the driver is told beside the URL, which has the last word."""
+    """Driver options besides the URL; the URL's options win."""
     if url.get_backend_name() == "sqlite":
         return {"timeout": _BUSY_S}
     if url.drivername in ("postgresql", "postgresql+psycopg2", "postgresql+psycopg"):

@@ -1,8 +1,8 @@
-"""Directory trees through descriptors: no recursion, no path that could be too long, no link followed unasked.
+"""Directory trees through descriptors: no recursion, no path too long, no link followed unless asked to.
 
-Linux refuses paths of 4,096 bytes (PATH_MAX), but not trees that are deeper: a name below an open directory is
-resolved from there. A `Cursor` stands in one directory of a tree and moves by one level at a time, so a walk costs two
-system calls per directory, however deep the tree is.
+Linux refuses paths of 4,096 bytes (PATH_MAX), but not deeper trees: a name below an open directory is resolved from
+that directory. A `Cursor` is in one directory of a tree and moves by one level at a time. So a walk costs two system
+calls per directory, however deep the tree is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 OPEN_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATH_MAX: Final = 4096
-"""Of Linux, with the NUL at the end."""
+"""Linux's limit, with the NUL at the end."""
 
 _OPENAT2: Final = 437
 """The number of the system call openat2(2), the same on every architecture; glibc has no function for it."""
@@ -32,14 +32,14 @@ class _OpenHow(ctypes.Structure):
 
 
 def open_beneath(root: int, path: str, flags: int, mode: int = 0o666) -> int:
-    """Open `path` below the open directory `root`; a link is refused in every place of the path.
+    """Open `path` below the open directory `root`; a link anywhere in the path is refused.
 
-    One system call where the kernel has openat2(2) (Linux 5.6), otherwise one for each level.
+    It is one system call if the kernel has openat2(2) (Linux 5.6), otherwise one for each level.
 
     Args:
-        path: Relative and without `..`, of at most 4,095 bytes.
-        flags: Of open(2); the descriptor is closed on exec.
-        mode: Of a file that is created, before the umask.
+        path: A relative path without `..`, at most 4,095 bytes.
+        flags: Flags of open(2); the descriptor is closed on exec.
+        mode: Mode of a new file, before the umask.
 
     Raises:
         OSError: `ELOOP` or `ENOTDIR` for a link, otherwise as open(2).
@@ -78,8 +78,8 @@ def open_below(root: str | Path, path: str, flags: int) -> int:
     """Open `path` below the directory `root`, however long both are together; links are followed as usual.
 
     Args:
-        path: Relative, of at most 4,095 bytes.
-        flags: Of open(2); the descriptor is closed on exec.
+        path: A relative path of at most 4,095 bytes.
+        flags: Flags of open(2); the descriptor is closed on exec.
     """
     flags |= os.O_CLOEXEC
     whole = os.path.join(root, path)
@@ -96,21 +96,21 @@ class _Level(NamedTuple):
     """A directory above the cursor."""
 
     name: str
-    """Of the directory that was entered from it."""
+    """Name of the directory that was entered from it."""
     identity: tuple[int, int]
     descriptor: int
-    """Kept open if a link was followed from there, whose target has another parent; otherwise -1."""
+    """Its descriptor, kept open if a link was followed from it (the link's target has another parent); otherwise -1."""
 
 
 class Cursor:
-    """Stands in a directory of a tree; use it in a `with` block. It keeps one descriptor open, however deep it goes.
+    """A position in a directory tree; use it in a `with` block. It keeps one descriptor open, however deep it goes.
 
-    It goes up by `..` and proves that it came back to the directory that it left: a tree that is moved away under a
-    walk stops the walk.
+    It goes up by `..` and proves that it came back to the directory that it left. If the tree is moved away during a
+    walk, the walk stops.
 
     Attributes:
-        descriptor: Of the directory where it stands; valid until it moves.
-        path: Of that directory, as the names on the way from the root.
+        descriptor: The descriptor of the current directory; valid until the cursor moves.
+        path: The names from the root to the current directory.
     """
 
     def __init__(self, root: int) -> None:
@@ -133,14 +133,14 @@ class Cursor:
 
     @property
     def identities(self) -> set[tuple[int, int]]:
-        """Device and inode of the directory and of all above it, up to the root."""
+        """Device and inode of the current directory and of all directories above it, up to the root."""
         return {level.identity for level in self._above} | {_identity(self.descriptor)}
 
     def enter(self, name: str, *, follow: bool = False) -> None:
         """Go down into a directory.
 
         Args:
-            follow: Also through a symbolic link. Each one on the way keeps a descriptor open.
+            follow: Follow a symbolic link. Each followed link on the way keeps a descriptor open.
         """
         flags = OPEN_DIRECTORY & ~os.O_NOFOLLOW if follow else OPEN_DIRECTORY
         below = os.open(name, flags, dir_fd=self.descriptor)
@@ -175,9 +175,9 @@ class Cursor:
         """Go to a directory of the tree by the shortest way, and return its descriptor.
 
         Args:
-            path: From the root, without a `/` at either end; empty is the root.
-            make: Make the directories that are missing.
-            mode: Of those, before the umask.
+            path: Path from the root, without a `/` at either end; an empty path is the root.
+            make: Create missing directories.
+            mode: Their mode, before the umask.
         """
         wanted = path.split("/") if path else []
         common = 0
@@ -208,7 +208,7 @@ def _identity(descriptor: int) -> tuple[int, int]:
 
 
 class Opened:
-    """A directory, opened for a `with` block, that gives its descriptor. A link in its place is refused."""
+    """A `with` block that opens a directory and yields its descriptor. A link is refused."""
 
     def __init__(self, path: str | Path, *, dir_fd: int | None = None) -> None:
         self._path = path
@@ -224,19 +224,19 @@ class Opened:
 
 
 class Entry(NamedTuple):
-    """What a walk found."""
+    """One entry that a walk found."""
 
     directory: int
-    """The descriptor of the directory it lies in; valid until the next entry is asked for."""
+    """Descriptor of its directory; valid until the next entry is requested."""
     name: str
     status: os.stat_result
-    """Of the entry itself, not of what a link leads to."""
+    """Status of the entry itself; a link is not followed."""
 
 
 def walk(root: int) -> Iterator[Entry]:
-    """Everything below an open directory, a directory before what is in it. Links are not followed.
+    """Everything below an open directory, a directory before its content. Links are not followed.
 
-    What vanishes meanwhile is left out.
+    Entries that vanish meanwhile are left out.
     """
     with Cursor(root) as cursor:
         pending: list[list[str]] = []
@@ -272,7 +272,7 @@ def _is_directory(status: os.stat_result) -> bool:
 
 
 def remove_entries(directory: int) -> None:
-    """Remove everything below an open directory. Links are removed, not followed; what vanishes meanwhile is fine."""
+    """Remove everything below an open directory. Links are not followed; entries that vanish meanwhile are fine."""
     with Cursor(directory) as cursor:
         pending = [_remove_files(cursor.descriptor)]
         while True:
@@ -288,7 +288,7 @@ def remove_entries(directory: int) -> None:
 
 
 def _remove_files(directory: int) -> list[str]:
-    """Remove what is no directory from an open directory, and return the names of those that are."""
+    """Remove everything except directories from an open directory, and return the names of the directories."""
     with os.scandir(directory) as entries:
         found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_directory in found:
@@ -299,10 +299,10 @@ def _remove_files(directory: int) -> list[str]:
 
 
 def remove_tree(path: str | Path, *, dir_fd: int | None = None) -> None:
-    """Remove a file, a link or a whole directory tree; absent is fine. Links are removed, not followed.
+    """Remove a file, a link or a whole directory tree; a missing one is fine. Links are not followed.
 
     Args:
-        path: Below the open directory `dir_fd`, if there is one.
+        path: A path below the open directory `dir_fd`, if one is given.
     """
     try:
         os.unlink(path, dir_fd=dir_fd)
@@ -316,10 +316,10 @@ def remove_tree(path: str | Path, *, dir_fd: int | None = None) -> None:
 
 
 def make_directories(path: Path, mode: int = 0o777) -> None:
-    """`path` and what is missing above it, as `Path.mkdir(parents=True, exist_ok=True)`, without recursion.
+    """Create `path` and its missing parents, as `Path.mkdir(parents=True, exist_ok=True)`, without recursion.
 
     Args:
-        mode: Of `path` itself, before the umask.
+        mode: Mode of `path` itself, before the umask.
     """
     missing: list[Path] = []
     while not path.is_dir():

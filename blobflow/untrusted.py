@@ -1,7 +1,7 @@
-"""Values from outside: what is read of a file or a peer costs little, and is refused in a few words.
+"""Values from outside: reading them is cheap, and the error for a bad one is short.
 
-The rule, which `tests/unit/test_hostile_bytes.py` and the targets in `tests/fuzz` hold every parser to: whatever the
-bytes are, the result is a value or a `BlobflowError`; and no message quotes more than `MAX_QUOTED` characters of them.
+`tests/unit/test_hostile_bytes.py` and the targets in `tests/fuzz` hold every parser to this rule: whatever the bytes
+are, the result is a value or a `BlobflowError`, and no message quotes more than `MAX_QUOTED` characters of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_JSON_VALUES: Final = 250_000
 
 _EARLIEST: Final = datetime(1, 1, 3, tzinfo=timezone.utc)
 _LATEST: Final = datetime(9999, 12, 29, tzinfo=timezone.utc)
-"""Two days inside of what `datetime` can say: a time zone or a rounded nanosecond does not lead beyond it."""
+"""Two days inside the range of `datetime`, so that a time zone or a rounded nanosecond does not leave the range."""
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -39,7 +39,7 @@ def quoted(value: object, limit: int = MAX_QUOTED) -> str:
 
 
 def plain(text: str) -> str:
-    """What a peer said, for a message: cut, on one line, and without characters that a terminal would obey."""
+    """A peer's text for a message: cut to `MAX_QUOTED`, on one line, without control characters."""
     cut = text[:MAX_QUOTED] if len(text) <= MAX_QUOTED else text[: MAX_QUOTED - 1] + "…"
     return "".join(character if character.isprintable() else " " for character in cut)
 
@@ -48,7 +48,7 @@ def plain(text: str) -> str:
 
 
 def utc_time(seconds: float) -> datetime | None:
-    """A Unix time; None if it lies outside of what `datetime` can say, as a file system or a server may claim."""
+    """A Unix time as a datetime; None if it is outside the range of `datetime`, as a server may claim."""
     try:
         return bounded_time(_EPOCH + timedelta(seconds=seconds))
     except (OverflowError, ValueError):
@@ -56,7 +56,7 @@ def utc_time(seconds: float) -> datetime | None:
 
 
 def bounded_time(time: datetime) -> datetime | None:
-    """A time in UTC; None if it is so near to the ends of what `datetime` can say that arithmetic would fail."""
+    """A time in UTC; None if it is so near to the ends of the range that arithmetic would fail."""
     if time.tzinfo is None:
         time = time.replace(tzinfo=timezone.utc)
     try:
@@ -73,7 +73,7 @@ def _in_range(time: datetime) -> datetime:
 
 
 UtcTime = Annotated[AwareDatetime, AfterValidator(_in_range)]
-"""Of a document: it has a time zone, and can be compared, subtracted and shown."""
+"""Time in a document: it has a time zone, and can be compared, subtracted and shown."""
 MAX_COUNT: Final = (1 << 64) - 1
 Counter = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Timestamp = Annotated[float, Field(ge=-1e15, le=1e15, allow_inf_nan=False)]
@@ -85,14 +85,14 @@ Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
 def read_json(data: bytes | str, what: str) -> JsonValue:
-    """The JSON document in `data`: UTF-8, no NaN or infinity, no lone surrogates, not deeper than 200 levels.
+    """The JSON document in `data`: UTF-8, no NaN or infinity, no lone surrogates, at most 200 levels deep.
 
     Args:
-        data: The caller bounds its length.
-        what: For messages: "manifest".
+        data: The bytes; the caller limits their length.
+        what: Name of the document for messages: "manifest".
 
     Raises:
-        ArtifactInvalid: it is none, or has more than `MAX_JSON_VALUES` values.
+        ArtifactInvalid: it is not such a document, or it has more than `MAX_JSON_VALUES` values.
     """
     raw = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
     if len(raw) > MIB and _values(raw) > MAX_JSON_VALUES:
@@ -107,7 +107,7 @@ def read_json(data: bytes | str, what: str) -> JsonValue:
 
 
 def read_object(data: bytes | str, what: str) -> dict[str, JsonValue]:
-    """The same for a document that has to be an object."""
+    """The JSON object in `data`; see `read_json`."""
     document = read_json(data, what)
     if not isinstance(document, dict):
         raise ArtifactInvalid(f"the {what} is not a JSON object", what=what)
@@ -115,15 +115,15 @@ def read_object(data: bytes | str, what: str) -> dict[str, JsonValue]:
 
 
 def read_model(kind: type[Model], data: bytes | str, what: str) -> Model:
-    """The document as a model of pydantic's."""
+    """The JSON object in `data` as a pydantic model; see `read_json` and `as_model`."""
     return as_model(kind, read_object(data, what), what)
 
 
 def as_model(kind: type[Model], document: object, what: str) -> Model:
-    """A value that came from outside as a model of pydantic's.
+    """A value from outside as a pydantic model.
 
     Raises:
-        ArtifactInvalid: it does not fit; the message names the first field that does not.
+        ArtifactInvalid: it does not fit the model; the message names the first field that is wrong.
     """
     try:
         return kind.model_validate(document)
@@ -133,14 +133,14 @@ def as_model(kind: type[Model], document: object, what: str) -> Model:
 
 
 def first_fault(error: ValidationError) -> tuple[str, str]:
-    """The name of the first field that does not fit, and why, each fit for a message."""
+    """The name of the first field that is wrong, and the reason, both short enough for a message."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     field = ".".join(str(step)[:MAX_QUOTED] for step in first["loc"][:20])
     return field[:MAX_QUOTED], first["msg"][:MAX_QUOTED]
 
 
 def _values(raw: bytes) -> int:
-    """About how many values a document has: its strings, and the commas and brackets outside of them."""
+    """About how many values a document has: its strings, and the commas and brackets outside them."""
     plain = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     strings = plain.count(b'"') // 2
     if strings > MAX_JSON_VALUES:
@@ -149,7 +149,7 @@ def _values(raw: bytes) -> int:
 
 
 def _is_finite(document: JsonValue) -> bool:
-    """Whether no number is infinite, as `1e999` becomes."""
+    """Whether all numbers are finite; `1e999` becomes infinite."""
     waiting: list[JsonValue] = [document]
     while waiting:
         value = waiting.pop()
