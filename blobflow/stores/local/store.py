@@ -28,49 +28,35 @@ import errno
 import json
 import logging
 import os
-import re
 import stat
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from typing_extensions import override
 
 from blobflow.checksum import Buffer, crc32c
 from blobflow.durable import (
-    append_lines,
     copy_bytes,
     free_bytes,
-    fsync_directory,
     lock,
     unlock_and_close,
-    whole_lines,
     write_all,
 )
 from blobflow.errors import (
     ArtifactInvalid,
     ChecksumMismatch,
     InvalidKey,
-    NoSuchUpload,
     ObjectChanged,
     ObjectNotFound,
     ObjectTooLarge,
-    OsFault,
-    PreconditionFailed,
     RefusedError,
-    SizeMismatch,
-    StoreConfigurationError,
     StoreUnavailable,
-    UploadIncomplete,
     UsageError,
     expanded,
-    os_fault,
-    storing,
 )
 from blobflow.private import PrivateDirectory
 from blobflow.stores.base import (
@@ -86,9 +72,27 @@ from blobflow.stores.base import (
     check_key,
     plain,
 )
+from blobflow.stores.local.files import (
+    changed,
+    check_pin,
+    conflict,
+    create_file,
+    e_tag_of,
+    is_key,
+    lost,
+    make_directory,
+    no_such_upload,
+    object_meta,
+    object_mode,
+    part_meta,
+    read_into,
+    size_mismatch,
+    translated,
+    utc_of,
+)
 from blobflow.stores.local.locks import KeyLocks
+from blobflow.stores.local.uploads import JournalState, OpenUpload, check_parts, is_upload_id, read_upload_intent
 from blobflow.stores.optional import HasClock, HasRoom
-from blobflow.untrusted import bounded_time, read_object, utc_time
 
 _log = logging.getLogger(__name__)
 
@@ -97,10 +101,7 @@ _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """O_NONBLOCK: to open a FIFO that somebody left in the directory must not hang; it means nothing for files."""
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
-_READ_BYTES = 1024 * 1024
 _MAX_INTENT_BYTES = 64 * 1024
-_MAX_PARTS = 10_000
-_PART_LOCKS = 64
 _MKDIR_ATTEMPTS = 32
 """Each one lost means that another process deleted the last neighbour in the same instant."""
 _SWEEP_AFTER_S = 24 * 3600.0
@@ -138,7 +139,7 @@ class LocalStore(Store, HasClock, HasRoom):
         self.url = self.root.as_uri()
         self._now_ns = now_ns
         self._locks = KeyLocks(self._own, url=self.url, patience_s=straggler_patience_s)
-        self._journals: dict[str, _JournalState] = {}
+        self._journals: dict[str, JournalState] = {}
         self._swept = False
 
     @override
@@ -170,23 +171,23 @@ class LocalStore(Store, HasClock, HasRoom):
         if (mode is PutMode.UPDATE) != (e_tag is not None):
             raise UsageError("an e_tag belongs to PutMode.UPDATE, and to it alone", key=key)
         content = plain(body, self)
-        with self._temporary("put", key, _mode(private)) as (name, fd):
+        with self._temporary("put", key, object_mode(private)) as (name, fd):
             self._write("put", key, fd, 0, content)
             return self._finish("put", key, fd, name, mode, e_tag)
 
     @override
     def get(self, key: str, *, max_bytes: int) -> StoredObject:
         check_key(key)
-        with _translated("get", key):
+        with translated("get", key):
             fd = self._open_object(key)
             try:
-                meta = _meta(key, os.fstat(fd))
+                meta = object_meta(key, os.fstat(fd))
                 if meta.size > max_bytes:
                     raise ObjectTooLarge(
                         f"{key!r} has {meta.size} bytes, more than {max_bytes}", key=key, limit=max_bytes
                     )
                 data = bytearray(meta.size)
-                _read_into(key, fd, 0, memoryview(data))
+                read_into(key, fd, 0, memoryview(data))
             finally:
                 os.close(fd)
         return StoredObject(bytes(data), meta)
@@ -194,18 +195,18 @@ class LocalStore(Store, HasClock, HasRoom):
     @override
     def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
         check_key(key)
-        with _translated("get_range", key, offset):
+        with translated("get_range", key, offset):
             fd = self._open_object(key)
             try:
                 try:
-                    _check_pin(key, fd, e_tag)
-                    _read_into(key, fd, offset, buffer.cast("B"))
+                    check_pin(key, fd, e_tag)
+                    read_into(key, fd, offset, buffer.cast("B"))
                     # Again, for a file that was edited in place while it was read.
-                    _check_pin(key, fd, e_tag)
+                    check_pin(key, fd, e_tag)
                 except OSError as error:
                     # NFS: the file was replaced on the server and the handle died.
                     if error.errno == errno.ESTALE and e_tag is not None:
-                        raise _changed(key, e_tag, None) from error
+                        raise changed(key, e_tag, None) from error
                     raise
             finally:
                 os.close(fd)
@@ -213,10 +214,10 @@ class LocalStore(Store, HasClock, HasRoom):
     @override
     def head(self, key: str) -> ObjectMeta:
         check_key(key)
-        with _translated("head", key):
+        with translated("head", key):
             fd = self._open_object(key)
             try:
-                return _meta(key, os.fstat(fd))
+                return object_meta(key, os.fstat(fd))
             finally:
                 os.close(fd)
 
@@ -229,14 +230,14 @@ class LocalStore(Store, HasClock, HasRoom):
             except InvalidKey:
                 return
         after = (start_after or "").encode("utf-8", "surrogateescape")
-        with _translated("list", prefix):
+        with translated("list", prefix):
             yield from self._walk(above.split("/") if above else [], start, after)
 
     @override
     def delete(self, key: str) -> None:
         check_key(key)
         segments = key.split("/")
-        with _translated("delete", key):
+        with translated("delete", key):
             try:
                 os.close(self._open_object(key))
             except ObjectNotFound:
@@ -260,13 +261,13 @@ class LocalStore(Store, HasClock, HasRoom):
     def copy(self, source: str, target: str) -> ObjectMeta:
         check_key(source)
         check_key(target)
-        with _translated("copy", source):
+        with translated("copy", source):
             source_fd = self._open_object(source)
         try:
-            with _translated("copy", source):  # not readable by more people than the source is
-                mode = os.fstat(source_fd).st_mode & _mode(private=False)
+            with translated("copy", source):  # not readable by more people than the source is
+                mode = os.fstat(source_fd).st_mode & object_mode(private=False)
             with self._temporary("copy", target, mode) as (name, fd):
-                with _translated("copy", target):
+                with translated("copy", target):
                     size = os.fstat(source_fd).st_size
                     if copy_bytes(source_fd, fd) != size:
                         raise ObjectChanged(f"{source!r} was changed while it was copied", key=source)
@@ -289,13 +290,13 @@ class LocalStore(Store, HasClock, HasRoom):
         if part_size < 1:
             raise UsageError(f"part_size {part_size} is not positive", key=key)
         upload_id = uuid.uuid4().hex
-        created = _datetime(self._now_ns()) or datetime.now(timezone.utc)
+        created = utc_of(self._now_ns()) or datetime.now(timezone.utc)
         intent = {"key": key, "part_size": part_size, "created": created.isoformat()}
-        with _translated("create_multipart", key), self._own("tmp") as tmp, self._own("uploads") as uploads:
+        with translated("create_multipart", key), self._own("tmp") as tmp, self._own("uploads") as uploads:
             with tmp.below(upload_id, make=True) as fresh:
-                _create(fresh, "upload.json", json.dumps(intent).encode())
-                _create(fresh, "payload", b"", _mode(private))
-                _create(fresh, "parts.jsonl", b"")
+                create_file(fresh, "upload.json", json.dumps(intent).encode())
+                create_file(fresh, "payload", b"", object_mode(private))
+                create_file(fresh, "parts.jsonl", b"")
                 fresh.below("part-locks", make=True).close()
                 fresh.sync()
             # The upload exists from this rename on, with everything that belongs to it.
@@ -319,10 +320,10 @@ class LocalStore(Store, HasClock, HasRoom):
             with upload.part_lock(part_number), upload.open_for_writing() as (payload, journal):
                 held = upload.parts().get(part_number)
                 if held is None:
-                    part = _part(part_number, body.size, self._write("put_part", key, payload, offset, body))
+                    part = part_meta(part_number, body.size, self._write("put_part", key, payload, offset, body))
                 else:
                     part = self._replace_part(upload, held, payload, journal, offset, body)
-                with _translated("put_part", key, offset):
+                with translated("put_part", key, offset):
                     os.fdatasync(payload)
                     upload.append(journal, part_number, part.size, part.crc32c)
         return part
@@ -335,7 +336,7 @@ class LocalStore(Store, HasClock, HasRoom):
     @override
     def list_uploads(self, prefix: str = "") -> list[UploadMeta]:
         found: list[UploadMeta] = []
-        with _translated("list_uploads", prefix):
+        with translated("list_uploads", prefix):
             for upload_id in self._upload_ids():
                 intent = self._read_intent(upload_id)
                 if intent is not None and intent["key"].startswith(prefix):
@@ -349,18 +350,18 @@ class LocalStore(Store, HasClock, HasRoom):
         # upload any more.
         with self._upload("complete_multipart", key, upload_id, "alone") as upload:
             held = upload.parts()
-            size = _check_parts(key, parts, held, upload.part_size)
-            with _translated("complete_multipart", key), upload.open_for_writing() as (payload, journal):
+            size = check_parts(key, parts, held, upload.part_size)
+            with translated("complete_multipart", key), upload.open_for_writing() as (payload, journal):
                 for part_number in sorted(held.keys() - {part.part_number for part in parts}):
                     upload.append(journal, part_number, None, None)
                 os.ftruncate(payload, size)
                 self._stamp(payload)
                 os.fsync(payload)
-                meta = _meta(key, os.fstat(payload))
+                meta = object_meta(key, os.fstat(payload))
                 try:
                     self._publish(key, upload.directory.descriptor, "payload", PutMode.OVERWRITE, None)
                 except FileNotFoundError:
-                    raise _no_such_upload(key, upload_id) from None  # aborted meanwhile
+                    raise no_such_upload(key, upload_id) from None  # aborted meanwhile
         try:
             self._drop_upload(upload_id)
         except OSError as error:
@@ -371,7 +372,7 @@ class LocalStore(Store, HasClock, HasRoom):
     @override
     def abort_multipart(self, key: str, upload_id: str) -> None:
         # Without the upload's lock: who still writes a part writes into files that have no name any more.
-        with _translated("abort_multipart", key):
+        with translated("abort_multipart", key):
             intent = self._read_intent(upload_id)
             if intent is not None and intent["key"] == key:
                 self._drop_upload(upload_id)
@@ -441,7 +442,7 @@ class LocalStore(Store, HasClock, HasRoom):
                         continue
                     directory = entry.is_dir(follow_symlinks=False)
                     path = above + entry.name
-                    if (directory or entry.is_file(follow_symlinks=False)) and _is_key(path):
+                    if (directory or entry.is_file(follow_symlinks=False)) and is_key(path):
                         sort_key = path.encode() + (b"/" if directory else b"")
                         if sort_key > after or (directory and after.startswith(sort_key)):
                             entries.append((sort_key, entry.name, directory))
@@ -455,7 +456,7 @@ class LocalStore(Store, HasClock, HasRoom):
                 except FileNotFoundError:
                     continue
                 if stat.S_ISREG(status.st_mode):
-                    yield _meta(above + name, status)
+                    yield object_meta(above + name, status)
         finally:
             os.close(fd)
 
@@ -470,7 +471,7 @@ class LocalStore(Store, HasClock, HasRoom):
         """
         name = uuid.uuid4().hex
         with ExitStack() as stack:
-            with _translated(operation, key):
+            with translated(operation, key):
                 tmp = stack.enter_context(self._own("tmp"))
                 fd = tmp.open(name, _CREATE, mode)
             try:
@@ -491,13 +492,13 @@ class LocalStore(Store, HasClock, HasRoom):
         for buffer in body:
             view = memoryview(buffer).cast("B")
             if position + len(view) > end:
-                raise _size_mismatch(key, body.size, position + len(view) - offset)
+                raise size_mismatch(key, body.size, position + len(view) - offset)
             checksum = crc32c(view, checksum)
-            with _translated(operation, key, position):
+            with translated(operation, key, position):
                 write_all(fd, view, position)
             position += len(view)
         if position != end:
-            raise _size_mismatch(key, body.size, position - offset)
+            raise size_mismatch(key, body.size, position - offset)
         if body.crc32c is not None and checksum != body.crc32c:
             raise ChecksumMismatch(
                 f"the bytes for {key!r} at {offset} have CRC32C {checksum:08x} instead of {body.crc32c:08x}",
@@ -510,10 +511,10 @@ class LocalStore(Store, HasClock, HasRoom):
         return checksum
 
     def _finish(self, operation: str, key: str, fd: int, name: str, mode: PutMode, e_tag: str | None) -> ObjectMeta:
-        with _translated(operation, key):
+        with translated(operation, key):
             self._stamp(fd)
             os.fsync(fd)
-            meta = _meta(key, os.fstat(fd))
+            meta = object_meta(key, os.fstat(fd))
             try:
                 with self._own("tmp") as tmp:
                     self._publish(key, tmp.descriptor, name, mode, e_tag)
@@ -550,7 +551,7 @@ class LocalStore(Store, HasClock, HasRoom):
                     continue  # a delete took away a directory that was empty still
                 except OSError as error:
                     if error.errno in (errno.ENOTDIR, errno.ELOOP):
-                        raise _conflict(key, "a part of its path is no directory") from None
+                        raise conflict(key, "a part of its path is no directory") from None
                     raise
                 try:
                     self._admit(key, parent, segments[-1], mode, e_tag)
@@ -565,7 +566,7 @@ class LocalStore(Store, HasClock, HasRoom):
                     os.stat(name, dir_fd=source, follow_symlinks=False)  # raises if it is the source that is gone
                 except FileExistsError:
                     # Somebody who holds no lock of ours made the file.
-                    raise _lost(key, None, None) from None
+                    raise lost(key, None, None) from None
                 finally:
                     os.close(parent)
             raise StoreUnavailable(
@@ -578,7 +579,7 @@ class LocalStore(Store, HasClock, HasRoom):
             status = os.stat(leaf, dir_fd=parent, follow_symlinks=False)
         except FileNotFoundError:
             if mode is PutMode.UPDATE:
-                raise _lost(key, e_tag, None) from None
+                raise lost(key, e_tag, None) from None
             return
         if stat.S_ISDIR(status.st_mode):
             # A writer that died between mkdir and link leaves an empty directory, and that is no object.
@@ -587,14 +588,14 @@ class LocalStore(Store, HasClock, HasRoom):
             except OSError as error:
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-                raise _conflict(key, "there are objects below it") from None
+                raise conflict(key, "there are objects below it") from None
             if mode is PutMode.UPDATE:
-                raise _lost(key, e_tag, None)
+                raise lost(key, e_tag, None)
             return
         if not stat.S_ISREG(status.st_mode):
-            raise _conflict(key, "the file of this name is not a regular one")
-        if mode is PutMode.CREATE or (mode is PutMode.UPDATE and _e_tag(status) != e_tag):
-            raise _lost(key, e_tag, _e_tag(status))
+            raise conflict(key, "the file of this name is not a regular one")
+        if mode is PutMode.CREATE or (mode is PutMode.UPDATE and e_tag_of(status) != e_tag):
+            raise lost(key, e_tag, e_tag_of(status))
 
     def _prune(self, segments: list[str]) -> None:
         """Remove directories that have become empty, so that their names are free for objects again."""
@@ -623,7 +624,7 @@ class LocalStore(Store, HasClock, HasRoom):
             FileNotFoundError: it is missing and was not to be made.
         """
         if make:
-            _make_directory(self.root)
+            make_directory(self.root)
         root = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             internal = PrivateDirectory.within(root, RESERVED_SEGMENT, self.root / RESERVED_SEGMENT, make=make)
@@ -648,7 +649,7 @@ class LocalStore(Store, HasClock, HasRoom):
                     with suppress(OSError):  # another process is quicker, or something in it is not ours to remove
                         tmp.remove(name)
                         _log.info("store.swept name=%s", name)
-            for upload_id in filter(_is_upload_id, uploads.names()):
+            for upload_id in filter(is_upload_id, uploads.names()):
                 # Nothing puts a payload back, so a directory without one is dead whoever may still have it open.
                 with suppress(FileNotFoundError, RefusedError):
                     with uploads.below(upload_id) as upload:
@@ -661,17 +662,19 @@ class LocalStore(Store, HasClock, HasRoom):
     def _upload_ids(self) -> list[str]:
         try:
             with self._own("uploads", make=False) as uploads:
-                return list(filter(_is_upload_id, uploads.names()))
+                return list(filter(is_upload_id, uploads.names()))
         except FileNotFoundError:
             return []
 
     def _read_intent(self, upload_id: str) -> dict[str, Any] | None:
         """The contents of `upload.json`, or None if there is no such upload."""
-        if not _is_upload_id(upload_id):
+        if not is_upload_id(upload_id):
             return None
         try:
             with self._own("uploads", make=False) as uploads, uploads.below(upload_id) as upload:
-                return _upload_intent(upload.read("upload.json", _MAX_INTENT_BYTES)) if upload.has("payload") else None
+                return (
+                    read_upload_intent(upload.read("upload.json", _MAX_INTENT_BYTES)) if upload.has("payload") else None
+                )
         except FileNotFoundError:
             return None
         except ArtifactInvalid as error:
@@ -696,7 +699,7 @@ class LocalStore(Store, HasClock, HasRoom):
                 tmp.remove(doomed)
 
     def _replace_part(
-        self, upload: _Upload, held: PartMeta, payload: int, journal: int, offset: int, body: Body
+        self, upload: OpenUpload, held: PartMeta, payload: int, journal: int, offset: int, body: Body
     ) -> PartMeta:
         """Write a part that was acknowledged before; until all of `body` has arrived the earlier bytes stay.
 
@@ -705,8 +708,8 @@ class LocalStore(Store, HasClock, HasRoom):
         mixture.
         """
         with self._temporary("put_part", upload.key) as (_, fd):
-            part = _part(held.part_number, body.size, self._write("put_part", upload.key, fd, 0, body))
-            with _translated("put_part", upload.key, offset):
+            part = part_meta(held.part_number, body.size, self._write("put_part", upload.key, fd, 0, body))
+            with translated("put_part", upload.key, offset):
                 if part != held:
                     upload.append(journal, held.part_number, None, None)
                 copy_bytes(fd, payload, offset)
@@ -715,16 +718,16 @@ class LocalStore(Store, HasClock, HasRoom):
     @contextmanager
     def _upload(
         self, operation: str, key: str, upload_id: str, held: Literal["shared", "alone"] | None = None
-    ) -> Generator[_Upload]:
+    ) -> Generator[OpenUpload]:
         """The upload, under its shared or exclusive lock.
 
         Part writers share the lock and complete excludes them: else a straggler could write into the finished object.
         """
         check_key(key)
-        if not _is_upload_id(upload_id):
-            raise _no_such_upload(key, upload_id)
+        if not is_upload_id(upload_id):
+            raise no_such_upload(key, upload_id)
         with ExitStack() as stack:
-            with _translated(operation, key):
+            with translated(operation, key):
                 try:
                     uploads = stack.enter_context(self._own("uploads", make=False))
                     upload = stack.enter_context(uploads.below(upload_id))
@@ -738,270 +741,11 @@ class LocalStore(Store, HasClock, HasRoom):
                     upload.stat("payload")
                 except FileNotFoundError:
                     self._journals.pop(upload_id, None)
-                    raise _no_such_upload(key, upload_id) from None
+                    raise no_such_upload(key, upload_id) from None
                 try:
-                    intent = _upload_intent(os.pread(guard, _MAX_INTENT_BYTES, 0))
+                    intent = read_upload_intent(os.pread(guard, _MAX_INTENT_BYTES, 0))
                 except ArtifactInvalid as error:
-                    raise _no_such_upload(key, upload_id) from error
+                    raise no_such_upload(key, upload_id) from error
             if intent["key"] != key:
-                raise _no_such_upload(key, upload_id)
-            yield _Upload(key, upload_id, upload, intent["part_size"], self._journals)
-
-
-class _JournalState(NamedTuple):
-    """What a journal said up to byte `read_to`; replaced as a whole, because threads share it."""
-
-    parts: dict[int, PartMeta]
-    read_to: int
-
-
-@dataclass
-class _Upload:
-    """An open upload directory."""
-
-    key: str
-    upload_id: str
-    directory: PrivateDirectory
-    part_size: int
-    journals: dict[str, _JournalState]
-
-    def parts(self) -> dict[int, PartMeta]:
-        """The acknowledged parts by number, those of other processes included."""
-        with _translated("list_parts", self.key):
-            try:
-                journal = os.fdopen(self.directory.open("parts.jsonl", os.O_RDONLY), "rb")
-            except FileNotFoundError:
-                raise _no_such_upload(self.key, self.upload_id) from None
-            with journal:
-                # Every reading appends to a copy of what an earlier one left, from where that one ended.
-                state = self.journals.get(self.upload_id, _JournalState({}, 0))
-                parts, read_to = dict(state.parts), state.read_to
-                for end, line in whole_lines(journal, state.read_to, longest=_READ_BYTES):
-                    _replay(parts, line)
-                    read_to = end
-                self.journals[self.upload_id] = _JournalState(parts, read_to)
-                return parts
-
-    @contextmanager
-    def part_lock(self, part_number: int) -> Generator[None]:
-        """Hold off other writers of the same part, so that its bytes are those of one of them."""
-        with _translated("put_part", self.key):
-            try:
-                with self.directory.below("part-locks") as locks:
-                    fd = locks.open(str(part_number % _PART_LOCKS), os.O_RDWR | os.O_CREAT)
-            except FileNotFoundError:
-                raise _no_such_upload(self.key, self.upload_id) from None
-        try:
-            lock(fd)
-            yield
-        finally:
-            unlock_and_close(fd)
-
-    @contextmanager
-    def open_for_writing(self) -> Generator[tuple[int, int]]:
-        """Descriptors of payload and journal."""
-        fds: list[int] = []
-        try:
-            with _translated("open_upload", self.key):
-                try:
-                    for name, flags in (("payload", os.O_WRONLY), ("parts.jsonl", os.O_WRONLY | os.O_APPEND)):
-                        fds.append(self.directory.open(name, flags))
-                except FileNotFoundError:
-                    raise _no_such_upload(self.key, self.upload_id) from None
-            yield fds[0], fds[1]
-        finally:
-            for fd in fds:
-                os.close(fd)
-
-    @staticmethod
-    def append(journal: int, part_number: int, size: int | None, checksum: int | None) -> None:
-        """Record a part durably; `size` None takes an earlier record back."""
-        append_lines(journal, [json.dumps({"part": part_number, "size": size, "crc32c": checksum})])
-        os.fdatasync(journal)
-
-
-def _upload_intent(data: bytes) -> dict[str, Any]:
-    """The contents of `upload.json`, of which `created` is a time.
-
-    Raises:
-        ArtifactInvalid: it is damaged.
-    """
-    intent: dict[str, Any] = read_object(data, "upload.json")
-    key, part_size = intent.get("key"), intent.get("part_size")
-    try:
-        created = bounded_time(datetime.fromisoformat(str(intent.get("created"))))
-    except ValueError:
-        created = None
-    if not isinstance(key, str) or not _is_key(key) or not isinstance(part_size, int) or created is None:
-        raise ArtifactInvalid("upload.json is damaged", what="upload.json")
-    if not 1 <= part_size < 1 << 50:
-        raise ArtifactInvalid("upload.json has an impossible part size", what="upload.json")
-    return {**intent, "created": created}
-
-
-def _replay(parts: dict[int, PartMeta], line: bytes) -> None:
-    try:
-        record = read_object(line, "journal")
-    except ArtifactInvalid:
-        return  # empty, or the torn record of a process that died: that part was not acknowledged
-    number, size, checksum = (record.get(name) for name in ("part", "size", "crc32c"))
-    if not isinstance(number, int) or not 1 <= number <= _MAX_PARTS:
-        return  # damaged, as everything that does not fit: that part is sent again
-    if size is None or not (isinstance(size, int) and isinstance(checksum, int)):
-        parts.pop(number, None)
-    else:
-        parts[number] = _part(number, size, checksum)
-
-
-def _check_parts(key: str, parts: Sequence[PartMeta], held: dict[int, PartMeta], part_size: int) -> int:
-    """The size of the object that `parts` make.
-
-    Raises:
-        UploadIncomplete: they are not dense from 1, not what the journal says, or leave holes in the payload.
-    """
-
-    def incomplete(reason: str) -> UploadIncomplete:
-        return UploadIncomplete(
-            f"{key!r} cannot be completed: {reason}", key=key, expected=len(parts), actual=len(held)
-        )
-
-    if not parts:
-        raise incomplete("no parts were named")
-    for number, part in enumerate(sorted(parts), start=1):
-        if part.part_number != number:
-            raise incomplete(f"part {number} was not named")
-        if number not in held:
-            raise incomplete(f"the store does not hold part {number}")
-        if (part.size, part.e_tag) != (held[number].size, held[number].e_tag):
-            raise incomplete(f"the store holds another part {number}")
-        if part.size != part_size and number != len(parts):
-            raise incomplete(f"part {number} has {part.size} bytes instead of {part_size}, and is not the last")
-    return sum(part.size for part in parts)
-
-
-def _mode(private: bool) -> int:
-    """The mode of an object, before the umask."""
-    return 0o600 if private else 0o666
-
-
-def _e_tag(status: os.stat_result) -> str:
-    return f'"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"'
-
-
-def _part(part_number: int, size: int, checksum: int) -> PartMeta:
-    return PartMeta(part_number, size, f'"{checksum:08x}-{size:x}"', checksum)
-
-
-def _meta(key: str, status: os.stat_result) -> ObjectMeta:
-    return ObjectMeta(key, status.st_size, _e_tag(status), _datetime(status.st_mtime_ns))
-
-
-def _datetime(nanoseconds: int) -> datetime | None:
-    return utc_time(nanoseconds / 1e9)
-
-
-def _is_key(path: str) -> bool:
-    """Whether a path may be listed: what `check_key` refuses cannot be read either (names that are not UTF-8 too)."""
-    try:
-        check_key(path)
-    except InvalidKey:
-        return False
-    return True
-
-
-def _create(directory: PrivateDirectory, name: str, content: bytes, mode: int | None = None) -> None:
-    """Make a file, durable but for its name."""
-    fd = directory.open(name, _CREATE, mode)
-    try:
-        write_all(fd, content, 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _is_upload_id(upload_id: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{32}", upload_id) is not None
-
-
-def _check_pin(key: str, fd: int, e_tag: str | None) -> None:
-    if e_tag is not None and (actual := _e_tag(os.fstat(fd))) != e_tag:
-        raise _changed(key, e_tag, actual)
-
-
-def _read_into(key: str, fd: int, offset: int, buffer: memoryview) -> None:
-    filled = 0
-    while filled < len(buffer):
-        count = os.preadv(fd, [buffer[filled:]], offset + filled)
-        if not count:
-            raise SizeMismatch(
-                f"{key!r} ends at byte {offset + filled}, wanted {offset + len(buffer)}",
-                key=key,
-                what="object",
-                expected=offset + len(buffer),
-                actual=os.fstat(fd).st_size,
-            )
-        filled += count
-
-
-def _make_directory(path: Path) -> None:
-    """`mkdir -p` whose names are durable.
-
-    Raises:
-        StoreConfigurationError: no directory can be made there, now or later.
-    """
-    if path.is_dir():
-        return
-    _make_directory(path.parent)
-    try:
-        path.mkdir(exist_ok=True)
-    except OSError as error:
-        if os_fault(error) not in (OsFault.GONE, OsFault.OTHER):
-            raise
-        raise StoreConfigurationError(
-            f"{path} is no directory, and none can be made there: {error.strerror}",
-            hint="name a directory for the store, or a path where one can be made",
-            path=str(path),
-        ) from error
-    fsync_directory(path.parent)
-
-
-def _conflict(key: str, reason: str) -> InvalidKey:
-    return InvalidKey(
-        f"{key!r} cannot be stored: {reason}",
-        hint="in a local store a key cannot be an object and the directory of others at once",
-        key=key,
-        reason=reason,
-    )
-
-
-def _lost(key: str, expected: str | None, actual: str | None) -> PreconditionFailed:
-    what = "exists already" if expected is None else "was replaced" if actual else "does not exist"
-    return PreconditionFailed(f"{key!r} {what}", key=key, expected=expected, actual=actual)
-
-
-def _changed(key: str, expected: str, actual: str | None) -> ObjectChanged:
-    return ObjectChanged(f"{key!r} was replaced while it was read", key=key, expected=expected, actual=actual)
-
-
-def _no_such_upload(key: str, upload_id: str) -> NoSuchUpload:
-    return NoSuchUpload(
-        f"no upload {upload_id!r} of {key!r}: completed, aborted or expired", key=key, upload_id=upload_id
-    )
-
-
-def _size_mismatch(key: str, expected: int, actual: int) -> SizeMismatch:
-    return SizeMismatch(
-        f"the body for {key!r} has {actual} bytes or more instead of {expected}"
-        if actual > expected
-        else f"the body for {key!r} ended after {actual} of {expected} bytes",
-        what="body",
-        key=key,
-        expected=expected,
-        actual=actual,
-    )
-
-
-def _translated(operation: str, key: str, offset: int | None = None) -> AbstractContextManager[None]:
-    """Turn the operating system's errors into the store's, naming operation, key and offset."""
-    where = f"{key!r}" if offset is None else f"{key!r} at {offset}"
-    return storing(f"{operation} {where}", operation=operation, key=key, offset=offset)
+                raise no_such_upload(key, upload_id)
+            yield OpenUpload(key, upload_id, upload, intent["part_size"], self._journals)
