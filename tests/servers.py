@@ -19,13 +19,15 @@ import uuid
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import botocore.config
+import botocore.loaders
 import botocore.session
+import pytest
 
 CEPH_PROGRAMS = ("radosgw", "radosgw-admin", "ceph", "ceph-mon", "ceph-osd", "ceph-authtool", "monmaptool")
 
@@ -301,3 +303,12 @@ def scripted_server(
                 player.join(timeout=20)
     if failures:
         raise failures[0]
+
+
+@contextmanager
+def service_model_read_once() -> Generator[None, None, None]:
+    """All botocore sessions of the block share one description of S3, which takes a tenth of a second to read."""
+    read = cache(botocore.loaders.JSONFileLoader().load_file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.loaders.JSONFileLoader, "load_file", lambda _, path: read(path))
+        yield

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,26 +31,11 @@ from blobflow.mirror import (
 )
 from blobflow.mirror.client import MirrorClient
 from blobflow.mirror.receiver import follow_received, read_received
-from blobflow.mirror.server import MirrorServer
 from blobflow.stores import Store
 from blobflow.testing import Tree, read_tree
 from tests.dagster.kit import FOLLOWED, FOLLOWING, facts, failure
 from tests.kit import TREE, artifact_of
-
-TOKEN = "a token of the tests"
-
-
-@contextmanager
-def serving(receiver: MirrorReceiver) -> Generator[str]:
-    """The URL of the receiver, which a thread serves for the block."""
-    server = MirrorServer(receiver, token=TOKEN)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield server.url
-    finally:
-        server.stop()
-        thread.join()
+from tests.receivers import TOKEN, serving
 
 
 @dataclass
@@ -285,7 +269,11 @@ def test_a_killed_run_is_made_good_by_the_next_one(site: Site, monkeypatch):
 def test_a_receiver_at_work_learns_what_the_mirror_did(site: Site):
     """Pushed over HTTP while the receiver serves: its own answers say Following after the run, and absent after gc."""
     first, second, third = (site.snapshot(number, {"number": str(number)}) for number in (1, 2, 3))
-    with MirrorReceiver(site.received) as receiver, serving(receiver) as url, MirrorClient(url, token=TOKEN) as client:
+    with (
+        MirrorReceiver(site.received) as receiver,
+        serving(receiver) as server,
+        MirrorClient(server.url, token=TOKEN) as client,
+    ):
         for snapshot in (first, second):
             client.push(snapshot)
             (result,) = site.follow()

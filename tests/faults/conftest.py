@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
-import botocore.loaders
 import pytest
 
 from tests.fault_proxy import FaultProxy
 from tests.faults.clients import Clients, Stores
+from tests.servers import service_model_read_once
 from tests.strict_s3 import Limits, StrictS3
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _service_model_is_read_once() -> Iterator[None]:
-    """Every botocore session reads the description of S3 anew, a tenth of a second; here are hundreds of sessions."""
-    read = cache(botocore.loaders.JSONFileLoader().load_file)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(botocore.loaders.JSONFileLoader, "load_file", lambda _, path: read(path))
+    with service_model_read_once():
         yield
 
 

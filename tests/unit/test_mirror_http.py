@@ -12,8 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -44,13 +43,13 @@ from blobflow.transport import read_manifest_bytes
 from tests.fault_proxy import Corrupt, FaultProxy, Reset, Truncate, scripted_faults
 from tests.fault_rules import Rule
 from tests.kit import artifact_of, local_store, noise
+from tests.receivers import TOKEN, serving
 from tests.unit import test_http_client
 
 certificate = test_http_client.certificate
 """A fixture: for 127.0.0.1, of a CA that nobody trusts."""
 
 KIB = 1024
-TOKEN = "a token for the tests"
 ORDERS = SnapshotId("east", "orders", 42, f"sha256:{0xA:064x}")
 USERS = ORDERS._replace(database="users")
 
@@ -82,19 +81,6 @@ def snapshot(source: Path) -> Snapshot:
 def receiver(tmp_path: Path) -> Iterator[MirrorReceiver]:
     with MirrorReceiver(tmp_path / "mirror", checkpoint_bytes=16 * KIB) as made:
         yield made
-
-
-@contextmanager
-def serving(receiver: MirrorReceiver, **options: Any) -> Generator[MirrorServer]:
-    """A server in a thread."""
-    server = MirrorServer(receiver, token=TOKEN, **options)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join()
 
 
 @pytest.fixture

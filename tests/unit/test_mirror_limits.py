@@ -18,8 +18,9 @@ from blobflow.mirror.client import MirrorClient
 from blobflow.mirror.door import Door
 from blobflow.mirror.server import MirrorServer, Sender, mirror_app, read_senders
 from tests.clock import Clock
+from tests.receivers import TOKEN, serving
 from tests.unit import test_http_client
-from tests.unit.test_mirror_http import TOKEN, request, serving
+from tests.unit.test_mirror_http import request
 
 certificate = test_http_client.certificate
 DIGEST = "sha256:" + "0a" * 32

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -23,6 +22,7 @@ from hypothesis import given, settings, strategies as st
 from blobflow.stores.s3.endpoint import Address, S3Endpoint, plain_address, prepared_address
 from blobflow.stores.s3.options import S3Options
 from blobflow.stores.s3.signing import Signer
+from tests.servers import service_model_read_once
 
 KEYS = {"access_key_id": "key", "secret_access_key": "secret"}
 
@@ -43,10 +43,7 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.Monke
 
 @pytest.fixture(scope="module", autouse=True)
 def _service_model_is_read_once() -> Iterator[None]:
-    """Every botocore session reads the description of S3 anew, a tenth of a second; here are a hundred sessions."""
-    read = cache(botocore.loaders.JSONFileLoader().load_file)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(botocore.loaders.JSONFileLoader, "load_file", lambda _, path: read(path))
+    with service_model_read_once():
         yield
 
 
