@@ -1,1 +1,1 @@
-"""The engine moves numbered byte ranges; it knows nothing of artifacts."""
+"""The engine: moves numbered byte ranges; it knows nothing of artifacts."""

@@ -1,4 +1,4 @@
-"""How a byte range is cut into numbered parts. Pure arithmetic."""
+"""Cuts a byte range into numbered parts. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from blobflow.config import MIB
 from blobflow.errors import Unsupported, setting
 
 MAX_PARTS: Final = 10_000
-"""Parts of one multipart upload, S3's limit."""
+"""Maximum parts of one multipart upload, S3's limit."""
 
 
 class Part(NamedTuple):
@@ -22,7 +22,7 @@ class Part(NamedTuple):
 
 
 class Parts(Protocol):
-    """Parts that are counted and gone through, and need not exist before."""
+    """Parts that can be counted and iterated; they may be created on demand."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Part]: ...
@@ -32,7 +32,7 @@ class Parts(Protocol):
 class TransferPlan:
     """Equal parts of `part_size` bytes over `size` bytes from `start`; only the last may be smaller.
 
-    Nothing to move is one empty part, because an upload needs at least one.
+    A plan of 0 bytes is one empty part, because an upload needs at least one.
     """
 
     size: int
@@ -53,10 +53,10 @@ class TransferPlan:
         max_part_size: int = 5 * 1024 * MIB,
         max_parts: int = MAX_PARTS,
     ) -> TransferPlan:
-        """The plan of a multipart upload: parts of `chunk_size`, grown where the store's limits ask for it.
+        """The plan of a multipart upload: parts of `chunk_size`, enlarged if the store's limits require it.
 
         Raises:
-            Unsupported: not even parts of `max_part_size` are enough.
+            Unsupported: even parts of `max_part_size` are too small.
         """
         part_size = max(chunk_size, min_part_size)
         if size > part_size * max_parts:
@@ -88,21 +88,21 @@ class TransferPlan:
         return (self.part(number) for number in range(1, len(self) + 1))
 
     def missing(self, done: Container[int]) -> list[Part]:
-        """The parts whose numbers are not in `done`, of an upload, which has at most `MAX_PARTS`."""
+        """The parts whose numbers are not in `done`; for uploads, which have at most `MAX_PARTS` parts."""
         return [part for part in self if part.number not in done]
 
     def rest(self, numbers: range, done: Iterable[int]) -> Rest:
-        """Those of the parts `numbers` that are not in `done`, as it is now."""
+        """The parts among `numbers` that are not in the present content of `done`."""
         return Rest(self, numbers, frozenset(number for number in done if number in numbers))
 
     def bytes_of(self, numbers: Collection[int]) -> int:
-        """The bytes of the parts `numbers`, each of which comes once."""
+        """The total bytes of the parts `numbers`, which must not repeat."""
         last = len(self)
         return len(numbers) * self.part_size - (last * self.part_size - self.size if last in numbers else 0)
 
     @property
     def numbers(self) -> range:
-        """Of all parts."""
+        """The numbers of all parts."""
         return range(1, len(self) + 1)
 
     def parts_of(self, offset: int, length: int) -> range:
@@ -116,12 +116,12 @@ class TransferPlan:
 
 @dataclass(frozen=True)
 class Rest:
-    """Some parts of a plan, made when they are asked for: what a store says of a size may stand for any number."""
+    """Some parts of a plan, created on demand: a size that a store reports may imply any number of parts."""
 
     plan: TransferPlan
     numbers: range
     done: frozenset[int]
-    """Of `numbers`."""
+    """The finished ones among `numbers`."""
 
     def __len__(self) -> int:
         return len(self.numbers) - len(self.done)

@@ -1,8 +1,8 @@
-"""The driver: threads that move numbered parts, and one calling thread that keeps the books.
+"""The driver: threads that move numbered parts, and one calling thread that records their results.
 
 Workers only move bytes. Everything with a consequence (checkpoints, progress, callbacks) happens in the calling
-thread, which never blocks for longer than a tick: so an interrupt that arrives there, as Dagster's do, is obeyed at
-once, and callbacks need no locks.
+thread, which never blocks for longer than a tick. So it obeys an interrupt at once, such as Dagster's, and callbacks
+need no locks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from blobflow.limits import memory_budget
 log = logging.getLogger(__name__)
 
 TICK_S: Final = 0.25
-"""How often the calling thread looks up while nothing happens."""
+"""The longest time that the calling thread blocks while nothing happens."""
 STALL_S: Final = 30.0
 """Longer than a part takes on a slow link (8 MiB at 2 Mbit/s); shorter than anybody watches a still log."""
 _JOIN_S: Final = 10.0
@@ -54,17 +54,17 @@ def move_parts(
 ) -> None:
     """Move every part, `workers` at a time, and return when all are moved.
 
-    Memory: `min(workers, len(parts)) * buffer_size` bytes, allocated once and given back to the system at the end; a
-    worker begins when its buffer fits into the budget that all transfers of the process share. While no part is
-    finished for `STALL_S` seconds, the log says what each worker is waiting for.
+    Memory: `min(workers, len(parts)) * buffer_size` bytes, allocated once and released at the end. A worker begins
+    when its buffer fits into the budget that all transfers of the process share. If no part is finished for `STALL_S`
+    seconds, the log says what each worker is waiting for.
 
     Args:
         on_moved: Called in the calling thread after each part, in order of completion.
-        on_tick: Called in the calling thread at least every `TICK_S` seconds; raising from it stops the transfer.
+        on_tick: Called in the calling thread at least every `TICK_S` seconds; an exception from it stops the transfer.
 
     Raises:
-        The first error of a worker, `on_moved` or `on_tick`. Parts that finished before it have been told to
-        `on_moved`, those in flight are abandoned.
+        The first error of a worker, `on_moved` or `on_tick`. Parts that finished before it have been passed to
+        `on_moved`; those in flight are abandoned.
     """
     outcomes: queue.SimpleQueue[_Outcome[Result]] = queue.SimpleQueue()
     pending = iter(parts)
@@ -104,7 +104,7 @@ def move_parts(
 
 @contextmanager
 def _buffer(size: int, stopping: threading.Event) -> Generator[memoryview]:
-    """Permit first, then memory: a buffer inside the budget of the process."""
+    """A buffer inside the budget of the process: first the permit, then the memory."""
     with doing(f"waiting for {size} bytes of the memory budget"):
         while not memory_budget.acquire(size, timeout_s=TICK_S):
             if stopping.is_set():
@@ -116,7 +116,7 @@ def _buffer(size: int, stopping: threading.Event) -> Generator[memoryview]:
             with memoryview(memory) as buffer:
                 yield buffer
         finally:
-            # Slices that live on in the traceback of an error keep the memory mapped until they are gone.
+            # Slices that live on in an error's traceback keep the memory mapped until they are gone.
             with suppress(BufferError):
                 memory.close()
     finally:

@@ -18,15 +18,14 @@ def required() -> Any:
 
 @dataclass_transform(kw_only_default=True, eq_default=False, frozen_default=True, field_specifiers=(field, required))
 class _Declared(Exception):
-    """Makes a dataclass of every subclass: its annotations are keyword-only arguments and typed attributes.
+    """Makes a dataclass of every subclass: its annotations become keyword-only arguments and typed attributes.
 
-    A field without a default must be given.
-    Type checkers see the fields as read-only; Python has to write to `__traceback__` and `__notes__`, so it does not
-    freeze them.
+    A field without a default must be given. Type checkers see the fields as read-only. The instances are not frozen,
+    because Python has to write to `__traceback__` and `__notes__`.
     """
 
     _texts: tuple[str, str]
-    """The message and the hint, with their settings."""
+    """The message and the hint, with their settings not yet formatted."""
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -34,21 +33,21 @@ class _Declared(Exception):
 
 
 class BlobflowError(_Declared):
-    """Base of all errors of this package.
+    """Base class of all errors of this package.
 
-    The common fields say where it happened. They are None where they do not apply: an error of a store has a key and
-    no path, an error of a local file has a path.
+    The common fields say where it happened. A field that does not apply is None: an error of a store has a key and no
+    path, an error of a local file has a path.
 
     Attributes:
-        message: What happened, naming the thing it happened to. Settings are named as in Python; see `to_dict`.
-        hint: What the operator can do about it, likewise; empty where there is nothing to say.
+        message: What happened, and to what. Settings are named as in Python; see `to_dict`.
+        hint: What the operator can do about it, with settings named likewise; empty if there is no advice.
         operation: What was being done: `get`, `put`, `push` ...
         store: URL of the store, without credentials.
         key: The key of the object or artifact; also the name of a lease or ref.
         path: A local path, or the path of a member of an artifact.
         offset: A byte position.
-        retryable: Whether the same call may succeed later without anybody changing anything.
-        exit_code: What the command line exits with.
+        retryable: Whether the same call may succeed later without any change.
+        exit_code: The exit code of the command line.
     """
 
     retryable: ClassVar[bool] = False
@@ -70,7 +69,7 @@ class BlobflowError(_Declared):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields that are known, but for message and hint, whole; what is shown of one is its beginning."""
+        """The known fields except message and hint, with whole values; messages show only the beginning."""
         values = {name: getattr(self, name) for name in field_names(type(self))}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -85,11 +84,11 @@ class BlobflowError(_Declared):
         return _rebuild, (type(self), *self._texts, self.fields)
 
     def locate(self, url: str, place: str) -> None:
-        """Have the message say in which store it happened; for errors of other places (files, other stores) nothing.
+        """Add the store to the message; an error of another place (a file, another store) stays unchanged.
 
         Args:
-            url: Of the store, without credentials.
-            place: The same, with the server where the URL does not name it.
+            url: URL of the store, without credentials.
+            place: The same, with the server if the URL does not name it.
         """
         if self.path is not None or self.store not in (None, url):
             return
@@ -98,18 +97,18 @@ class BlobflowError(_Declared):
             self._write(f"{self._texts[0]} ({place})", self._texts[1])
 
     def belongs_to(self, *, store: str, key: str) -> None:
-        """Fill in the store and the key of the artifact that was at hand, where the error does not know its own."""
+        """Fill in the store and the key of the artifact in use, where the error has none."""
         vars(self).update(store=self.store or store, key=self.key or key)
 
     def advise(self, hint: str) -> None:
-        """Replace the hint by that of somebody who knows more."""
+        """Replace the hint by more specific advice."""
         self._write(self._texts[0], hint)
 
     def to_dict(self, wording: Wording = as_argument) -> dict[str, Any]:
         """Type, message, hint and fields as plain values.
 
         Args:
-            wording: How the surface that shows the error writes settings; by default as arguments of Python.
+            wording: Formats settings for the surface that shows the error; by default as arguments of Python.
         """
         message, hint = (worded(text, wording) for text in self._texts)
         plain = {name: _shown(value) for name, value in self.fields.items()}
@@ -122,15 +121,15 @@ class BlobflowError(_Declared):
 
 
 MAX_QUOTED: Final = 200
-"""Characters of one value in a message, or where a field is shown."""
+"""Maximum characters of one value in a message, or of a field that is shown."""
 _MAX_MESSAGE: Final = 2000
-"""Characters of a message, with all that it quotes."""
+"""Maximum characters of a message, with all that it quotes."""
 _MAX_FIELD: Final = 8192
-"""Characters; twice the longest path of Linux."""
+"""Maximum characters of a field; twice the longest path of Linux."""
 
 
 def field_names(kind: type[BlobflowError]) -> list[str]:
-    """The fields that errors of this class can have, but for message and hint."""
+    """The fields that errors of this class can have, except message and hint."""
     return [each.name for each in fields(kind) if each.name not in ("message", "hint")]
 
 
@@ -143,7 +142,7 @@ def _cut(text: str, limit: int) -> str:
 
 
 def _without_long(text: str, values: Iterable[Any]) -> str:
-    """`text`, in which each of `values` that has more than `MAX_QUOTED` characters is cut to them, quoted or not."""
+    """`text` with each of `values` above `MAX_QUOTED` characters cut to that length, quoted or not."""
     for value in values:
         if isinstance(value, str) and len(value) > MAX_QUOTED:
             for form in (value, repr(value)[1:-1]):
@@ -152,13 +151,15 @@ def _without_long(text: str, values: Iterable[Any]) -> str:
 
 
 def rebuilt(name: str, message: str, hint: str, facts: Mapping[str, Value]) -> BlobflowError | None:
-    """The error that somebody else reports, who may be of another version or lie; None for an unknown name.
+    """The error that another process reports; None for an unknown name.
+
+    The process may run another version, or lie.
 
     Args:
-        name: Of the class. Where `facts` lack a field that it requires, the error is of the nearest base class that
-            does without it.
-        message: As the error shows it.
-        hint: Likewise.
+        name: Name of the class. If `facts` lack a field that it requires, the error has the nearest base class that
+            does not require it.
+        message: The message as the error shows it.
+        hint: The hint as the error shows it.
         facts: Fields; those that the class does not declare, or declares with another type, are left out.
     """
     found = globals().get(name)
@@ -189,7 +190,7 @@ class TemporaryError(BlobflowError):
     """Try again later: what was moved so far is kept.
 
     Attributes:
-        retry_after_s: Seconds to wait, where the other side asked for it.
+        retry_after_s: Seconds to wait, if the other side asked for a time.
     """
 
     retryable = True
@@ -203,8 +204,8 @@ class StoreUnavailable(TemporaryError):
 
     Attributes:
         operation: The request.
-        status: HTTP; None where there was no answer.
-        code: The store's own name of the error, likewise.
+        status: HTTP status; None if there was no response.
+        code: The store's own name of the error; None if there was no response.
     """
 
     operation: str = required()
@@ -213,7 +214,7 @@ class StoreUnavailable(TemporaryError):
 
 
 class SlowDown(StoreUnavailable):
-    """The store asks for fewer requests; `retry_after_s` where it says how long."""
+    """The store asks for fewer requests; `retry_after_s` is set if it asked for a time."""
 
 
 class TimedOut(TemporaryError):
@@ -221,7 +222,7 @@ class TimedOut(TemporaryError):
 
     Attributes:
         operation: The request.
-        timeout_s: Seconds that it was waited; None where a library has its own timeout.
+        timeout_s: The timeout in seconds; None if a library has its own timeout.
     """
 
     operation: str = required()
@@ -229,12 +230,12 @@ class TimedOut(TemporaryError):
 
 
 class ObjectChanged(TemporaryError):
-    """A pinned object was replaced while it was read; reading again gives the new one.
+    """A pinned object was replaced while it was read; reading again returns the new one.
 
     Attributes:
         key: The object.
-        expected: Its entity tag when it was pinned; None where it was compared by content.
-        actual: The entity tag it has now; None where the store does not say.
+        expected: Its entity tag when it was pinned; None if the contents were compared.
+        actual: Its entity tag now; None if the store does not report it.
     """
 
     key: str = required()
@@ -256,7 +257,7 @@ class TransferBusy(TemporaryError):
     """Another process holds what this call needs: `key` in a store, or `path` on this machine.
 
     Attributes:
-        owner: The other process; None where it does not say.
+        owner: The other process; None if it is unknown.
     """
 
     hint: str = "wait for the other process to end, or for its lease to expire"
@@ -264,10 +265,10 @@ class TransferBusy(TemporaryError):
 
 
 class AtCapacity(TemporaryError):
-    """As many operations, or snapshots of a receiver, are under way as are allowed; nothing was read of the input.
+    """The limit of concurrent operations, or of a receiver's snapshots, is reached; no input was read.
 
     Attributes:
-        limit: How many that is.
+        limit: The limit.
     """
 
     hint: str = "wait for another batch to end, or allow more operations at once"
@@ -275,12 +276,12 @@ class AtCapacity(TemporaryError):
 
 
 class DeadlineExceeded(TemporaryError):
-    """An operation of a batch took too long, and was given up; whether it happened is not known.
+    """A batch operation exceeded its deadline and was given up; it may or may not have happened.
 
     Attributes:
         operation: `insert`, `get` or `delete`.
         key: The object.
-        deadline_s: Seconds that it had.
+        deadline_s: The deadline in seconds.
     """
 
     hint: str = "do it again: inserts, gets and deletes of a key may be repeated"
@@ -290,12 +291,12 @@ class DeadlineExceeded(TemporaryError):
 
 
 class WorkerDied(TemporaryError):
-    """The process that an operation of a batch ran in ended.
+    """The process that ran a batch operation ended.
 
     Attributes:
         operation: `insert`, `get` or `delete`.
         key: The object.
-        status: The exit code of the process; negative: the signal that killed it; None where it is not known.
+        status: Exit code of the process; negative for the signal that killed it; None if unknown.
     """
 
     hint: str = "do it again; if it dies again, the operation itself kills its process"
@@ -305,10 +306,10 @@ class WorkerDied(TemporaryError):
 
 
 class SessionPoisoned(TemporaryError):
-    """A mirror failed in the middle of an earlier chunk, and took up what its journal vouches for.
+    """A mirror failed in the middle of an earlier chunk, and returned to the state that its journal proves.
 
     Attributes:
-        expected: The offset it is at.
+        expected: The offset that it is at now.
     """
 
     hint: str = "go on at the expected offset, or begin again at 0"
@@ -319,7 +320,7 @@ class DiskFull(TemporaryError):
     """The local disk has no room: `path`, or the `key` of a store that keeps files.
 
     Attributes:
-        limit: Bytes that may be used, where somebody set a limit below the size of the disk.
+        limit: Bytes that may be used, if a limit below the size of the disk is set.
     """
 
     hint: str = "free some space and run the same command again; it continues where it stopped"
@@ -331,8 +332,8 @@ class SourceBusy(TemporaryError):
 
     Attributes:
         what: What changed: `size`, `mtime` ...
-        expected: What it was; None where only the change is known.
-        actual: What it is; likewise.
+        expected: Its value before; None if only the change is known.
+        actual: Its value now; None if only the change is known.
     """
 
     hint: str = (
@@ -345,7 +346,7 @@ class SourceBusy(TemporaryError):
 
 
 class IntegrityError(BlobflowError):
-    """The bytes are not the ones that were promised."""
+    """The bytes are not the expected ones."""
 
     exit_code = 3
 
@@ -354,9 +355,9 @@ class ChecksumMismatch(IntegrityError):
     """A checksum differs.
 
     Attributes:
-        what: What it is the checksum of.
-        expected: The checksum that was promised; None where only somebody else compared them.
-        actual: The checksum of the bytes that are there; likewise.
+        what: What the checksum covers.
+        expected: The expected checksum; None if another party compared them.
+        actual: The checksum of the bytes that are there; None if another party compared them.
     """
 
     hint: str = "the data was damaged in storage or on the way; restore it from another copy"
@@ -379,9 +380,9 @@ class SizeMismatch(IntegrityError):
     """A length differs.
 
     Attributes:
-        what: What it is the length of.
-        expected: Bytes that were promised.
-        actual: Bytes that are there; None where the store does not say.
+        what: What the length is of.
+        expected: Expected bytes.
+        actual: Bytes that are there; None if the store does not report them.
     """
 
     what: str
@@ -406,14 +407,14 @@ class SourceTruncated(SizeMismatch):
 class ArtifactInvalid(IntegrityError):
     """Manifest, index or payload contradict each other or the format.
 
-    `key` or `path` say where it lies. Both are None in errors of parsers, which only see bytes.
+    `key` or `path` say where it is. Both are None in errors of parsers, which only see bytes.
 
     Attributes:
         what: What is invalid: `manifest`, `index`, `frame`, the name of a member ...
         field: The invalid field of a document.
-        reason: What is wrong with it, in the words of the program that reads it.
-        expected: What it should be; None where no single value is right.
-        actual: What it is; likewise.
+        reason: What is wrong with it, in the words of the parser.
+        expected: The correct value; None if several values are correct.
+        actual: The value found; None if several values are correct.
     """
 
     what: str
@@ -424,7 +425,7 @@ class ArtifactInvalid(IntegrityError):
 
 
 class ObjectTooLarge(IntegrityError):
-    """An object that must be small is not; `key` says which, unless it came in a frame.
+    """An object that must be small is too large; `key` names it, unless it came in a frame.
 
     Attributes:
         limit: Bytes that are allowed.
@@ -438,10 +439,10 @@ class UploadIncomplete(IntegrityError):
 
     Attributes:
         key: The object.
-        expected: What was planned: the number of parts, or the size in bytes; None where the server only refuses.
-        actual: What is there; likewise.
-        first: The number of the first part that is missing, when lanes are committed.
-        lanes: The lanes that have to run again, likewise.
+        expected: The planned number of parts, or the planned size in bytes; None if the server only refuses.
+        actual: The number or size in the store; None if the server only refuses.
+        first: The number of the first missing part, when lanes are committed.
+        lanes: The lanes that must run again, when lanes are committed.
     """
 
     key: str = required()
@@ -452,7 +453,7 @@ class UploadIncomplete(IntegrityError):
 
 
 class OperationCrashed(BlobflowError):
-    """An operation of a batch raised what no store should; the reason is the `__cause__`.
+    """A batch operation raised an error that no store should raise; the reason is the `__cause__`.
 
     Attributes:
         operation: `insert`, `get` or `delete`.
@@ -470,8 +471,8 @@ class NotFoundError(BlobflowError):
     """The named thing does not exist.
 
     Attributes:
-        name: Of a container or ref.
-        status: HTTP, of a source that is read from a server.
+        name: Name of a container or ref.
+        status: HTTP status, if the source is read from a server.
         base: The record up to which a log was compacted.
     """
 
@@ -482,7 +483,7 @@ class NotFoundError(BlobflowError):
 
 
 class ObjectNotFound(NotFoundError):
-    """No object under this key.
+    """There is no object with this key.
 
     Attributes:
         key: The key.
@@ -492,13 +493,13 @@ class ObjectNotFound(NotFoundError):
 
 
 class ArtifactNotFound(NotFoundError):
-    """No complete artifact under this `key`, or in this `path`."""
+    """There is no complete artifact with this `key`, or in this `path`."""
 
     hint: str = "list what there is with `blobflow ls`"
 
 
 class UploadInterrupted(NotFoundError):
-    """An upload cannot be taken up again, because its source is gone; it was aborted.
+    """An upload cannot continue, because its source is gone; it was aborted.
 
     Attributes:
         key: The object.
@@ -506,7 +507,7 @@ class UploadInterrupted(NotFoundError):
         upload_id: The upload.
     """
 
-    hint: str = "bring the directory back and sync again; it begins anew"
+    hint: str = "restore the directory and sync again; the upload starts from the beginning"
     key: str = required()
     path: str = required()
     upload_id: str
@@ -525,14 +526,14 @@ class NoSuchUpload(NotFoundError):
 
 
 class RefusedError(BlobflowError):
-    """Refused as a matter of safety; nothing was changed.
+    """Refused for safety; nothing was changed.
 
     Attributes:
         what: The part of the input that is refused.
-        reason: Why.
+        reason: The reason.
         expected: What would be accepted.
         actual: What was found instead.
-        limit: How much is allowed.
+        limit: The maximum allowed.
     """
 
     exit_code = 5
@@ -544,10 +545,10 @@ class RefusedError(BlobflowError):
 
 
 class SourceChanged(RefusedError):
-    """A source is not the one that was exported, or that a transfer began with.
+    """A source differs from the one that was exported, or that a transfer began with.
 
-    `path` says which, unless it is a stream. `expected` and `actual` are what it was and what it is; None where only
-    the change is known.
+    `path` names the source, unless it is a stream. `expected` and `actual` are its earlier and its present state; None
+    if only the change is known.
 
     Attributes:
         what: What changed: `size`, `mtime`, `existence` ...
@@ -562,18 +563,18 @@ class SourceChanged(RefusedError):
     at: int | None = None
 
     def while_exporting(self) -> SourceBusy:
-        """The same as an error that may be tried again: the next export reads the source as it is then."""
+        """The same change as a retryable error: the next export reads the source as it is then."""
         facts = {name: value for name, value in self.fields.items() if name in field_names(SourceBusy)}
         return SourceBusy(self.message, **facts)
 
 
 class DiskTooSmall(RefusedError):
-    """There is less room than is needed; not a byte was moved.
+    """There is less room than needed; not a byte was moved.
 
     Attributes:
         path: The place.
-        needed: Bytes.
-        free: Bytes.
+        needed: Bytes needed.
+        free: Bytes free.
     """
 
     hint: str = "free some space, or name a place on a larger file system"
@@ -583,11 +584,11 @@ class DiskTooSmall(RefusedError):
 
 
 class PermissionMissing(RefusedError):
-    """The batch, or the token of a push, may not do this.
+    """The batch, or the token of a push, does not have this permission.
 
     Attributes:
-        operation: What was to be done.
-        permission: What it takes.
+        operation: The refused operation.
+        permission: The permission that it needs.
     """
 
     hint: str = "allow it where the executor is made"
@@ -596,11 +597,11 @@ class PermissionMissing(RefusedError):
 
 
 class PayloadTooLarge(RefusedError):
-    """An insert of a batch carries more than it may; `key` is None if it is to be made from the payload.
+    """An insert of a batch carries too many bytes; `key` is None if the key depends on the payload.
 
     Attributes:
         actual: Bytes of the payload.
-        limit: Bytes that are allowed.
+        limit: Maximum bytes.
     """
 
     hint: str = "upload large objects as artifacts, or with `transfer`"
@@ -621,10 +622,10 @@ class HostileArtifact(RefusedError):
 
 
 class UnsupportedSource(RefusedError):
-    """The source holds something that an artifact cannot; `path` says what, unless it is the source as a whole.
+    """The source holds something that an artifact cannot store; `path` names it, unless it is the whole source.
 
     Attributes:
-        reason: Why it cannot.
+        reason: Why an artifact cannot store it.
     """
 
     reason: str = required()
@@ -646,8 +647,8 @@ class KeyConflict(RefusedError):
 
     Attributes:
         key: The key.
-        expected: The digest of the artifact that was to be there; None where digests are not compared.
-        actual: The digest of the one that is there; likewise.
+        expected: The digest of the expected artifact; None if digests are not compared.
+        actual: The digest of the artifact that is there; None if digests are not compared.
     """
 
     hint: str = f"use another key, or replace what is there with {setting('overwrite')}"
@@ -674,8 +675,8 @@ class PreconditionFailed(RefusedError):
 
     Attributes:
         key: The object.
-        expected: The entity tag it should have; None where there should be no object.
-        actual: The entity tag it has; None where there is none, or the store does not say.
+        expected: The entity tag it should have; None if there should be no object.
+        actual: The entity tag it has; None if there is no object, or the store does not report it.
     """
 
     key: str = required()
@@ -684,11 +685,11 @@ class PreconditionFailed(RefusedError):
 
 
 class LeaseLost(RefusedError):
-    """Somebody else took the lease over; the holder must not publish.
+    """Another process took the lease over; this holder must not publish.
 
     Attributes:
         name: The lease, or the ref it guards.
-        generation: The generation that was held; None where none was.
+        generation: The generation that was held; None if none was held.
     """
 
     name: str
@@ -712,12 +713,12 @@ class UsageError(BlobflowError):
     """The call or the configuration is wrong.
 
     Attributes:
-        name: Of the setting that is wrong.
+        name: Name of the wrong setting.
         field: The invalid field of a model.
         header: The HTTP header that cannot be sent.
-        options: The options that do not exist.
-        expected: What would be right.
-        actual: What was given.
+        options: The unknown options.
+        expected: A correct value.
+        actual: The given value.
     """
 
     exit_code = 2
@@ -730,7 +731,7 @@ class UsageError(BlobflowError):
 
 
 class InvalidStoreUrl(UsageError):
-    """Not a store URL.
+    """The value is not a store URL.
 
     Attributes:
         url: The URL, never with credentials.
@@ -742,11 +743,11 @@ class InvalidStoreUrl(UsageError):
 
 
 class InvalidOperation(UsageError):
-    """An entry of a file of operations is none.
+    """An entry of an operations file is not a valid operation.
 
     Attributes:
         path: The file.
-        index: The entry, from 0.
+        index: The entry's index, from 0.
     """
 
     path: str = required()
@@ -754,10 +755,10 @@ class InvalidOperation(UsageError):
 
 
 class InvalidKey(UsageError):
-    """Not a key.
+    """The value is not a valid key.
 
     Attributes:
-        key: What was given.
+        key: The given value.
         reason: What is wrong with it.
     """
 
@@ -766,11 +767,11 @@ class InvalidKey(UsageError):
 
 
 class StoreConfigurationError(UsageError):
-    """The store refuses these credentials, this bucket or this region; `operation` is None where none had begun.
+    """The store refuses these credentials, this bucket or this region; `operation` is None before the first operation.
 
     Attributes:
-        status: HTTP; None where there was no answer.
-        code: The store's own name of the error, likewise.
+        status: HTTP status; None if there was no response.
+        code: The store's own name of the error; None if there was no response.
         bucket: The bucket that does not exist.
         credential: The name of a credential that cannot be sent.
     """
@@ -782,17 +783,17 @@ class StoreConfigurationError(UsageError):
 
 
 class Unsupported(UsageError):
-    """A store or file system lacks an ability that the call needs; `store` or `path` says which.
+    """A store or file system lacks a capability that the call needs; `store` or `path` names it.
 
     Attributes:
-        capability: The ability.
+        capability: The capability.
     """
 
     capability: str
 
 
 class SystemLimit(UsageError):
-    """A limit of the operating system is reached, and trying again does not raise it.
+    """A limit of the operating system is reached; trying again does not raise it.
 
     Attributes:
         limit: `open files` or `file size`.

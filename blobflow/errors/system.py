@@ -1,6 +1,6 @@
-"""The one place that tells errors of the operating system apart.
+"""The one place that classifies errors of the operating system.
 
-`reading` translates them to ours for sources, `writing` for destinations, `storing` for stores.
+`reading` translates them to blobflow's errors for sources, `writing` for destinations, `storing` for stores.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class StorePlace(TypedDict):
 
 
 class OsFault(Enum):
-    """What an error of the operating system means, whatever was being done."""
+    """What an error of the operating system means, independent of the operation."""
 
     NO_ROOM = auto()
     FILE_SIZE = auto()
@@ -65,7 +65,7 @@ class OsFault(Enum):
     """The file system lacks the operation."""
     DAMAGED = auto()
     LATER = auto()
-    """It may work the next time, without anybody changing anything."""
+    """The next attempt may succeed, without any change."""
     OTHER = auto()
 
 
@@ -106,7 +106,7 @@ _LIMITS: Final = {
 
 
 def os_fault(error: OSError) -> OsFault:
-    """What `error` means."""
+    """The meaning of `error`."""
     return _FAULTS.get(error.errno or 0, OsFault.OTHER)
 
 
@@ -115,8 +115,8 @@ def reading(path: str | os.PathLike[str]) -> Generator[None]:
     """Translate errors of the operating system while `path`, a source or a part of one, is read.
 
     Raises:
-        SourceChanged: it is gone.
-        UnsupportedSource: it cannot be read, whether it is a file or a directory.
+        SourceChanged: the file or directory no longer exists.
+        UnsupportedSource: the file or directory cannot be read.
         SystemLimit, TemporaryError: this process or machine cannot read anything more.
     """
     try:
@@ -131,8 +131,8 @@ def writing(path: Path) -> Generator[None]:
 
     Raises:
         DiskFull: there is no room.
-        RefusedError: it cannot be written to.
-        Unsupported: its file system cannot do what is needed.
+        RefusedError: `path` cannot be written to.
+        Unsupported: its file system lacks an operation that is needed.
         SystemLimit, TemporaryError: this process or machine cannot write anything more.
     """
     try:
@@ -146,15 +146,15 @@ def storing(doing: str, **place: Unpack[StorePlace]) -> Generator[None]:
     """Translate errors of the operating system in a store that keeps its objects as files.
 
     Args:
-        doing: What was being done to what; the message begins with it.
-        place: Fields of the error: operation, key, offset; path for what is not an object.
+        doing: The operation and its object; the message begins with it.
+        place: Fields of the error: operation, key, offset; path for something that is not an object.
 
     Raises:
-        DiskFull: there is no room. Not StoreUnavailable: repeating it at once makes none.
+        DiskFull: there is no room. It is not StoreUnavailable, because an immediate retry makes no room.
         StoreConfigurationError: the directory cannot be used.
         InvalidKey: the key is too long for the file system.
         SystemLimit: this process cannot store anything more.
-        StoreUnavailable: anything else; it may work the next time.
+        StoreUnavailable: any other error; the next attempt may succeed.
     """
     try:
         yield
@@ -170,7 +170,7 @@ def _source_error(error: OSError, path: str) -> BlobflowError:
         return SourceChanged(message, path=shown, what="existence")
     remedies = {
         OsFault.DENIED: f"give permission to read it, or {LEAVE_IT_OUT}",
-        OsFault.DAMAGED: f"look after the disk, or {LEAVE_IT_OUT}",
+        OsFault.DAMAGED: f"check the disk, or {LEAVE_IT_OUT}",
         OsFault.NAME_TOO_LONG: f"shorten the path, or {LEAVE_IT_OUT}",
     }
     return error_anywhere(error, message, path=shown) or UnsupportedSource(
@@ -187,7 +187,7 @@ def _destination_error(error: OSError, path: Path) -> BlobflowError:
         hint = "name a directory on another file system"
         return Unsupported(message, hint=hint, path=str(path), capability=_reason(error))
     remedies = {
-        OsFault.DAMAGED: "look after the disk, or name a directory on another one",
+        OsFault.DAMAGED: "check the disk, or name a directory on another one",
         OsFault.NAME_TOO_LONG: "name a directory with a shorter path",
     }
     return error_anywhere(error, message, path=str(path)) or RefusedError(
@@ -211,7 +211,7 @@ def _store_error(error: OSError, doing: str, place: StorePlace) -> BlobflowError
 
 
 def error_anywhere(error: OSError, message: str, **place: Unpack[Place]) -> BlobflowError | None:
-    """The error that is the same for sources, destinations and stores; None where they differ."""
+    """The error if it is the same for sources, destinations and stores; None if they differ."""
     fault = os_fault(error)
     if fault is OsFault.NO_ROOM:
         return DiskFull(message, **place)
@@ -231,7 +231,7 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     """`path` with `~` and `~user` replaced.
 
     Raises:
-        UsageError: nothing says where that home directory is (a container's user without a passwd entry).
+        UsageError: the home directory is unknown (a container's user without a passwd entry).
     """
     try:
         return Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""Settings in messages and hints, which every surface writes in its own words."""
+"""Settings in messages and hints, which each surface (Python, command line, Dagster) writes in its own syntax."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Final, TypeAlias
 
 Value: TypeAlias = str | int | float
 Wording: TypeAlias = Callable[[str, Value | None], str]
-"""How a surface writes a setting, with its value or without one."""
+"""Formats a setting for one surface, with its value or without one."""
 
 _NUMBER: Final = r"-?[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?|NaN"
 _SETTING: Final = re.compile(rf'\x02([a-z0-9_]+)(?:=("[^"\\\x00-\x1f]*"|{_NUMBER}))?\x03')
-"""Strict, because a message may also quote what comes from elsewhere."""
+"""Strict, because a message may also quote text from outside."""
 
 
 def setting(name: str, value: Value | None = None) -> str:
-    """A setting that a message or a hint speaks of; every surface writes it in its own words.
+    """A setting that a message or a hint mentions; each surface formats it.
 
     | surface | `setting("keep_last")` | `setting("mode", "copy")` |
     |---|---|---|
@@ -27,18 +27,18 @@ def setting(name: str, value: Value | None = None) -> str:
 
     Args:
         name: The argument's name in Python.
-        value: What it is, or what the hint recommends.
+        value: Its value, or the value that the hint recommends.
     """
     return f"\x02{name}\x03" if value is None else f"\x02{name}={json.dumps(value)}\x03"
 
 
 def as_argument(name: str, value: Value | None) -> str:
-    """A setting as Python writes it."""
+    """A setting in Python's syntax."""
     return name if value is None else f"{name}={json.dumps(value)}"
 
 
 def worded(text: str, wording: Wording) -> str:
-    """`text` with every `setting` in it in the words of one surface."""
+    """`text` with every `setting` in it formatted for one surface."""
     return _SETTING.sub(lambda found: wording(found[1], None if found[2] is None else json.loads(found[2])), text)
 
 

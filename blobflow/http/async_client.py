@@ -1,8 +1,8 @@
 """HTTP/1.1 for small bodies and many requests at a time: one event loop, keep-alive connections, no threads.
 
-`blobflow.http.client` moves large bodies, a thread for each; here a request costs a fifth of that, because nobody
-hands anything over and nobody waits for the interpreter. The rules are the same: every attempt is signed for itself,
-timeouts are on silence, and a connection that died while it lay idle is replaced once and silently.
+`blobflow.http.client` moves large bodies, with one thread for each. A request costs a fifth of that here, because no
+work passes between threads and nothing waits for the interpreter lock. The rules are the same: every attempt is signed
+separately, timeouts are on silence, and a connection that died while idle is replaced once and silently.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from blobflow.http.client import (
 
 _BUFFER_BYTES = 256 * 1024
 _WATCH_S = 1.0
-"""How often silence is looked for, at least."""
+"""Longest interval between two checks for silence."""
 
 
 class BufferedResponse(NamedTuple):
-    """An answer that is all there."""
+    """A response that was read completely."""
 
     status: int
     headers: dict[str, str]
-    """By names in lower case; the first of several."""
+    """Fields by their names in lower case; the first of several with one name."""
     body: bytes
-    """Not more than one byte above the limit that was set; then the connection is dropped, not read on."""
+    """At most one byte more than the given limit; then the connection is dropped, not read on."""
     length: int | None
-    """Bytes of the body as the server announced them, if it did."""
+    """Bytes of the body as the server announced them; None if it did not."""
 
 
 class AsyncHttpClient:
@@ -56,8 +56,8 @@ class AsyncHttpClient:
     Args:
         origin: `http://host[:port]` or `https://host[:port]`.
         tls: Context for https.
-        connect_timeout_s: For a connection to be made.
-        idle_timeout_s: For a single byte of a body to move on one that is waited for, and for a whole head to come.
+        connect_timeout_s: Limit for making a connection.
+        idle_timeout_s: Limit for a single byte of an expected body to move, and for a whole head to arrive.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class AsyncHttpClient:
         self._connect_timeout_s = connect_timeout_s
         self.idle_timeout_s = idle_timeout_s
         self._loop = asyncio.get_running_loop()
-        # Shared by all connections: what arrives in it is copied before anybody else reads.
+        # Shared by all connections: arrived bytes are copied out before another connection reads.
         self.buffer = memoryview(bytearray(_BUFFER_BYTES))
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
@@ -84,14 +84,14 @@ class AsyncHttpClient:
     async def request(
         self, method: str, target: str, headers: Callable[[], Mapping[str, str]], body: bytes, *, limit: int
     ) -> BufferedResponse:
-        """Send an idempotent request and return its answer.
+        """Send an idempotent request and return its response.
 
         Args:
             headers: Makes the headers of one attempt, so that every signature is fresh.
-            limit: Bytes of a successful answer's body that are wanted at most.
+            limit: Bytes that are wanted at most of a successful response's body.
 
         Raises:
-            WireError: no connection, or it broke or went silent before the end of the answer.
+            HttpError: there was no connection, or it broke or went silent before the end of the response.
             UsageError: a header cannot be sent; its value is not shown.
         """
         given = sendable(headers())
@@ -141,7 +141,7 @@ class AsyncHttpClient:
         return connection
 
     def forget(self, connection: _Connection) -> None:
-        """The server closed a connection, or said something on it that nobody asked for."""
+        """Forget a connection that the server closed, or on which it sent something that was not requested."""
         if connection in self._idle:
             self._idle.remove(connection)
 
@@ -153,13 +153,13 @@ class AsyncHttpClient:
             self._watch = self._loop.call_later(self._watch_s, self._look)
 
     def retire(self) -> None:
-        """Drop the idle connections, and the others once their answers are there."""
+        """Close the idle connections now, and the others when their responses are complete."""
         self._closed = True
         while self._idle:
             self._idle.pop().abort()
 
     def close(self) -> None:
-        """Drop all connections; who still waits gets an error."""
+        """Close all connections; pending requests fail."""
         self.retire()
         self._watch.cancel()
         for connection in list(self._busy):
@@ -178,10 +178,10 @@ class _Connection(asyncio.BufferedProtocol):
         self._received = bytearray()
         self._head: tuple[int, dict[str, str], int | None] | None = None
         self._framing = 0
-        """Bytes so far that are no body: of heads, or of trailers."""
+        """Bytes so far that are not body: heads or trailers."""
         self._chunks: Chunks | None = None
         self._body = bytearray()
-        """Of a chunked body, what came so far."""
+        """Bytes so far of a chunked body."""
         self._method = ""
         self._limit = 0
         self._keep = True
@@ -215,7 +215,7 @@ class _Connection(asyncio.BufferedProtocol):
             return
         opened: socket.socket = self._transport.get_extra_info("socket")
         unsent: int = self._transport.get_write_buffer_size() + unsent_bytes(opened)
-        if unsent != self._unsent:  # the kernel still gets rid of what was sent
+        if unsent != self._unsent:  # the kernel is still delivering what was sent
             self._unsent, self._moved_at = unsent, now
         elif now - self._moved_at > self._client.idle_timeout_s:
             self._fail(TimeoutError("silence"))
@@ -232,7 +232,7 @@ class _Connection(asyncio.BufferedProtocol):
             failure.__cause__ = error
             self._waiting.set_exception(failure)
 
-    # What the event loop calls
+    # Callbacks of the event loop
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -245,14 +245,14 @@ class _Connection(asyncio.BufferedProtocol):
     @override
     def buffer_updated(self, nbytes: int) -> None:
         if self._waiting is None or self._waiting.done():
-            self._fail(ConnectionResetError("an answer to nobody"))
+            self._fail(ConnectionResetError("a response without a request"))
             self._client.forget(self)
             return
         self._received += self._client.buffer[:nbytes]
         before = len(self._body)
         try:
             self._advance(at_end=False)
-            # Bytes alone prove nothing: heads and what stands between the bytes of a body could go on for ever.
+            # Arriving bytes alone are not progress: heads and chunk framing could go on for ever.
             if self._head is not None and (self._chunks is None or len(self._body) > before):
                 self._moved_at = self._loop.time()
         except http.client.HTTPException as error:
@@ -273,9 +273,9 @@ class _Connection(asyncio.BufferedProtocol):
         except http.client.HTTPException as error:
             exc = error
         if not self._waiting.done():
-            self._fail(exc or http.client.RemoteDisconnected("the connection ended before the end of the answer"))
+            self._fail(exc or http.client.RemoteDisconnected("the connection ended before the end of the response"))
 
-    # What arrived
+    # Parsing
 
     def _advance(self, *, at_end: bool) -> None:
         while self._head is None:
@@ -288,7 +288,7 @@ class _Connection(asyncio.BufferedProtocol):
             first, *lines = bytes(self._received[:end]).split(b"\r\n")
             del self._received[: end + 4]
             version, status, fields = read_head(first, lines)
-            if status >= 200:  # not "go on"
+            if status >= 200:  # not an interim response such as 100 Continue
                 length = body_length(status, self._method, fields)
                 self._head = (status, fields, length)
                 self._chunks = Chunks() if length is None and is_chunked(fields) else None
@@ -308,7 +308,7 @@ class _Connection(asyncio.BufferedProtocol):
             self._end(status, fields, bytes(self._received[: limit + 1]), None)
 
     def _unchunk(self, chunks: Chunks) -> None:
-        """Move what was received of a chunked body to `_body`, without what stands between."""
+        """Move the received bytes of a chunked body to `_body`, without the framing between them."""
         while not chunks.ended:
             if chunks.left:
                 taken = self._received[: chunks.left]

@@ -1,7 +1,7 @@
 """HTTP/1.1 for large bodies: pooled connections, no copies, and timeouts on silence instead of on whole requests.
 
-The S3 store sends all its requests here. It knows nothing of S3: the caller names the target and signs each attempt.
-It stands on `http.client` because that moves a gibibyte for a third of the processor time of the usual clients.
+The S3 store sends all its requests here. This module knows nothing of S3: the caller names the target and signs each
+attempt. It uses `http.client`, which moves a gibibyte for a third of the processor time of the usual clients.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from blobflow.errors import OsFault, SizeMismatch, error_anywhere, os_fault
 _log = logging.getLogger(__name__)
 
 SLICE_BYTES = 128 * 1024
-"""What one send may carry. Over TLS a send returns only when all of it is gone, so on a slow link a large one would
+"""Maximum bytes of one send. Over TLS a send returns only when all of it is gone, so on a slow link a large one would
 look like silence."""
 
 DRAIN_BYTES = 64 * 1024
-"""The rest of an answer that is cheaper to read than a new connection is to open."""
+"""The rest of a response below which reading it is cheaper than opening a new connection."""
 
 MAX_FIELDS = 100
 MAX_LINE_BYTES = 64 * 1024
-"""As in `http.client`."""
+"""The limit of `http.client`."""
 MAX_HEAD_BYTES = 128 * 1024
-"""Of an answer, with all that comes before it (`100 Continue`, hints for browsers), or of the trailers after it."""
+"""Limit for a response's head with all before it (`100 Continue`, hints for browsers), or for its trailers."""
 MAX_CHUNK_LINE_BYTES = 4 * 1024
-"""A size, and extensions that nobody uses."""
+"""Limit for a chunk size and its extensions, which nobody uses."""
 
 _NO_MESSAGE = http.client.HTTPMessage()
 
 BROKEN = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
-"""The other side is gone: what a connection shows that was closed while it lay idle."""
+"""The other side is gone: the errors of a connection that was closed while it was idle."""
 
 
 class RequestBody(Protocol):
@@ -68,7 +68,7 @@ class HttpError(Exception):
 
     Attributes:
         moved: Bytes of the body that had moved, in either direction.
-        timeout_s: How long it was silent, if that is what happened.
+        timeout_s: Seconds of silence, if it timed out.
         connecting: `host:port`, if there was no connection to it.
     """
 
@@ -84,31 +84,31 @@ class HttpError(Exception):
 def _reason(error: Exception) -> str:
     """Why there is no connection, in the system's words."""
     if isinstance(error, ConnectionError) and error.errno:
-        return os.strerror(error.errno)  # asyncio has words of its own
+        return os.strerror(error.errno)  # asyncio replaces the system's text
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 class Response:
-    """A response whose head was read. Leaving the `with` block gives the connection back, or drops it."""
+    """A response whose head was read. Leaving the `with` block returns the connection to the pool, or drops it."""
 
     def __init__(self, response: _ResponseReader, idle_timeout_s: float, release: Callable[[bool], None]) -> None:
         self.status = response.status
         self.headers = response.fields
-        """By names in lower case; the first of several."""
+        """Fields by their names in lower case; the first of several with one name."""
         self._response = response
         self._idle_timeout_s = idle_timeout_s
         self._release = release
 
     @property
     def length(self) -> int | None:
-        """Bytes of the body still to come; None if the server did not say."""
+        """Bytes of the body still to come; None if the server did not announce them."""
         return self._response.length
 
     def read_into(self, buffer: memoryview) -> int:
-        """Fill `buffer` with the next bytes of the body; fewer only where the body ends.
+        """Fill `buffer` with the next bytes of the body; fewer only at the end of the body.
 
         Raises:
-            WireError: the connection broke or went silent.
+            HttpError: the connection broke or went silent.
         """
         filled = 0
         try:
@@ -140,7 +140,7 @@ class Response:
             except (OSError, http.client.HTTPException):
                 reusable = False
         reusable = reusable and self._response.isclosed()
-        self._response.close()  # it may own the socket, where the connection has let go of it
+        self._response.close()  # it may own the socket, if the connection has released it
         self._release(reusable)
 
 
@@ -150,13 +150,13 @@ class HttpClient:
     Args:
         origin: `http://host[:port]` or `https://host[:port]`.
         tls: Context for https; None is Python's default.
-        connect_timeout_s: For a connection to be made.
-        idle_timeout_s: For a single byte of a body to move on it, and for a whole head to come.
-        max_idle: Connections kept while nobody uses them; how many are in use is up to the callers' threads.
+        connect_timeout_s: Limit for making a connection.
+        idle_timeout_s: Limit for a single byte of a body to move, and for a whole head to arrive.
+        max_idle: Idle connections to keep; the callers' threads determine how many are in use.
         proxy: URL of an HTTP proxy to go through; the scheme may be missing.
 
     Raises:
-        ValueError: a proxy that is spoken to over TLS, or by another protocol.
+        ValueError: the proxy needs TLS or another protocol.
     """
 
     def __init__(
@@ -179,8 +179,8 @@ class HttpClient:
         self._connect_timeout_s = connect_timeout_s
         self._idle_timeout_s = idle_timeout_s
         self._max_idle = max_idle
-        # Last in, first out: the connection used last is the one the server is least likely to have closed.
-        # A deque needs no lock, so that no fork can leave one locked.
+        # Last in, first out: the server is least likely to have closed the connection used last.
+        # A deque needs no lock, so no fork can leave one locked.
         self._idle: deque[http.client.HTTPConnection] = deque()
         self._closed = False
 
@@ -194,23 +194,23 @@ class HttpClient:
         idempotent: bool = True,
         idle_timeout_s: float | None = None,
     ) -> Response:
-        """Send a request and return the head of its answer.
+        """Send a request and return the head of its response.
 
-        A connection that the server closed while it lay idle is replaced, once and silently, and an idempotent
-        request is sent again on the new one.
+        A connection that the server closed while it was idle is replaced, once and silently. An idempotent request is
+        sent again on the new one.
 
         Args:
             target: Path and query, encoded.
-            headers: Makes the headers of one attempt, `Host` included, so that every signature is fresh.
+            headers: Makes the headers of one attempt, including `Host`, so that every signature is fresh.
             idle_timeout_s: For this request instead of the usual one.
 
         Raises:
-            WireError: no connection, or it broke or went silent before the head of the answer.
-            SizeMismatch: the body is not as long as it says.
+            HttpError: there was no connection, or it broke or went silent before the head of the response.
+            SizeMismatch: the body's length differs from its `size`.
             UsageError: a header cannot be sent; its value is not shown.
         """
         timeout_s = self._idle_timeout_s if idle_timeout_s is None else idle_timeout_s
-        given = sendable(headers())  # before there is a connection to lose: credentials may fail
+        given = sendable(headers())  # before a connection is taken: getting credentials may fail
         connection = self._take()
         reused = connection is not None
         try:
@@ -244,7 +244,7 @@ class HttpClient:
             try:
                 sent = self._send_body(connection, body, timeout_s) if body is not None else 0
             except HttpError as error:
-                # A server that refuses early answers and closes: what it says is worth more than our broken pipe.
+                # A server may refuse early, answer and close: its response is worth more than our broken pipe.
                 if not isinstance(error.__cause__, BROKEN):
                     raise
                 answer = self._answer(connection, error.moved, timeout_s, reusable=False)
@@ -285,7 +285,7 @@ class HttpClient:
             raise HttpError(error, 0, waiting_s, connecting) from error
 
     def _send_body(self, connection: http.client.HTTPConnection, body: RequestBody, timeout_s: float) -> int:
-        """Send all of the body and return its length. Errors of the body's own source pass through as they are."""
+        """Send the whole body and return its length. Errors of the body's source pass through unchanged."""
         sent = 0
         for chunk in body:
             view = memoryview(chunk).cast("B")
@@ -319,14 +319,14 @@ class HttpClient:
         return Response(response, timeout_s, lambda at_end: self._give_back(connection, reusable and at_end))
 
     def _outlast_send_queue(self, connection: http.client.HTTPConnection, timeout_s: float) -> None:
-        """Wait while the kernel still has bytes to deliver and gets rid of some.
+        """Wait while the kernel still delivers sent bytes.
 
-        It takes megabytes at once, which a slow link may need longer for than the timeout; the server cannot answer
-        before, and as long as they go, nothing is silent.
+        The kernel takes megabytes at once. On a slow link they may need longer than the timeout, and the server cannot
+        answer before. While the queue shrinks, the connection is not silent.
         """
         opened = _socket(connection)
         poll = select.poll()
-        # Over TLS something to read need not be an answer: session tickets come at any time.
+        # Over TLS, readable bytes need not be a response: session tickets come at any time.
         poll.register(opened, 0 if self._secure else select.POLLIN)
         queued, moved_at, pause_s = unsent_bytes(opened), time.monotonic(), 0.001
         while queued and not poll.poll(pause_s * 1000):
@@ -335,11 +335,11 @@ class HttpClient:
                 queued, moved_at = left, time.monotonic()
                 moved()
             elif time.monotonic() - moved_at > timeout_s:
-                raise TimeoutError("the kernel cannot get rid of what was sent")
+                raise TimeoutError("the kernel cannot deliver what was sent")
             pause_s = min(pause_s * 2, timeout_s / 8)
 
     def _take(self) -> http.client.HTTPConnection | None:
-        """An idle connection on which nothing has happened since."""
+        """An idle connection on which nothing has arrived since its last use; None if there is none."""
         while self._idle:
             try:
                 connection = self._idle.pop()
@@ -349,7 +349,7 @@ class HttpClient:
             poll.register(_socket(connection), select.POLLIN)
             if not poll.poll(0):
                 return connection
-            connection.close()  # readable without a question: an end of file, or an answer to nobody
+            connection.close()  # readable without a request: an end of file, or an unexpected response
         return None
 
     def _give_back(self, connection: http.client.HTTPConnection, reusable: bool) -> None:
@@ -373,10 +373,10 @@ class HttpClient:
 
 
 def refuse_limits(error: Exception) -> None:
-    """Return unless an error is a limit of this process, which no server lifts.
+    """Return unless an error is a limit of this process, which no server can lift.
 
     Raises:
-        SystemLimit: it is one.
+        SystemLimit: it is such a limit.
     """
     if isinstance(error, OSError) and os_fault(error) is OsFault.OPEN_FILES:
         raise error_anywhere(error, f"no connection can be opened: {error.strerror}") or error from error
@@ -386,16 +386,16 @@ def sendable(headers: Mapping[str, str]) -> dict[str, str]:
     """Headers without white space around their values.
 
     Raises:
-        UsageError: naming one that cannot be sent; not its value, which may be a secret.
+        UsageError: one cannot be sent. It is named; its value is not shown, because it may be a secret.
     """
     return {name: header_value(name, value) for name, value in headers.items()}
 
 
 def read_head(first: bytes, lines: Sequence[bytes]) -> tuple[int, int, dict[str, str]]:
-    """Version (10 or 11), status and fields of an answer; names in lower case, the first of several.
+    """Version (10 or 11), status and fields of a response; names in lower case, the first of several with one name.
 
     Raises:
-        http.client.HTTPException: this is no head.
+        http.client.HTTPException: the lines are not a head.
     """
     status = _STATUS.fullmatch(first)
     if status is None:
@@ -405,7 +405,7 @@ def read_head(first: bytes, lines: Sequence[bytes]) -> tuple[int, int, dict[str,
     fields: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.decode("latin-1").partition(":")
-        if not colon or name != name.strip():  # RFC 9112 lets nobody fold lines any more
+        if not colon or name != name.strip():  # RFC 9112 no longer allows folded lines
             raise http.client.HTTPException("a line of the head is no field")
         known = fields.setdefault(name.lower(), value.strip())
         if name.lower() in _FRAMING and known != value.strip():
@@ -418,10 +418,10 @@ _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: .*?)?(?:\r?\n)?", re.D
 
 
 def body_length(status: int, method: str | None, fields: Mapping[str, str]) -> int | None:
-    """Bytes of an answer's body; None if they come in chunks, or to the end of the connection.
+    """Bytes of a response's body; None if it is chunked, or ends with the connection.
 
     Raises:
-        http.client.HTTPException: the head says something that is no length, or an encoding that is none of ours.
+        http.client.HTTPException: the length is invalid, or the encoding is not supported.
     """
     if status in (204, 304) or method == "HEAD":
         return 0
@@ -436,22 +436,22 @@ def body_length(status: int, method: str | None, fields: Mapping[str, str]) -> i
 
 
 def is_chunked(fields: Mapping[str, str]) -> bool:
-    """Whether the body of an answer comes in chunks."""
+    """Whether the body of a response is chunked."""
     return fields.get("transfer-encoding", "").lower() == "chunked"
 
 
 def closes(version: int, fields: Mapping[str, str]) -> bool:
-    """Whether the server closes the connection after this answer."""
+    """Whether the server closes the connection after this response."""
     connection = fields.get("connection", "").lower()
     return "close" in connection or (version == 10 and "keep-alive" not in connection)
 
 
 class Chunks:
-    """Where in a chunked body its reader is: what stands between the bytes of the body comes in here, line by line.
+    """The position of a reader in a chunked body. It is given the framing between the body's bytes, line by line.
 
     Attributes:
-        left: Bytes of the present chunk still to come; if there are none, a line comes next.
-        ended: The body and its trailers are at their end.
+        left: Bytes of the current chunk still to come; if 0, a line comes next.
+        ended: Whether the body and its trailers are complete.
     """
 
     def __init__(self) -> None:
@@ -461,14 +461,14 @@ class Chunks:
         self._trailers = 0
 
     def took(self, count: int) -> None:
-        """So many bytes of the present chunk were read."""
+        """Record that `count` bytes of the current chunk were read."""
         self.left -= count
 
     def line(self, line: bytes) -> None:
-        """A line, without its end.
+        """Record a line, without its line end.
 
         Raises:
-            http.client.HTTPException: it is none that may come here.
+            http.client.HTTPException: such a line may not come here.
         """
         if self._expects == "size":
             digits = re.fullmatch(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;.*)?", line, re.DOTALL)
@@ -489,9 +489,9 @@ class Chunks:
 
 
 class _Reader(io.RawIOBase):
-    """A socket's bytes. What is no body has to come to an end: in so many bytes, and before an instant.
+    """A socket's bytes. Framing, which is everything except the body, has a limit in bytes and a deadline.
 
-    Bytes alone prove nothing: a head that goes on for ever never falls silent.
+    Without them, a head that goes on for ever would never count as silence.
     """
 
     def __init__(self, opened: socket.socket) -> None:
@@ -503,8 +503,8 @@ class _Reader(io.RawIOBase):
 
     @contextmanager
     def framing(self) -> Generator[None]:
-        """In the block comes what is no body; one after the other may be silent for the idle timeout."""
-        # More than a head: what is read at once may hold some of the body.
+        """Mark the block as reading framing, e.g. a head; each such block has the idle timeout as its deadline."""
+        # More than a head, because one read may also return some of the body.
         self._left = 2 * MAX_HEAD_BYTES
         self._timeout_s = self._socket.gettimeout()
         self._ends_at = None if self._timeout_s is None else time.monotonic() + self._timeout_s
@@ -519,7 +519,7 @@ class _Reader(io.RawIOBase):
             return self._raw.readinto(buffer)
         left_s = self._ends_at - time.monotonic()
         if left_s <= 0:
-            raise TimeoutError("the head of an answer, or what stands between its bytes, does not end")
+            raise TimeoutError("the head of a response, or the framing of its body, does not end")
         self._socket.settimeout(left_s)
         try:
             count = self._raw.readinto(buffer)
@@ -553,12 +553,12 @@ class _ResponseReader(http.client.HTTPResponse):
         self._chunks: Chunks | None = None
 
     def _read_status(self) -> tuple[str, int, str]:
-        """The status of a proxy that opens a tunnel, which `http.client` asks for; the fields are read away here."""
+        """The status of a proxy that opens a tunnel, as `http.client` asks for it; the fields are read and dropped."""
         try:
             with self._reader.framing():
                 version, status, _ = self._final_head()
         finally:
-            # Also where it fails: until 3.11.4 Python leaves the response open then, and with it the socket.
+            # Also after a failure: until 3.11.4 Python leaves the response open then, and with it the socket.
             self.fp.close()
             self.fp = cast("io.BufferedReader", io.BytesIO())
         return f"HTTP/1.{version % 10}", status, ""
@@ -567,8 +567,8 @@ class _ResponseReader(http.client.HTTPResponse):
     def begin(self) -> None:
         """Read the head.
 
-        `http.client` itself has this done by the standard library's mail parser, which takes a quarter of the time of a
-        small request, and takes the end of the connection for the end of the head.
+        `http.client` uses the standard library's mail parser for this. That takes a quarter of the time of a small
+        request, and takes the end of the connection for the end of the head.
         """
         with self._reader.framing():
             version, status, fields = self._final_head()
@@ -579,10 +579,10 @@ class _ResponseReader(http.client.HTTPResponse):
         self.chunked = self.length is None and is_chunked(fields)
         self._chunks = Chunks() if self.chunked else None
         if self.length is None and not self.chunked:
-            self.will_close = True  # the end of the connection is that of the body
+            self.will_close = True  # the body ends with the connection
 
     def _final_head(self) -> tuple[int, int, dict[str, str]]:
-        """The head of the answer itself: not "go on", nor hints for browsers."""
+        """The head of the final response, after interim ones (`100 Continue`, hints for browsers)."""
         version, status, fields = self._head()
         while status < 200:
             version, status, fields = self._head()
@@ -607,7 +607,7 @@ class _ResponseReader(http.client.HTTPResponse):
         return line
 
     def receive_into(self, view: memoryview) -> int:
-        """Put what arrives next into `view`; waits for the first byte, not for all, so that silence has an offset."""
+        """Read the next bytes into `view`; waits for the first byte, not for all, so that silence has an offset."""
         if self._chunks is not None:
             return self._receive_chunk(self._chunks, view)
         if self.length is None:
@@ -629,7 +629,7 @@ class _ResponseReader(http.client.HTTPResponse):
                         )
                     chunks.line(line.removesuffix(b"\n").removesuffix(b"\r"))
         if chunks.ended:
-            self.close()  # as `http.client` does at the end of a body: the connection goes on
+            self.close()  # as `http.client` does at the end of a body: the connection stays open
             return 0
         received = self.fp.readinto1(view[: chunks.left])
         if not received:

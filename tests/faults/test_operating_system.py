@@ -176,9 +176,9 @@ def refused(monkeypatch: pytest.MonkeyPatch, name: str, code: int, of: str) -> I
     ("name", "code", "kind", "hint"),
     [
         ("open", errno.ENOENT, SourceBusy, "run it again"),
-        ("readv", errno.EIO, UnsupportedSource, "look after the disk"),
+        ("readv", errno.EIO, UnsupportedSource, "check the disk"),
         ("readv", errno.ESTALE, SourceBusy, "run it again"),
-        ("scandir", errno.EIO, UnsupportedSource, "look after the disk"),
+        ("scandir", errno.EIO, UnsupportedSource, "check the disk"),
         ("scandir", errno.EACCES, UnsupportedSource, "give permission"),
         ("scandir", errno.ENOENT, SourceBusy, "run it again"),
     ],
