@@ -164,11 +164,19 @@ class ExportRound:
         Gives a function that the work calls as it goes on, with any arguments; it raises `LeaseLost` once another
         process has the lease. If the block raises, the lease is released at once.
         """
-        if self._lease is None:
+        lease = self._lease
+        if lease is None:
             yield lambda *_: None
             return
+        progressed_at = time.monotonic()
+
+        def progress(*_: object) -> None:
+            nonlocal progressed_at
+            progressed_at = time.monotonic()
+            lease.check()
+
         try:
-            with kept_alive(self._lease, max_silence_s) as progress:
+            with lease.heartbeat(lambda: time.monotonic() - progressed_at < max_silence_s):
                 yield progress
         except BaseException:
             self.abandon()
@@ -320,28 +328,6 @@ def run_export_round(
 
 def _lease_name(name: str) -> str:
     return f"{name}/round"
-
-
-def round_number(store: Store, lease: Lease, ref: str) -> int:
-    """The number of the round that `lease` is held for, above that of every round that has moved or fenced `ref`."""
-    return max(lease.generation, newest_round(store, ref) + 1)
-
-
-@contextmanager
-def kept_alive(lease: Lease, max_silence_s: float = DEFAULT_SILENCE_S) -> Generator[Callable[..., None]]:
-    """Renew the lease in a heartbeat during the block, for as long as the work in it makes progress.
-
-    Gives what the work calls as it goes on, with any arguments; that raises `LeaseLost` once another one has the lease.
-    """
-    progressed_at = time.monotonic()
-
-    def progress(*_: object) -> None:
-        nonlocal progressed_at
-        progressed_at = time.monotonic()
-        lease.check()
-
-    with lease.heartbeat(lambda: time.monotonic() - progressed_at < max_silence_s):
-        yield progress
 
 
 @contextmanager

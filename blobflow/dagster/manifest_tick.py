@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import dagster as dg
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
-from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.coordination.refs import read_ref
 from blobflow.dagster import metadata as md
 from blobflow.errors import (
@@ -33,7 +33,6 @@ from blobflow.errors import (
 )
 from blobflow.stores import ObjectMeta, Store, StoredObject
 from blobflow.transport import MANIFEST_SUFFIX, read_manifest_bytes
-from blobflow.transport.remote import payload_size
 
 BUDGET_S: Final = 20.0
 """Of one tick: the sensor's work, and the time that Dagster will need to record its result. A tick stays below 30 s,
@@ -88,12 +87,12 @@ class PublishedArtifact:
         Raises:
             ArtifactInvalid: the bytes are not a manifest.
         """
-        manifest = Manifest.parse(data)
-        digest = artifact_digest(data)
+        found = ManifestFile.parse(data)
+        manifest, digest = found.manifest, found.digest
         facts = {
             md.URI: f"{store.url}/{key}",
             md.KEY: key,
-            md.SIZE: payload_size(data, manifest),
+            md.SIZE: found.payload_size,
             md.MEMBERS: manifest.members,
             md.ARTIFACT_DIGEST: digest,
             md.CONTENT_DIGEST: manifest.content_digest,

@@ -22,7 +22,7 @@ import dagster as dg
 from pydantic import JsonValue
 
 from blobflow.artifact.artifact import Artifact
-from blobflow.artifact.manifest import Manifest, artifact_digest
+from blobflow.artifact.manifest import Manifest
 from blobflow.backends import Exporter, ExportResult, Importer
 from blobflow.coordination.rounds import ExportRound, RoundToken, check_name, content_key
 from blobflow.dagster import metadata as md, scratch as rounds
@@ -57,7 +57,7 @@ from blobflow.transport import (
     DownloadResult,
     Healed,
     VerifyResult,
-    read_manifest_bytes,
+    read_manifest_file,
     upload,
     verify_or_heal,
 )
@@ -311,10 +311,10 @@ def digest_if_gone(step: Step, snapshot: SnapshotHandle) -> str | None:
 def stored_digest(store: Store, key: str, manifest: Manifest) -> str | None:
     """The digest of the artifact under `key`, if it has the content that `manifest` describes."""
     try:
-        data = read_manifest_bytes(store, key)
+        stored = read_manifest_file(store, key)
     except (ArtifactNotFound, ReplacementInProgress):
         return None
-    return artifact_digest(data) if Manifest.parse(data).same_content(manifest) else None
+    return stored.digest if stored.manifest.same_content(manifest) else None
 
 
 def snapshot_facts(store: Store, snapshot: SnapshotHandle) -> dict[str, Any]:

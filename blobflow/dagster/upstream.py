@@ -23,7 +23,6 @@ from typing import Any, Final
 
 import dagster as dg
 
-from blobflow.artifact.manifest import Manifest, artifact_digest
 from blobflow.coordination.refs import RefState, read_ref
 from blobflow.coordination.rounds import content_key
 from blobflow.dagster import metadata as md
@@ -31,7 +30,7 @@ from blobflow.dagster.handles import RemoteHandle, SnapshotHandle
 from blobflow.dagster.scratch import newest_first, read_exported
 from blobflow.errors import ArtifactNotFound, DigestMismatch, NotFoundError, ReplacementInProgress
 from blobflow.stores import Store
-from blobflow.transport import list_artifacts, read_manifest_bytes
+from blobflow.transport import list_artifacts, read_manifest_file
 
 _MAX_RUNS: Final = 100
 """Materializations among which those of this run are looked for: of runs of the same partition at the same time."""
@@ -90,7 +89,7 @@ class Upstream:
             NotFoundError: no ref names one, or there is none.
         """
         if self.key is not None:
-            return RemoteHandle(self.key, artifact_digest(read_manifest_bytes(self.store, self.key)))
+            return RemoteHandle(self.key, read_manifest_file(self.store, self.key).digest)
         if self.ref is not None:
             named = self._named()
             if named is None:
@@ -103,7 +102,7 @@ class Upstream:
             return RemoteHandle(named.key, named.manifest_sha256, named.round_number or None)
         made = self._materialized(asset, lineage(self.context))
         key = made.key if made else self._published_last(asset)
-        return RemoteHandle(key, artifact_digest(read_manifest_bytes(self.store, key)))
+        return RemoteHandle(key, read_manifest_file(self.store, key).digest)
 
     def _exported(self, scratch: Path) -> SnapshotHandle | None:
         """The snapshot in a scratch directory, if its export has ended."""
@@ -121,9 +120,9 @@ class Upstream:
 
     def _stored_snapshot(self, asset: dg.AssetKey, scratch: Path, made: "_Made") -> SnapshotHandle:
         try:
-            data = read_manifest_bytes(self.store, made.key)
-            if Manifest.parse(data).content_digest == made.content_digest:
-                return SnapshotHandle(made.key, None, data, made.round_number)
+            stored = read_manifest_file(self.store, made.key)
+            if stored.manifest.content_digest == made.content_digest:
+                return SnapshotHandle(made.key, None, stored.data, made.round_number)
         except (ArtifactNotFound, ReplacementInProgress):
             pass
         raise snapshot_is_gone(self.store, asset, made.key, str(scratch))
@@ -136,20 +135,20 @@ class Upstream:
             )
         key = named.key if named else self._published_last(asset)
         try:
-            data = read_manifest_bytes(self.store, key)
+            stored = read_manifest_file(self.store, key)
         except ArtifactNotFound as error:
             raise ArtifactNotFound(
                 f"no exported artifact is at hand, and {key!r} is not in {self.store.url}", hint=hint, key=key
             ) from error
-        if named and artifact_digest(data) != named.manifest_sha256:
+        if named and stored.digest != named.manifest_sha256:
             raise DigestMismatch(
-                f"{key!r} is the artifact {artifact_digest(data)}, but ref {self.ref!r} names {named.manifest_sha256}",
+                f"{key!r} is the artifact {stored.digest}, but ref {self.ref!r} names {named.manifest_sha256}",
                 hint=f"look at who wrote to the store; then {hint}",
                 what=key,
                 expected=named.manifest_sha256,
-                actual=artifact_digest(data),
+                actual=stored.digest,
             )
-        return SnapshotHandle(key, None, data, named.round_number if named else None)
+        return SnapshotHandle(key, None, stored.data, named.round_number if named else None)
 
     def _named(self) -> RefState | None:
         return read_ref(self.store, self.ref) if self.ref is not None else None

@@ -10,7 +10,7 @@ from blobflow.artifact.artifact import check_index_bytes, checked_layout
 from blobflow.artifact.index import index_bytes_limit
 from blobflow.artifact.manifest import FILE_MODE, INDEX_NAME, Manifest
 from blobflow.artifact.manifest_file import ManifestFile
-from blobflow.artifact.tarmap import TarMap, header, manifest_entry_length, member_length
+from blobflow.artifact.tarmap import TarMap, header, member_length
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import Part, TransferPlan
 from blobflow.errors import (
@@ -26,11 +26,6 @@ from blobflow.errors import (
 from blobflow.stores.base import ObjectMeta, Reader
 from blobflow.transport.catalog import read_manifest_bytes, read_manifest_file
 from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
-
-
-def payload_size(manifest_bytes: bytes, manifest: Manifest) -> int:
-    """Bytes of the payload that belongs to a manifest."""
-    return manifest_entry_length(len(manifest_bytes)) + manifest.body.size
 
 
 def check_expected(key: str, digest: str, expected_digest: str | None) -> None:
