@@ -260,7 +260,7 @@ def _graph(name: str, compose: Callable[..., Any], inputs: Sequence[str]) -> dg.
     return dg.graph(name=name, ins={each: dg.GraphIn() for each in inputs})(compose)
 
 
-_NOTHING: Final = LaneResult("unchanged", parts=0, bytes_moved=0, bytes_resumed=0, seconds=0.0)
+_NOTHING: Final = LaneResult("unchanged", bytes_total=0, seconds=0.0)
 
 
 def _done(step: Step, lane: int, result: LaneResult) -> LaneHandle:

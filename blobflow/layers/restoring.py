@@ -26,7 +26,7 @@ from blobflow.layers.remote import RemoteLayer
 from blobflow.layers.state import Restored
 from blobflow.transport.reading import failures_noted, land_parts, landing_plan
 from blobflow.trees import remove_tree
-from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
+from blobflow.uploads.progress import OnProgress, OnRecord, PartStats, TransferProgress
 
 log = logging.getLogger(__name__)
 
@@ -66,15 +66,10 @@ class Replaceable:
 
 
 @dataclass(frozen=True)
-class Landed:
-    """What landing a layer took."""
+class Landed(PartStats):
+    """What landing a layer took; bytes are those of the tar."""
 
-    parts: int
     bytes_received: int
-    """Of the tar; what came through the network is `compressed`."""
-    bytes_resumed: int
-    checkpoints_saved: int
-    seconds: float
     kept: Path | None
     """Where the directory is that was replaced, if somebody wrote to it at the last moment."""
 
@@ -125,14 +120,7 @@ def land_layer(
             land_parts(remote, landing, landing.plan.numbers, progress, workers=workers)
             landing.finish(remote.head, remote.manifest_file, remote.index_bytes, progress.tick)
     progress.done()
-    return Landed(
-        parts=len(landing.plan),
-        bytes_received=progress.bytes_moved + len(remote.head),
-        bytes_resumed=progress.bytes_resumed,
-        checkpoints_saved=progress.saved,
-        seconds=time.monotonic() - started,
-        kept=stage.kept,
-    )
+    return Landed(bytes_received=progress.bytes_moved + len(remote.head), kept=stage.kept, **progress.counters(started))
 
 
 def _may_be_holes(layer: RemoteLayer) -> int:

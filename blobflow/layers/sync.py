@@ -49,7 +49,7 @@ from blobflow.layers.state import PendingUpload, Restored, StateTable, SyncState
 from blobflow.stores.base import Store
 from blobflow.transport.catalog import REF_SUFFIX
 from blobflow.trees import remove_tree
-from blobflow.uploads.progress import OnProgress, OnRecord
+from blobflow.uploads.progress import OnProgress, OnRecord, PartStats
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ HOME_ENV: Final = "BLOBFLOW_LAYERS_HOME"
 
 
 @dataclass(frozen=True)
-class LayerSyncResult:
-    """What a sync did."""
+class LayerSyncResult(PartStats):
+    """What a sync did; `bytes_total` counts the tar, the other bytes the layer, which is compressed."""
 
     status: Literal["uploaded", "shared", "unchanged"]
     """`shared`: the content was there, sent for another container or at another time."""
@@ -69,14 +69,8 @@ class LayerSyncResult:
     """The same whether the upload was broken off or not."""
     files_read: int
     """For the digest; the others were known by their stats."""
-    seconds: float
-    parts: int = 0
     parts_resumed: int = 0
     bytes_sent: int = 0
-    """Of the layer, compressed."""
-    bytes_resumed: int = 0
-    """Of the layer, what the store held from an earlier attempt."""
-    checkpoints_saved: int = 0
     excluded: int = 0
     """Entries that matched an exclude pattern; a directory counts once."""
     symlinks_skipped: int = 0
@@ -85,8 +79,8 @@ class LayerSyncResult:
 
 
 @dataclass(frozen=True)
-class LayerRestoreResult:
-    """What a restore did."""
+class LayerRestoreResult(PartStats):
+    """What a restore did; bytes are those of the tar."""
 
     status: Literal["restored", "unchanged"]
     container: str
@@ -94,12 +88,7 @@ class LayerRestoreResult:
     key: str
     path: Path
     layer: LayerMeta
-    seconds: float
-    parts: int = 0
     bytes_received: int = 0
-    """Of the tar."""
-    bytes_resumed: int = 0
-    checkpoints_saved: int = 0
     kept: Path | None = None
     """Where the directory is that was replaced, if somebody wrote to it at the last moment."""
 
@@ -265,6 +254,7 @@ class LayerSync:
             excluded=cache.found.excluded,
             symlinks_skipped=cache.found.symlinks_skipped,
             unmatched=cache.found.unmatched,
+            bytes_total=sent.meta.tar_size,
             seconds=time.monotonic() - started,
             parts=sent.parts,
             parts_resumed=sent.parts_resumed,
@@ -303,10 +293,11 @@ class LayerSync:
         replaceable = Replaceable(earlier, overwrite, lambda directory: self._digest_of(directory, dest))
         replaceable.check(dest)
         result: dict[str, Any] = {"container": container, "digest": layer.meta.digest, "key": ref.key, "path": dest}
+        result["bytes_total"] = layer.meta.tar_size
         if earlier is not None and not overwrite and earlier.digest == layer.meta.digest:
             kept = sweep(dest, layer, replaceable)
-            seconds = time.monotonic() - started
-            return LayerRestoreResult("unchanged", layer=layer.meta, seconds=seconds, kept=kept, **result)
+            result["seconds"] = time.monotonic() - started
+            return LayerRestoreResult("unchanged", layer=layer.meta, kept=kept, **result)
 
         def remember(new: Restored, *, others: bool) -> None:
             # Both, until the new one is in its place: whoever comes after a crash finds one of them there.

@@ -33,6 +33,7 @@ from blobflow.mirror.envelope import SnapshotId, head_bytes
 from blobflow.mirror.sending import DEFAULT_CHUNK_BYTES, Snapshot
 from blobflow.stores.base import Body
 from blobflow.untrusted import plain, read_object
+from blobflow.uploads.progress import TransferStats
 from blobflow.version import __version__
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ _LARGEST: Final = 1 << 64
 
 
 @dataclass(frozen=True)
-class PushResult:
+class PushResult(TransferStats):
     """What a push did.
 
     Attributes:
@@ -57,10 +58,7 @@ class PushResult:
 
     status: Literal["pushed", "unchanged"]
     id: SnapshotId
-    bytes_total: int
     bytes_sent: int
-    bytes_resumed: int
-    seconds: float
 
 
 class MirrorClient:
@@ -166,7 +164,8 @@ class MirrorClient:
                 at = None  # a chunk was damaged on its way
                 self._wait(backoff, error, activity)
         status = "pushed" if sent or not total else "unchanged"
-        return PushResult(status, snapshot.id, total, sent, held or 0, self._clock() - started)
+        seconds = self._clock() - started
+        return PushResult(status, snapshot.id, sent, bytes_total=total, bytes_resumed=held or 0, seconds=seconds)
 
     def status(self, snapshot: SnapshotId) -> dict[str, Any]:
         """How much of a snapshot the receiver has: docs/mirror.md, "Requests"."""

@@ -80,8 +80,6 @@ def stage_artifact(
         artifact_digest=digest,
         manifest=at_hand.manifest,
         bytes_total=at_hand.payload_size,
-        bytes_received=0,
-        bytes_resumed=0,
         seconds=0.0,
     )
 

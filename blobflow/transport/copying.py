@@ -27,7 +27,7 @@ from blobflow.stores.optional import address_of, copy_from, server_of
 from blobflow.transport.catalog import check_artifact_key
 from blobflow.transport.remote import RemoteArtifact
 from blobflow.transport.uploading import MultipartUpload, UploadRequest, run
-from blobflow.uploads.progress import OnProgress, OnRecord
+from blobflow.uploads.progress import OnProgress, OnRecord, PartStats
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _DAMAGED: Final = "the source is damaged: `blobflow verify --deep` names the mem
 
 
 @dataclass(frozen=True)
-class CopyResult:
+class CopyResult(PartStats):
     """What a copy did."""
 
     status: Literal["copied", "unchanged"]
@@ -46,13 +46,8 @@ class CopyResult:
     manifest: Manifest
     server_side: bool
     """The server copied the payload; its bytes did not pass through here, except to be checked."""
-    bytes_total: int
     bytes_received: int
     bytes_sent: int
-    bytes_resumed: int
-    seconds: float
-    parts: int = 0
-    checkpoints_saved: int = 0
 
 
 def copy_artifact(

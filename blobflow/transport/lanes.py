@@ -52,7 +52,7 @@ from blobflow.transport.reading import failures_noted, land_parts, landing_plan
 from blobflow.transport.remote import RemoteArtifact
 from blobflow.transport.uploading import MultipartUpload, UploadRequest, UploadResult, busy, look
 from blobflow.untrusted import plain
-from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
+from blobflow.uploads.progress import OnProgress, OnRecord, PartStats, TransferProgress
 from blobflow.uploads.session import CLAIM_ATTEMPTS
 
 _OWNER: Final = "lanes"
@@ -126,18 +126,12 @@ class DownloadTicket:
 
 
 @dataclass(frozen=True)
-class LaneResult:
-    """What a lane did."""
+class LaneResult(PartStats):
+    """What a lane did; `parts`, `bytes_total` and `bytes_resumed` are those of this lane."""
 
     status: Literal["moved", "unchanged"]
     """`unchanged`: the whole is at its place already."""
-    parts: int
-    """Of this lane, all there now."""
-    bytes_moved: int
-    bytes_resumed: int
-    """Were there before."""
-    seconds: float
-    checkpoints_saved: int = 0
+    bytes_moved: int = 0
 
 
 def begin_upload(
@@ -209,7 +203,7 @@ def send_parts(
     if unknown:
         raise UsageError(f"the upload has parts 1 to {ticket.parts}, not {unknown[0]}", key=ticket.key)
     if not ticket.upload_id:
-        return LaneResult("unchanged", 0, 0, 0, time.monotonic() - started)
+        return LaneResult("unchanged", bytes_total=0, seconds=time.monotonic() - started)
     request = _request(store, ticket.key, artifact, profile, on_progress=on_progress, on_checkpoint=on_checkpoint)
     upload = _LanesUpload(request, ticket)
     progress = upload.progress
@@ -221,16 +215,11 @@ def send_parts(
         # A commit came before this call, which then is one too many.
         if upload.settle() is None:
             raise
-        return LaneResult("unchanged", len(numbers), 0, 0, time.monotonic() - started)
+        there = upload.plan.bytes_of(numbers)
+        seconds = time.monotonic() - started
+        return LaneResult("unchanged", bytes_total=there, seconds=seconds, parts=len(numbers))
     progress.done()
-    return LaneResult(
-        status="moved",
-        parts=len(numbers),
-        bytes_moved=progress.bytes_moved,
-        bytes_resumed=progress.bytes_resumed,
-        seconds=time.monotonic() - started,
-        checkpoints_saved=progress.saved,
-    )
+    return LaneResult("moved", bytes_moved=progress.bytes_moved, **progress.counters(started))
 
 
 def commit_upload(
@@ -418,7 +407,7 @@ def fetch_lane(
     if not 0 <= lane < ticket.lanes:
         raise UsageError(f"there is no lane {lane} of {ticket.lanes}")
     if not ticket.parts:
-        return LaneResult("unchanged", 0, 0, 0, time.monotonic() - started)
+        return LaneResult("unchanged", bytes_total=0, seconds=time.monotonic() - started)
     profile = profile or ChunkProfile()
     dest = Path(dest).absolute()
     stage = Stage(dest, ticket.artifact_digest)
@@ -427,7 +416,7 @@ def fetch_lane(
     except DestinationNotEmpty:
         if not _is_there(dest, ticket.artifact_digest):
             raise
-        return LaneResult("unchanged", 0, 0, 0, time.monotonic() - started)
+        return LaneResult("unchanged", bytes_total=0, seconds=time.monotonic() - started)
     remote = RemoteArtifact.open(store, ticket.key, ticket.artifact_digest)
     layout = remote.open_layout()
     with stage.lane(lane, ticket.lanes):
@@ -439,14 +428,7 @@ def fetch_lane(
             land_parts(remote, landing, numbers, progress, workers=profile.workers)
             progress.save()  # whoever goes on may be another machine, and believes only what is synced
     progress.done()
-    return LaneResult(
-        status="moved",
-        parts=len(numbers),
-        bytes_moved=progress.bytes_moved,
-        bytes_resumed=progress.bytes_resumed,
-        seconds=time.monotonic() - started,
-        checkpoints_saved=progress.saved,
-    )
+    return LaneResult("moved", bytes_moved=progress.bytes_moved, **progress.counters(started))
 
 
 def _narrow(progress: TransferProgress, plan: TransferPlan, numbers: Collection[int], name: str) -> None:

@@ -26,7 +26,7 @@ from blobflow.stores.base import (
     Reader,
 )
 from blobflow.transport.remote import RemoteArtifact
-from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
+from blobflow.uploads.progress import OnProgress, OnRecord, PartStats, TransferProgress, TransferStats
 
 VerifyMode: TypeAlias = Literal["auto", "shallow", "deep"]
 
@@ -44,7 +44,7 @@ PROOF_MEANS: Final[Mapping[Proof, str]] = {
 
 
 @dataclass(frozen=True)
-class VerifyResult:
+class VerifyResult(TransferStats):
     """What a verification read; a failed one raises."""
 
     status: Literal["verified"]
@@ -54,13 +54,11 @@ class VerifyResult:
     mode_used: Literal["shallow", "deep", "sample"]
     proof: Proof
     """What is known now; see `PROOF_MEANS`."""
-    bytes_total: int
     bytes_read: int
-    seconds: float
 
 
 @dataclass(frozen=True)
-class DownloadResult:
+class DownloadResult(PartStats):
     """Where the artifact landed and what it took."""
 
     status: Literal["downloaded", "unchanged"]
@@ -68,12 +66,7 @@ class DownloadResult:
     path: Path
     artifact_digest: str
     manifest: Manifest
-    bytes_total: int
-    bytes_received: int
-    bytes_resumed: int
-    seconds: float
-    parts: int = 0
-    checkpoints_saved: int = 0
+    bytes_received: int = 0
 
 
 def verify(
@@ -272,16 +265,15 @@ def download(
         if not _holds(dest, remote.digest):
             raise
         stage.sweep()
-        seconds = time.monotonic() - started
-        return DownloadResult(
-            "unchanged", key, dest, remote.digest, remote.manifest, remote.payload.size, 0, 0, seconds
-        )
+        found = ("unchanged", key, dest, remote.digest, remote.manifest)
+        return DownloadResult(*found, bytes_total=remote.payload.size, seconds=time.monotonic() - started)
     layout = remote.open_layout()
     with stage.held():
         if stage.is_moving:
             stage.publish()
             size, seconds = remote.payload.size, time.monotonic() - started
-            return DownloadResult("downloaded", key, dest, remote.digest, remote.manifest, size, 0, size, seconds)
+            found = ("downloaded", key, dest, remote.digest, remote.manifest)
+            return DownloadResult(*found, bytes_total=size, bytes_resumed=size, seconds=seconds)
         if stage.part_size is None:
             stage.begin(profile.chunk_size)
         plan = landing_plan(layout, stage)
@@ -298,12 +290,8 @@ def download(
         path=dest,
         artifact_digest=remote.digest,
         manifest=remote.manifest,
-        bytes_total=remote.payload.size,
         bytes_received=progress.bytes_moved + len(remote.head),
-        bytes_resumed=progress.bytes_resumed,
-        seconds=time.monotonic() - started,
-        parts=len(plan),
-        checkpoints_saved=progress.saved,
+        **progress.counters(started),
     )
 
 

@@ -41,7 +41,7 @@ from blobflow.stores.base import (
 from blobflow.stores.optional import check_room_for
 from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key, find_manifest_bytes, read_manifest_bytes
 from blobflow.uploads.intent import Intent, IntentKeeper
-from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
+from blobflow.uploads.progress import OnProgress, OnRecord, PartStats, TransferProgress
 from blobflow.uploads.session import CLAIM_ATTEMPTS, ClaimedUpload, md5_in, upload_part_size
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class UploadRequest:
 
 
 @dataclass(frozen=True)
-class UploadResult:
+class UploadResult(PartStats):
     """What an upload did."""
 
     status: Literal["uploaded", "unchanged"]
@@ -106,12 +106,7 @@ class UploadResult:
     artifact_digest: str
     """Of the artifact that is now under the key; with `unchanged` it may be an older one of equal content."""
     manifest: Manifest
-    bytes_total: int
-    bytes_sent: int
-    bytes_resumed: int
-    seconds: float
-    parts: int = 0
-    checkpoints_saved: int = 0
+    bytes_sent: int = 0
 
 
 def upload(
@@ -184,7 +179,7 @@ def look(request: UploadRequest, started: float) -> UploadResult | str | None:
         return artifact_digest(existing_bytes)
     _remove_leftover(store, key, existing)
     size, seconds = existing.payload_size, time.monotonic() - started
-    return UploadResult("unchanged", key, existing.digest, existing.manifest, size, 0, 0, seconds)
+    return UploadResult("unchanged", key, existing.digest, existing.manifest, bytes_total=size, seconds=seconds)
 
 
 def busy(request: UploadRequest) -> TransferBusy:
@@ -348,12 +343,8 @@ class _Upload:
             key=self.key,
             artifact_digest=self.payload.manifest_file.digest,
             manifest=self.payload.manifest_file.manifest,
-            bytes_total=progress.record.bytes_total,
             bytes_sent=progress.bytes_moved,
-            bytes_resumed=progress.bytes_resumed,
-            seconds=time.monotonic() - started,
-            parts=progress.record.parts_total,
-            checkpoints_saved=progress.saved,
+            **progress.counters(started),
         )
 
 

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -49,6 +50,36 @@ class TransferRecord(BaseModel):
     def to_json_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return self.model_dump(mode="json")
+
+
+_COUNTERS: Final = (
+    *("bytes_total", "bytes_received", "bytes_sent", "bytes_moved", "bytes_resumed"),
+    *("parts", "parts_resumed", "checkpoints_saved", "seconds"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferStats:
+    """What a transfer took; each kind of result adds in which direction its bytes went."""
+
+    bytes_total: int
+    """Of what was transferred, however much of it was there before."""
+    bytes_resumed: int = 0
+    """What an earlier attempt had moved."""
+    seconds: float
+
+    def to_dict(self) -> dict[str, int | float]:
+        """The counters of this result by name, as `--json` prints them."""
+        return {name: getattr(self, name) for name in _COUNTERS if hasattr(self, name)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartStats(TransferStats):
+    """What a transfer in numbered parts took."""
+
+    parts: int = 0
+    """All that there are, those of an earlier attempt included."""
+    checkpoints_saved: int = 0
 
 
 class ProgressEvent(NamedTuple):
@@ -208,3 +239,13 @@ class TransferProgress:
         except BaseException:
             self.failed()
             raise
+
+    def counters(self, started: float) -> dict[str, Any]:
+        """The fields of a `PartStats`; the transfer started at `started`, by the monotonic clock."""
+        return {
+            "bytes_total": self.record.bytes_total,
+            "bytes_resumed": self.bytes_resumed,
+            "seconds": time.monotonic() - started,
+            "parts": self.record.parts_total,
+            "checkpoints_saved": self.saved,
+        }
