@@ -9,7 +9,7 @@ from blobflow.backends.base import (
     ExportResult as ExportResult,
     Importer as Importer,
     ImportResult as ImportResult,
-    OnProgress as OnProgress,
+    OnBytes as OnBytes,
 )
 from blobflow.backends.directory import (
     DirectoryExporter as DirectoryExporter,

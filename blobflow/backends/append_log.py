@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.privacy import directory_is_private, file_is_private
-from blobflow.backends.base import ExportResult, OnProgress
+from blobflow.backends.base import ExportResult, OnBytes
 from blobflow.backends.files import export_files
 from blobflow.backends.versioned_importer import VersionedImporter
 from blobflow.checksum import crc32c
@@ -368,7 +368,7 @@ class AppendLogExporter(KnownFields):
     def backend(self) -> str:
         return BACKEND
 
-    def export(self, dest: Path, *, on_progress: OnProgress | None = None) -> ExportResult:
+    def export(self, dest: Path, *, on_progress: OnBytes | None = None) -> ExportResult:
         """Write an artifact of the log into `dest`; see `Exporter.export`.
 
         Raises:

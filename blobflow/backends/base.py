@@ -11,7 +11,7 @@ from pydantic import JsonValue
 
 from blobflow.artifact.artifact import Artifact
 
-OnProgress: TypeAlias = Callable[[int, int], None]
+OnBytes: TypeAlias = Callable[[int, int], None]
 """Called in the calling thread with bytes done and bytes in total; raising from it stops the work cleanly."""
 
 
@@ -54,7 +54,7 @@ class Exporter(Protocol):
         """Stands in the manifest and picks the importer."""
         ...
 
-    def export(self, dest: Path, *, on_progress: OnProgress | None = None) -> ExportResult:
+    def export(self, dest: Path, *, on_progress: OnBytes | None = None) -> ExportResult:
         """Write an artifact into `dest`, which must be absent or an empty directory.
 
         The manifest is written last: a killed export leaves something that is no artifact.
@@ -87,7 +87,7 @@ class Importer(Protocol):
         artifact: Artifact,
         *,
         consume: bool = False,
-        on_progress: OnProgress | None = None,
+        on_progress: OnBytes | None = None,
         key: str | None = None,
     ) -> ImportResult:
         """Verify every member, then put the artifact in place in one atomic step.

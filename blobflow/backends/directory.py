@@ -22,7 +22,7 @@ from blobflow.artifact.limits import Tally
 from blobflow.artifact.manifest import DATA_NAME, EXECUTABLE_MODE, FILE_MODE
 from blobflow.artifact.members import open_regular
 from blobflow.artifact.privacy import PrivateRows, directory_is_private, encode, file_is_private
-from blobflow.backends.base import ExportResult, OnProgress
+from blobflow.backends.base import ExportResult, OnBytes
 from blobflow.backends.files import all_or_nothing, copy_still, link_member, place_members, unsupported
 from blobflow.backends.patterns import ExcludePatterns
 from blobflow.backends.versioned_importer import VersionedImporter
@@ -150,7 +150,7 @@ class DirectoryExporter(KnownFields):
         self,
         dest: Path,
         *,
-        on_progress: OnProgress | None = None,
+        on_progress: OnBytes | None = None,
         found: Scan | None = None,
         known: Callable[[int], FileHash | None] = lambda _: None,
     ) -> ExportResult:

@@ -19,7 +19,7 @@ from blobflow.artifact.landing import check_destination
 from blobflow.artifact.manifest import DATA_NAME, FILE_MODE
 from blobflow.artifact.members import open_regular, visit_members
 from blobflow.artifact.privacy import PrivateRows, encode
-from blobflow.backends.base import ExportResult, OnProgress
+from blobflow.backends.base import ExportResult, OnBytes
 from blobflow.durable import copy_bytes
 from blobflow.errors import (
     OsFault,
@@ -72,7 +72,7 @@ def export_files(
     *,
     backend: str,
     write: Callable[[Path], JsonValue],
-    on_progress: OnProgress | None = None,
+    on_progress: OnBytes | None = None,
     private: bool = False,
 ) -> ExportResult:
     """Make an artifact in `dest` of the files that `write` puts into a directory; on failure `dest` is as before.

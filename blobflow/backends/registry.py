@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from blobflow.artifact.artifact import Artifact
-from blobflow.backends.base import Exporter, ExportResult, Importer, ImportResult, OnProgress
+from blobflow.backends.base import Exporter, ExportResult, Importer, ImportResult, OnBytes
 from blobflow.backends.directory import DirectoryExporter
 from blobflow.backends.versioned_importer import VersionedImporter
 from blobflow.errors import RefusedError
@@ -35,7 +35,7 @@ def backend_classes(backend: str) -> tuple[type[Any], type[VersionedImporter]]:
 
 
 def export_artifact(
-    source: Exporter | str | Path, dest: str | Path, *, on_progress: OnProgress | None = None, **options: Any
+    source: Exporter | str | Path, dest: str | Path, *, on_progress: OnBytes | None = None, **options: Any
 ) -> ExportResult:
     """Make an artifact in the directory `dest`, which must be absent or empty.
 
@@ -51,7 +51,7 @@ def import_artifact(
     importer: Importer,
     *,
     consume: bool = False,
-    on_progress: OnProgress | None = None,
+    on_progress: OnBytes | None = None,
     key: str | None = None,
 ) -> ImportResult:
     """Verify every member of a local artifact, then bring it to life with `importer`; see `Importer`."""

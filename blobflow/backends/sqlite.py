@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.privacy import file_is_private
-from blobflow.backends.base import ExportResult, OnProgress
+from blobflow.backends.base import ExportResult, OnBytes
 from blobflow.backends.files import export_files
 from blobflow.backends.versioned_importer import VersionedImporter
 from blobflow.durable import SQLITE_FULL
@@ -87,7 +87,7 @@ class SqliteExporter(KnownFields):
     def backend(self) -> str:
         return BACKEND
 
-    def export(self, dest: Path, *, on_progress: OnProgress | None = None) -> ExportResult:
+    def export(self, dest: Path, *, on_progress: OnBytes | None = None) -> ExportResult:
         """Write an artifact of the database into `dest`; see `Exporter.export`.
 
         Raises:

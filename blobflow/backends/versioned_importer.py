@@ -17,7 +17,7 @@ from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.leftovers import remove_stages
 from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME
 from blobflow.artifact.members import verify_members
-from blobflow.backends.base import ImportResult, OnProgress
+from blobflow.backends.base import ImportResult, OnBytes
 from blobflow.backends.files import copy_member, place_members
 from blobflow.backends.mirror_history import HistoryEntry, add_to_history, read_history
 from blobflow.durable import check_room, copies_take_room, fsync_directory, replace_file, sync_tree, take_lock_file
@@ -87,7 +87,7 @@ class VersionedImporter(KnownFields, ABC):
         artifact: Artifact,
         *,
         consume: bool = False,
-        on_progress: OnProgress | None = None,
+        on_progress: OnBytes | None = None,
         key: str | None = None,
     ) -> ImportResult:
         """Verify every member of the artifact, keep it as a version, and show it as `current`.

@@ -80,7 +80,7 @@ _UNREADABLE: Final = (pa.ArrowException, ArtifactInvalid, KeyError, OSError, Run
 _TEXTS: Final = ("kind", "key", "e_tag", "error", "message", "hint", "payload")
 _STATUSES: Final = ("done", "absent", "failed")
 
-OnProgress = Callable[[int, int], None]
+OnOperations = Callable[[int, int], None]
 """`on_progress(done, total)` counts operations."""
 
 
@@ -137,7 +137,7 @@ def run_batch_file(
     *,
     payloads: bool = False,
     fresh: bool = False,
-    on_progress: OnProgress | None = None,
+    on_progress: OnOperations | None = None,
 ) -> BatchReport:
     """Execute the operations of a file and write their results; may be called again after a crash, and for failures.
 

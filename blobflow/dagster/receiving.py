@@ -18,7 +18,7 @@ import dagster as dg
 from pydantic import Field, JsonValue
 
 from blobflow.artifact.artifact import Artifact
-from blobflow.backends import Importer, ImportResult, OnProgress
+from blobflow.backends import Importer, ImportResult, OnBytes
 from blobflow.backoff import DEFAULT_PATIENCE_S
 from blobflow.dagster import metadata as md
 from blobflow.dagster.failures import DEFAULT_RETRY_POLICY
@@ -146,7 +146,7 @@ class _FollowingImporter:
         artifact: Artifact,
         *,
         consume: bool = False,
-        on_progress: OnProgress | None = None,
+        on_progress: OnBytes | None = None,
         key: str | None = None,
     ) -> ImportResult:
         result = self.inner.import_artifact(artifact, consume=consume, on_progress=on_progress, key=key)

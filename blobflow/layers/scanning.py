@@ -24,7 +24,7 @@ from typing import Final
 from blobflow.artifact.artifact import REFERENCE_NAME, Artifact
 from blobflow.artifact.hashing import FileHash
 from blobflow.artifact.privacy import encode
-from blobflow.backends.base import OnProgress
+from blobflow.backends.base import OnBytes
 from blobflow.backends.directory import DirectoryExporter, Scan
 from blobflow.durable import try_lock
 from blobflow.errors import BlobflowError, TransferBusy, writing
@@ -78,7 +78,7 @@ class StatCache:
         finally:
             os.close(lock)
 
-    def scan(self, on_progress: OnProgress | None = None) -> Artifact:
+    def scan(self, on_progress: OnBytes | None = None) -> Artifact:
         """The directory as a reference artifact: files are read if their stats say that they changed.
 
         Raises:

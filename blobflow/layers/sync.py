@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from blobflow.artifact.artifact import Artifact
-from blobflow.backends.base import OnProgress as OnScan
+from blobflow.backends.base import OnBytes
 from blobflow.backends.directory import DirectoryExporter, Symlinks
 from blobflow.backends.patterns import ExcludePatterns
 from blobflow.config import ChunkProfile
@@ -129,7 +129,7 @@ class LayerSync:
         frame_size: int | None = None,
         on_progress: OnProgress | None = None,
         on_checkpoint: OnRecord | None = None,
-        on_scan: OnScan | None = None,
+        on_scan: OnBytes | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if frame_size is not None and not 0 < frame_size <= MAX_FRAME_BYTES:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.backends import Importer, ImportResult
-from blobflow.backends.base import OnProgress as OnBytes
+from blobflow.backends.base import OnBytes
 from blobflow.config import ChunkProfile
 from blobflow.coordination.refs import check_round, read_ref
 from blobflow.stores.base import (

@@ -27,7 +27,7 @@ from blobflow.backends import (
     VersionedImporter,
 )
 from blobflow.backends.append_log import read_state
-from blobflow.backends.base import OnProgress
+from blobflow.backends.base import OnBytes
 from blobflow.errors import ArtifactNotFound
 from blobflow.mirror import mirror_history, mirror_status
 
@@ -51,7 +51,7 @@ def test_a_kill_at_any_moment_harms_nothing(backend: str, tmp_path: Path):
 # of pytest's is there to be lost.
 
 
-def killed_at(moment: int, work: Callable[[OnProgress], object]) -> bool:
+def killed_at(moment: int, work: Callable[[OnBytes], object]) -> bool:
     """Do the work in a child that is killed at its n-th change or sign of progress; False: it had fewer."""
     pid = os.fork()
     if not pid:
@@ -169,7 +169,7 @@ def kill_imports(thing: Directory, made: list[Artifact]) -> int:
                     shutil.copytree(new.path, landed)
                 return landed
 
-            def work(tick: OnProgress, consume: bool = consume, landed: Path = landed) -> None:
+            def work(tick: OnBytes, consume: bool = consume, landed: Path = landed) -> None:
                 import_artifact(landed, importer, consume=consume, on_progress=tick)
 
             land()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from blobflow import DirectoryExporter, ExportResult, Lease, read_ref
-from blobflow.backends.base import OnProgress
+from blobflow.backends.base import OnBytes
 from blobflow.coordination.lease_store import ObjectLeaseStore
 from blobflow.coordination.sql_lease_store import SqlLeaseStore
 from blobflow.dagster import metadata as md
@@ -35,7 +35,7 @@ class Slow:
         self._source = source
         self._first = first
 
-    def export(self, dest: Path, *, on_progress: OnProgress | None = None) -> ExportResult:
+    def export(self, dest: Path, *, on_progress: OnBytes | None = None) -> ExportResult:
         self._first()
         return DirectoryExporter(path=self._source).export(dest, on_progress=on_progress)
 

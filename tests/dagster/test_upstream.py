@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 
 from blobflow import DirectoryExporter, DirectoryImporter, ExportResult
-from blobflow.backends.base import OnProgress
+from blobflow.backends.base import OnBytes
 from blobflow.backends.sqlite import SqliteExporter, SqliteImporter
 from blobflow.coordination.lease_store import ObjectLeaseStore
 from blobflow.coordination.refs import move_ref, read_ref
@@ -226,7 +226,7 @@ class Nested:
         del partition
         return self
 
-    def export(self, dest: Path, *, on_progress: OnProgress | None = None) -> ExportResult:
+    def export(self, dest: Path, *, on_progress: OnBytes | None = None) -> ExportResult:
         plain = self.place.pipeline(retry_policy=dg.RetryPolicy(max_retries=2, delay=0))
         if not self.results:
             self.results.append(self.place.run(plain))

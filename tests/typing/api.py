@@ -121,3 +121,13 @@ def any_bytes(store: blobflow.Store, checkpoint: streams.TransferCheckpoint) -> 
     result = streams.transfer(streams.HttpSource("https://example.org/model.bin"), target, checkpoint=checkpoint)
     assert_type(result, streams.TransferResult)
     streams.transfer(streams.ObjectSource(store, "model.bin"), streams.FileTarget("model.bin"))
+
+
+def frames(receiver: mirror.MirrorReceiver) -> None:
+    for snapshot, status in mirror.read_snapshots("/srv/received").items():
+        assert_type(snapshot, mirror.SnapshotId)
+        assert_type(status, mirror.ReceiverStatus)
+        if isinstance(status, mirror.Following):
+            receiver.follow(snapshot, status.cursor)
+    blobflow.download(mirror.ReceivedStore("/srv/received"), "k", "dest")
+    mirror.mirror_app(receiver, token="t")
