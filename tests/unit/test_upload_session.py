@@ -359,7 +359,7 @@ def test_reported_checksums_are_taken_over(store: LocalStore):
 # Settling
 
 
-def test_a_lost_answer_to_complete_is_settled(store: LocalStore):
+def test_a_lost_answer_to_complete_is_settled(store: LocalStore, monkeypatch: pytest.MonkeyPatch):
     """The object is there, the upload is gone: its size and its beginning, or its checksum, say whose it is."""
     session = claimed(FaultyStore(store, scripted_faults({("complete_multipart", 1): FailAfter()})))
     send(session, 1, 2, 3)
@@ -371,7 +371,8 @@ def test_a_lost_answer_to_complete_is_settled(store: LocalStore):
     made = store.head(KEY)
     assert session.settle(len(DATA), begins_with=DATA[:100]) == made
     assert session.settle(len(DATA), crc=crc32c(DATA)) == made
-    declare(store, attests_crc32c=False)  # then it is read back
+    declare(store, attests_crc32c=False)  # then it is read back, a piece at a time
+    monkeypatch.setattr("blobflow.uploads.session._READ_BACK_BYTES", 4096)
     assert session.settle(len(DATA), crc=crc32c(DATA)) == made
 
 
