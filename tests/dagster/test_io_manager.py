@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from blobflow.backends import export_artifact
 from blobflow.coordination.lease import Lease
 from blobflow.coordination.refs import move_ref, read_ref
+from blobflow.coordination.rounds import take_token
 from blobflow.dagster import ArtifactIOManager, ArtifactRef, BlobflowResource, metadata as md
 from blobflow.dagster.checkpoints import TRANSFERS
 from blobflow.errors import StoreUnavailable, UsageError
@@ -696,7 +697,7 @@ def test_a_round_under_the_same_name_is_waited_for(place: Place, monkeypatch: py
     assert asked >= 2
 
     assert lease.try_acquire()
-    monkeypatch.setattr("blobflow.dagster.io_manager._TICKET_TTL_S", 0.01)
+    monkeypatch.setattr("blobflow.dagster.io_manager.take_token", partial(take_token, ttl_s=0.01))
     refused = refusal(lambda: keep(place, place.source))
     assert (refused.metadata[md.ERROR].value, refused.allow_retries) == ("TransferBusy", True)
     assert "a round of 'team/model'" in str(refused.description)

@@ -90,7 +90,7 @@ NODES: dict[str, tuple[str, str, int]] = {
     "orders__snapshot.export": ("put", "round.lease.json", 1),
     "orders__remote.upload": ("put_part", ".tar", 0),
     "orders__remote.verify": ("get_range", ".tar", 3),
-    "orders__mirror.download": ("get_range", ".tar", 5),  # the fourth store was opened to look at the ref
+    "orders__mirror.download": ("get_range", ".tar", 4),
 }
 
 
