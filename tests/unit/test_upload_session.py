@@ -344,6 +344,16 @@ def test_what_the_store_does_not_hold_is_never_completed(
     assert not store.exists(KEY)
 
 
+def test_without_reported_checksums_the_length_still_counts(store: LocalStore):
+    """A part of another length is found out, whatever the store reports of its bytes."""
+    session = claimed(_Silent(store))
+    send(session, 1, 2)
+    session.put(3, Body.of(b"short"))
+    session.crcs[3] = 0
+    with pytest.raises(UploadIncomplete, match="is damaged"):
+        session.prove(PLAN)
+
+
 def test_reported_checksums_are_taken_over(store: LocalStore):
     """Those of parts that an earlier process sent; then the whole can be held to its checksum."""
     first = UploadSession(store, KEY, content_type="text/plain")
