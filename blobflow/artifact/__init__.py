@@ -1,1 +1,1 @@
-"""The artifact: manifest, index, the virtual tar, and safe landing. The format is in docs/format.md."""
+"""Artifacts: manifest, index, the virtual tar, and safe landing. The format is in docs/format.md."""

@@ -1,8 +1,7 @@
-"""An artifact on local disk: `MANIFEST.json`, `INDEX.parquet` and `data/`, and the payload they imply.
+"""An artifact on local disk: `MANIFEST.json`, `INDEX.parquet` and `data/`, and the payload that follows from them.
 
-In a *reference* artifact nothing is copied: `data` is a symbolic link to the source directory, and
-`REFERENCE.parquet` remembers inode and mtime of each member's file, which are checked together with its size when the
-file is read again.
+In a *reference* artifact nothing is copied: `data` is a symbolic link to the source directory. `REFERENCE.parquet`
+records inode and mtime of each member's file; both are checked, together with its size, when the file is read again.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from blobflow.version import __version__
 
 REFERENCE_NAME: Final = "REFERENCE.parquet"
 _MAX_REFERENCE_BYTES: Final = 256 << 20
-"""Two numbers of eight bytes for each of ten million members, and what holds them."""
+"""Two numbers of eight bytes for each of ten million members, and the overhead of the format."""
 
-# The index needs pyarrow (0.3 s to import). An artifact that turns out to be stored already needs only its manifest,
-# so everything that touches the index is imported where it is used.
+# The index needs pyarrow (0.3 s to import). An artifact that is already stored needs only its manifest, so everything
+# that touches the index is imported where it is used.
 
 
 class Artifact:
@@ -49,7 +48,7 @@ class Artifact:
     Attributes:
         path: The directory.
         manifest_file: Its manifest; the sibling object in a store has the same bytes.
-        manifest: What the manifest says.
+        manifest: The parsed manifest.
         digest: `sha256:<hex>` of the manifest's bytes, the identity of the artifact.
         payload_size: Bytes of the payload (the tar).
     """
@@ -63,10 +62,10 @@ class Artifact:
 
     @classmethod
     def open(cls, path: str | Path) -> Artifact:
-        """The artifact in the directory `path`. Reads the manifest only.
+        """The artifact in the directory `path`. Reads only the manifest.
 
         Raises:
-            ArtifactNotFound: there is no manifest; an export that did not finish has none.
+            ArtifactNotFound: there is no manifest; an unfinished export has none.
             ArtifactInvalid: the manifest is not valid.
         """
         path = Path(path)
@@ -83,7 +82,7 @@ class Artifact:
 
     @staticmethod
     def is_artifact(path: Path) -> bool:
-        """Whether `path` is a directory made by an export, and not just any directory with a MANIFEST.json."""
+        """Whether an export made the directory `path`; another directory may have a MANIFEST.json too."""
         return (path / MANIFEST_NAME).is_file() and (path / INDEX_NAME).is_file() and (path / DATA_NAME).is_dir()
 
     def __repr__(self) -> str:
@@ -96,7 +95,7 @@ class Artifact:
 
     @property
     def is_reference(self) -> bool:
-        """Whether `data` is the source itself instead of a copy."""
+        """Whether `data` is the source itself and not a copy."""
         return self.data.is_symlink()
 
     @property
@@ -106,7 +105,7 @@ class Artifact:
 
     @property
     def payload_crc32c(self) -> int:
-        """The CRC32C of the payload, computed, not read."""
+        """The CRC32C of the payload, computed from the checksums of its members without reading them."""
         return self.manifest_file.payload_crc32c
 
     @cached_property
@@ -125,11 +124,11 @@ class Artifact:
 
     @cached_property
     def layout(self) -> TarMap:
-        """Where each byte of the payload comes from."""
+        """The layout of the payload: the origin of each byte."""
         return checked_layout(self.manifest_file, self.index)
 
     def adopt(self, manifest_file: ManifestFile) -> Artifact:
-        """The same members under another manifest whose body is byte-identical (see `Manifest.same_body`)."""
+        """The same members with another manifest whose body is byte-identical (see `Manifest.same_body`)."""
         other = Artifact(self.path, manifest_file)
         if not other.manifest.same_body(self.manifest):
             raise ArtifactInvalid(
@@ -144,17 +143,17 @@ class Artifact:
 
 
 def checked_layout(manifest_file: ManifestFile, index: Index) -> TarMap:
-    """The layout of a payload, after proving that manifest and index agree to the last bit.
+    """The layout of a payload, after a proof that manifest and index agree in every bit.
 
-    The sizes, the content digest and the CRC32C of the whole tar follow from the index; each must be what the
-    manifest says. So a manifest that passes here fixes every byte of the payload but the members' contents, and those
-    are fixed by their SHA-256.
+    The sizes, the content digest and the CRC32C of the whole tar follow from the index; each must equal the
+    manifest's value. So a manifest that passes fixes every byte of the payload except the members' contents, and their
+    SHA-256 values fix those.
 
     Raises:
-        ArtifactInvalid: naming what differs.
+        ArtifactInvalid: they differ; the message names the value.
     """
     manifest = manifest_file.manifest
-    # First, because a promise is below 2**63: sizes that are lies cannot overflow the layout after that.
+    # First, because a valid total is below 2**63: false sizes cannot overflow the layout after this check.
     if manifest.bytes != index.total_bytes:
         raise _contradiction("bytes", manifest.bytes, index.total_bytes)
     layout = TarMap(len(manifest_file.data), manifest.index.size, index)
@@ -182,7 +181,7 @@ def _contradiction(what: str, promised: object, actual: object) -> ArtifactInval
 
 
 def _read_own(path: Path, limit: int) -> bytes:
-    """A file of an artifact; of one that is larger than `limit`, one byte more than that."""
+    """The content of an artifact's file; at most one byte more than `limit`, if it is larger."""
     try:
         with reading(path), open(path, "rb") as file:
             return file.read(min(limit, MAX_INDEX_BYTES) + 1)
@@ -210,9 +209,9 @@ def check_index_bytes(data: bytes, manifest: Manifest) -> None:
 
 
 class PayloadSource:
-    """Produces any range of an artifact's payload from its files. Thread-safe: it keeps no open file.
+    """Produces any range of an artifact's payload from its files. Thread-safe: it keeps no file open.
 
-    Raises `SourceChanged` from every read that meets a file other than the one that was exported.
+    Every read raises `SourceChanged` if a file is not the one that was exported.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -248,7 +247,7 @@ class PayloadSource:
             position += span.length
 
     def chunks(self, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
-        """The payload's bytes of a range, a bufferful at a time, each valid until the next."""
+        """The payload's bytes of a range, one buffer at a time; each is valid until the next."""
         while length:
             chunk = buffer[: min(length, len(buffer))]
             self.read_into(offset, chunk)
@@ -312,7 +311,7 @@ def write_artifact(
     """Finish the artifact in `dest`, whose `data` is already there: index first, manifest last.
 
     Args:
-        origins: For a reference artifact, inode and mtime (ns) of each member's file.
+        origins: Inode and mtime (ns) of each member's file, for a reference artifact.
         holes: Bytes of the members that took no room at the source.
         private: The rows that only their owner may read; see `blobflow.artifact.privacy`.
     """
@@ -326,7 +325,7 @@ def write_artifact(
         raise over_the_limit("bytes in its index", MAX_INDEX_BYTES)
     index_crc = crc32c(index_bytes)
     created_at = created_at or datetime.now(timezone.utc)
-    # The layout of the body does not depend on the size of the manifest, so any size gives the body's checksum.
+    # The body's checksum does not depend on the size of the manifest, so the layout may use any size.
     layout = TarMap(0, len(index_bytes), index)
     manifest = Manifest(
         backend=backend,

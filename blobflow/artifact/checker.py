@@ -1,8 +1,8 @@
-"""Holding a payload to its index as it arrives, part by part, in any order.
+"""Checks a payload against its index as it arrives, part by part, in any order.
 
-The index is verified before the first byte, so the whole tar is known but for the members' contents: every header,
-padding and end block is compared with what it must be, and nothing in the payload is ever interpreted. A payload can
-lie only about contents, and those are held to their checksums.
+The index is verified before the first byte, so the whole tar is known except the members' contents. Every header,
+padding and end block is compared with its expected bytes; nothing in the payload is ever interpreted. A payload can
+be wrong only in contents, and those are checked against their checksums.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from blobflow.checksum import Buffer, sha256
 from blobflow.errors import ArtifactInvalid, DigestMismatch
 
 Place: TypeAlias = Callable[[int, int, memoryview], None]
-"""`place(member, content_offset, bytes)` keeps a run of a member's content."""
+"""`place(member, content_offset, bytes)` stores a run of a member's content."""
 ReadBack: TypeAlias = Callable[[int, int, int], Iterable[Buffer]]
-"""`read_back(member, content_offset, length)` gives kept content again, in order."""
+"""`read_back(member, content_offset, length)` returns stored content, in order."""
 
 _WORTH_WAITING: Final = 1 << 20
-"""Bytes of a run from which on waiting for its turn is cheaper than reading it back; the wait blocks one worker."""
+"""Bytes of a run from which waiting for its turn is cheaper than reading it back; the wait blocks one worker."""
 _PATIENCE_S: Final = 0.1
-"""How long: neighbours that are being hashed are through by then, one that is still on a slow network is not."""
+"""The longest wait: a neighbour that is being hashed is done by then; one on a slow network is not."""
 
 
 class _Frontier:
-    """A member that spans parts: hashed up to `position`; `early` holds the runs kept beyond it, start -> length."""
+    """A member that spans parts: hashed up to `position`; `early` has the runs stored beyond it, start -> length."""
 
     __slots__ = ("busy", "digest", "early", "position")
 
@@ -42,14 +42,14 @@ class _Frontier:
 class PayloadChecker:
     """Checks parts against the layout; thread-safe.
 
-    A member that lies inside one part is hashed from memory, before it is kept. One that spans parts is hashed along
-    a frontier: whoever brings the next run hashes it. A run that came too early waits a moment for its turn; if that
-    does not come it is read back once the frontier reaches it. A checker without `read_back` must be given the parts
-    in order.
+    A member inside one part is hashed from memory, before it is stored. One that spans parts is hashed along a
+    frontier: the thread with the next run hashes it. A run that came too early waits a moment for its turn. If its turn
+    does not come, it is read back once the frontier reaches it. A checker without `read_back` must get the parts in
+    order.
 
     Args:
-        digests: False checks everything but the SHA-256 of the contents (the caller proves them by CRC32C).
-        spanning: False leaves the members that span parts to somebody who sees all of them.
+        digests: False checks everything except the SHA-256 of the contents (the caller proves them by CRC32C).
+        spanning: False skips the members that span parts; another checker that sees all parts checks them.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class PayloadChecker:
         """Guards the frontiers; notified whenever one has moved."""
 
     def consume(self, offset: int, data: memoryview, place: Place | None = None) -> None:
-        """Check a run of payload bytes and keep its contents through `place`.
+        """Check a run of payload bytes and store its contents through `place`.
 
         Raises:
-            ArtifactInvalid: a byte that is no content differs from the layout.
+            ArtifactInvalid: a byte outside the contents differs from the layout.
             DigestMismatch: a member's content differs from the index.
         """
         position = 0
@@ -96,7 +96,7 @@ class PayloadChecker:
                     self._advance(member, span.content_offset, piece)
 
     def recall(self, offset: int, length: int) -> None:
-        """Take a range for kept by an earlier process: its spanning members are read back when their turn comes."""
+        """Accept a range that an earlier process stored: its spanning members are read back when their turn comes."""
         if not self._digests_spanning:
             return
         for span in self.layout.spans(offset, length):
@@ -108,7 +108,7 @@ class PayloadChecker:
         """Finish the members that only recalled ranges completed.
 
         Args:
-            on_tick: Called now and then while they are read back; raising from it stops that.
+            on_tick: Called from time to time while they are read back; an exception from it stops the work.
 
         Raises:
             DigestMismatch: a member's content differs from the index.
@@ -141,7 +141,7 @@ class PayloadChecker:
     def _drain(
         self, member: int, frontier: _Frontier, at_hand: Buffer, on_tick: Callable[[], None] = lambda: None
     ) -> None:
-        """Hash `at_hand`, then every kept run that follows; only the owner of `frontier.busy` comes here."""
+        """Hash `at_hand`, then every stored run that follows; only the thread that owns `frontier.busy` may call it."""
         frontier.digest.update(at_hand)
         position = frontier.position + len(at_hand)
         while True:

@@ -1,4 +1,4 @@
-"""Reading files once: SHA-256 and CRC32C of many files by a few threads, in constant memory."""
+"""Reads files once: SHA-256 and CRC32C of many files by a few threads, in constant memory."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ READ_SIZE: Final = 1 << 20
 _BATCH_FILES: Final = 256
 _BATCH_BYTES: Final = 64 << 20
 _READ_AHEAD_FROM: Final = 64 << 20
-"""Bytes of a file from which on a second thread is worth its start."""
+"""Bytes of a file from which a second thread is worth its start."""
 _TICK_S: Final = 0.5
 
 
 class FileHash(NamedTuple):
-    """What one pass over a file found."""
+    """The result of one pass over a file."""
 
     size: int
     sha256: bytes
@@ -31,8 +31,8 @@ class FileHash(NamedTuple):
 def hash_descriptor(descriptor: int, buffer: memoryview) -> FileHash:
     """Both checksums of an open file from its current position to its end, through `buffer`.
 
-    SHA-256 has no parallel form, so of a large file nothing else is done in its way: a second thread reads ahead
-    and computes the CRC32C.
+    SHA-256 cannot be computed in parallel. So for a large file, a second thread reads ahead and computes the CRC32C
+    meanwhile.
     """
     digest = hashlib.sha256()
     if os.fstat(descriptor).st_size < _READ_AHEAD_FROM:
@@ -70,13 +70,13 @@ def hash_files(
     on_batch: Callable[[int, int], None] | None = None,
     workers: int | None = None,
 ) -> Iterator[FileHash]:
-    """The hashes of files 0 .. count-1 in that order, made by a few threads ahead of the consumer.
+    """The hashes of files 0 .. count-1 in that order, computed by a few threads ahead of the consumer.
 
     Args:
-        sizes: Expected size of file i in bytes; only used to make batches even.
-        hash_one: Opens file i and hashes it through the given buffer; its exceptions come out here.
+        sizes: Expected size of file i in bytes; only used to balance the batches.
+        hash_one: Opens file i and hashes it through the given buffer; its exceptions are raised here.
         on_batch: Called in the calling thread with files and bytes done so far, after each batch and about twice a
-            second while one takes long: a lease is kept alive there.
+            second during a long one, so that the caller can keep a lease alive.
         workers: Threads; by default one for each processor, at most four.
     """
     workers = workers or min(4, os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""The index: one row for each member of an artifact, held in columns so that a million rows stay small."""
+"""The index: one row for each member of an artifact, stored in columns so that a million rows stay small."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Member(NamedTuple):
 
 
 def path_fault(path: str) -> str | None:
-    """Why `path` may not be a member's path, or None if it may."""
+    """Why `path` may not be a member's path; None if it may."""
     if _CONTROL.search(path):
         return "it contains a control character"
     try:
@@ -55,8 +55,8 @@ def path_fault(path: str) -> str | None:
 class Index:
     """The members of an artifact, sorted by path in UTF-8 order.
 
-    `index[i]` is a `Member`; the columns themselves (`paths`, `sizes`, `modes`, `mtimes_ns`, `sha256s`, `crcs`) are
-    there for loops over many rows.
+    `index[i]` is a `Member`. The columns (`paths`, `sizes`, `modes`, `mtimes_ns`, `sha256s`, `crcs`) are public for
+    loops over many rows.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Index:
         self.crcs = array("I")
 
     def append(self, member: Member) -> None:
-        """Add a row; rows come in the order of their paths."""
+        """Add a row; rows must come in the order of their paths."""
         self.paths.append(member.path)
         self.sizes.append(member.size)
         self.modes.append(member.mode)
@@ -116,34 +116,35 @@ class Index:
         """Refuse rows that must never be written.
 
         Raises:
-            HostileArtifact: naming the path and the rule.
+            HostileArtifact: a row breaks a rule; the message names the path and the rule.
         """
         IndexRules(self).check()
 
 
 class IndexRules:
-    """Holds the rows of an index to the rules, as they come."""
+    """Checks the rows of an index against the rules, as they arrive."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
         self._checked = 0
         self._previous = ""
-        # Files with whose paths the present one begins. In sorted order those that follow a file and begin with its
-        # path come without a gap, so that a comparison with these few takes the place of a set of all directories.
+        # Files whose paths are prefixes of the current one. In sorted order, the paths that begin with a file's path
+        # follow
+        # it without a gap. So comparing with these few files replaces a set of all directories.
         self._begun: list[str] = []
 
     def check(self) -> None:
-        """Refuse the first row, of those that came since the last call, that must never be written.
+        """Refuse a row that must never be written, among those added since the last call.
 
         Raises:
-            HostileArtifact: naming the path and the rule.
+            HostileArtifact: a row breaks a rule; the message names the path and the rule.
         """
         index, previous, begun = self._index, self._previous, self._begun
         for i in range(self._checked, len(index)):
             path = index.paths[i]
             if fault := path_fault(path):
                 raise refused_member(path, fault)
-            # Code point order is UTF-8 order; strictly ascending also means that no name comes twice.
+            # Code point order is UTF-8 order; a strictly ascending order also means that no name comes twice.
             if path <= previous:
                 raise refused_member(path, "it is a duplicate or out of order")
             previous = path
@@ -154,7 +155,7 @@ class IndexRules:
             if path.endswith("/") and (index.sizes[i] or index.modes[i] != EXECUTABLE_MODE):
                 raise refused_member(path, "a directory has content or another mode than 755")
             if not index.sizes[i] and (index.crcs[i] or index.sha256_of(i) != EMPTY_SHA256):
-                raise refused_member(path, "it is empty, but its checksums are not those of nothing")
+                raise refused_member(path, "it is empty, but its checksums are not those of an empty file")
             while begun and not path.startswith(begun[-1]):
                 begun.pop()
             for file in begun:
@@ -171,5 +172,5 @@ def refused_member(path: str, reason: str) -> HostileArtifact:
 
 
 def index_bytes_limit(members: int) -> int:
-    """The most bytes that an index of so many members may have: with the longest paths, and nothing compressed."""
+    """The maximum bytes of an index of so many members: with the longest paths, and nothing compressed."""
     return min(MAX_INDEX_BYTES, _FRAME_BYTES + members * (MAX_PATH_BYTES + _ROW_BYTES))

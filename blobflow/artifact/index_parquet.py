@@ -1,7 +1,7 @@
-"""The Parquet files of an artifact: the index, and the origins of a reference artifact. Both may come from an enemy."""
+"""The Parquet files of an artifact: the index, and the origins of a reference artifact. Both may be hostile."""
 
 # pyright: basic
-# pyarrow has no type stubs: under the strict rules every line that touches it would be an error.
+# pyarrow has no type stubs: under the strict rules every line that uses it would be an error.
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ _SCHEMA = pa.schema(
 _SCHEMA_READ = _SCHEMA.set(0, pa.field("path", pa.dictionary(pa.int32(), pa.string()), nullable=False))
 _ORIGINS = pa.schema([pa.field("inode", pa.uint64()), pa.field("mtime_ns", pa.int64())])
 _ENCODINGS: Final = frozenset({PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY})
-"""Of others a small page may stand for large values: in DELTA_BYTE_ARRAY each repeats a part of the one before."""
+"""Other encodings let a small page expand to large values: in DELTA_BYTE_ARRAY each repeats a part of the last one."""
 _BATCH_ROWS: Final = 2048
-"""Decoded before they are looked at: 8 MiB with the longest paths."""
+"""Rows that are decoded before they are checked: 8 MiB with the longest paths."""
 _MAX_GROUPS: Final = 1024
 _MAX_PATH_PAGE_BYTES: Final = 8 << 20
-"""Ours: 1 MiB, and what one more batch of 1,024 values of 4 KiB adds."""
+"""Our pages: 1 MiB, plus what one more batch of 1,024 values of 4 KiB adds."""
 _MAX_PAGE_BYTES: Final = 3 << 20
 _PAGE_BYTES: Final = 64 * 1024
 _UNREADABLE: Final = (pa.ArrowException, KeyError, OSError, RuntimeError, TypeError, UnicodeDecodeError)
-"""What pyarrow raises for bytes that are no Parquet, or that of other columns than ours."""
+"""What pyarrow raises for bytes that are not Parquet, or have other columns than ours."""
 
 
 def encode_index(index: Index) -> bytes:
@@ -89,14 +89,14 @@ def _batch(index: Index, start: int, stop: int) -> pa.RecordBatch:
 
 
 def decode_index(data: bytes, *, members: int) -> Index:
-    """The index in `data`, every row checked; the data may come from an enemy.
+    """The index in `data` with every row checked; the data may be hostile.
 
     Args:
-        members: How many rows the manifest promises.
+        members: The number of rows in the manifest.
 
     Raises:
-        ArtifactInvalid: not Parquet, another schema, another number of rows, or too large.
-        HostileArtifact: a row names a path, a mode or an order that must never be written.
+        ArtifactInvalid: it is not Parquet, has another schema or another number of rows, or is too large.
+        HostileArtifact: a row has a path, a mode or an order that must never be written.
     """
     if len(data) > MAX_INDEX_BYTES or members > MAX_MEMBERS:
         raise ArtifactInvalid(
@@ -105,12 +105,12 @@ def decode_index(data: bytes, *, members: int) -> Index:
             what="index",
         )
     if len(data) > index_bytes_limit(members):
-        raise ArtifactInvalid(f"an index of {members} members has no {len(data)} bytes", what="index")
+        raise ArtifactInvalid(f"an index of {members} members cannot have {len(data)} bytes", what="index")
     index, paths_bytes = Index(), 0
     rules = IndexRules(index)
     try:
         footer = check_footer(data, _MAX_GROUPS)
-        # Paths are read as a dictionary: otherwise one long string that stands for every row of a group would be
+        # Paths are read as a dictionary; otherwise one long string that stands for every row of a group would be
         # copied 65,536 times.
         file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=["path"])
         _check_shape(file, members)
@@ -119,7 +119,7 @@ def decode_index(data: bytes, *, members: int) -> Index:
             raise ArtifactInvalid("a row group of the index has other columns than an index", what="index")
         for group in range(file.num_row_groups):
             _check_pages(data, chunks[group], file.metadata.row_group(group).num_rows, footer)
-            # A few rows at a time, and each is looked at before the next ones are decoded.
+            # A few rows at a time; each batch is checked before the next one is decoded.
             for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], use_threads=False):
                 paths_bytes = _append_rows(index, batch, paths_bytes)
                 rules.check()
@@ -166,17 +166,17 @@ def _append_rows(index: Index, batch: pa.RecordBatch, paths_bytes: int) -> int:
 
 
 def encode_origins(inodes: Sequence[int], mtimes_ns: Sequence[int]) -> bytes:
-    """The inode and the modification time of each member's file, of a reference artifact, as Parquet columns."""
+    """The inode and the modification time of each member's file, as Parquet columns; for a reference artifact."""
     sink = io.BytesIO()
     pq.write_table(pa.table([inodes, mtimes_ns], schema=_ORIGINS), sink, compression="zstd")
     return sink.getvalue()
 
 
 def decode_origins(data: bytes, *, members: int) -> tuple[array[int], array[int]]:
-    """The inverse of `encode_origins`.
+    """The inodes and modification times in `data`; the inverse of `encode_origins`.
 
     Raises:
-        ArtifactInvalid: not such columns.
+        ArtifactInvalid: the data is not such columns.
     """
     try:
         _check_reference_footer(data)
@@ -200,7 +200,7 @@ def decode_origins(data: bytes, *, members: int) -> tuple[array[int], array[int]
 
 
 def _check_pages(data: bytes, columns: Sequence[tuple[int, int]], rows: int, footer: int) -> None:
-    """Refuse a row group whose pages are larger than its rows can make them; before one of them is decompressed."""
+    """Refuse a row group whose pages are larger than its rows allow, before any of them is decompressed."""
     decoded = 0
     for number, (start, stop) in enumerate(columns):
         if not 4 <= start <= stop <= footer:
@@ -214,7 +214,7 @@ def _check_pages(data: bytes, columns: Sequence[tuple[int, int]], rows: int, foo
                     f"a page of the index has {page.size} bytes for {page.values} values", what="index"
                 )
             if page.encoding not in _ENCODINGS or (page.kind == DICTIONARY and at):
-                raise ArtifactInvalid("a page of the index is encoded in another way than an index is", what="index")
+                raise ArtifactInvalid("a page of the index has an encoding that no index uses", what="index")
             values += page.values if page.kind != DICTIONARY else 0
             decoded += page.size
         if values != rows:

@@ -1,9 +1,9 @@
 """Landing: checked bytes become files beside the destination, and one rename makes them the destination.
 
-Adopted from an artifact: contents, sizes, the directory tree, the owner's execute bit. Everything is written through
-directory descriptors with O_NOFOLLOW and O_EXCL into a private stage. A journal of finished parts lets the next
-process continue. Lanes land parts side by side, each with a journal of its own; whoever holds the stage alone proves
-the whole and publishes it.
+Taken from an artifact: contents, sizes, the directory tree, the owner's execute bit. Everything is written into a
+private stage through directory descriptors, with O_NOFOLLOW and O_EXCL. A journal of finished parts lets the next
+process continue. Lanes land parts side by side, each with a separate journal. The process that holds the stage alone
+proves the whole and publishes it.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ _log = logging.getLogger(__name__)
 
 STAGE_PREFIX: Final = ".blobflow-download-"
 REPLACED_NAME: Final = "replaced"
-"""A file in a stage that has taken in what was at its destination, until that has been looked at once more."""
+"""Marks a stage that now contains the former content of its destination, until that was checked once more."""
 
 _JOURNAL_NAME: Final = "journal"
 _MOVING_NAME: Final = "moving"
-"""A file in a stage inside its destination: all of it is proven, and its entries are being moved out."""
+"""Marks a stage inside its destination: all of it is proven, and its entries are being moved out."""
 _MOVED: Final = (DATA_NAME, INDEX_NAME, MANIFEST_NAME)
-"""The entries, in the order in which they are moved: an artifact is there when its manifest is."""
+"""The entries in the order in which they are moved: an artifact is complete when its manifest is there."""
 _OF_THE_FILE_SYSTEM: Final = "lost+found"
 _LANE_PREFIX: Final = "lane-"
 _LOCK_NAME: Final = "lock"
@@ -75,14 +75,14 @@ _HOLE: Final = bytes(64 * 1024)
 """Aligned runs of zeros of this size are left as holes, so that a sparse file lands sparse."""
 _READ_BACK_SIZE: Final = 1 << 20
 _MAX_NOTE_BYTES: Final = 4096
-"""Of a line of the journal; ours have less than 150."""
+"""Maximum bytes of a line of the journal; ours have less than 150."""
 _MAX_PART_BYTES: Final = 5 << 30
 """S3's largest part."""
 _OPEN_FILE: Final = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def check_destination(dest: Path) -> None:
-    """Refuse a destination that holds anything.
+    """Refuse a destination that is not empty.
 
     Raises:
         DestinationNotEmpty: it exists and is not an empty directory.
@@ -94,7 +94,7 @@ def check_destination(dest: Path) -> None:
         empty = True
     except NotADirectoryError:
         empty = False
-    # A link, wherever it leads, cannot be replaced by a directory in one step.
+    # A link cannot be replaced by a directory in one step, whatever its target is.
     if not empty or dest.is_symlink():
         raise _not_empty(dest)
 
@@ -104,7 +104,7 @@ def _not_empty(dest: Path) -> DestinationNotEmpty:
 
 
 def is_fixed(dest: Path) -> bool:
-    """Whether a directory cannot be replaced: it is a mount point, or nothing may be renamed in its parent."""
+    """Whether a directory cannot be replaced: it is a mount point, or its parent allows no renames."""
     try:
         with Opened(dest) as here:
             parent = os.open(dest.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -122,7 +122,7 @@ def is_fixed(dest: Path) -> bool:
 
 
 def _mount_of(descriptor: int) -> str:
-    """What tells the mounts of this process apart; bind mounts of one file system are several."""
+    """An id of the mount of a descriptor; bind mounts of one file system have different ids."""
     try:
         with open(f"/proc/self/fdinfo/{descriptor}", encoding="ascii") as file:
             return next((line for line in file if line.startswith("mnt_id:")), "")
@@ -133,12 +133,12 @@ def _mount_of(descriptor: int) -> str:
 class Stage:
     """The private directory beside a destination where one artifact lands.
 
-    `<stage>/artifact` becomes the destination, `<stage>/journal` remembers the finished parts. One process holds it
+    `<stage>/artifact` becomes the destination, `<stage>/journal` records the finished parts. One process holds it
     alone (`held`), or lanes hold it together (`lane`), each with a journal `<stage>/lane-<number>`.
 
-    Where the destination cannot be replaced (`is_fixed`), the stage lies inside it, and the entries of the artifact are
-    moved out one by one, the manifest last: an artifact without one is not there. `<stage>/moving` says that this has
-    begun, so that it is continued after a crash.
+    If the destination cannot be replaced (`is_fixed`), the stage is inside it. Then the entries of the artifact are
+    moved out one by one, the manifest last, because an artifact without a manifest does not count. `<stage>/moving`
+    records that this has begun, so that it continues after a crash.
     """
 
     def __init__(self, dest: Path, artifact_digest: str) -> None:
@@ -147,21 +147,22 @@ class Stage:
         name = f"{dest.name}-{artifact_digest.removeprefix('sha256:')}"
         # Destination names may be as long as the file system allows, so the stage's name is a hash of it.
         self.is_inside = is_fixed(dest)
-        """Whether it lies in its destination, and not beside it."""
+        """Whether it is inside its destination, not beside it."""
         self._parent = dest if self.is_inside else dest.parent
         self.path = self._parent / f"{STAGE_PREFIX}{hashlib.sha256(os.fsencode(name)).hexdigest()[:24]}"
         self._at = self.path
-        """Where everything in it is reached: while it is held, through its descriptor, so that nobody who may rename it
-        leads a write elsewhere."""
+        """The path that all accesses use. While the stage is held, it goes through the stage's descriptor, so that a
+        user
+        who may rename the stage cannot redirect a write."""
         self._journal_name = _JOURNAL_NAME
         self.part_size: int | None = None
         """Part size of the parts in the journal; None in a fresh stage."""
         self.lanes = 1
-        """Among how many processes the parts are divided."""
+        """Number of processes that the parts are divided among."""
         self.done: dict[int, int] = {}
         """Finished parts: number -> CRC32C."""
         self.is_lane = False
-        """Whether others land parts beside this process."""
+        """Whether other processes land parts at the same time."""
         self._noting = threading.Lock()
 
     def __repr__(self) -> str:
@@ -169,7 +170,7 @@ class Stage:
 
     @property
     def tree(self) -> Path:
-        """The directory that becomes the destination. While the stage is held, a path for this process only."""
+        """The directory that becomes the destination. While the stage is held, only this process can use the path."""
         return self._at / _TREE_NAME
 
     @property
@@ -178,7 +179,7 @@ class Stage:
 
     @contextmanager
     def held(self) -> Generator[Stage]:
-        """Hold the stage alone; what earlier processes and lanes left in it is taken over.
+        """Hold the stage alone, and take over what earlier processes and lanes left in it.
 
         Raises:
             TransferBusy: another process lands the same artifact at the same destination.
@@ -192,10 +193,10 @@ class Stage:
 
     @contextmanager
     def lane(self, number: int, lanes: int) -> Generator[Stage]:
-        """Hold the stage as one of `lanes`, counted from 0. What the others do meanwhile is not seen.
+        """Hold the stage as one of `lanes`, counted from 0. The progress of other lanes is not visible.
 
         Raises:
-            TransferBusy: another process holds the stage alone, or is this very lane.
+            TransferBusy: another process holds the stage alone, or runs this lane.
             NotFoundError: the stage is not divided into that many lanes (see `divide`).
         """
         with self._locked(shared=True):
@@ -209,7 +210,7 @@ class Stage:
             self.is_lane = True
             self._journal_name = f"{_LANE_PREFIX}{number}"
             with open(self._journal, "ab") as own:
-                # Two processes that land the same part would take each other's files away.
+                # Two processes that land the same part would remove each other's files.
                 if not try_lock(own.fileno()):
                     raise TransferBusy(f"another process is lane {number} of {self.dest}", path=str(self.dest))
                 self._take_over(self._journal)
@@ -231,10 +232,10 @@ class Stage:
 
     @contextmanager
     def _opened(self) -> Generator[None]:
-        """Reach everything in the stage through its descriptor, where the system has /proc."""
+        """Access everything in the stage through its descriptor, if the system has /proc."""
         try:
             directory = os.open(self.path, OPEN_DIRECTORY)
-        except OSError:  # it is gone, or another now, as will be seen
+        except OSError:  # it is gone, or was replaced; `_is_open` finds out
             yield
             return
         try:
@@ -247,7 +248,7 @@ class Stage:
             os.close(directory)
 
     def _is_open(self, lock: int) -> bool:
-        """Whether the locked stage is still there, and still needed: the process before may have published it."""
+        """Whether the locked stage still exists and is still needed; another process may have just published it."""
         with writing(self.dest):
             try:
                 self.check_destination()
@@ -264,7 +265,7 @@ class Stage:
             self.done |= notes.done
 
     def _merge_lanes(self) -> None:
-        """Take the notes of lanes, also of those on other machines, over into the journal."""
+        """Move the notes of lanes, also of those on other machines, into the journal."""
         journals = sorted(self._at.glob(f"{_LANE_PREFIX}*"))
         if not journals:
             return
@@ -285,13 +286,13 @@ class Stage:
         self._append([{"artifact": self.artifact_digest, "part_size": part_size}, {"boot": boot_id()}], durable=True)
 
     def check_room(self, layout: TarMap, plan: TransferPlan, holes: int | None) -> None:
-        """Refuse to land more than there is room for, before the first byte; a fresh stage goes again.
+        """Refuse to land more than there is room for, before the first byte; then a fresh stage is removed.
 
         Args:
             holes: Bytes of the members that are left as holes.
 
         Raises:
-            DiskTooSmall: naming what is missing and what is free.
+            DiskTooSmall: there is less room; the message has the needed and the free bytes.
         """
         landed = sum(plan.part(number).length for number in self.done)
         try:
@@ -302,25 +303,25 @@ class Stage:
             raise too_small(str(self.dest), error.needed, error.free) from None
 
     def forget_all(self) -> None:
-        """Forget every part, for good: what follows makes the tree another one."""
+        """Forget every part durably, because the tree is about to change."""
         with writing(self.dest):
             self._journal.unlink(missing_ok=True)
             fsync_directory(self._at)
 
     def divide(self, lanes: int) -> None:
-        """Let that many lanes, on any machines that see this directory, land what is missing."""
+        """Let that many lanes, on any machines that see this directory, land the missing parts."""
         self.sync()
         self.lanes = lanes
         self._append([{"lanes": lanes}], durable=True)
 
     def note(self, number: int, crc: int) -> None:
-        """Record a part whose bytes were written; that survives this process, but not yet the machine. Thread-safe."""
+        """Record a part that was written. The note survives this process, but not yet a power cut. Thread-safe."""
         with self._noting:
             self._append([{"part": number, "crc32c": crc}])
             self.done[number] = crc
 
     def sync(self) -> int:
-        """Make all parts noted so far durable, and return how many these are."""
+        """Make all parts noted so far durable, and return their number."""
         with self._noting:
             noted = len(self.done)
             self._append([{"syncing": noted}])
@@ -331,7 +332,7 @@ class Stage:
         return noted
 
     def drop(self, numbers: Iterable[int]) -> None:
-        """Forget parts that turned out to be wrong, so that the next run fetches them again."""
+        """Forget parts that are wrong, so that the next run fetches them again."""
         with self._noting:
             dropped = [number for number in numbers if self.done.pop(number, None) is not None]
             self._append([{"drop": number} for number in dropped], durable=True)
@@ -343,10 +344,10 @@ class Stage:
                 os.fsync(file.fileno())
 
     def publish(self) -> None:
-        """Make the finished tree the destination, in one step, and remove the stage.
+        """Make the finished tree the destination in one step, and remove the stage.
 
         Raises:
-            DestinationNotEmpty: something appeared at the destination meanwhile; it is left alone.
+            DestinationNotEmpty: something appeared at the destination meanwhile; it stays unchanged.
         """
         with writing(self.dest):
             sync_tree(self._at)
@@ -360,7 +361,7 @@ class Stage:
             fsync_directory(self._parent)
         try:
             self.discard()
-        except OSError as error:  # what had to be done is done; `sweep` removes the rest
+        except OSError as error:  # the destination is complete; `sweep` removes the rest
             _log.warning("stage.stays path=%s error=%s", self.path, error)
 
     def check_destination(self) -> None:
@@ -377,11 +378,11 @@ class Stage:
 
     @property
     def is_moving(self) -> bool:
-        """Whether a process was killed while it published a stage inside its destination: `publish` goes on."""
+        """Whether a process was killed while it published a stage inside its destination; `publish` continues."""
         return self.is_inside and (self._at / _MOVING_NAME).exists()
 
     def move(self) -> None:
-        """Make the tree the destination, in one step; or the destination's entries, one by one, the manifest last."""
+        """Make the tree the destination in one step, or move its entries there one by one, the manifest last."""
         if not self.is_inside:
             os.rename(self.tree, self.dest)
             return
@@ -395,18 +396,18 @@ class Stage:
                 fsync_directory(self.dest)
 
     def sweep(self) -> None:
-        """Remove what a process left that published the stage and could not, or did not live to, remove it."""
+        """Remove the rest of a stage that a process published but did not remove."""
         with lock_of(self.path) as lock:
             if lock is not None and try_lock(lock):
                 self.discard()
 
     def discard(self) -> None:
-        """Remove the stage, which is held alone."""
+        """Remove the stage, which must be held alone."""
         remove_stage(self.path)
 
 
 class _Notes:
-    """What a journal says, a JSON object per line.
+    """The content of a journal, one JSON object per line.
 
     | line | means |
     |---|---|
@@ -414,11 +415,12 @@ class _Notes:
     | `{"lanes"}` | the missing parts are divided among that many lanes |
     | `{"boot"}` | a process begins, in that boot of a machine |
     | `{"part", "crc32c"}` | a part is written |
-    | `{"drop"}` | a part turned out to be wrong |
-    | `{"syncing"}`, later `{"synced"}` | the parts noted before the first survive the machine since the second |
+    | `{"drop"}` | a part was wrong |
+    | `{"syncing"}`, later `{"synced"}` | the parts noted before `syncing` are durable since `synced` |
 
-    A killed process leaves its bytes with the kernel, so every part counts that it noted. If the machine went down
-    since, or was another one, only those count that were synced.
+    A killed process leaves its bytes in the kernel, so every part that it noted counts. If the machine restarted since,
+    or
+    was another one, only the synced parts count.
     """
 
     def __init__(self) -> None:
@@ -432,7 +434,7 @@ class _Notes:
 
     @classmethod
     def read(cls, journal: Path) -> _Notes:
-        """The notes in a file; none if there is no such file."""
+        """The notes in a file; no notes if there is no such file."""
         notes = cls()
         try:
             with open(journal, "rb") as file:
@@ -444,7 +446,7 @@ class _Notes:
         return notes
 
     def _take(self, line: bytes) -> None:
-        """Take one line; one that is damaged, or was torn before others followed it, tells nothing."""
+        """Apply one line; a line that is damaged or torn is ignored."""
         try:
             match read_json(line, "journal"):
                 case {"artifact": str(), "part_size": int(size)} if 1 <= size <= _MAX_PART_BYTES:
@@ -467,7 +469,7 @@ class _Notes:
                 case _:
                     pass
         except ArtifactInvalid:
-            pass  # what it spoke of is fetched again
+            pass  # its part is fetched again
 
 
 @contextmanager
@@ -475,7 +477,7 @@ def lock_of(stage: Path) -> Generator[int | None]:
     """The descriptor of a stage's lock; None if the stage is gone.
 
     Raises:
-        RefusedError: it is another user's, or cannot be written to.
+        RefusedError: it belongs to another user, or cannot be written to.
     """
     lock: int | None = None
     with writing(stage), suppress(FileNotFoundError):
@@ -483,7 +485,7 @@ def lock_of(stage: Path) -> Generator[int | None]:
         try:
             if os.fstat(directory).st_uid != os.geteuid():
                 raise RefusedError(f"stage {stage} belongs to another user", hint="remove it", path=str(stage))
-            # Network file systems give an exclusive lock only to who may write.
+            # Network file systems give an exclusive lock only on a descriptor open for writing.
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             lock = os.open(_LOCK_NAME, flags, 0o600, dir_fd=directory)
         finally:
@@ -496,7 +498,7 @@ def lock_of(stage: Path) -> Generator[int | None]:
 
 
 def remove_stage(stage: Path) -> None:
-    """Drop a stage that the caller holds alone; its lock goes last, because until then nobody else may begin one."""
+    """Remove a stage that the caller holds alone; its lock goes last, so that nobody begins a new stage before."""
     with Opened(stage) as directory:
         for name in os.listdir(directory):
             if name != _LOCK_NAME:
@@ -505,7 +507,7 @@ def remove_stage(stage: Path) -> None:
     try:
         stage.rmdir()
     except OSError as error:
-        if error.errno != errno.ENOTEMPTY:  # somebody came at this moment, and will see that it has landed
+        if error.errno != errno.ENOTEMPTY:  # another process came at this moment, and will see that it has landed
             raise
 
 
@@ -514,8 +516,8 @@ class Landing:
 
     Args:
         plan: The parts, over the payload from the first member's entry to the end.
-        digests: Whether contents are held to their SHA-256; the CRC32C of the whole always is. In a lane, members
-            that span parts are left to whoever holds the stage alone afterwards.
+        digests: Whether contents are checked against their SHA-256; the CRC32C of the whole always is. In a lane, the
+            process that later holds the stage alone checks the members that span parts.
     """
 
     def __init__(self, stage: Stage, layout: TarMap, plan: TransferPlan, *, digests: bool = True) -> None:
@@ -537,7 +539,7 @@ class Landing:
         return f"<Landing {len(self.stage.done)} of {len(self.plan)} parts at {self.stage.dest}>"
 
     def _prepare(self) -> None:
-        """Make every directory, and the files that have no bytes to wait for."""
+        """Create every directory, and the files that need no bytes."""
         index, private, data = self._index, self.layout.private, self.stage.tree / DATA_NAME
         with writing(self.stage.dest):
             if private.covers(len(index)):
@@ -556,7 +558,7 @@ class Landing:
         """Check the bytes of a part and write them; returns their CRC32C.
 
         Raises:
-            IntegrityError: the bytes are not what the index promises; nothing wrong is kept as finished.
+            IntegrityError: the bytes do not match the index; no wrong part is noted as finished.
             DiskFull, RefusedError: it cannot be written; finished parts are kept.
         """
         crowd = self._crowd.around(self.layout.entries_in(part.offset, part.length))
@@ -565,14 +567,14 @@ class Landing:
         return crc32c(data)
 
     def landed(self, part: Part, crc: int) -> None:
-        """Note a part that `land` has finished; a killed process loses none of them. Thread-safe.
+        """Record a part that `land` has finished; a killed process loses none of them. Thread-safe.
 
-        The thread that landed it notes it: the calling thread may be held up by a checkpoint for seconds.
+        The thread that landed it records it, because a checkpoint may block the calling thread for seconds.
         """
         self.stage.note(part.number, crc)
 
     def sync(self) -> None:
-        """Make the parts landed so far survive the machine as well. Not thread-safe."""
+        """Make the parts landed so far survive a power cut as well. Not thread-safe."""
         if len(self.stage.done) != self._synced:
             self._synced = self.stage.sync()
 
@@ -587,10 +589,10 @@ class Landing:
 
         Args:
             head: The payload's bytes before the plan's first part.
-            on_tick: Called now and then while members are read back; raising from it stops that.
+            on_tick: Called from time to time while members are read back; an exception from it stops the work.
 
         Raises:
-            IntegrityError: the whole is not what was promised.
+            IntegrityError: the whole is not the expected payload.
             DestinationNotEmpty: something appeared at the destination meanwhile.
         """
         self._checker.settle(on_tick)
@@ -674,14 +676,14 @@ class _Writer:
         try:
             descriptor = os.open(name, _OPEN_FILE | os.O_CREAT | os.O_EXCL, mode, dir_fd=directory)
         except FileExistsError:
-            if not fresh:  # another worker was quicker with its piece
+            if not fresh:  # another worker created it for its piece
                 return self._sized(os.open(name, _OPEN_FILE, dir_fd=directory), member)
             os.unlink(name, dir_fd=directory)  # left by a process that was killed before it could note the part
             return os.open(name, _OPEN_FILE | os.O_CREAT | os.O_EXCL, mode, dir_fd=directory)
         return descriptor if fresh else self._sized(descriptor, member)
 
     def _sized(self, descriptor: int, member: int) -> int:
-        """Give the file its length, whoever made it: its last piece may be a hole, which nobody writes."""
+        """Give the file its length, whoever created it: its last piece may be a hole, which is not written."""
         os.ftruncate(descriptor, self._index.sizes[member])
         return descriptor
 
@@ -706,7 +708,7 @@ def _write_sparsely(descriptor: int, offset: int, data: memoryview) -> None:
         return
     start = 0
     for position in range(0, len(data) - len(_HOLE) + 1, len(_HOLE)):
-        # One look at two bytes spares the comparison for nearly everything that is no hole.
+        # Checking two bytes avoids the full comparison for nearly all runs that are not holes.
         if data[position] or data[position + len(_HOLE) - 1]:
             continue
         run = data[position : position + len(_HOLE)]
@@ -721,4 +723,4 @@ def _is_hole(descriptor: int, offset: int) -> bool:
     try:
         return os.lseek(descriptor, offset, os.SEEK_DATA) >= offset + len(_HOLE)
     except OSError as error:
-        return error.errno == errno.ENXIO  # nothing but holes up to the end
+        return error.errno == errno.ENXIO  # only holes up to the end

@@ -1,4 +1,4 @@
-"""What killed downloads left beside their destinations."""
+"""Removes what killed downloads left beside their destinations."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _log = logging.getLogger(__name__)
 
 
 def remove_stages(directory: Path, *, idle_since: float, dry_run: bool = False) -> list[Path]:
-    """Remove the stages in `directory` that nobody holds and nobody wrote to after `idle_since`.
+    """Remove the stages in `directory` that no process holds and that were not written to after `idle_since`.
 
     Args:
-        idle_since: Seconds since the epoch.
-        dry_run: Find them, and leave them alone.
+        idle_since: Unix time in seconds.
+        dry_run: Only find them.
 
     Returns:
         The stages that were removed, or would be. Those of other users stay.
@@ -39,6 +39,6 @@ def remove_stages(directory: Path, *, idle_since: float, dry_run: bool = False) 
                 removed.append(path)
         except RefusedError:
             continue
-        except (BlobflowError, OSError) as error:  # it landed meanwhile, is no directory, or is on a disk that fails
+        except (BlobflowError, OSError) as error:  # it landed meanwhile, is not a directory, or is on a failing disk
             _log.warning("stage.stays path=%s error=%s", path, error)
     return removed

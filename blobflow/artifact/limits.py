@@ -1,4 +1,4 @@
-"""The limits of an artifact, each in one place: the writer refuses what no reader would take, before a byte is sent."""
+"""The limits of an artifact in one place: the writer refuses, before it sends a byte, what no reader would accept."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Final
 from blobflow.errors import UnsupportedSource
 
 MAX_MANIFEST_BYTES: Final = 1024 * 1024
-"""A manifest is read whole from an untrusted place; a real one has about 500 bytes, most of the rest is for cursors."""
+"""A manifest is read whole from an untrusted place; a real one has about 500 bytes, the rest leaves room for
+cursors."""
 MAX_MEMBERS: Final = 10_000_000
 MAX_INDEX_BYTES: Final = 1 << 30
 ROWS_PER_GROUP: Final = 65_536
 MAX_GROUP_BYTES: Final = 512 << 20
 """Decoded bytes of one row group; ours have about 10 MB, and 65,536 paths of 4 KiB fit as well."""
 MAX_SEGMENT_BYTES: Final = 255
-"""The longest name that Linux file systems take."""
+"""The longest name that Linux file systems allow."""
 MAX_PATH_BYTES: Final = 4095
 """Linux's PATH_MAX without its NUL: a longer path cannot be opened."""
 MAX_PATHS_BYTES: Final = 2 << 30
-"""Of all paths together; ten million of ours have about 1 GB."""
+"""Bytes of all paths together; ten million of ours have about 1 GB."""
 MAX_TOTAL_BYTES: Final = (1 << 62) - 1
-"""Of all members together: with the headers it still is a number of 63 bits."""
+"""Bytes of all members together; with the headers the sum still fits into 63 bits."""
 
 
 class Tally:
-    """Counts the members of an artifact that is being made, and refuses the first one that would be too many."""
+    """Counts the members of an artifact during its export, and refuses the first one over a limit."""
 
     def __init__(self) -> None:
         self.members = 0
@@ -38,7 +39,7 @@ class Tally:
         """Count a member.
 
         Raises:
-            UnsupportedSource: the artifact would have more members, paths or bytes than can be read again.
+            UnsupportedSource: the artifact would have more members, path bytes or bytes than a reader accepts.
         """
         self.members += 1
         self.paths_bytes += len(path) if path.isascii() else len(path.encode())
@@ -53,10 +54,10 @@ class Tally:
 
 
 def over_the_limit(what: str, limit: int) -> UnsupportedSource:
-    """The error for a source that is more than one artifact can hold.
+    """The error for a source that exceeds a limit of artifacts.
 
     Args:
-        what: What there is too much of, in the plural.
+        what: The counted things, in the plural.
     """
     reason = f"it has more than {limit:,} {what}, the limit of an artifact"
     return UnsupportedSource(

@@ -27,7 +27,7 @@ ByteCount = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 _ABSENT: Final = ("private", "holes")
-"""Fields that a document does not have where they say nothing: it has the bytes that earlier versions give it."""
+"""Fields that a document omits if they are empty, so that it has the same bytes as in earlier versions."""
 
 
 class IndexInfo(BaseModel):
@@ -50,20 +50,20 @@ class BodyInfo(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Everything about an artifact but the list of its members. Fields added by later minor versions are ignored."""
+    """Everything about an artifact except the list of its members. Fields of later minor versions are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
     format: str = FORMAT
-    backend: str = Field(description="Which exporter made it, e.g. `directory`.")
-    cursor: JsonValue = Field(default=None, description="Where in the source's history this snapshot stands.")
+    backend: str = Field(description="The exporter that made it, e.g. `directory`.")
+    cursor: JsonValue = Field(default=None, description="Position of this snapshot in the source's history.")
     created_at: UtcTime
     producer: str
     members: ByteCount = Field(description="Rows of the index: files and empty directories.")
     bytes: ByteCount = Field(description="Sum of the sizes of the members.")
-    content_digest: Sha256Digest = Field(description="Of the content alone: equal trees, equal digests.")
+    content_digest: Sha256Digest = Field(description="Digest of the content alone: equal trees have equal digests.")
     executables_digest: Sha256Digest | None = Field(
-        default=None, description="Of the list of executable members; with content_digest it decides 'unchanged'."
+        default=None, description="Digest of the executable members' list; with content_digest it decides 'unchanged'."
     )
     private: str | None = Field(
         default=None,
@@ -72,7 +72,7 @@ class Manifest(BaseModel):
         description="Rows of the index that only their owner may read, e.g. `0-3,7`; None: everybody may read all.",
     )
     holes: ByteCount | None = Field(
-        default=None, description="Of `bytes`, those that took no room at the source; None: none that count."
+        default=None, description="Bytes of the members that took no room at the source; None if none count."
     )
     index: IndexInfo
     body: BodyInfo
@@ -93,10 +93,10 @@ class Manifest(BaseModel):
         """The manifest in `data`.
 
         Args:
-            key: Of its artifact, where it comes from a store; for messages.
+            key: Key of its artifact, if it comes from a store; for messages.
 
         Raises:
-            ArtifactInvalid: too large, not JSON, of another format or version, or with wrong fields.
+            ArtifactInvalid: it is too large, is not JSON, has another format or version, or has wrong fields.
         """
         what = "manifest" if key is None else f"manifest of {key!r}"
         if len(data) > MAX_MANIFEST_BYTES:
@@ -114,7 +114,7 @@ class Manifest(BaseModel):
         return as_model(cls, document, what)
 
     def document(self) -> dict[str, Any]:
-        """The fields as JSON values. Without private members and holes they are those that earlier versions write."""
+        """The fields as JSON values. Without private members and holes they are the fields of earlier versions."""
         return self.model_dump(mode="json", exclude={name for name in _ABSENT if getattr(self, name) is None})
 
     def encode(self) -> bytes:
@@ -126,7 +126,7 @@ class Manifest(BaseModel):
         try:
             data = json.dumps(self.document(), ensure_ascii=False, indent=1, allow_nan=False).encode() + b"\n"
         except ValueError as error:
-            raise ArtifactInvalid(f"the manifest is no JSON: {error}", what="manifest") from error
+            raise ArtifactInvalid(f"the manifest cannot be encoded as JSON: {error}", what="manifest") from error
         if len(data) > MAX_MANIFEST_BYTES:
             raise ArtifactInvalid(
                 f"manifest exceeds {MAX_MANIFEST_BYTES} bytes",
@@ -145,7 +145,7 @@ class Manifest(BaseModel):
         )
 
     def same_body(self, other: Manifest) -> bool:
-        """Whether both payloads are byte-identical after the manifest member, so that one may stand for the other."""
+        """Whether both payloads are byte-identical after the manifest member, so that one may replace the other."""
         return (self.content_digest, self.private, self.index, self.body) == (
             other.content_digest,
             other.private,
@@ -155,7 +155,7 @@ class Manifest(BaseModel):
 
 
 def is_private(manifest_bytes: bytes) -> bool:
-    """Whether others than its owner must not read an artifact, or even one file of it; of a damaged manifest, too."""
+    """Whether only its owner may read an artifact, or at least one file of it; also true for a damaged manifest."""
     try:
         return Manifest.parse(manifest_bytes).private is not None
     except ArtifactInvalid:

@@ -16,11 +16,11 @@ class ManifestFile:
 
     data: bytes
     manifest: Manifest = field(compare=False)
-    """What the bytes say; they may also have fields that this version does not know."""
+    """The parsed bytes; the bytes may also have fields that this version does not know."""
 
     @classmethod
     def parse(cls, data: bytes, key: str | None = None) -> ManifestFile:
-        """The manifest in `data`, where it comes from outside; see `Manifest.parse`.
+        """The manifest in `data` from outside; see `Manifest.parse`.
 
         Raises:
             ArtifactInvalid: it is not a manifest.
@@ -29,7 +29,7 @@ class ManifestFile:
 
     @classmethod
     def of(cls, manifest: Manifest) -> ManifestFile:
-        """The file of a manifest that was made here.
+        """The file of a manifest that this process made.
 
         Raises:
             ArtifactInvalid: it cannot be encoded; see `Manifest.encode`.

@@ -1,4 +1,4 @@
-"""The members of an artifact on local disk: opening them safely, and verifying them all."""
+"""The members of an artifact on local disk: opens them safely, and verifies them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from blobflow.trees import Cursor, open_below
 
 
 def visit_members(cursor: Cursor, paths: Sequence[str], private: PrivateRows) -> Iterator[tuple[int, str, str]]:
-    """Stand in the directory of each member in turn, which is made if it is missing.
+    """Move the cursor to the directory of each member in turn; a missing directory is created.
 
-    Directories with nothing but private members in them are private.
+    Directories that contain only private members are private.
 
-    Gives:
-        The row of the member, its path, and its name in that directory; an empty directory is that directory itself,
-        and has no name there.
+    Yields:
+        The row of the member, its path, and its name in that directory. An empty directory is itself the cursor's
+        directory, and has no name there.
     """
     mode = 0o777
     if private:
@@ -42,10 +42,10 @@ def visit_members(cursor: Cursor, paths: Sequence[str], private: PrivateRows) ->
 
 
 def permissions(mode: int, *, private: bool) -> int:
-    """What a member may be made with, before the umask.
+    """The mode with which a member may be created, before the umask.
 
     Args:
-        mode: Of its row in the index.
+        mode: Mode of its row in the index.
     """
     return (0o777 if mode == EXECUTABLE_MODE else 0o666) & (0o700 if private else 0o777)
 
@@ -54,10 +54,10 @@ def verify_members(artifact: Artifact, *, on_progress: Callable[[int, int], None
     """Read every member of a local artifact and compare size and SHA-256 with the index.
 
     Args:
-        on_progress: Called in the calling thread with bytes done and bytes in total.
+        on_progress: Called in the calling thread with bytes done and total bytes.
 
     Raises:
-        DigestMismatch: naming the first member that differs.
+        DigestMismatch: a member differs; the message names the first one.
         SourceChanged: a member is missing or not a regular file.
         UnsupportedSource: a member cannot be read.
     """
@@ -101,10 +101,10 @@ def _is_directory(root: str, path: str) -> bool:
 
 
 def open_regular(root: str | Path, path: str) -> io.FileIO:
-    """A file below `root`, opened for reading; anything but a regular file is refused.
+    """A file below `root`, opened for reading; only a regular file is accepted.
 
     Raises:
-        SourceChanged: it is gone, or not a regular file.
+        SourceChanged: it no longer exists, or is not a regular file.
         UnsupportedSource: it cannot be read.
     """
     with reading(path):

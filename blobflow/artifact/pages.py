@@ -1,10 +1,9 @@
-"""What a Parquet file would cost, found out from its own bytes before anything of it is decoded.
+"""Computes what a Parquet file would cost from its bytes, before anything of it is decoded.
 
-A footer says how large everything is, and a reader believes it: for a file of 10 kB, 64 MiB are decompressed for one
-string, and a list of a million elements is allocated before its first element is read. So the footer's lists are
-counted,
-and the header of every page is read here (Thrift's compact protocol, the fields of parquet.thrift). What a page says of
-its size is true, because a decompressor gets exactly that much room.
+A footer declares the sizes of everything, and a reader believes it: for a file of 10 kB, 64 MiB are decompressed for
+one string, and a list of a million elements is allocated before its first element is read. So the footer's lists are
+counted, and the header of every page is read here (Thrift's compact protocol, the fields of parquet.thrift). The size
+in a page header is true, because the decompressor gets exactly that much room.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from blobflow.errors import ArtifactInvalid
 
 MAGIC: Final = b"PAR1"
 MAX_FOOTER_BYTES: Final = 8 << 20
-"""Ours have at most 20 KB for each of 153 row groups."""
+"""Maximum of our footers: at most 20 KB for each of 153 row groups."""
 MAX_FOREIGN_FOOTER_BYTES: Final = 64 << 20
-"""Of files of other writers: 200,000 column chunks have about 20 MB."""
+"""Maximum footer of files from other writers: 200,000 column chunks have about 20 MB."""
 _ELEMENT_BYTES: Final = 8
-"""Of a structure in a list of theirs, at the least; one that says anything has more."""
+"""Minimum bytes of a structure in a list of a foreign footer; one with any content has more."""
 _ORDER_BYTES: Final = 3
 _MAX_LIST: Final = 64
-"""Elements of a list in a footer that is not the list of row groups: columns, encodings, notes."""
+"""Maximum elements of a footer list other than the row groups: columns, encodings, notes."""
 _MAX_DEPTH: Final = 16
 _WINDOW_BYTES: Final = 64 * 1024
 _MAX_HEADER_BYTES: Final = 64 * 1024
-"""Of a page: it may hold the smallest and the largest value."""
+"""Maximum bytes of a page header: it may hold the smallest and the largest value."""
 
 # Types of the compact protocol.
 _TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET, _MAP, _STRUCT = range(1, 13)
@@ -45,19 +44,19 @@ class Page(NamedTuple):
     encoding: int
     values: int
     size: int
-    """Bytes once it is decompressed."""
+    """Bytes after decompression."""
     stored: int
     """Bytes in the file."""
 
 
 class Octets(Protocol):
-    """Bytes that are asked for one by one."""
+    """Bytes that are read one by one."""
 
     def __getitem__(self, at: int, /) -> int: ...
 
 
 class FileBytes:
-    """The bytes of a file, of which a few are held."""
+    """The bytes of a file, with a few of them in memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._descriptor = file.fileno()
@@ -74,10 +73,10 @@ class FileBytes:
 
 
 def check_foreign_footer(file: IO[bytes]) -> int:
-    """Count everything in the footer of a file that any writer may have made; returns where it begins.
+    """Count everything in the footer of a file from any writer; returns the offset of the footer.
 
     Raises:
-        ArtifactInvalid: it is none, or announces more than it has.
+        ArtifactInvalid: there is no footer, or it announces more than it has.
     """
     data = FileBytes(file)
     end = bytes(data[at] for at in range(max(0, data.size - 8), data.size))
@@ -98,10 +97,11 @@ def check_foreign_footer(file: IO[bytes]) -> int:
 
 
 def check_footer(data: bytes | memoryview, max_groups: int) -> int:
-    """Count everything in the footer of a file; returns where it begins.
+    """Count everything in the footer of a file; returns the offset of the footer.
 
     Raises:
-        ArtifactInvalid: it is none, or has more row groups than `max_groups`, or any list that no file of ours has.
+        ArtifactInvalid: there is no footer, or it has more row groups than `max_groups`, or a list that our files never
+            have.
     """
     if len(data) < 12 or data[:4] != MAGIC or data[-4:] != MAGIC:
         raise _broken("it does not begin and end as Parquet does")
@@ -119,9 +119,9 @@ def check_footer(data: bytes | memoryview, max_groups: int) -> int:
 
 
 def column_chunks(data: Octets, start: int, stop: int) -> Iterator[list[tuple[int, int]]]:
-    """Where the pages of each column begin and end, row group by row group, as a footer that was counted says.
+    """The start and end of each column's pages, row group by row group, from a footer that was counted.
 
-    Not by pyarrow: `RowGroupMetaData.column` ends the process where the statistics of a column contradict each other.
+    pyarrow is not used: `RowGroupMetaData.column` ends the process if the statistics of a column contradict each other.
     """
     reader = _Reader(data, start, stop)
     for field, kind in reader.fields():
@@ -151,7 +151,7 @@ def pages(data: Octets, start: int, stop: int) -> Iterator[Page]:
     """The headers of the pages of a column chunk.
 
     Raises:
-        ArtifactInvalid: between `start` and `stop` there is anything but pages.
+        ArtifactInvalid: there is something other than pages between `start` and `stop`.
     """
     while start < stop:
         reader = _Reader(data, start, min(stop, start + _MAX_HEADER_BYTES))
@@ -186,12 +186,12 @@ def _page(reader: _Reader) -> tuple[Page, int]:
 
 
 class _Reader:
-    """Reads Thrift's compact protocol, and keeps nothing but numbers."""
+    """Reads Thrift's compact protocol, and keeps only numbers."""
 
     def __init__(self, data: Octets, position: int, stop: int, *, foreign: bool = False) -> None:
         self._data = data
         self._foreign = foreign
-        """Lists may have any length that their bytes allow."""
+        """Whether lists may have any length that their bytes allow."""
         self.position = position
         self._stop = stop
 
@@ -205,17 +205,17 @@ class _Reader:
             yield field, head & 15
 
     def integer(self) -> int:
-        """A number in zigzag."""
+        """The next number, in zigzag encoding."""
         number = self._varint()
         return (number >> 1) ^ -(number & 1)
 
     def count(self) -> int:
-        """How many elements a list has that was counted before; each is read then."""
+        """The length of a list that was counted before; its elements are read next."""
         head = self._byte()
         return head >> 4 if head >> 4 < 15 else self._varint()
 
     def skip_counted(self, kind: int) -> None:
-        """Pass over a value that was counted before."""
+        """Skip a value that was counted before."""
         self._foreign = True
         if kind in (_LIST, _SET):
             self.skip_list(0, 0, least=1)
@@ -223,7 +223,7 @@ class _Reader:
             self.skip(kind)
 
     def integers(self, *, counted: bool = False) -> dict[int, int]:
-        """The numbers among the fields of a struct; all else is skipped."""
+        """The numbers among the fields of a struct; other fields are skipped."""
         found: dict[int, int] = {}
         for field, kind in self.fields(1):
             if kind in _INTEGERS:
@@ -235,7 +235,7 @@ class _Reader:
         return found
 
     def skip(self, kind: int, depth: int = 0) -> None:
-        """Pass over a value."""
+        """Skip a value."""
         if kind in (_TRUE, _FALSE):
             return
         if kind == _BYTE:
@@ -255,7 +255,7 @@ class _Reader:
             raise _broken("it has a value of a type that Parquet does not use")
 
     def skip_list(self, depth: int, limit: int, least: int = _ELEMENT_BYTES) -> None:
-        """Pass over a list with at most `limit` elements."""
+        """Skip a list with at most `limit` elements."""
         head = self._byte()
         count = head >> 4 if head >> 4 < 15 else self._varint()
         if self._foreign:

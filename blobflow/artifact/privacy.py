@@ -1,7 +1,7 @@
-"""Which members of an artifact only their owner may read: rows of the index, as ranges. No I/O happens here.
+"""The members of an artifact that only their owner may read: rows of the index, as ranges. No I/O happens here.
 
 A file is private if its group and everybody else may not both read it, or if a directory between it and the root of
-the source, the root included, keeps them out. Nothing finer is kept: a group is another one on another machine.
+the source, including the root, denies them access. Nothing finer is recorded, because a group differs between machines.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from itertools import chain
 from typing import Final
 
 MAX_PRIVATE_CHARS: Final = 65_536
-"""Of the ranges of a manifest. Where private and other members alternate so often, all of them count as private."""
+"""Maximum length of a manifest's ranges. If private and other members alternate more often, all count as private."""
 
 RANGES: Final = r"^[0-9]{1,8}(-[0-9]{1,8})?(,[0-9]{1,8}(-[0-9]{1,8})?)*$"
-"""Rows from 0: `0-3,7`. An index has at most 10,000,000."""
+"""Rows from 0: `0-3,7`. An index has at most 10,000,000 rows."""
 
 _ALL_READ: Final = stat.S_IRGRP | stat.S_IROTH
 _ALL_SEARCH: Final = _ALL_READ | stat.S_IXGRP | stat.S_IXOTH
@@ -27,7 +27,7 @@ class PrivateRows:
     """A set of rows; see `encode`.
 
     Args:
-        ranges: As in a manifest; None: no row.
+        ranges: The ranges of a manifest; None for no rows.
 
     Raises:
         ValueError: they overlap, or are not in order.
@@ -55,7 +55,7 @@ class PrivateRows:
         return place > 0 and row < self._stops[place - 1]
 
     def covers(self, rows: int) -> bool:
-        """Whether each of the first `rows` rows is in it."""
+        """Whether it contains each of the first `rows` rows."""
         return rows > 0 and len(self._starts) == 1 and self._starts[0] == 0 and self._stops[0] >= rows
 
     @property
@@ -82,10 +82,10 @@ def encode(flags: Iterable[object]) -> str | None:
 
 
 def file_is_private(status_mode: int) -> bool:
-    """Whether others than its owner are kept from reading a file."""
+    """Whether its group or everybody else cannot read a file."""
     return status_mode & _ALL_READ != _ALL_READ
 
 
 def directory_is_private(status_mode: int) -> bool:
-    """Whether others than its owner are kept from listing or entering a directory."""
+    """Whether its group or everybody else cannot list or enter a directory."""
     return status_mode & _ALL_SEARCH != _ALL_SEARCH

@@ -1,9 +1,9 @@
-"""Crowds of small files: one thread at a time goes through one.
+"""A lock for many small files: one thread at a time reads or writes them.
 
-Opening, reading and closing a small file are a handful of system calls, and each gives the interpreter lock away and
-queues for it again. Four threads that do so get in each other's way: measured with 32 KiB files, they take twice the
-time and the processor time of one thread alone. So whoever has many small files to touch takes this lock; large
-reads, hashing and the network go on beside it.
+Opening, reading and closing a small file are a few system calls, and each releases the interpreter lock and waits for
+it again. Four threads that do so slow each other down: with 32 KiB files they were measured to take twice the time and
+the processor time of one thread. So a thread with many small files takes this lock. Large reads, hashing and the
+network continue in parallel.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from threading import Lock
 from typing import Final
 
 CROWD: Final = 16
-"""Files in one part or batch from which on the lock is cheaper than the queueing."""
+"""Files in one part or batch from which the lock is cheaper than the waiting."""
 
 
 class SmallFileLock:
-    """Belongs to one source or target, so that a hanging file system holds up nobody else."""
+    """A lock for one source or target, so that a hanging file system blocks no other."""
 
     def __init__(self) -> None:
         self._lock = Lock()
 
     @contextmanager
     def around(self, files: int) -> Generator[None]:
-        """Hold the lock while going through `files` files, if they are a crowd."""
+        """Hold the lock during the access to `files` files, if they are `CROWD` or more."""
         if files < CROWD:
             yield
         else:

@@ -1,7 +1,7 @@
-"""The virtual tar: where every byte of a payload comes from, without the payload ever being made.
+"""The virtual tar: the origin of every byte of a payload, which never exists as a whole.
 
-The index fixes every header and every offset, so any range of the payload can be produced from the source files and
-consumed into the target files, in any order. Byte layout: docs/format.md; POSIX pax (IEEE Std 1003.1, "pax
+The index fixes every header and every offset. So any range of the payload can be produced from the source files and
+written into the target files, in any order. Byte layout: docs/format.md; POSIX pax (IEEE Std 1003.1, "pax
 Interchange Format"), which every stock `tar` unpacks. Pure arithmetic: no I/O happens here.
 """
 
@@ -22,7 +22,7 @@ _END: Final = bytes(2 * BLOCK)
 _ZEROS: Final = bytes(BLOCK)
 _NAME_BYTES: Final = 100
 _OCTAL_LIMIT: Final = 8**11
-"""The size field has eleven octal digits; from 8 GiB on the size stands in a pax record."""
+"""The size field has eleven octal digits; a size of 8 GiB or more is in a pax record."""
 
 INDEX: Final = 1
 FIRST_MEMBER: Final = 2
@@ -34,20 +34,20 @@ class Span(NamedTuple):
 
     length: int
     entry: int
-    """The entry the bytes belong to; its header, content or padding."""
+    """The entry that the bytes belong to (header, content or padding)."""
     content_offset: int
-    """Where in the entry's content the run starts; -1 for header, padding and end blocks."""
+    """Where the run starts in the entry's content; -1 for header, padding and end blocks."""
     literal: bytes
-    """The bytes themselves where they are not content; otherwise empty."""
+    """The bytes themselves if they are not content; otherwise empty."""
 
 
 def member_length(name: str, size: int) -> int:
-    """Bytes that an entry takes in the tar: headers, content, padding."""
+    """Bytes of an entry in the tar: headers, content, padding."""
     return _header_length(name, size) + size + -size % BLOCK
 
 
 def header(name: str, size: int, mode: int) -> bytes:
-    """The normalised header of an entry: owner and times 0, pax records only where name or size need them."""
+    """The normalised header of an entry: owner and times 0, pax records only if name or size need them."""
     records = _pax_records(name, size)
     kind = b"5" if name.endswith("/") else b"0"
     shown = name.encode("ascii", "replace")[:_NAME_BYTES]
@@ -86,7 +86,7 @@ def _pax_records(name: str, size: int) -> bytes:
 
 
 def _pax_record(keyword: bytes, value: bytes) -> bytes:
-    """`<length> <keyword>=<value>` and a newline, where the length counts its own digits."""
+    """`<length> <keyword>=<value>` and a newline; the length includes its own digits."""
     rest = len(keyword) + len(value) + 3
     length = rest + len(str(rest))
     if len(str(length)) > len(str(rest)):
@@ -106,7 +106,7 @@ class TarMap:
     def __init__(self, manifest_size: int, index_size: int, index: Index) -> None:
         self.index = index
         self.private = PrivateRows()
-        """The members that only their owner may read; of the manifest, and no byte of the payload depends on them."""
+        """The members that only their owner may read, from the manifest; no byte of the payload depends on them."""
         self._own_sizes = (manifest_size, index_size)
         starts = array("Q", [0, manifest_entry_length(manifest_size)])
         position = starts[INDEX] + member_length(INDEX_NAME, index_size)
@@ -122,12 +122,12 @@ class TarMap:
 
     @property
     def body_start(self) -> int:
-        """Where the body begins: the first byte after the manifest's entry."""
+        """Offset of the body: the first byte after the manifest's entry."""
         return self._starts[INDEX]
 
     @property
     def data_start(self) -> int:
-        """Where the first member's entry begins, or the end blocks if there is none."""
+        """Offset of the first member's entry, or of the end blocks if there are no members."""
         return self._starts[FIRST_MEMBER] if len(self.index) else self._end
 
     def entry(self, number: int) -> tuple[str, int, int]:
@@ -145,14 +145,15 @@ class TarMap:
     def slice_of_members(self, number: int, count: int) -> tuple[int, int]:
         """Payload offset and length of the `number`-th (from 1) of `count` slices of about equal size.
 
-        Slices begin and end between entries, so each member is whole in one of them, and together they are all that
-        comes after the index. A slice can be empty: where one member is larger than a slice.
+        Slices begin and end between entries, so each member is whole in one of them. Together they cover everything
+        after
+        the index. A slice can be empty, if one member is larger than a slice.
         """
         start, stop = (self._boundary((self.size - self.data_start) * part // count) for part in (number - 1, number))
         return start, stop - start
 
     def _boundary(self, distance: int) -> int:
-        """The first place between two entries that is at least `distance` bytes after the beginning of the members."""
+        """The first place between two entries that is at least `distance` bytes after the start of the members."""
         wanted = self.data_start + distance
         if wanted > self._end:
             return self.size
@@ -160,7 +161,7 @@ class TarMap:
         return self._starts[later] if later < len(self._starts) else self._end
 
     def entries_in(self, offset: int, length: int) -> int:
-        """How many entries a non-empty range touches."""
+        """The number of entries in a non-empty range."""
         return bisect_right(self._starts, offset + length - 1) - bisect_right(self._starts, offset) + 1
 
     def spans(self, offset: int, length: int) -> Iterator[Span]:
@@ -205,7 +206,7 @@ class TarMap:
         """The CRC32C of the body, from the members' checksums alone.
 
         Args:
-            index_crc32c: Of the bytes of `INDEX.parquet`.
+            index_crc32c: CRC32C of the bytes of `INDEX.parquet`.
         """
         crc = _add_entry(0, header(INDEX_NAME, self._own_sizes[INDEX], FILE_MODE), self._own_sizes[INDEX], index_crc32c)
         index = self.index
