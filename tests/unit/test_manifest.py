@@ -163,7 +163,7 @@ def test_a_mebibyte_is_the_limit():
 
 def test_a_cursor_that_is_no_json_is_not_written():
     """NaN is a Python extension; a manifest that only Python can read is not portable."""
-    with pytest.raises(ArtifactInvalid, match="no JSON"):
+    with pytest.raises(ArtifactInvalid, match="cannot be encoded as JSON"):
         MANIFEST.model_copy(update={"cursor": float("nan")}).encode()
 
 
