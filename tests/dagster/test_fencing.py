@@ -176,8 +176,8 @@ def test_a_step_that_wakes_up_late_moves_nothing_back(place: Place, moment: str)
         write_tree(place.source, {"newer": "file"})
         assert place.run(resource=place.resource()).success
 
-    # The n-th store to be opened: by export, upload, verify, and twice by download, which looks at the ref first.
-    opened_by = {"verify": 3, "download": 5}[moment]
+    # Each step opens one store: export, upload, verify, download.
+    opened_by = {"verify": 3, "download": 4}[moment]
     left = [newer_round]
 
     def faults(request: Request) -> Fault | None:

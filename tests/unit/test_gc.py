@@ -40,7 +40,7 @@ GONE = f"{process_owner().rpartition('/')[0]}/{10**9}"
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock(time.time())  # intents are written by the real one
+    return Clock(float(int(time.time())))  # intents are written by the real one; whole seconds are exact in every unit
 
 
 @pytest.fixture
