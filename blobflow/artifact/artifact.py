@@ -7,7 +7,7 @@ records inode and mtime of each member's file; both are checked, together with i
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -245,15 +245,6 @@ class PayloadSource:
             else:
                 self._read_member(span.entry - FIRST_MEMBER, span.content_offset, target)
             position += span.length
-
-    def chunks(self, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
-        """The payload's bytes of a range, one buffer at a time; each is valid until the next."""
-        while length:
-            chunk = buffer[: min(length, len(buffer))]
-            self.read_into(offset, chunk)
-            yield chunk
-            offset += len(chunk)
-            length -= len(chunk)
 
     def _read_member(self, member: int, offset: int, target: memoryview) -> None:
         path = self._index.paths[member]

@@ -67,9 +67,9 @@ class LayerRequest:
 
 @dataclass
 class Sent:
-    """What sending a layer took."""
+    """What sending a layer took; the fields are those of a `LayerSyncResult`."""
 
-    meta: LayerMeta
+    layer: LayerMeta
     parts: int = 1
     parts_resumed: int = 0
     bytes_sent: int = 0
@@ -403,7 +403,7 @@ class _Sending(_Layer):
                 log.info("layer.vanished key=%s upload_id=%s error=%s", self.key, session.upload_id, error)
                 session.abandon()
                 return self._settled()
-            self.publish(sent.meta, made)
+            self.publish(sent.layer, made)
         session.close()
         self.progress.done()
         return sent
@@ -432,7 +432,7 @@ class _Sending(_Layer):
             frames = cutter.log()
             progress.save()
         plan = TransferPlan(sum(frames.sizes) + seek_table_size(len(self.plan)), part_size)
-        sent.meta, made = self.complete(plan, frames)
+        sent.layer, made = self.complete(plan, frames)
         sent.parts, sent.checkpoints_saved = len(plan), progress.saved
         return sent, made
 

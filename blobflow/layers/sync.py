@@ -171,11 +171,7 @@ class LayerSync:
         if known is None:
             known = self._recovered(container)
             if known is None:
-                raise NotFoundError(
-                    f"no container {container!r} in {self.store.url}",
-                    hint="list what there is with `blobflow layer ls`",
-                    name=container,
-                )
+                raise self._not_found(container)
             self._table.save(known)
         return known
 
@@ -226,12 +222,12 @@ class LayerSync:
             digest = layer_digest(artifact.manifest)
             state = self._drop_superseded(state, digest)
             key = layer_key(digest)
-            if finished is not None and finished.meta.digest == digest:
+            if finished is not None and finished.layer.digest == digest:
                 status, sent = "uploaded", finished
             else:
                 status, sent = self._send(state, digest, artifact, path)
             if status != "unchanged":
-                move_ref(self.store, container_ref(container), key, manifest_digest(sent.meta))
+                move_ref(self.store, container_ref(container), key, manifest_digest(sent.layer))
         synced = self._table.load(container) or state
         self._table.save(
             synced.model_copy(
@@ -249,18 +245,13 @@ class LayerSync:
             container=container,
             digest=digest,
             key=key,
-            layer=sent.meta,
             files_read=cache.files_read,
             excluded=cache.found.excluded,
             symlinks_skipped=cache.found.symlinks_skipped,
             unmatched=cache.found.unmatched,
-            bytes_total=sent.meta.tar_size,
+            bytes_total=sent.layer.tar_size,
             seconds=time.monotonic() - started,
-            parts=sent.parts,
-            parts_resumed=sent.parts_resumed,
-            bytes_sent=sent.bytes_sent,
-            bytes_resumed=sent.bytes_resumed,
-            checkpoints_saved=sent.checkpoints_saved,
+            **vars(sent),
         )
 
     def restore(self, container: str, dest: str | Path, *, overwrite: bool = False) -> LayerRestoreResult:
@@ -282,22 +273,17 @@ class LayerSync:
         dest = Path(dest).absolute()
         ref = self._ref(container)
         if ref is None:
-            raise NotFoundError(
-                f"no container {container!r} in {self.store.url}",
-                hint="list what there is with `blobflow layer ls`",
-                name=container,
-            )
+            raise self._not_found(container)
         layer = RemoteLayer.open(self.store, ref.key)
         state = self._table.load(container) or SyncState(container=container)
         earlier = _earlier(state, dest)
         replaceable = Replaceable(earlier, overwrite, lambda directory: self._digest_of(directory, dest))
         replaceable.check(dest)
         result: dict[str, Any] = {"container": container, "digest": layer.meta.digest, "key": ref.key, "path": dest}
-        result["bytes_total"] = layer.meta.tar_size
+        result |= {"layer": layer.meta, "bytes_total": layer.meta.tar_size}
         if earlier is not None and not overwrite and earlier.digest == layer.meta.digest:
             kept = sweep(dest, layer, replaceable)
-            result["seconds"] = time.monotonic() - started
-            return LayerRestoreResult("unchanged", layer=layer.meta, kept=kept, **result)
+            return LayerRestoreResult("unchanged", kept=kept, seconds=time.monotonic() - started, **result)
 
         def remember(new: Restored, *, others: bool) -> None:
             # Both, until the new one is in its place: whoever comes after a crash finds one of them there.
@@ -317,17 +303,8 @@ class LayerSync:
         known = self._table.load(container) or state
         digests = {"local_digest": layer.meta.digest, "remote_digest": layer.meta.digest}
         self._table.save(known.model_copy(update=digests))
-        return LayerRestoreResult(
-            "restored",
-            layer=layer.meta,
-            seconds=time.monotonic() - started,
-            parts=landed.parts,
-            bytes_received=landed.bytes_received,
-            bytes_resumed=landed.bytes_resumed,
-            checkpoints_saved=landed.checkpoints_saved,
-            kept=landed.kept,
-            **result,
-        )
+        result |= {"seconds": time.monotonic() - started}
+        return LayerRestoreResult("restored", **(vars(landed) | result))
 
     def _digest_of(self, directory: Path, dest: Path) -> str | None:
         """What a restored directory holds now; None if somebody put something there that no layer can hold.
@@ -415,7 +392,7 @@ class LayerSync:
         )
         with _logged("upload", key=key, container=state.container) as facts:
             sent = send_layer(request)
-            facts |= {"bytes": sent.meta.object_size, "parts": sent.parts, "resumed": sent.bytes_resumed}
+            facts |= {"bytes": sent.layer.object_size, "parts": sent.parts, "resumed": sent.bytes_resumed}
         return "uploaded", sent
 
     @contextmanager
@@ -431,6 +408,10 @@ class LayerSync:
     def _ref(self, container: str) -> RefState | None:
         _check_name(container)
         return read_ref(self.store, container_ref(container))
+
+    def _not_found(self, container: str) -> NotFoundError:
+        hint = "list what there is with `blobflow layer ls`"
+        return NotFoundError(f"no container {container!r} in {self.store.url}", hint=hint, name=container)
 
     def _recovered(self, container: str) -> SyncState | None:
         """What the bucket knows of a container."""

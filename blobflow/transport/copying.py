@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -206,15 +205,6 @@ class RemotePayload:
         remote = self.remote
         address = None if _is_same_place(remote.store, target) else address_of(remote.store, remote.key)
         return target.copy(remote.key, key) if address is None else copy_from(target, address, remote.payload, key)
-
-    def chunks(self, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
-        """The payload's bytes of a range, a bufferful at a time, each valid until the next."""
-        while length:
-            chunk = buffer[: min(length, len(buffer))]
-            self.read_into(offset, chunk)
-            yield chunk
-            offset += len(chunk)
-            length -= len(chunk)
 
 
 class _ServerCopy(MultipartUpload):

@@ -24,9 +24,9 @@ import time
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.landing import Landing, Stage
@@ -60,8 +60,31 @@ _OWNER: Final = "lanes"
 
 
 @dataclass(frozen=True)
-class UploadTicket:
+class _Ticket:
+    _KIND: ClassVar[str]
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json_dict(cls, document: dict[str, Any]) -> Self:
+        """The inverse of `to_json_dict`.
+
+        Raises:
+            UsageError: not a ticket.
+        """
+        try:
+            return cls(**document)
+        except TypeError as error:
+            raise UsageError(f"not the ticket of {cls._KIND}: {plain(str(error))}") from error
+
+
+@dataclass(frozen=True)
+class UploadTicket(_Ticket):
     """An upload that was begun: what a lane has to know, besides the store and the artifact."""
+
+    _KIND = "an upload"
 
     key: str
     upload_id: str
@@ -79,26 +102,12 @@ class UploadTicket:
             raise UsageError(f"there is no lane {lane} of {lanes}")
         return range(lane + 1, self.parts + 1, lanes)
 
-    def to_json_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json_dict(cls, document: dict[str, Any]) -> UploadTicket:
-        """The inverse of `to_json_dict`.
-
-        Raises:
-            UsageError: not a ticket.
-        """
-        try:
-            return cls(**document)
-        except TypeError as error:
-            raise UsageError(f"not the ticket of an upload: {plain(str(error))}") from error
-
 
 @dataclass(frozen=True)
-class DownloadTicket:
+class DownloadTicket(_Ticket):
     """A download that was begun: what a lane has to know, besides the store and the destination."""
+
+    _KIND = "a download"
 
     key: str
     artifact_digest: str
@@ -107,22 +116,6 @@ class DownloadTicket:
     parts: int
     """0 where there is nothing to fetch: the destination holds the artifact already."""
     bytes_total: int
-
-    def to_json_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json_dict(cls, document: dict[str, Any]) -> DownloadTicket:
-        """The inverse of `to_json_dict`.
-
-        Raises:
-            UsageError: not a ticket.
-        """
-        try:
-            return cls(**document)
-        except TypeError as error:
-            raise UsageError(f"not the ticket of a download: {plain(str(error))}") from error
 
 
 @dataclass(frozen=True)

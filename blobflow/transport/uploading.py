@@ -59,10 +59,6 @@ class PayloadReader(Protocol):
         """Fill `buffer` with the payload's bytes from `offset`."""
         ...
 
-    def chunks(self, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
-        """The bytes of a range, a bufferful at a time, each valid until the next."""
-        ...
-
 
 class Payload(Protocol):
     """What is brought under a key: that of an `Artifact` here, or of one in another store."""
@@ -364,7 +360,7 @@ class _StreamUpload(_Upload):
             nonlocal progress
             progress = self.new_progress(plan, None, save=lambda: None)
             crc = 0
-            for chunk in source.chunks(0, source.size, memoryview(bytearray(self.profile.chunk_size))):
+            for chunk in _chunks(source, 0, source.size, memoryview(bytearray(self.profile.chunk_size))):
                 crc = crc32c(chunk, crc)
                 if progress.bytes_moved + len(chunk) == source.size:
                     if crc != expected:
@@ -535,6 +531,16 @@ class MultipartUpload(_Upload):
         return self.result_of(self.progress, started)
 
 
+def _chunks(source: PayloadReader, offset: int, length: int, buffer: memoryview) -> Iterator[memoryview]:
+    """The bytes of a range, one buffer at a time; each is valid until the next."""
+    while length:
+        chunk = buffer[: min(length, len(buffer))]
+        source.read_into(offset, chunk)
+        yield chunk
+        offset += len(chunk)
+        length -= len(chunk)
+
+
 def _part_body(source: PayloadReader, part: Part, buffer: memoryview) -> Body:
     """The bytes of a part, through `buffer`: read once if it fits, else once to checksum it and once to send it."""
     if part.length <= len(buffer):
@@ -542,9 +548,9 @@ def _part_body(source: PayloadReader, part: Part, buffer: memoryview) -> Body:
         source.read_into(part.offset, view)
         return Body.of(view)
     crc = 0
-    for chunk in source.chunks(part.offset, part.length, buffer):
+    for chunk in _chunks(source, part.offset, part.length, buffer):
         crc = crc32c(chunk, crc)
-    return Body(part.length, lambda: source.chunks(part.offset, part.length, buffer), crc)
+    return Body(part.length, lambda: _chunks(source, part.offset, part.length, buffer), crc)
 
 
 def _crc_if_same(source: PayloadReader, part: Part, buffer: memoryview, e_tag: str) -> int | None:
@@ -553,7 +559,7 @@ def _crc_if_same(source: PayloadReader, part: Part, buffer: memoryview, e_tag: s
     if expected is None:
         return None
     md5, crc = hashlib.md5(usedforsecurity=False), 0
-    for chunk in source.chunks(part.offset, part.length, buffer):
+    for chunk in _chunks(source, part.offset, part.length, buffer):
         md5.update(chunk)
         crc = crc32c(chunk, crc)
     return crc if md5.hexdigest() == expected else None

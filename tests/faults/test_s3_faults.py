@@ -107,10 +107,10 @@ class Wreck:
 
 def payload(artifact: Artifact) -> bytes:
     """The bytes that belong under the key."""
-    buffer = memoryview(bytearray(65536))
-    data = b"".join(bytes(chunk) for chunk in artifact.source().chunks(0, artifact.payload_size, buffer))
+    data = bytearray(artifact.payload_size)
+    artifact.source().read_into(0, memoryview(data))
     assert crc32c(data) == artifact.payload_crc32c
-    return data
+    return bytes(data)
 
 
 def send(store: Store, artifact: Artifact, **options: Any) -> UploadResult:

@@ -14,11 +14,11 @@ import logging
 import re
 import threading
 import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timezone
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from urllib.parse import quote
 
 import fsspec  # pyright: ignore[reportMissingTypeStubs]
@@ -45,11 +45,9 @@ from blobflow.stores.base import (
     Body,
     Capabilities,
     ObjectMeta,
-    PartMeta,
     PutMode,
     Store,
     StoredObject,
-    UploadMeta,
     check_key,
     plain,
 )
@@ -321,36 +319,11 @@ class FsspecStore(Store):
     def close(self) -> None:
         self._clients.close()
 
-    @override
-    def create_multipart(
-        self,
-        key: str,
-        *,
-        part_size: int,
-        content_type: str = "application/octet-stream",
-        private: bool = False,
-    ) -> str:
+    def _no_multipart(self, *_: object, **__: object) -> NoReturn:
         raise self._unsupported("multipart uploads")
 
-    @override
-    def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
-        raise self._unsupported("multipart uploads")
-
-    @override
-    def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
-        raise self._unsupported("multipart uploads")
-
-    @override
-    def list_uploads(self, prefix: str = "") -> list[UploadMeta]:
-        raise self._unsupported("multipart uploads")
-
-    @override
-    def complete_multipart(self, key: str, upload_id: str, parts: Sequence[PartMeta]) -> ObjectMeta:
-        raise self._unsupported("multipart uploads")
-
-    @override
-    def abort_multipart(self, key: str, upload_id: str) -> None:
-        raise self._unsupported("multipart uploads")
+    create_multipart = put_part = list_parts = list_uploads = _no_multipart
+    complete_multipart = abort_multipart = _no_multipart
 
     @staticmethod
     def _configured(protocols: set[str]) -> dict[str, Any]:
