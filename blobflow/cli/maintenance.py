@@ -87,10 +87,10 @@ def _ref_document(status: str, store: Store, name: str, state: RefState) -> dict
 @click.option("--fresh", is_flag=True, help="Probe again, whatever was found before.")
 @click.pass_obj
 def probe(settings: Settings, fresh: bool) -> None:
-    """Show which features the store's server really has.
+    """Show which capabilities the store's server really has.
 
     An S3 server is probed at its first use and again after 30 days; the findings are kept for this user on this
-    machine. Features that a probe did not find are not used.
+    machine. Capabilities that a probe did not find are not used.
     """
     with settings.open_store() as store:
         report = store.report(fresh=fresh) if isinstance(store, core.ProbedStore) else core.probe(store)
@@ -101,7 +101,7 @@ def probe(settings: Settings, fresh: bool) -> None:
     about = [("store", report.store), ("server", server or "none"), ("probed", human_time(report.probed_at))]
     table(("", ""), about)
     table(
-        ("ability", "holds", "evidence"),
+        ("capability", "holds", "evidence"),
         [
             (name.replace("_", " "), "yes" if finding.holds else "no", finding.evidence)
             for name, finding in report.findings.items()
