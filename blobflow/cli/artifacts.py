@@ -13,7 +13,7 @@ import click
 from blobflow.cli import core
 from blobflow.cli.formatting import from_before, human_size, human_time, left_out, left_out_facts, members_of, table
 from blobflow.cli.progress import Progress, processed, show_progress, transferred
-from blobflow.cli.settings import BACKENDS, PATH, Command, DigestType, SampleType, Settings
+from blobflow.cli.settings import BACKENDS, PATH, Command, SampleType, Settings, digest_option, exclude_option
 from blobflow.errors import IntegrityError, RefusedError, SourceChanged
 from blobflow.scratch import scratch_directory
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from blobflow.config import ChunkProfile
     from blobflow.mirror.update import MirrorUpdate
     from blobflow.stores.base import Reader, Store
-    from blobflow.transport import UploadResult
+    from blobflow.transport import CopyResult, DownloadResult, UploadResult, VerifyResult
     from blobflow.uploads.progress import OnProgress
 
 
@@ -50,15 +50,21 @@ def _export_options(function: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(["refuse", "skip", "follow"]),
             help="What to do with symbolic links; follow stays inside.  [default: refuse]",
         ),
-        click.option(
-            "--exclude",
-            multiple=True,
-            metavar="PATTERN",
-            help="Leave out what matches, as in a .gitignore file: '*.tmp', 'cache/', '/logs/*'; may be repeated.",
-        ),
+        exclude_option,
     ):
         function = option(function)
     return function
+
+
+def _facts(result: UploadResult | DownloadResult | VerifyResult | CopyResult) -> dict[str, Any]:
+    """What every transfer of an artifact reports under `--json`."""
+    return {
+        "artifact_digest": result.artifact_digest,
+        "content_digest": result.manifest.content_digest,
+        **result.to_dict(),
+        "content_bytes": result.manifest.bytes,
+        "members": result.manifest.members,
+    }
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -163,11 +169,7 @@ def push(
             "status": status,
             "key": key,
             "store": store.url,
-            "artifact_digest": result.artifact_digest,
-            "content_digest": result.manifest.content_digest,
-            **result.to_dict(),
-            "content_bytes": result.manifest.bytes,
-            "members": result.manifest.members,
+            **_facts(result),
             **left_out_facts(exported),
             "seconds": seconds,
         },
@@ -219,7 +221,7 @@ def _sent(
 @click.option(
     "--rewind", is_flag=True, help="For append-log: import an older artifact, and delete the records that follow it."
 )
-@click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
+@digest_option
 @click.pass_obj
 def pull(
     settings: Settings,
@@ -257,11 +259,7 @@ def pull(
             "key": key,
             "store": store.url,
             "path": str(path),
-            "artifact_digest": result.artifact_digest,
-            "content_digest": result.manifest.content_digest,
-            **result.to_dict(),
-            "content_bytes": result.manifest.bytes,
-            "members": result.manifest.members,
+            **_facts(result),
             "seconds": seconds,
         },
         f"{status} {path}  {result.artifact_digest}",
@@ -311,7 +309,7 @@ def update_target(
     metavar="N/T",
     help="Read only the Nth of T slices of the files: 1/7 on Mondays, 2/7 on Tuesdays, and so on.",
 )
-@click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
+@digest_option
 @click.pass_obj
 def verify(
     settings: Settings,
@@ -352,12 +350,8 @@ def verify(
             "proof": result.proof,
             "key": key,
             "store": store.url,
-            "artifact_digest": result.artifact_digest,
-            "content_digest": result.manifest.content_digest,
             "bytes_received": result.bytes_read,
-            **result.to_dict(),
-            "content_bytes": result.manifest.bytes,
-            "members": result.manifest.members,
+            **_facts(result),
         },
         f"{result.proof} {key}  {result.artifact_digest}",
         f"{result.proof}: {core.PROOF_MEANS[result.proof]}",
@@ -372,7 +366,7 @@ def verify(
 @click.argument("target", metavar="TARGET_STORE")
 @click.argument("target_key", metavar="[KEY]", required=False)
 @click.option("--overwrite", is_flag=True, help="Replace another artifact under the target's key.")
-@click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
+@digest_option
 @click.option("--source-endpoint-url", metavar="URL", help="S3 server of SOURCE_STORE, if it has another one.")
 @click.option("--source-region", metavar="NAME", help="S3 region of SOURCE_STORE, if it has another one.")
 @click.pass_obj
@@ -416,12 +410,8 @@ def copy(
             "store": store.url,
             "source_key": source_key,
             "source_store": source_store.url,
-            "artifact_digest": result.artifact_digest,
-            "content_digest": result.manifest.content_digest,
             "server_side": result.server_side,
-            **result.to_dict(),
-            "content_bytes": result.manifest.bytes,
-            "members": result.manifest.members,
+            **_facts(result),
         },
         f"{result.status} {key}  {result.artifact_digest}",
         f"{members_of(result.manifest)}; {how} {human_size(result.bytes_received)},"

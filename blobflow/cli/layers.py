@@ -11,7 +11,7 @@ import click
 from blobflow.cli import core
 from blobflow.cli.formatting import from_before, human_size, human_time, left_out, left_out_facts, table
 from blobflow.cli.progress import processed, show_progress, transferred
-from blobflow.cli.settings import PATH, CommandGroup, Settings
+from blobflow.cli.settings import PATH, CommandGroup, Settings, exclude_option
 
 
 def _layer_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -57,12 +57,7 @@ def layer() -> None:
     show_default=True,
     help="What to do with symbolic links; follow stays inside.",
 )
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="PATTERN",
-    help="Leave out what matches, as in a .gitignore file: '*.tmp', 'cache/', '/logs/*'; may be repeated.",
-)
+@exclude_option
 @_layer_options
 @click.pass_obj
 def layer_sync(

@@ -9,7 +9,7 @@ import click
 
 from blobflow.cli import core
 from blobflow.cli.formatting import human_time, table
-from blobflow.cli.settings import Command, CommandGroup, DurationType, Settings
+from blobflow.cli.settings import AGE_HELP, DIRECTORY, Command, CommandGroup, DurationType, Settings, dry_run_option
 from blobflow.errors import NotFoundError, TemporaryError
 
 if TYPE_CHECKING:
@@ -27,10 +27,7 @@ def ref() -> None:
 @click.pass_obj
 def ref_get(settings: Settings, name: str) -> None:
     """Print the key that the ref NAME points to."""
-    with settings.open_store() as store:
-        state = core.read_ref(store, name)
-    if state is None:
-        raise NotFoundError(f"no ref {name!r} in {store.url}", name=name)
+    store, state = _read(settings, name)
     settings.report(_ref_document("found", store, name, state), state.key)
 
 
@@ -50,10 +47,7 @@ def ref_set(settings: Settings, name: str, key: str) -> None:
 @click.pass_obj
 def ref_log(settings: Settings, name: str) -> None:
     """Print where the ref NAME points and pointed, latest first."""
-    with settings.open_store() as store:
-        state = core.read_ref(store, name)
-    if state is None:
-        raise NotFoundError(f"no ref {name!r} in {store.url}", name=name)
+    store, state = _read(settings, name)
     if settings.json:
         moves = [
             {
@@ -69,6 +63,14 @@ def ref_log(settings: Settings, name: str) -> None:
     else:
         rows = ((human_time(entry.updated_at), entry.key, entry.manifest_sha256) for entry in state.entries())
         table(("moved", "key", "artifact"), rows)
+
+
+def _read(settings: Settings, name: str) -> tuple[Store, RefState]:
+    with settings.open_store() as store:
+        state = core.read_ref(store, name)
+    if state is None:
+        raise NotFoundError(f"no ref {name!r} in {store.url}", name=name)
+    return store, state
 
 
 def _ref_document(status: str, store: Store, name: str, state: RefState) -> dict[str, Any]:
@@ -118,15 +120,12 @@ def probe(settings: Settings, fresh: bool) -> None:
     default="24h",
     show_default=True,
     metavar="AGE",
-    help="Keep what is younger than this: 90s, 30m, 24h, 7d.",
+    help=AGE_HELP,
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be removed, remove nothing.")
+@dry_run_option
 @click.option("--payloads", is_flag=True, help="Also remove payloads without a manifest.")
 @click.option(
-    "--stages",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="Also remove the remains of killed downloads in the directory DIR.",
+    "--stages", type=DIRECTORY, metavar="DIR", help="Also remove the remains of killed downloads in the directory DIR."
 )
 @click.pass_obj
 def gc(
@@ -175,14 +174,8 @@ def gc(
 @click.command(cls=Command, uses="store")
 @click.argument("prefix", default="")
 @click.option("--keep-last", type=click.IntRange(min=1), metavar="N", help="Keep the last N of each directory.")
-@click.option(
-    "--keep-within",
-    "keep_within_s",
-    type=DurationType(),
-    metavar="AGE",
-    help="Keep what is younger than this: 90s, 30m, 24h, 7d.",
-)
-@click.option("--dry-run", is_flag=True, help="Show what would be removed, remove nothing.")
+@click.option("--keep-within", "keep_within_s", type=DurationType(), metavar="AGE", help=AGE_HELP)
+@dry_run_option
 @click.pass_obj
 def prune(
     settings: Settings, prefix: str, keep_last: int | None, keep_within_s: float | None, dry_run: bool

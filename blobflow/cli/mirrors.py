@@ -16,7 +16,17 @@ from blobflow.cli import core
 from blobflow.cli.artifacts import update_target
 from blobflow.cli.formatting import from_before, human_size, members_of, table
 from blobflow.cli.progress import processed, show_progress
-from blobflow.cli.settings import BACKENDS, PATH, SIZE, CommandGroup, DigestType, DurationType, Settings
+from blobflow.cli.settings import (
+    BACKENDS,
+    DIRECTORY,
+    FILE,
+    PATH,
+    SIZE,
+    CommandGroup,
+    DurationType,
+    Settings,
+    digest_option,
+)
 from blobflow.errors import NotFoundError
 
 if TYPE_CHECKING:
@@ -38,16 +48,11 @@ def mirror() -> None:
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8337, show_default=True, help="0 takes a free one.")
-@click.option(
-    "--tls-cert",
-    type=click.Path(exists=True, dir_okay=False),
-    metavar="FILE",
-    help="PEM; the server then speaks HTTPS.",
-)
-@click.option("--tls-key", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="Its private key.")
+@click.option("--tls-cert", type=FILE, metavar="FILE", help="PEM; the server then speaks HTTPS.")
+@click.option("--tls-key", type=FILE, metavar="FILE", help="Its private key.")
 @click.option(
     "--tokens",
-    type=click.Path(exists=True, dir_okay=False),
+    type=FILE,
     metavar="FILE",
     help="Tokens of senders, one line each: SOURCE DATABASE TOKEN; * means any. Senders see only their own snapshots.",
 )
@@ -143,7 +148,7 @@ def mirror_serve(
     help="Place in the source's history; greater is newer.  [default: when the artifact was made or the file modified]",
 )
 @click.option("--file", "is_file", is_flag=True, help="KEY is the path of a local file instead.")
-@click.option("--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...).")
+@digest_option
 @click.pass_obj
 def mirror_push(
     settings: Settings,
@@ -174,20 +179,14 @@ def mirror_push(
             snapshot = core.Snapshot.of_artifact(store, what, expected_digest=digest, **names)
         result = client.push(snapshot, on_progress=processed(progress, "push"))
     settings.report(
-        {
-            "status": result.status,
-            "key": what,
-            "url": client.url,
-            **result.id._asdict(),
-            **result.to_dict(),
-        },
+        {"status": result.status, "key": what, "url": client.url, **result.id._asdict(), **result.to_dict()},
         f"{result.status} {result.id}  {result.id.digest}",
         f"sent {human_size(result.bytes_sent)}{from_before(result.bytes_resumed)} in {result.seconds:.1f} s",
     )
 
 
 @mirror.command("import")
-@click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("directory", metavar="DIR", type=DIRECTORY)
 @click.argument("database")
 @click.argument("backend", metavar="BACKEND", type=BACKENDS)
 @click.argument("target", metavar="TARGET", type=PATH)
@@ -243,7 +242,7 @@ def mirror_import(
 
 
 @mirror.command("status", uses="store")
-@click.argument("directory", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("directory", metavar="DIR", type=DIRECTORY)
 @click.option("--ref", metavar="REF", help="Compare the mirror with this ref, such as orders/latest.")
 @click.pass_obj
 def mirror_status(settings: Settings, directory: Path, ref: str | None) -> None:
@@ -271,11 +270,7 @@ def _show_snapshots(settings: Settings, directory: Path, snapshots: Mapping[Snap
             document |= {"status": "following", "cursor": status.cursor}
             words = f"following {json.dumps(status.cursor)}"
         else:
-            document |= {
-                "status": "bootstrapping",
-                "bytes_done": status.bytes_done,
-                "bytes_total": status.bytes_total,
-            }
+            document |= {"status": "bootstrapping", **vars(status)}
             words = f"bootstrapping, {human_size(status.bytes_done)} of {human_size(status.bytes_total)}"
         documents.append(document)
         rows.append((snapshot.database, str(snapshot.position), snapshot.source, words))

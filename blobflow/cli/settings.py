@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 PATH: Final = click.Path(path_type=Path)
 BACKENDS: Final = click.Choice(["append-log", "directory", "parquet", "sqlite"])
 """`blobflow.backends.BACKENDS`, without the import."""
+DIRECTORY: Final = click.Path(exists=True, file_okay=False, path_type=Path)
+FILE: Final = click.Path(exists=True, dir_okay=False)
 
 
 _SHOWN: Final = frozenset({"listed", "found", "probed", "empty", "bootstrapping", "following"})
@@ -206,6 +208,19 @@ class SampleType(click.ParamType[tuple[int, int]]):
         if not 1 <= number <= count:
             self.fail(f"{value!r} is no sample: N/T is the Nth of T slices, for example 1/7", param, ctx)
         return number, count
+
+
+AGE_HELP: Final = "Keep what is younger than this: 90s, 30m, 24h, 7d."
+exclude_option: Final = click.option(
+    "--exclude",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave out what matches, as in a .gitignore file: '*.tmp', 'cache/', '/logs/*'; may be repeated.",
+)
+digest_option: Final = click.option(
+    "--digest", type=DigestType(), metavar="DIGEST", help="Refuse every artifact but this one (sha256:...)."
+)
+dry_run_option: Final = click.option("--dry-run", is_flag=True, help="Show what would be removed, remove nothing.")
 
 
 def _keep(context: click.Context, parameter: click.Parameter, value: Any) -> None:

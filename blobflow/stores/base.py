@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 from blobflow.checksum import Buffer, crc32c
 from blobflow.errors import InvalidKey, ObjectNotFound, Unsupported
@@ -377,6 +377,15 @@ class Multipart(ABC):
     @abstractmethod
     def abort_multipart(self, key: str, upload_id: str) -> None:
         """Drop the upload and its parts; unknown is not an error."""
+
+
+class PutOptions(TypedDict, total=False):
+    """The options of `Store.put`, for wrappers that pass them on."""
+
+    mode: PutMode
+    e_tag: str | None
+    content_type: str
+    private: bool
 
 
 class Store(Reader, Multipart):

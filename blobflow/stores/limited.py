@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from blobflow.activity import doing
 from blobflow.checksum import Buffer
 from blobflow.errors import SlowDown
 from blobflow.limits import AdaptiveLimit, Bandwidth
-from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store, StoredObject
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutOptions, Store, StoredObject
 from blobflow.stores.optional import Coroutines, HasCoroutines, coroutines_of
 from blobflow.stores.wrapping import WrappingStore
 
@@ -34,19 +34,10 @@ class LimitedStore(WrappingStore, HasCoroutines):
         self.bandwidth = bandwidth
 
     @override
-    def put(
-        self,
-        key: str,
-        body: Buffer | Body,
-        *,
-        mode: PutMode = PutMode.OVERWRITE,
-        e_tag: str | None = None,
-        content_type: str = "application/octet-stream",
-        private: bool = False,
-    ) -> ObjectMeta:
+    def put(self, key: str, body: Buffer | Body, **options: Unpack[PutOptions]) -> ObjectMeta:
         content = body if isinstance(body, Body) else Body.of(body)
         with self._place(content.size):
-            return self.store.put(key, content, mode=mode, e_tag=e_tag, content_type=content_type, private=private)
+            return self.store.put(key, content, **options)
 
     @override
     def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:

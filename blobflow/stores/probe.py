@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from typing import Any, Final, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from blobflow.backoff import DEFAULT_PATIENCE_S
 from blobflow.checksum import Buffer, crc32c
@@ -40,7 +40,7 @@ from blobflow.errors import (
     TimedOut,
     Unsupported,
 )
-from blobflow.stores.base import Body, Capabilities, ObjectMeta, PartMeta, PutMode, Store
+from blobflow.stores.base import Body, Capabilities, ObjectMeta, PartMeta, PutMode, PutOptions, Store
 from blobflow.stores.optional import server_of
 from blobflow.stores.probe_memory import ProbeMemory
 from blobflow.stores.retry import RetryingStore
@@ -300,24 +300,15 @@ class ProbedStore(RetryingStore):
             _log.warning("probe.not_told store=%s error=%s", self.url, error)
 
     @override
-    def put(
-        self,
-        key: str,
-        body: Buffer | Body,
-        *,
-        mode: PutMode = PutMode.OVERWRITE,
-        e_tag: str | None = None,
-        content_type: str = "application/octet-stream",
-        private: bool = False,
-    ) -> ObjectMeta:
-        if mode is not PutMode.OVERWRITE and not self.capabilities().conditional:
+    def put(self, key: str, body: Buffer | Body, **options: Unpack[PutOptions]) -> ObjectMeta:
+        if options.get("mode", PutMode.OVERWRITE) is not PutMode.OVERWRITE and not self.capabilities().conditional:
             raise Unsupported(
                 f"{self.url} has no conditional writes that can be relied upon",
                 hint="`blobflow probe` shows why",
                 store=self.url,
                 capability="conditional writes",
             )
-        return super().put(key, body, mode=mode, e_tag=e_tag, content_type=content_type, private=private)
+        return super().put(key, body, **options)
 
 
 def _is_forbidden(error: BlobflowError) -> bool:

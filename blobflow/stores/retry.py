@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from blobflow.activity import doing
 from blobflow.backoff import DEFAULT_PATIENCE_S, Backoff
@@ -23,7 +23,7 @@ from blobflow.errors import (
     TimedOut,
 )
 from blobflow.forks import reset_after_fork_of
-from blobflow.stores.base import Body, ObjectMeta, PutMode, Store
+from blobflow.stores.base import Body, ObjectMeta, PutOptions, Store
 from blobflow.stores.optional import Coroutines, HasCoroutines, coroutines_of
 from blobflow.stores.wrapping import WrappingStore
 
@@ -84,23 +84,14 @@ class RetryingStore(WrappingStore, HasCoroutines):
         self._lock = threading.Lock()
 
     @override
-    def put(
-        self,
-        key: str,
-        body: Buffer | Body,
-        *,
-        mode: PutMode = PutMode.OVERWRITE,
-        e_tag: str | None = None,
-        content_type: str = "application/octet-stream",
-        private: bool = False,
-    ) -> ObjectMeta:
+    def put(self, key: str, body: Buffer | Body, **options: Unpack[PutOptions]) -> ObjectMeta:
         content = body if isinstance(body, Body) else Body.of(body)
         attempts = 0
 
         def attempt() -> ObjectMeta:
             nonlocal attempts
             attempts += 1
-            return self.store.put(key, content, mode=mode, e_tag=e_tag, content_type=content_type, private=private)
+            return self.store.put(key, content, **options)
 
         try:
             return self._call("put", key, attempt)

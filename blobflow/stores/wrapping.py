@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from blobflow.checksum import Buffer
 from blobflow.stores.base import (
@@ -13,7 +13,7 @@ from blobflow.stores.base import (
     Capabilities,
     ObjectMeta,
     PartMeta,
-    PutMode,
+    PutOptions,
     Store,
     StoredObject,
     UploadMeta,
@@ -67,21 +67,8 @@ class WrappingStore(Store, HasServer, HasClock, HasRoom):
         return free_bytes(self.store)
 
     @override
-    def put(
-        self,
-        key: str,
-        body: Buffer | Body,
-        *,
-        mode: PutMode = PutMode.OVERWRITE,
-        e_tag: str | None = None,
-        content_type: str = "application/octet-stream",
-        private: bool = False,
-    ) -> ObjectMeta:
-        return self._call(
-            "put",
-            key,
-            lambda: self.store.put(key, body, mode=mode, e_tag=e_tag, content_type=content_type, private=private),
-        )
+    def put(self, key: str, body: Buffer | Body, **options: Unpack[PutOptions]) -> ObjectMeta:
+        return self._call("put", key, lambda: self.store.put(key, body, **options))
 
     @override
     def get(self, key: str, *, max_bytes: int) -> StoredObject:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, TypeVar
 
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from blobflow.checksum import Buffer
 from blobflow.errors import (
@@ -17,7 +17,7 @@ from blobflow.errors import (
     StoreUnavailable,
 )
 from blobflow.forks import reset_after_fork_of
-from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutMode, Store, StoredObject
+from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutOptions, Store, StoredObject
 from blobflow.stores.wrapping import WrappingStore
 
 _T = TypeVar("_T")
@@ -153,20 +153,9 @@ class FaultyStore(WrappingStore):
         return answer
 
     @override
-    def put(
-        self,
-        key: str,
-        body: Buffer | Body,
-        *,
-        mode: PutMode = PutMode.OVERWRITE,
-        e_tag: str | None = None,
-        content_type: str = "application/octet-stream",
-        private: bool = False,
-    ) -> ObjectMeta:
-        def call(body: Body) -> ObjectMeta:
-            return self.store.put(key, body, mode=mode, e_tag=e_tag, content_type=content_type, private=private)
-
-        return self._send_body("put", key, body if isinstance(body, Body) else Body.of(body), call)
+    def put(self, key: str, body: Buffer | Body, **options: Unpack[PutOptions]) -> ObjectMeta:
+        content = body if isinstance(body, Body) else Body.of(body)
+        return self._send_body("put", key, content, lambda sent: self.store.put(key, sent, **options))
 
     @override
     def get(self, key: str, *, max_bytes: int) -> StoredObject:
@@ -208,10 +197,9 @@ class FaultyStore(WrappingStore):
 
     @override
     def put_part(self, key: str, upload_id: str, part_number: int, body: Body) -> PartMeta:
-        def call(body: Body) -> PartMeta:
-            return self.store.put_part(key, upload_id, part_number, body)
-
-        return self._send_body("put_part", key, body, call)
+        return self._send_body(
+            "put_part", key, body, lambda body: self.store.put_part(key, upload_id, part_number, body)
+        )
 
 
 def _injected(request: Request, what: str) -> StoreUnavailable:
