@@ -1,4 +1,4 @@
-"""Exporters make artifacts out of sources, importers bring them back to life."""
+"""Exporters make artifacts from sources; importers turn artifacts into live mirrors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Append logs: a keyed state as JSON lines, its snapshots, and mirrors that go on where a snapshot ends.
+"""Append logs: a keyed state as JSON lines, its snapshots, and mirrors that continue where a snapshot ends.
 
 A log is a directory with one file, `<base>.log.jsonl`, and a lock:
 
@@ -8,10 +8,10 @@ A log is a directory with one file, `<base>.log.jsonl`, and a lock:
 | `{"seq":5,"key":"a","value":{...},...}` | record 5 set the key |
 | `{"seq":8,"key":"a","deleted":true,...}` | record 8 removed it |
 
-Every line ends with `"crc32c"`, the checksum of the bytes before it. A process that is killed leaves at most its last
-line torn, which is no record; anything else that does not fit is damage. Sequence numbers start at 1 and have no gaps
-after the base. Once more than `compact_threshold` bytes were appended, the newest record of each key goes to a new
-file, with the old sequence numbers, and the new file takes the old one's place by a rename.
+Every line ends with `"crc32c"`, the checksum of the bytes before it. A killed process leaves at most its last line
+torn, and a torn line is not a record; anything else that does not fit is damage. Sequence numbers start at 1 and have
+no gaps after the base. Once more than `compact_threshold` bytes were appended, the newest record of each key is
+written to a new file with its old sequence number. A rename then replaces the old file.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 BACKEND: Final = "append-log"
 
 DEFAULT_COMPACT_THRESHOLD: Final = 4 * 1024 * 1024
-"""Bytes appended between two compactions: replaying as many takes about 0.1 s."""
+"""Bytes appended between two compactions; replaying as many takes about 0.1 s."""
 
 _FORMAT: Final = 1
 _LOCK_NAME: Final = "lock"
@@ -65,7 +65,7 @@ _OURS: Final = re.compile(r"\d{20}\.log\.jsonl|\.\d{20}\.log\.jsonl\.partial")
 _SEAL: Final = re.compile(rb',"crc32c":(\d{1,10})\}\n\Z')
 _MAX_SEAL_BYTES: Final = 24
 _ATTEMPTS: Final = 20
-"""To open the newest file, which a compaction may remove between its listing and its opening."""
+"""Attempts to open the newest file, which a compaction may remove between its listing and its opening."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class _Head:
 
 @dataclass(frozen=True)
 class LogState:
-    """What a log says, all in all."""
+    """The state of a log after all its records."""
 
     cursor: int
     """Sequence number of the last record; 0 if there was none."""
@@ -97,7 +97,7 @@ class LogState:
 
 @dataclass
 class _Replay:
-    """What the whole lines of a log file say, taken up one after the other."""
+    """The content of a log file's whole lines, applied one after the other."""
 
     base: int = 0
     cursor: int = 0
@@ -111,7 +111,7 @@ class _Replay:
     state: dict[str, LogRecord] = field(default_factory=dict[str, LogRecord])
 
     def take(self, record: LogRecord | _Head) -> bool:
-        """Take one line into account; False if it does not follow the ones before."""
+        """Apply one line; False if it does not follow the lines before."""
         if isinstance(record, _Head):
             fits = self.end == 0 and record.records <= record.base
             self.base = self.cursor = record.base
@@ -127,7 +127,7 @@ class _Replay:
         return fits
 
     def fold(self, record: LogRecord) -> None:
-        """Let the next record change the state."""
+        """Apply the next record to the state."""
         if record.deleted:
             self.state.pop(record.key, None)
         else:
@@ -139,16 +139,16 @@ class _Replay:
 
 
 class AppendLog:
-    """A keyed state in memory, and every change of it on disk. One process writes at a time; readers need no lock.
+    """A keyed state in memory, with every change on disk. One process writes at a time; readers need no lock.
 
     Args:
-        path: The directory, made if it is absent.
+        path: The directory; it is created if it is missing.
         compact_threshold: Bytes that are appended before the log is compacted.
-        sync: Whether a change is on the disk, and not only with the kernel, before the call that made it returns.
+        sync: Whether a change is on disk, and not only in the kernel, before its call returns.
 
     Raises:
         TransferBusy: another process, or another object of this one, has it open.
-        ChecksumMismatch: the log is damaged, and not merely torn at its end.
+        ChecksumMismatch: the log is damaged, beyond a torn end.
         UsageError: the threshold is not positive.
     """
 
@@ -193,7 +193,7 @@ class AppendLog:
         self.close()
 
     def close(self) -> None:
-        """Let others write."""
+        """Close the log, so that another process can write."""
         if not self._file.closed:
             self._file.close()
             os.close(self._lock)
@@ -213,26 +213,26 @@ class AppendLog:
         return self._replay.items()
 
     def append(self, key: str, value: JsonValue) -> int:
-        """Set a key; the sequence number of the record."""
+        """Set a key; returns the sequence number of the record."""
         self._write([LogRecord(self.cursor + 1, key, value)])
         return self.cursor
 
     def delete(self, key: str) -> int:
-        """Remove a key, which need not be there; the sequence number of the record."""
+        """Remove a key, which may be missing; returns the sequence number of the record."""
         self._write([LogRecord(self.cursor + 1, key, deleted=True)])
         return self.cursor
 
     def apply(self, records: Iterable[LogRecord]) -> int:
-        """Take over records of the log that this one follows; may be called again with the same ones.
+        """Apply records of the log that this one follows; may be called again with the same records.
 
-        Records up to `cursor` are here already and passed over. All of a call are written at once; after a crash some
-        of them, from the first on, are here.
+        Records up to `cursor` are skipped. All records of a call are written at once; after a crash the first of them
+        may be there without the rest.
 
         Returns:
-            How many records were new.
+            The number of new records.
 
         Raises:
-            RefusedError: a record is missing before one of these (fields `expected`, `actual`); none was taken over.
+            RefusedError: a record is missing before one of these (fields `expected`, `actual`); none was applied.
         """
         fresh: list[LogRecord] = []
         expected = self.cursor + 1
@@ -251,10 +251,10 @@ class AppendLog:
         return len(fresh)
 
     def compact(self) -> None:
-        """Keep only the newest record of each key; the cursor stays.
+        """Keep only the newest record of each key; the cursor stays the same.
 
         Raises:
-            DiskFull, RefusedError: the log stays as it was, and can be written to.
+            DiskFull, RefusedError: the log is unchanged, and can still be written to.
         """
         if self._replay.base == self.cursor:
             return
@@ -270,7 +270,7 @@ class AppendLog:
             try:
                 self.compact()
             except BlobflowError as error:
-                # The records that made it due are written: their writer must not think that they failed.
+                # The records that triggered it are written: their writer must not assume that they failed.
                 log.warning("log.not_compacted path=%s error=%s", self.path, error)
 
     def _write(self, records: list[LogRecord]) -> None:
@@ -281,20 +281,20 @@ class AppendLog:
         with writing(self.path):
             end = append_at(self._file.fileno(), self._replay.end, data, durable=self._sync)
         for line in lines:
-            # As a reader would take it, so that the state shares nothing with what the caller goes on using.
+            # Parsed as a reader would do it, so that the state shares no objects with the caller.
             self._replay.fold(cast("LogRecord", _parsed(line)))
         self._replay.end = end
         self._compact_if_due()
 
     def _write_whole(self) -> io.FileIO:
-        """Put the whole state into a new file, which is open for appending then and the newest of the log."""
+        """Write the whole state to a new file, which is then the newest of the log and open for appending."""
         replay = self._replay
         records = sorted(replay.state.values(), key=lambda record: record.seq)
         path = self.path / f"{replay.cursor:020}.log.jsonl"
         partial = self.path / f".{path.name}.partial"
         before = _newest(self.path)
         with writing(self.path):
-            # Not readable by more people than the file that it replaces: that may be a private one, from elsewhere.
+            # Not readable by more users than the file that it replaces, which may be private and from another machine.
             mode = before.stat().st_mode & 0o666 if before else 0o666
             file = open(partial, "wb", buffering=0, opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115 - it becomes the log's own
             try:
@@ -307,12 +307,12 @@ class AppendLog:
                 raise
         replay.base = replay.cursor
         replay.end = replay.compacted_end = end
-        # Sorted, as it would be read.
+        # Sorted as in the file.
         replay.state = {record.key: record for record in records}
         return file
 
     def _clear_away(self) -> None:
-        """Remove the files that the newest one has replaced, and half ones."""
+        """Remove incomplete files, and those that the newest one has replaced."""
         with writing(self.path):
             fsync_directory(self.path)
             newest = _newest(self.path)
@@ -322,7 +322,7 @@ class AppendLog:
 
 
 def read_state(path: str | Path) -> LogState:
-    """What a log says now, up to its last whole record; others may write to it meanwhile.
+    """The present state of a log up to its last whole record; others may write to it meanwhile.
 
     Raises:
         NotFoundError: there is no log.
@@ -334,11 +334,11 @@ def read_state(path: str | Path) -> LogState:
 
 
 def read_records(path: str | Path, *, after: int = 0) -> list[LogRecord]:
-    """The records of a log, in order, that come after sequence number `after`; others may write to it meanwhile.
+    """The records of a log after the sequence number `after`, in order; others may write to it meanwhile.
 
     Raises:
         NotFoundError: there is no log; or a compaction has dropped some of these records, so that only a newer
-            snapshot leads on (field `base`).
+            snapshot leads further (field `base`).
         ChecksumMismatch: the log is damaged.
     """
     records: list[LogRecord] = []
@@ -346,7 +346,7 @@ def read_records(path: str | Path, *, after: int = 0) -> list[LogRecord]:
         replay = _replay(stream, on_change=records.append)
     if after < replay.base:
         raise NotFoundError(
-            f"the log {path} was compacted at {replay.base}: it no longer tells all that happened after {after}",
+            f"the log {path} was compacted at {replay.base}: it no longer has all records after {after}",
             hint="bootstrap again from a newer artifact",
             path=str(path),
             base=replay.base,
@@ -355,7 +355,7 @@ def read_records(path: str | Path, *, after: int = 0) -> list[LogRecord]:
 
 
 class AppendLogExporter(KnownFields):
-    """Exports an append log as it is at one moment, up to its last whole record, while others go on writing to it.
+    """Exports an append log at one moment, up to its last whole record, while other processes continue to write to it.
 
     The cursor is that record's sequence number.
     """
@@ -389,15 +389,16 @@ class AppendLogExporter(KnownFields):
 
 
 class AppendLogImporter(VersionedImporter):
-    """Keeps a mirror of an append log: `<path>/current` is a log that goes on where the snapshot ended.
+    """Keeps a mirror of an append log: `<path>/current` is a log that continues where the snapshot ended.
 
-    A log that follows its source further than an artifact reaches is not set back by it, unless `rewind` says so.
+    If the log has followed its source further than an artifact, the artifact does not replace it, unless `rewind` is
+    set.
     """
 
     compact_threshold: int = Field(
         default=DEFAULT_COMPACT_THRESHOLD, ge=1, description="Bytes appended between two compactions of the live log."
     )
-    rewind: bool = Field(default=False, description="Whether an artifact may take the place of a log that is ahead.")
+    rewind: bool = Field(default=False, description="Whether an artifact may replace a log that is ahead of it.")
 
     @property
     @override
@@ -410,7 +411,7 @@ class AppendLogImporter(VersionedImporter):
         return read_state(self.data).cursor if self.data.exists() else None
 
     def open(self, *, sync: bool = True) -> AppendLog:
-        """The live log, to go on with; nobody imports while it is open.
+        """The live log for further records; nothing can be imported while it is open.
 
         Raises:
             NotFoundError: nothing was imported yet.
@@ -421,7 +422,7 @@ class AppendLogImporter(VersionedImporter):
         while True:
             shown = os.path.realpath(self.data)
             live = AppendLog(shown, compact_threshold=self.compact_threshold, sync=sync)
-            # Only who holds the log's lock may swap it: what is shown now stays until it is closed.
+            # Only the holder of the log's lock may swap it: the log that is shown now stays until it is closed.
             if os.path.realpath(self.data) == shown:
                 return live
             live.close()
@@ -430,7 +431,7 @@ class AppendLogImporter(VersionedImporter):
     def prepare(self, artifact: Artifact) -> None:
         paths = artifact.index.paths
         if len(paths) != 1 or not _NAME.fullmatch(paths[0]):
-            # A second file could be newer than the one that the cursor speaks of.
+            # A second file could be newer than the one that the cursor belongs to.
             raise HostileArtifact(
                 f"{artifact!r} is not a log: it has members {', '.join(map(quoted, paths[:3]))}",
                 path=str(artifact.path),
@@ -457,7 +458,7 @@ class AppendLogImporter(VersionedImporter):
         if self.data.exists():
             lock = take_lock_file(self.data / _LOCK_NAME, f"another process writes to the log {self.data}")
             try:
-                # Somebody may have appended since the import began.
+                # Another process may have appended since the import began.
                 self._check_order(Artifact.open(version).manifest.cursor)
                 super().swap(version)
             finally:
@@ -470,7 +471,7 @@ class AppendLogImporter(VersionedImporter):
         if not self.rewind and isinstance(alive, int) and isinstance(offered, int) and alive > offered:
             raise RefusedError(
                 f"the log in {self.path} is at {alive}, the artifact only reaches to {offered}",
-                hint=f"import a newer artifact, or throw the later records away with {setting('rewind')}",
+                hint=f"import a newer artifact, or discard the later records with {setting('rewind')}",
                 expected=alive,
                 actual=offered,
             )
@@ -481,12 +482,12 @@ def _newest(path: Path) -> Path | None:
         names = [name for name in os.listdir(path) if _NAME.fullmatch(name)]
     except (FileNotFoundError, NotADirectoryError):
         return None
-    # A compaction removes the file before only after its own is whole.
+    # A compaction removes the previous file only after its new file is whole.
     return path / max(names) if names else None
 
 
 def _open_newest(path: Path) -> io.BufferedReader:
-    """The newest file of a log; what is appended, and compactions, do no harm while it is read."""
+    """The newest file of a log; appends and compactions do not disturb the reading."""
     for _ in range(_ATTEMPTS):
         file = _newest(path)
         if file is None:
@@ -499,7 +500,7 @@ def _open_newest(path: Path) -> io.BufferedReader:
 
 
 def _records(stream: io.BufferedReader) -> Iterator[tuple[bytes, LogRecord | _Head]]:
-    """Every whole line with what it says: the head first, then records. A torn end is left out."""
+    """Every whole line with its content: the head first, then records. A torn end is left out."""
     size = os.fstat(stream.fileno()).st_size
     read_to = 0
     for end, line in whole_lines(stream):
@@ -509,14 +510,14 @@ def _records(stream: io.BufferedReader) -> Iterator[tuple[bytes, LogRecord | _He
         elif not read_to or end < size:
             raise _damaged(stream.name, read_to)
         else:
-            break  # a power cut may take bytes in the middle of the last write
+            break  # a power cut may leave a gap in the middle of the last write
         read_to = end
     if read_to < size:
         log.info("log.torn file=%s offset=%d bytes=%d", stream.name, read_to, size - read_to)
 
 
 def _parsed(line: bytes) -> LogRecord | _Head | None:
-    """What a line says; None if it is not whole."""
+    """The content of a line; None if the line is not whole."""
     seal = _SEAL.search(line, max(0, len(line) - _MAX_SEAL_BYTES))
     if seal is None or crc32c(line[: seal.start()]) != int(seal[1]):
         return None
@@ -540,7 +541,7 @@ def _replay(
     on_line: Callable[[bytes], object] | None = None,
     on_change: Callable[[LogRecord], object] | None = None,
 ) -> _Replay:
-    """What a file says; every whole line goes to `on_line`, every record after the base to `on_change`."""
+    """The content of a file; every whole line goes to `on_line`, every record after the base to `on_change`."""
     replay = _Replay()
     for line, record in _records(stream):
         if not replay.take(record):
@@ -575,5 +576,5 @@ def _sealed(document: dict[str, JsonValue]) -> bytes:
     try:
         body = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))[:-1].encode()
     except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"the record is no JSON: {error}") from error
+        raise UsageError(f"the record cannot be encoded as JSON: {error}") from error
     return body + b',"crc32c":%d}\n' % crc32c(body)

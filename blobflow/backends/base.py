@@ -1,4 +1,4 @@
-"""What an exporter and an importer promise."""
+"""The protocols of exporters and importers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pydantic import JsonValue
 from blobflow.artifact.artifact import Artifact
 
 OnBytes: TypeAlias = Callable[[int, int], None]
-"""Called in the calling thread with bytes done and bytes in total; raising from it stops the work cleanly."""
+"""Called in the calling thread with bytes done and total bytes; an exception from it stops the work cleanly."""
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export made and what it left out."""
+    """What an export wrote and what it left out."""
 
     artifact: Artifact
     members: int
@@ -29,12 +29,12 @@ class ExportResult:
     unmatched: tuple[str, ...] = ()
     """Exclude patterns that matched nothing."""
     left_out: tuple[str, ...] = ()
-    """Paths that are none of the source's content, as its exporter knows: `_delta_log/` of a Parquet dataset."""
+    """Paths that the exporter knows are not content of the source: `_delta_log/` of a Parquet dataset."""
 
 
 @dataclass(frozen=True)
 class ImportResult:
-    """Where the imported data lives."""
+    """The artifact that was imported, and where its data is."""
 
     status: Literal["imported", "unchanged"]
     path: Path
@@ -47,27 +47,27 @@ class ImportResult:
 
 
 class Exporter(Protocol):
-    """Makes an artifact of a source."""
+    """Makes an artifact from a source."""
 
     @property
     def backend(self) -> str:
-        """Stands in the manifest and picks the importer."""
+        """Name of the backend; it is in the manifest and selects the importer."""
         ...
 
     def export(self, dest: Path, *, on_progress: OnBytes | None = None) -> ExportResult:
         """Write an artifact into `dest`, which must be absent or an empty directory.
 
-        The manifest is written last: a killed export leaves something that is no artifact.
+        The manifest is written last, so a killed export does not leave an artifact.
         """
         ...
 
 
 class Importer(Protocol):
-    """Brings an artifact to life at its target."""
+    """Turns an artifact into live data at its target."""
 
     @property
     def backend(self) -> str:
-        """The backend of the artifacts it takes."""
+        """The backend of the artifacts that it imports."""
         ...
 
     def staging(self, artifact_digest: str) -> Path:
@@ -75,11 +75,11 @@ class Importer(Protocol):
         ...
 
     def current(self) -> Artifact | None:
-        """The artifact that is alive now."""
+        """The artifact that is live now; None before the first import."""
         ...
 
     def cursor(self) -> JsonValue:
-        """Where in the source's history the target stands, which is where following it goes on; None: nowhere yet."""
+        """The target's position in the source's history, from which following continues; None if there is none."""
         ...
 
     def import_artifact(
@@ -92,10 +92,10 @@ class Importer(Protocol):
     ) -> ImportResult:
         """Verify every member, then put the artifact in place in one atomic step.
 
-        May be called again after a crash; an artifact that is alive already is left alone (`unchanged`).
+        May be called again after a crash; an artifact that is live already is not imported again (`unchanged`).
 
         Args:
             consume: The artifact directory may be moved away instead of copied.
-            key: Under which the artifact was published, for the target's history.
+            key: Key under which the artifact was published, for the target's history.
         """
         ...

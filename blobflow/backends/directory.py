@@ -46,29 +46,29 @@ BACKEND: Final = "directory"
 _BLOCK_BYTES: Final = 512
 """The unit of `st_blocks`."""
 _LEAST_HOLE_BYTES: Final = 64 * 1024
-"""In one file: less is not left out where it lands, either."""
+"""Smallest gap in one file that counts; a smaller one is not left as a hole on landing, either."""
 _LAST_NS: Final = 2**63 - 1
-"""What an index can hold; file systems know later times."""
+"""The last time that an index can hold; file systems know later times."""
 
 Symlinks: TypeAlias = Literal["refuse", "skip", "follow"]
 
 
 class Scan:
-    """What a directory holds: files and empty directories, and what was left out.
+    """The content of a directory: files and empty directories, and what was left out.
 
-    In columns, as an index is, and like it sorted by path in UTF-8 order; the paths of directories end in `/`.
+    It is stored in columns and sorted by path in UTF-8 order, as an index is; the paths of directories end in `/`.
     """
 
     def __init__(self) -> None:
         self.paths: list[str] = []
         self.sizes = array("q")
         self.modes = array("I")
-        """Of the member: 644 or 755."""
+        """Mode of the member: 644 or 755."""
         self.inodes = array("Q")
         self.mtimes_ns = array("q")
         self.ctimes_ns = array("q")
         self.private = bytearray()
-        """Whether others than its owner are kept from reading it: 0 or 1."""
+        """Whether its group or everybody else cannot read it: 0 or 1."""
         self.excluded = 0
         self.unmatched: tuple[str, ...] = ()
         self.left_out: list[str] = []
@@ -78,10 +78,10 @@ class Scan:
         self._tally = Tally()
 
     def append(self, path: str, size: int, mode: int, status: os.stat_result, *, private: bool) -> None:
-        """Add an entry; `sort` follows when all are there.
+        """Add an entry; call `sort` after the last one.
 
         Raises:
-            UnsupportedSource: its time is one that an index cannot hold, or there are too many entries already.
+            UnsupportedSource: an index cannot hold its time, or there are too many entries already.
         """
         self._tally.add(path, size)
         if abs(status.st_mtime_ns) > _LAST_NS:
@@ -98,7 +98,7 @@ class Scan:
         self.private.append(private)
 
     def sort(self) -> None:
-        """Bring the entries into the order of their paths."""
+        """Sort the entries by path."""
         # Python compares strings by code point, which is the order of their UTF-8 bytes.
         order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
         self.paths = [self.paths[i] for i in order]
@@ -110,10 +110,10 @@ class Scan:
 class DirectoryExporter(KnownFields):
     """Exports a directory tree.
 
-    Modes: `reference` copies nothing (the files are read again when they are sent, and refused if they changed),
-    `link` makes hard links (for sources that replace files instead of writing into them), `copy` makes copies
-    (reflinks where the file system can), each of a moment at which nobody wrote to the file: a source may be written to
-    while it is exported, and its files may then be of different moments.
+    Mode `reference` copies nothing: the files are read again when they are sent, and refused if they changed. Mode
+    `link` makes hard links, for sources that replace files instead of writing into them. Mode `copy` makes copies
+    (reflinks if the file system can), each at a moment without a writer. So the source may be written to during the
+    export, and its files may be from different moments.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -121,19 +121,19 @@ class DirectoryExporter(KnownFields):
     path: Path = Field(description="The directory to export.")
     exclude: tuple[str, ...] = Field(
         default=(),
-        description="Patterns of what is left out, as in a .gitignore file: `*.tmp` and `cache/` anywhere, `/logs/*`"
-        " from the root, `a/**/b` at any depth, `!keep.tmp` takes back. What matched nothing is reported.",
+        description="Patterns of what to leave out, as in a .gitignore file: `*.tmp` and `cache/` anywhere, `/logs/*`"
+        " from the root, `a/**/b` at any depth; `!keep.tmp` includes it again. Unmatched patterns are reported.",
     )
     symlinks: Symlinks = Field(
         default="refuse", description="`follow` follows links to files and directories inside the root only."
     )
     mode: Literal["reference", "link", "copy"] = Field(
-        default="reference", description="Whether files are read where they lie, hard-linked or copied."
+        default="reference", description="Whether files are read in place, hard-linked or copied."
     )
     mtimes: Literal["keep", "drop"] = Field(
         default="keep",
-        description="`drop` records 0 as the time of every member: trees of the same content, whenever they were made,"
-        " then give the same payload, so that the upload of one can be continued with another.",
+        description="`drop` records 0 as the time of every member. Then trees with the same content have the same"
+        " payload, whenever they were made, and the upload of one can continue with another.",
     )
 
     @field_validator("exclude")
@@ -157,14 +157,14 @@ class DirectoryExporter(KnownFields):
         """Write an artifact of the tree into `dest`; see `Exporter.export`.
 
         Args:
-            found: What `scan` has just found.
-            known: The hash of entry i of `found`, if it need not be read for it.
+            found: The result of a `scan` made just now.
+            known: Returns the hash of entry i of `found` if it is known without reading the file.
 
         Raises:
-            NotFoundError: the source is no directory.
-            UnsupportedSource: naming a symbolic link, device, socket or name that an artifact cannot hold, or a file
-                that cannot be read.
-            SourceBusy: a file was written to or removed while it was read; with mode `copy`, a file that was written to
+            NotFoundError: the source is not a directory.
+            UnsupportedSource: an artifact cannot hold a symbolic link, device, socket or name of the source, or a file
+                cannot be read; the message names it.
+            SourceBusy: a file was written to or removed while it was read; with mode `copy`, a file was written to
                 during each of several attempts to copy it.
             DestinationNotEmpty: `dest` holds something.
             DiskFull: there is no room at `dest`.
@@ -175,7 +175,7 @@ class DirectoryExporter(KnownFields):
         check_destination(dest)
         if dest.resolve().is_relative_to(root):
             raise RefusedError(
-                f"the artifact {dest} would lie inside its own source {root}", hint="name a directory elsewhere"
+                f"the artifact {dest} would be inside its own source {root}", hint="name a directory elsewhere"
             )
         with all_or_nothing(dest):
             found = found or self.scan()
@@ -222,7 +222,7 @@ class DirectoryExporter(KnownFields):
         )
 
     def _cursor(self, root: Path, paths: Sequence[str]) -> JsonValue:
-        """Where in its history the tree stands, for exporters that know what is in the files below `root`."""
+        """The tree's position in its history, for exporters that know the files below `root`."""
         del root, paths
         return None
 
@@ -237,19 +237,19 @@ class DirectoryExporter(KnownFields):
         return root
 
     def scan(self) -> Scan:
-        """Look at every entry of the tree; no file is opened.
+        """The content of the tree, without opening a file.
 
         Raises:
             NotFoundError, UnsupportedSource: as `export`.
-            SourceChanged: a directory went away while it was read.
+            SourceChanged: a directory was removed while it was read.
         """
         root = self._root()
         found = Scan()
         patterns = ExcludePatterns(self.exclude)
         with reading(str(root)), Opened(root) as top, Cursor(top) as cursor:
-            # For each directory from the root to the cursor, the path that its members have in front of their names,
-            # and the names of the directories below it that are still to be read.
-            # And whether one of these directories keeps others out than its owner.
+            # For each directory from the root to the cursor: the prefix of its members' paths, and the names of its
+            # subdirectories that are still to be read. `hidden` records whether only the owner can enter one of these
+            # directories.
             prefixes, hidden = [""], [directory_is_private(os.fstat(top).st_mode)]
             pending = [self._look(cursor, "", found, patterns, str(root), hidden=hidden[-1])]
             while pending:
@@ -274,20 +274,22 @@ class DirectoryExporter(KnownFields):
         return found
 
     def _leaves_out(self, name: str, *, is_directory: bool) -> bool:
-        """Whether an entry of that name is none of the source's content, for exporters that know what is."""
+        """Whether an entry of that name is not content of the source, for exporters that know it."""
         del name, is_directory
         return False
 
     def _look(
         self, cursor: Cursor, prefix: str, found: Scan, patterns: ExcludePatterns, root: str, *, hidden: bool
     ) -> list[tuple[str, bool, bool]]:
-        """Add the files of the cursor's directory, and find the directories below it.
+        """Add the files of the cursor's directory, and find its subdirectories.
 
         Args:
-            hidden: Whether only the owner comes there.
+            hidden: Whether only the owner can enter it.
 
         Returns:
-            Their names, which of them are links, and which of these lead to where only the owner comes.
+            For each subdirectory: its name, whether it is a link, and whether it leads to a place that only the owner
+            can
+            enter.
         """
         below: list[tuple[str, bool, bool]] = []
         kept = 0
@@ -326,7 +328,7 @@ class DirectoryExporter(KnownFields):
         return below
 
     def _check_link(self, cursor: Cursor, name: str, path: str, root: str) -> bool:
-        """Refuse a link that must not be followed; whether only the owner comes to where it leads."""
+        """Refuse a link that must not be followed; returns whether only the owner can enter its target's place."""
         if self.symlinks == "refuse":
             remedies = f"{setting('symlinks', 'skip')}, {setting('symlinks', 'follow')}, or {LEAVE_IT_OUT}"
             raise unsupported(path, "it is a symbolic link", remedies)
@@ -350,13 +352,13 @@ class DirectoryExporter(KnownFields):
             return any(directory_is_private(directory.stat().st_mode) for directory in above)
 
     def _materialise(self, found: Scan, root: Path, data: Path) -> Path:
-        """Put the members under `data` as the mode says, and return the directory to read them from."""
+        """Put the members below `data` according to the mode, and return the directory to read them from."""
         if self.mode == "reference":
             with writing(data):
                 data.symlink_to(root)
             return root
         if self.mode == "link":
-            # The links have the modes of their files: what keeps others out is the directory.
+            # The links have the modes of their files, so the directory must deny access to others.
             place_members(found.paths, root, data, link_member, closed=any(found.private))
         else:
             place_members(found.paths, root, data, copy_still, PrivateRows(encode(found.private)))
@@ -367,12 +369,12 @@ def _may_be_directory(entry: os.DirEntry[str]) -> bool:
     """Whether it is a directory or a link to one."""
     try:
         return entry.is_dir()
-    except OSError:  # a link in a circle, for example: what it is shows when it is read
+    except OSError:  # a circular link, for example; reading it will show the error
         return False
 
 
 def _scan_of_copies(data: Path, found: Scan) -> Scan:
-    """What the copies hold of what the scan found in the source, which was perhaps written to since."""
+    """The scan of the copies; the source may have been written to since its scan."""
     copies = Scan()
     with Opened(data) as root:
         for path, mode, private in zip(found.paths, found.modes, found.private, strict=True):
@@ -384,7 +386,7 @@ def _scan_of_copies(data: Path, found: Scan) -> Scan:
 
 
 def _hash_stable(root: Path, found: Scan, i: int, buffer: memoryview) -> FileHash:
-    """Hash entry `i` of a scan and prove that nobody wrote to it between the scan and the end of the reading."""
+    """Hash entry `i` of a scan and prove that it was not written to between the scan and the end of the reading."""
     path = found.paths[i]
     if path.endswith("/"):
         return FileHash(0, EMPTY_SHA256, 0)

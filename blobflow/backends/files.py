@@ -1,4 +1,4 @@
-"""Files of sources and targets: exported, copied, removed, and their errors in this package's words."""
+"""Files of sources and targets: exports, copies, removals, and the translation of their errors."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from blobflow.errors import (
 from blobflow.trees import Cursor, Opened, remove_entries, remove_tree
 
 _PAUSES_S: Final = (0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 3.0)
-"""After each attempt to copy a file that was written to meanwhile."""
+"""Pauses after each attempt to copy a file that was written to meanwhile."""
 _TICK_NS: Final = 20_000_000
 """Two writes that are closer than a tick of the kernel's clock (1 to 10 ms) can have the same time."""
 
 
 def unsupported(path: str, reason: str, remedy: str) -> UnsupportedSource:
-    """The error for an entry of the source that no artifact can hold."""
+    """The error for an entry of the source that an artifact cannot hold."""
     shown = path.encode("utf-8", "backslashreplace").decode()
     return UnsupportedSource(f"{shown!r} cannot be exported: {reason}", hint=remedy, path=shown, reason=reason)
 
 
 @contextmanager
 def all_or_nothing(dest: Path) -> Generator[None]:
-    """An export to `dest`, which is absent or empty: if the block fails, `dest` is as it was before.
+    """Restore `dest`, which is missing or empty, to its former state if the block fails.
 
     Raises:
         SourceBusy: the source changed meanwhile.
@@ -59,7 +59,7 @@ def all_or_nothing(dest: Path) -> Generator[None]:
     except BaseException as error:
         if created:
             remove_tree(dest)
-        else:  # a mount point, or in a directory that cannot be written to, it could not be made again
+        else:  # a mount point, or in a directory that is not writable: it could not be created again
             with Opened(dest) as directory:
                 remove_entries(directory)
         if isinstance(error, SourceChanged):
@@ -75,13 +75,13 @@ def export_files(
     on_progress: OnBytes | None = None,
     private: bool = False,
 ) -> ExportResult:
-    """Make an artifact in `dest` of the files that `write` puts into a directory; on failure `dest` is as before.
+    """Make an artifact in `dest` from the files that `write` creates in a directory; a failure restores `dest`.
 
     The same files give the same payload, whenever they were made.
 
     Args:
-        write: Gets the empty directory of the members, and returns the cursor.
-        private: Whether others than its owner are kept from reading the source.
+        write: Gets the empty directory for the members, and returns the cursor.
+        private: Whether the source is private to its owner.
 
     Raises:
         DestinationNotEmpty: `dest` holds something.
@@ -144,12 +144,12 @@ def place_members(
     *,
     closed: bool = False,
 ) -> None:
-    """Bring the members at `paths`, which are sorted, from `root` to `data`.
+    """Put the members at the sorted `paths` from `root` into `data`.
 
     Args:
         place: `link_member`, `copy_member` or `copy_still`.
         private: The members that only their owner may read.
-        closed: Whether nobody else may enter `data`.
+        closed: Whether only the owner may enter `data`.
 
     Raises:
         DiskFull, RefusedError: `data` cannot be written.
@@ -172,7 +172,7 @@ def place_members(
 
 @contextmanager
 def _placing(path: str, target: Path) -> Generator[None]:
-    """Errors of the operating system while the member `path` is linked or copied to `target`."""
+    """Translate errors of the operating system while the member `path` is linked or copied to `target`."""
     try:
         yield
     except OSError as error:
@@ -183,29 +183,29 @@ def _placing(path: str, target: Path) -> Generator[None]:
                 " or a destination on the file system of the source",
                 capability="hard links",
             ) from error
-        # Of the errors of a copy only these are surely those of the target.
+        # Of the errors of a copy, only these certainly come from the target.
         is_target = os_fault(error) in (OsFault.NO_ROOM, OsFault.FILE_SIZE) or error.errno == errno.EROFS
         with writing(target) if is_target else reading(path):
             raise
 
 
 def link_member(root: int, path: str, directory: int, name: str, *, private: bool) -> None:
-    """Make a hard link; see `Place`. Of a symbolic link, one to the file that it leads to."""
+    """Make a hard link; see `Place`. For a symbolic link, it links the file that it leads to."""
     del private
     os.link(path, name, src_dir_fd=root, dst_dir_fd=directory)
 
 
 def copy_member(root: int, path: str, directory: int, name: str, *, private: bool) -> None:
-    """Copy a file, with its times, and its permission bits as far as the umask allows; see `Place`."""
+    """Copy a file with its times, and with its permission bits as far as the umask allows; see `Place`."""
     with _copying(root, path, directory, name, private=private) as (original, copy):
         copy_bytes(original, copy)
         _keep_times(os.fstat(original), copy)
 
 
 def copy_still(root: int, path: str, directory: int, name: str, *, private: bool) -> None:
-    """`copy_member` of a file as it was at one moment.
+    """Copy a file as it was at one moment; see `copy_member`.
 
-    A file that is written to while it is copied is copied again, after pauses that grow to about ten seconds in all.
+    If the file is written to during the copy, it is copied again, after pauses of about ten seconds in all.
 
     Raises:
         SourceBusy: it was written to during every attempt.
@@ -222,8 +222,8 @@ def copy_still(root: int, path: str, directory: int, name: str, *, private: bool
             os.ftruncate(copy, 0)
             time.sleep(pause_s)
     raise SourceBusy(
-        f"{path!r} was written to each of {len(_PAUSES_S)} times that it was copied",
-        hint=f"stop what writes to it meanwhile, leave it out with {setting('exclude')},"
+        f"{path!r} was written to during each of {len(_PAUSES_S)} attempts to copy it",
+        hint=f"stop the program that writes to it, leave it out with {setting('exclude')},"
         " or export a snapshot of its file system",
         path=path,
         what="size or mtime",
@@ -236,7 +236,7 @@ def _copying(root: int, path: str, directory: int, name: str, *, private: bool) 
     original = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=root)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        # With its permissions from the beginning: nobody can open it who may not read it in the end.
+        # With its permissions from the start, so that nobody can open it who may not read it in the end.
         mode = os.fstat(original).st_mode & (0o700 if private else 0o777)
         copy = os.open(name, flags, mode, dir_fd=directory)
         try:

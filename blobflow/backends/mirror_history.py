@@ -1,4 +1,4 @@
-"""What a mirror has shown: one line of JSON for each import, the newest last."""
+"""The import history of a mirror: one line of JSON for each import, the newest last."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class HistoryEntry(BaseModel):
     artifact_digest: str
     backend: str
     cursor: JsonValue = None
-    """Where in the source's history the artifact stands."""
+    """The artifact's position in the source's history."""
     created_at: UtcTime
     """When the artifact was made."""
     key: str | None = None
-    """Under which it was published, if the importing process knew."""
+    """Key under which it was published, if the importing process knew it."""
 
 
 def read_history(mirror: Path) -> list[HistoryEntry]:
-    """The imports into a mirror that are remembered, oldest first; what a kill left of a line is passed over."""
+    """The recorded imports into a mirror, oldest first; a line torn by a kill is skipped."""
     try:
-        # O_NONBLOCK: a pipe that somebody put there must not hang; it means nothing for files.
+        # O_NONBLOCK: a pipe in its place must not hang; for files it has no effect.
         with open(mirror / HISTORY_NAME, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             data = file.read()
     except (FileNotFoundError, NotADirectoryError):
@@ -54,7 +54,7 @@ def read_history(mirror: Path) -> list[HistoryEntry]:
 
 
 def add_to_history(mirror: Path, entry: HistoryEntry) -> None:
-    """Append an import, durably. The caller holds the mirror, because a long history is written anew."""
+    """Append an import, durably. The caller must hold the mirror, because a long history is rewritten."""
     path = mirror / HISTORY_NAME
     descriptor = open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:

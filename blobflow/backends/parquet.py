@@ -1,7 +1,7 @@
-"""Parquet datasets: files of one schema, checked by their footers before they leave and before they are shown."""
+"""Parquet datasets: files of one schema; their footers are checked before an export and before an import is shown."""
 
 # pyright: basic
-# pyarrow has no type stubs: under the strict rules every line that touches it would be an error.
+# pyarrow has no type stubs: under the strict rules every line that uses it would be an error.
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BACKEND: Final = "parquet"
 SUFFIXES: Final = (".parquet", ".parq", ".pq")
 
 _BESIDE: Final = ("_", ".")
-"""What names of files begin with that writers of datasets put beside the data: `_SUCCESS`, `_metadata`, `.crc`."""
+"""First characters of file names that writers put beside the data: `_SUCCESS`, `_metadata`, `.crc`."""
 
 
 _ENCRYPTED: Final = b"PARE"
@@ -49,15 +49,16 @@ class _NoFooterError(Exception):
 class ParquetExporter(DirectoryExporter):
     """Exports a dataset of Parquet files, in one directory or partitioned into many.
 
-    The footer of every file is read. The cursor tells the rows and files of the dataset and the SHA-256 of its schema,
-    column by column as `name: type`, where the type is that of the values, however they are encoded.
+    The footer of every file is read. The cursor has the rows and files of the dataset and the SHA-256 of its schema.
+    The
+    schema is one `name: type` for each column; the type is that of the values, whatever their encoding.
 
-    Directories that begin with `_` or `.` belong to the writers and not to the dataset (`_temporary/`, `_delta_log/`):
-    they are left out, and named in the result. Those with a `=` are partitions, whatever they begin with.
+    Directories that begin with `_` or `.` belong to the writers and not to the dataset (`_temporary/`, `_delta_log/`).
+    They are left out, and named in the result. A directory with a `=` is a partition, whatever it begins with.
     """
 
     schemas: Literal["one", "any"] = Field(
-        default="one", description="`one`: refuse a file whose columns are not those of the others."
+        default="one", description="`one`: refuse a file whose columns differ from the others'."
     )
 
     @property
@@ -71,10 +72,10 @@ class ParquetExporter(DirectoryExporter):
 
     @override
     def _cursor(self, root: Path, paths: Iterable[str]) -> JsonValue:
-        """Read the footers.
+        """The cursor, from the footers of all files.
 
         Raises:
-            UnsupportedSource: naming the file that is no Parquet, or has other columns.
+            UnsupportedSource: a file is not Parquet, or has other columns; the message names it.
         """
         rows = files = 0
         schemas: dict[str, str] = {}
@@ -90,7 +91,7 @@ class ParquetExporter(DirectoryExporter):
                     raise unsupported(
                         path,
                         "its footer is encrypted, so that its schema and rows cannot be checked without the key",
-                        f"move the dataset as a tree of files, which backend 'directory' does, or {LEAVE_IT_OUT}",
+                        f"move the dataset as a tree of files (backend 'directory'), or {LEAVE_IT_OUT}",
                     ) from error
                 raise unsupported(
                     path, f"its footer cannot be read: {error}", f"repair it, or {LEAVE_IT_OUT}"
@@ -111,11 +112,12 @@ class ParquetExporter(DirectoryExporter):
 class ParquetImporter(VersionedImporter):
     """Keeps a mirror of a dataset: `<path>/current` always shows all files of one snapshot, and no other.
 
-    Before they are shown, every footer is read, and rows, files and schema are compared with what the exporter saw.
+    Before a snapshot is shown, every footer is read, and rows, files and schema are compared with the exporter's
+    cursor.
     """
 
     schema_sha256: str | None = Field(
-        default=None, description="Refuse datasets of another schema, as `schema_sha256` of the cursor; None: take any."
+        default=None, description="Refuse datasets with another `schema_sha256` in the cursor; None: accept any schema."
     )
 
     @property
@@ -158,17 +160,17 @@ class ParquetImporter(VersionedImporter):
 
 
 def _is_data(path: str) -> bool:
-    """Whether a member belongs to the dataset itself, and is no directory."""
+    """Whether a member belongs to the dataset itself, and is not a directory."""
     return not path.endswith("/") and not path.rpartition("/")[2].startswith(_BESIDE)
 
 
 def _footer(root: Path, path: str) -> tuple[int, str]:
-    """The number of rows of a file, and its columns, one a line.
+    """The number of rows of a file, and its columns, one per line.
 
     Raises:
-        _NoFooterError: it has none, or an encrypted one.
+        _NoFooterError: it has no footer, or an encrypted one.
     """
-    # pyarrow takes 0.2 s to import, and a pipeline is defined more often than it is run.
+    # pyarrow takes 0.2 s to import, and a pipeline is loaded more often than it is run.
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -189,9 +191,9 @@ def _ends_with(file: io.FileIO, end: bytes) -> bool:
 
 
 def _kind(kind: pa.DataType) -> str:
-    """The type of a column's values: the same whether they are kept in a dictionary, or with large offsets.
+    """The type of a column's values, without dictionary encoding and large offsets.
 
-    Parquet has neither type; Arrow stores its own schema, which names the original type, in the metadata of the file.
+    Parquet has neither type; Arrow stores its schema, which names the original type, in the metadata of the file.
     """
     # As in `_footer`.
     import pyarrow as pa

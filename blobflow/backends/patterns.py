@@ -1,7 +1,7 @@
-"""Patterns of what is left out of a tree, with the meaning that they have in a `.gitignore` file.
+"""Exclude patterns for trees, with the meaning that they have in a `.gitignore` file.
 
-The rules are those of https://git-scm.com/docs/gitignore#_pattern_format, read by the library pathspec. `./` at the
-beginning means the root as well.
+The rules are those of https://git-scm.com/docs/gitignore#_pattern_format; the library pathspec parses them. `./` at
+the beginning means the root as well.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathspec.patterns.gitignore.spec import GitIgnoreSpecPattern
 from blobflow.errors import UsageError
 
 _BELOW: Final = "ps_d"
-"""The library's group for the `/` behind what a pattern names; what follows it lies below that."""
+"""The library's group for the `/` after the matched name; what follows it is below that entry."""
 
 _TOKEN: Final = re.compile(r"\\.|\[[!^]?\]?(?:\[:[a-z]*:\]|\\.|[^\]\\])*\]", re.DOTALL)
 """An escaped character, or brackets."""
@@ -27,10 +27,10 @@ class _Rule(NamedTuple):
     expression: re.Pattern[str]
     directories_only: bool
     excludes: bool
-    """False: it takes back what an earlier rule left out."""
+    """False if it includes again what an earlier rule excluded."""
 
     def matches(self, path: str, *, is_directory: bool) -> bool:
-        """Whether the rule means this entry itself, not a directory above it."""
+        """Whether the rule matches this entry itself, not a directory above it."""
         if self.directories_only:
             ends = (found.end(_BELOW) for found in self.expression.finditer(path + "/"))
             return is_directory and len(path) + 1 in ends
@@ -39,13 +39,13 @@ class _Rule(NamedTuple):
 
 
 class ExcludePatterns:
-    """Decides for each entry of one tree whether it is left out, and knows the patterns that never matched.
+    """Decides for each entry of one tree whether it is left out, and records the patterns that never matched.
 
-    Entries are asked for from the root down, and nothing below a directory that is left out, as git does it: so the
-    last pattern that means the entry itself decides, and a `!` that takes back a directory takes back nothing in it.
+    Ask for entries from the root down, and for nothing below an excluded directory, as git does. So the last pattern
+    that matches the entry itself decides, and a `!` that includes a directory again does not include its content.
 
     Raises:
-        UsageError: naming a pattern that can never match.
+        UsageError: a pattern can never match; the message names it.
     """
 
     def __init__(self, patterns: Sequence[str]) -> None:
@@ -54,7 +54,7 @@ class ExcludePatterns:
         self._matched = [False] * len(self._rules)
 
     def excludes(self, path: str, *, is_directory: bool) -> bool:
-        """Whether the entry at `path`, from the root and without a `/` at either end, is left out."""
+        """Whether the entry at `path` is left out; the path starts at the root and has no `/` at either end."""
         excluded = False
         for i, rule in enumerate(self._rules):
             if rule.matches(path, is_directory=is_directory):
@@ -75,19 +75,19 @@ def _compiled(pattern: str) -> _Rule:
     stripped = text.rstrip(" ")
     directories_only = stripped.endswith("/")
     if directories_only:
-        # The library takes `a/**/` for `a/`; git means the directories below.
+        # The library treats `a/**/` as `a/`; in git it means the directories below.
         text = stripped + "*/" if stripped.endswith("**/") else stripped
-    # The library reads classes and escapes in brackets otherwise than git.
+    # The library reads classes and escapes in brackets differently from git.
     if any(token.startswith("[") and ("\\" in token or "[:" in token) for token in _TOKEN.findall(text)):
         raise UsageError(
-            f"the exclude pattern {pattern!r} has a class or a backslash in brackets, which is not understood",
+            f"the exclude pattern {pattern!r} has a class or a backslash in brackets, which is not supported",
             hint="write the characters out, e.g. [a-z] for [[:lower:]]",
         )
     if any(segment in (".", "..") for segment in text.split("/")) or "//" in text:
         raise _useless(pattern)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of a `[` in brackets, which the library does not escape
+            warnings.simplefilter("ignore", FutureWarning)  # about a `[` in brackets, which the library does not escape
             expression, excludes = GitIgnoreSpecPattern.pattern_to_regex(negation + text)
             if expression is None or excludes is None:
                 raise _useless(pattern)
@@ -99,5 +99,5 @@ def _compiled(pattern: str) -> _Rule:
 def _useless(pattern: str) -> UsageError:
     return UsageError(
         f"the exclude pattern {pattern!r} can never match: to git it is a comment, empty or malformed",
-        hint=r"name what is to be left out, e.g. '*.tmp', 'cache/' or '/logs/*', or '\#x' for the name #x",
+        hint=r"name what to leave out, e.g. '*.tmp', 'cache/' or '/logs/*', or '\#x' for the name #x",
     )

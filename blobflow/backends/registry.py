@@ -1,4 +1,4 @@
-"""The backends by name, and the two functions that everybody calls."""
+"""The backends by name, and the functions that export and import with any of them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ BACKENDS: Final = {
     "parquet": ("blobflow.backends.parquet", "ParquetExporter", "ParquetImporter"),
     "sqlite": ("blobflow.backends.sqlite", "SqliteExporter", "SqliteImporter"),
 }
-"""Where the exporter and the importer of each backend are; loaded when they are first used."""
+"""The modules of each backend's exporter and importer; loaded on first use."""
 
 
 def backend_classes(backend: str) -> tuple[type[Any], type[VersionedImporter]]:
-    """The exporter and the importer of a backend; both take a `path`.
+    """The exporter and the importer class of a backend; both take a `path`.
 
     Raises:
         RefusedError: there is no such backend.
@@ -37,10 +37,10 @@ def backend_classes(backend: str) -> tuple[type[Any], type[VersionedImporter]]:
 def export_artifact(
     source: Exporter | str | Path, dest: str | Path, *, on_progress: OnBytes | None = None, **options: Any
 ) -> ExportResult:
-    """Make an artifact in the directory `dest`, which must be absent or empty.
+    """Make an artifact in the directory `dest`, which must be missing or empty.
 
     Args:
-        source: An exporter, or a directory; then `options` are those of `DirectoryExporter`.
+        source: An exporter, or a directory; for a directory, `options` are those of `DirectoryExporter`.
     """
     exporter = DirectoryExporter(path=Path(source), **options) if isinstance(source, str | Path) else source
     return exporter.export(Path(dest), on_progress=on_progress)
@@ -54,7 +54,7 @@ def import_artifact(
     on_progress: OnBytes | None = None,
     key: str | None = None,
 ) -> ImportResult:
-    """Verify every member of a local artifact, then bring it to life with `importer`; see `Importer`."""
+    """Verify every member of a local artifact, then import it with `importer`; see `Importer`."""
     if not isinstance(artifact, Artifact):
         artifact = Artifact.open(artifact)
     return importer.import_artifact(artifact, consume=consume, on_progress=on_progress, key=key)

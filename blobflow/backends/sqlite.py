@@ -43,33 +43,33 @@ DATABASE_NAME: Final = "database.sqlite"
 """The one member of the artifacts, so that readers of a mirror open `<path>/current/database.sqlite`."""
 
 _STEP_PAGES: Final = 4096
-"""Pages copied between two signs of life: 16 MiB of a database with the usual pages."""
+"""Pages copied between two progress callbacks: 16 MiB of a database with the usual pages."""
 _STEP_INSTRUCTIONS: Final = 10_000_000
-"""Of SQLite's machine between two signs of life while a database is checked: a few tenths of a second."""
+"""SQLite's instructions between two progress callbacks during a check: a few tenths of a second."""
 
 Damaged: TypeAlias = type[UnsupportedSource] | type[ArtifactInvalid]
-"""What a damaged database is: the source of an export, or what an artifact holds."""
+"""The error for a damaged database: in the source of an export, or in an artifact."""
 
 _COPY_BYTES: Final = 1 << 20
 _WAL_VERSIONS: Final = slice(18, 20)
-"""Where a database's header says whether it is in WAL mode (https://www.sqlite.org/fileformat.html)."""
+"""The bytes of a database's header with its WAL mode (https://www.sqlite.org/fileformat.html)."""
 _ALL: Final = 2**31 - 1
-"""Rows that a check may complain of."""
+"""Maximum number of rows that a check reports."""
 _MISSING: Final = re.compile(
     r"no such collation sequence: (?P<collation>.+)|(?:unknown|no such) function: (?P<function>.+?)(?:\(\))?"
 )
 _BROKEN_CONSTRAINT: Final = re.compile(r"(?:NULL|TEXT|NUMERIC|non-\w+) value in |CHECK constraint failed in ")
-"""What a check says of rows that the file holds well, and the schema does not allow."""
+"""SQLite's report of rows that are stored correctly, but that the schema does not allow."""
 _NOT_WRITABLE: Final = ("unable to open database file", "attempt to write a readonly database")
 _BUSY: Final = ("database is locked", "database table is locked", "database schema is locked")
 
 
 class SqliteExporter(KnownFields):
-    """Exports an SQLite database as it is at one moment, by SQLite's online backup, while others go on writing to it.
+    """Exports an SQLite database at one moment, by SQLite's online backup, while others continue to write to it.
 
-    Everything is read in one read transaction: of a database in WAL mode nobody has to wait for it; in the other
-    journal modes writers wait to commit until the copy is made. The copy has no journal beside it, whatever the mode
-    of the source. A source is only read: even a journal that a killed writer left is its application's to roll back.
+    Everything is read in one read transaction. Nobody waits for it if the database is in WAL mode; in the other journal
+    modes writers wait to commit until the copy is made. The copy has no journal beside it, whatever the mode of the
+    source. The source is only read: only its application may roll back a journal that a killed writer left.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,9 +93,9 @@ class SqliteExporter(KnownFields):
         Raises:
             NotFoundError: there is no such file.
             TransferBusy: writers kept the database locked for longer than `busy_timeout_s`.
-            UnsupportedSource: it is no SQLite database, or a damaged one.
-            RefusedError: a killed writer left a journal that has to be rolled back first.
-            UsageError: the cursor query fails, or gives what JSON cannot hold.
+            UnsupportedSource: it is not a SQLite database, or it is damaged.
+            RefusedError: a killed writer left a journal that must be rolled back first.
+            UsageError: the cursor query fails, or returns a value that JSON cannot hold.
             DestinationNotEmpty: `dest` holds something.
             DiskFull: there is no room at `dest`.
         """
@@ -126,24 +126,24 @@ class SqliteExporter(KnownFields):
         )
 
     def _backup(self, path: Path, target: Path, alive: Callable[..., None]) -> JsonValue:
-        """Let SQLite copy the database while others write to it; the cursor."""
+        """Let SQLite copy the database while others write to it; returns the cursor."""
         with (
             closing(_connect(path, "mode=ro", timeout_s=self.busy_timeout_s)) as source,
             closing(_connect(target, "mode=rwc")) as copy,
         ):
-            # The transaction begins with the first read, and pins the state for the whole of the export.
+            # The transaction begins with the first read, and fixes the state for the whole export.
             source.execute("BEGIN")
             source.execute("SELECT 1 FROM sqlite_master").fetchone()
             cursor = self._cursor(source)
-            copy.execute("PRAGMA synchronous=OFF")  # an unfinished artifact is thrown away as a whole
+            copy.execute("PRAGMA synchronous=OFF")  # an unfinished artifact is deleted as a whole
             source.backup(copy, pages=_STEP_PAGES, progress=alive)
-            # Of a source in WAL mode the copy would be, too, and make files beside it when it is opened.
+            # The copy of a source in WAL mode would be in it too, and create files beside it when it is opened.
             copy.execute("PRAGMA journal_mode=DELETE")
             _check(copy, path, alive, UnsupportedSource)
         return cursor
 
     def _copy(self, path: Path, target: Path, alive: Callable[..., None]) -> JsonValue:
-        """Copy a database to which nobody writes, and let SQLite apply the log beside it to the copy; the cursor."""
+        """Copy a database without writers, and let SQLite apply the log beside it to the copy; returns the cursor."""
         files = [Path(f"{path}{suffix}") for suffix in ("", "-wal") if os.path.exists(f"{path}{suffix}")]
         before = [_version(file) for file in files]
         for file in files:
@@ -152,7 +152,7 @@ class SqliteExporter(KnownFields):
                     copy.write(chunk)
                     alive()
         if before != [_version(file) for file in files]:
-            raise TransferBusy(f"somebody writes to {path}", path=str(path))
+            raise TransferBusy(f"another process writes to {path}", path=str(path))
         with closing(_connect(target, "mode=rw")) as connection:
             cursor = self._cursor(connection)
             connection.execute("PRAGMA journal_mode=DELETE")
@@ -162,7 +162,7 @@ class SqliteExporter(KnownFields):
     def _cursor(self, source: sqlite3.Connection) -> JsonValue:
         if self.cursor_query is None:
             # PRAGMA data_version means nothing to another connection, and the change counter in the file's header
-            # stands still in WAL mode (https://www.sqlite.org/pragma.html#pragma_data_version).
+            # does not advance in WAL mode (https://www.sqlite.org/pragma.html#pragma_data_version).
             return {name: _pragma(source, name) for name in ("schema_version", "user_version")}
         return _query_cursor(source, self.cursor_query)
 
@@ -170,20 +170,21 @@ class SqliteExporter(KnownFields):
 class SqliteImporter(VersionedImporter):
     """Keeps a mirror of an SQLite database: `<path>/current/database.sqlite` is always one whole database.
 
-    A reader that has the old one open keeps reading it, until it opens the path again. The mirror is for reading: what
-    was written to it is gone with the next import, which waits for nobody, but refuses while a transaction is open.
+    A reader that has the old one open continues to read it, until it opens the path again. The mirror is for reading:
+    the next import discards what was written to it. The import does not wait for writers, but refuses while a
+    transaction is open.
     """
 
     application_id: int | None = Field(
-        default=None, description="Refuse databases with another `PRAGMA application_id`; None: take any."
+        default=None, description="Refuse databases with another `PRAGMA application_id`; None: accept any."
     )
     user_version: int | None = Field(
-        default=None, description="Refuse databases with another `PRAGMA user_version`; None: take any."
+        default=None, description="Refuse databases with another `PRAGMA user_version`; None: accept any."
     )
     cursor_query: str | None = Field(
         default=None,
-        description="A query on the mirror whose first row is its cursor, for mirrors that are followed further by"
-        " other means than imports.",
+        description="A query on the mirror whose first row is its cursor, for mirrors that other means than imports"
+        " advance further.",
     )
 
     @property
@@ -193,7 +194,7 @@ class SqliteImporter(VersionedImporter):
 
     @property
     def database(self) -> Path:
-        """What readers open."""
+        """The path that readers open."""
         return self.data / DATABASE_NAME
 
     @override
@@ -206,7 +207,7 @@ class SqliteImporter(VersionedImporter):
     @override
     def prepare(self, artifact: Artifact) -> None:
         if artifact.index.paths != [DATABASE_NAME]:
-            # A journal beside the database would be applied to it by the first who opens it.
+            # The first process that opens the database would apply a journal beside it.
             raise HostileArtifact(
                 f"{artifact!r} is not a database: it has members {', '.join(map(quoted, artifact.index.paths[:3]))}",
                 path=str(artifact.path),
@@ -216,7 +217,7 @@ class SqliteImporter(VersionedImporter):
     @override
     def verify_open(self, artifact: Artifact) -> None:
         database = artifact.data / DATABASE_NAME
-        # Immutable: nothing is locked, and no file is made beside what may still be refused.
+        # Immutable: nothing is locked, and no file is created beside a database that may still be refused.
         with (
             _errors_of(database, ArtifactInvalid),
             closing(_connect(database, "mode=ro&immutable=1")) as connection,
@@ -226,8 +227,8 @@ class SqliteImporter(VersionedImporter):
                 actual = _pragma(connection, name)
                 if expected is not None and actual != expected:
                     raise RefusedError(
-                        f"the database in {artifact!r} has {name} {actual}, this mirror takes {expected}",
-                        hint="import what the mirror was made for, or change what it takes",
+                        f"the database in {artifact!r} has {name} {actual}, this mirror accepts {expected}",
+                        hint="import the database that the mirror is meant for, or change what it accepts",
                         expected=expected,
                         actual=actual,
                     )
@@ -239,10 +240,10 @@ class SqliteImporter(VersionedImporter):
 
 
 def _query_cursor(connection: sqlite3.Connection, query: str) -> JsonValue:
-    """The first row that a query gives: its value, or the list of its values; None if there is no row.
+    """The first row that a query returns: its value, or the list of its values; None if there is no row.
 
     Raises:
-        UsageError: the query fails, or gives what JSON cannot hold.
+        UsageError: the query fails, or returns a value that JSON cannot hold.
     """
     try:
         row = cast("tuple[object, ...] | None", connection.execute(query).fetchone())
@@ -253,25 +254,25 @@ def _query_cursor(connection: sqlite3.Connection, query: str) -> JsonValue:
             raise
         raise UsageError(f"the cursor query fails: {error}", hint="try it on the database") from error
     except (TypeError, ValueError) as error:
-        raise UsageError(f"the cursor query gives what JSON cannot hold: {error}") from error
+        raise UsageError(f"the cursor query returns a value that JSON cannot hold: {error}") from error
 
 
 def _connect(path: Path, parameters: str, *, timeout_s: float = 0.0) -> sqlite3.Connection:
     connection = sqlite3.connect(
         f"{Path(os.path.realpath(path)).as_uri()}?{parameters}", uri=True, timeout=timeout_s, isolation_level=None
     )
-    # The schema of a database that came from elsewhere must not run code of ours (https://www.sqlite.org/security.html).
+    # The schema of a database from elsewhere must not run our code (https://www.sqlite.org/security.html).
     connection.execute("PRAGMA trusted_schema=OFF")
     return connection
 
 
 @contextmanager
 def _errors_of(path: Path, damaged: Damaged = UnsupportedSource) -> Generator[None]:
-    """Errors of SQLite about the database at `path`, in this package's words."""
+    """Translate errors of SQLite about the database at `path`."""
     try:
         yield
     except sqlite3.Error as error:
-        # Python tells the codes only since 3.11; the messages are SQLite's own, and have been the same for decades.
+        # Python reports the codes only since 3.11; the messages are SQLite's, and have been the same for decades.
         message = str(error)
         if message in _BUSY:
             raise TransferBusy(f"database {path} is locked by a writer", path=str(path)) from error
@@ -290,10 +291,10 @@ def _errors_of(path: Path, damaged: Damaged = UnsupportedSource) -> Generator[No
 
 @contextmanager
 def _writers_held_off(database: Path) -> Generator[None]:
-    """Keep others from writing to the database that is shown now: what they would commit would be gone unseen.
+    """Block writers of the database that is shown now; the swap would silently discard their commits.
 
     Raises:
-        TransferBusy: one of them is in a transaction.
+        TransferBusy: a writer has an open transaction.
     """
     if not database.exists():
         yield
@@ -304,17 +305,19 @@ def _writers_held_off(database: Path) -> Generator[None]:
         except sqlite3.Error as error:
             if str(error) in _BUSY:
                 raise TransferBusy(
-                    f"somebody writes to {database}", hint="end the transaction, or wait for it", path=str(database)
+                    f"another process writes to {database}",
+                    hint="end the transaction, or wait for it",
+                    path=str(database),
                 ) from error
-            # Read-only or damaged: then there are no writers, and a whole database in its place is all the better.
+            # Read-only or damaged: then there are no writers, and replacing it with a whole database is right.
             log.info("sqlite.not_held path=%s error=%s", database, error)
         yield
 
 
 def _lies_still(path: Path, error: sqlite3.Error) -> bool:
-    """Whether the database is in WAL mode in a directory where SQLite cannot make the file that readers share.
+    """Whether the database is in WAL mode in a directory where SQLite cannot create the file that readers share.
 
-    Whoever writes to it makes that file; so nobody does, at least not on this machine.
+    Every writer creates that file. So there is no writer, at least not on this machine.
     """
     if str(error) not in _NOT_WRITABLE or os.path.exists(f"{path}-journal"):
         return False
@@ -329,11 +332,12 @@ def _version(path: Path) -> tuple[int, int, int]:
 
 
 def _check(connection: sqlite3.Connection, path: Path, alive: Callable[[], None], damaged: Damaged) -> None:
-    """Let SQLite prove that the database is whole; what `alive` raises meanwhile ends it, and comes out here.
+    """Let SQLite prove that the database is whole; an exception from `alive` ends the check and is raised here.
 
-    Rows that break a constraint are the application's business: it may have had none when it wrote them. Where an index
-    or a column needs a collation or a function of the application, the other tables are checked in full, and these by
-    their pages, rows and counts, which needs neither.
+    Rows that break a constraint are allowed: the application may have written them before the constraint. If an index
+    or a
+    column needs a collation or a function of the application, the other tables are checked in full. These tables are
+    checked by their pages, rows and counts, which needs neither.
     """
     failures: list[BaseException] = []
 
@@ -346,7 +350,7 @@ def _check(connection: sqlite3.Connection, path: Path, alive: Callable[[], None]
 
     connection.set_progress_handler(on_step, _STEP_INSTRUCTIONS)
     try:
-        # cell_size_check: look for damage before it can do harm (https://www.sqlite.org/security.html).
+        # cell_size_check: find damage before it can do harm (https://www.sqlite.org/security.html).
         connection.execute("PRAGMA cell_size_check=ON")
         connection.execute("PRAGMA ignore_check_constraints=ON")
         found = _damage(connection)
@@ -405,4 +409,4 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
 
 
 def _nothing() -> None:
-    """No sign of life is asked for."""
+    """A progress callback that does nothing."""

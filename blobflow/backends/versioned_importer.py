@@ -1,4 +1,4 @@
-"""The mirror that all importers share: whole versions side by side, of which one is shown."""
+"""The base of all importers: a mirror with whole versions side by side, one of which is shown."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ INCOMING_NAME: Final = ".incoming"
 
 _LOCK_NAME: Final = ".lock"
 _VERSION_DIGITS: Final = 16
-"""Of the artifact digest: enough for the few versions of one mirror."""
+"""Digits of the artifact digest in a version's name: enough for the few versions of one mirror."""
 
 
 class VersionedImporter(KnownFields, ABC):
     """Keeps a mirror of versions: `<path>/current` always shows the data of one whole artifact.
 
-    Each version is an artifact directory `<path>/versions/<id>`; `current` is a symbolic link to the `data` of the
-    newest, replaced by one atomic rename. Whatever a database keeps beside its file (journals, locks) stays with its
-    version, so that it can never be applied to another one's file.
+    Each version is an artifact directory `<path>/versions/<id>`. `current` is a symbolic link to the `data` of the
+    newest, replaced by one atomic rename. The files that a database keeps beside its file (journals, locks) stay with
+    their version, so they are never applied to the file of another one.
 
-    An import is `prepare`, `verify_open`, `load`, `swap`, in this order: whatever can be refused is refused by the
-    first two, before anything was moved, and nothing is seen before the last. Backends override the steps to which
-    they have something to add, and `cursor`.
+    An import is `prepare`, `verify_open`, `load`, `swap`, in this order. The first two refuse what must be refused,
+    before anything is moved; nothing is visible before the last. Backends override `cursor`, and the steps to which
+    they
+    add something.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,11 +60,11 @@ class VersionedImporter(KnownFields, ABC):
     @property
     @abstractmethod
     def backend(self) -> str:
-        """The backend of the artifacts it takes."""
+        """The backend of the artifacts that it imports."""
 
     @property
     def data(self) -> Path:
-        """What the mirror shows; absent before the first import."""
+        """The path that shows the mirror's data; absent before the first import."""
         return self.path / CURRENT_NAME
 
     @property
@@ -74,11 +75,11 @@ class VersionedImporter(KnownFields, ABC):
         return self.path / INCOMING_NAME / _version_name(artifact_digest)
 
     def current(self) -> Artifact | None:
-        """The artifact whose data `current` shows, or None. Of data that was written to, it is where it came from."""
+        """The artifact that `current` shows, even if its data was written to since; None before the first import."""
         return shown_artifact(self.path)
 
     def cursor(self) -> JsonValue:
-        """Where in the source's history the mirror stands; None before the first import, or if nobody said."""
+        """The mirror's position in the source's history; None before the first import, or if it is unknown."""
         alive = self.current()
         return alive.manifest.cursor if alive else None
 
@@ -93,7 +94,7 @@ class VersionedImporter(KnownFields, ABC):
         """Verify every member of the artifact, keep it as a version, and show it as `current`.
 
         Raises:
-            DigestMismatch: a member is not what the index says; nothing was changed.
+            DigestMismatch: a member differs from the index; nothing was changed.
             RefusedError: `current` is not a link, the artifact came from another backend, or the mirror cannot be
                 written.
             TransferBusy: another process imports into this mirror, or writes to what it shows.
@@ -113,7 +114,7 @@ class VersionedImporter(KnownFields, ABC):
             if alive is not None and alive.digest == artifact.digest:
                 if consume and artifact.path != alive.path:
                     remove_tree(artifact.path)
-                self._remember(artifact, key)  # a kill may have come between the swap and this
+                self._remember(artifact, key)  # the process may have been killed between the swap and this
                 return self._result("unchanged", artifact, started, [])
             self.prepare(artifact)
             verify_members(artifact, on_progress=on_progress)
@@ -127,22 +128,22 @@ class VersionedImporter(KnownFields, ABC):
         return self._result("imported", artifact, started, removed)
 
     def prepare(self, artifact: Artifact) -> None:
-        """Refuse an artifact that does not belong here, by its manifest and index; none of its data is read yet."""
+        """Refuse an artifact that does not belong here, from its manifest and index; its data is not read yet."""
 
     def verify_open(self, artifact: Artifact) -> None:
-        """Open the data as its users will, and refuse what is of no use to them. The files must stay as they are.
+        """Open the data as its users will, and refuse unusable data. The files must stay unchanged.
 
-        Every member has the bytes that its index promises already.
+        Every member has already been checked against the index.
         """
 
     def load(self, artifact: Artifact, *, consume: bool) -> Path:
-        """Make the artifact a version: by rename if it may be consumed, by copy otherwise."""
+        """Make the artifact a version: by rename if it may be consumed, otherwise by copy."""
         version = self._versions / _version_name(artifact.digest)
         self._versions.mkdir(parents=True, exist_ok=True)
         if artifact.path == version:
             return version
         if version.exists():
-            # An older import of the same artifact; it was not verified now, the new one was.
+            # From an older import of the same artifact. It was not verified now; the new one was.
             retired = version.with_name(f".{version.name}.retired")
             remove_tree(retired)
             os.rename(version, retired)
@@ -171,7 +172,7 @@ class VersionedImporter(KnownFields, ABC):
         """Show the version, in one atomic step.
 
         Raises:
-            TransferBusy: somebody writes to what is shown now; it stays shown.
+            TransferBusy: another process writes to the version that is shown now; it stays.
         """
         fresh = self.path / ".current.new"
         fresh.unlink(missing_ok=True)
@@ -181,7 +182,7 @@ class VersionedImporter(KnownFields, ABC):
 
     @contextmanager
     def _alone(self) -> Generator[None]:
-        """Hold the mirror: two imports at once would clear away each other's half copies."""
+        """Hold the mirror: two imports at once would remove each other's incomplete copies."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         lock = take_lock_file(self.path / _LOCK_NAME, f"another process imports into {self.path}")
@@ -222,7 +223,7 @@ class VersionedImporter(KnownFields, ABC):
         )
 
     def _prune(self, current: Path) -> Iterator[str]:
-        """Remove versions beyond `keep_versions`, oldest first, and whatever a killed import left."""
+        """Remove versions beyond `keep_versions`, oldest first, and everything that a killed import left."""
         versions = [entry for entry in self._versions.iterdir() if entry != current]
         complete = [entry for entry in versions if not entry.name.startswith(".")]
         complete.sort(key=lambda entry: entry.stat().st_mtime_ns, reverse=True)
@@ -234,14 +235,14 @@ class VersionedImporter(KnownFields, ABC):
                 remove_tree(entry)
 
     def _remove_superseded(self, artifact: Artifact) -> None:
-        """Remove what downloads of older artifacts left, once a newer one is shown; what somebody holds stays.
+        """Remove what downloads of older artifacts left, once a newer artifact is shown; what a process holds stays.
 
-        What was last written to before this artifact was made belongs to an older one, that nobody comes back for.
+        A download that was last written to before this artifact was made belongs to an older one, which nobody needs.
         """
         made_at = artifact.manifest.created_at.timestamp()
         incoming = self.path / INCOMING_NAME
         remove_stages(incoming, idle_since=made_at)
-        # Whole ones lie there by their version's name, until they are imported.
+        # A complete download has its version's name until it is imported.
         for landed in incoming.glob("[0-9a-f]" * _VERSION_DIGITS):
             if landed.stat().st_mtime <= made_at:
                 remove_tree(landed)
