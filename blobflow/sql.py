@@ -154,8 +154,7 @@ class SqlTable:
                 connection.execute(CreateTable(self._table, if_not_exists=True))
         except (IntegrityError, ProgrammingError):
             # Postgres: another process created the table, or only the type of its rows (a duplicate object), between
-            # our
-            # check and our attempt. Any other error occurs again now.
+            # our check and our attempt. Any other error occurs again now.
             with self._connect() as connection:
                 connection.execute(CreateTable(self._table, if_not_exists=True))
         self._is_made = True

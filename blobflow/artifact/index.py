@@ -129,8 +129,7 @@ class IndexRules:
         self._checked = 0
         self._previous = ""
         # Files whose paths are prefixes of the current one. In sorted order, the paths that begin with a file's path
-        # follow
-        # it without a gap. So comparing with these few files replaces a set of all directories.
+        # follow it without a gap. So comparing with these few files replaces a set of all directories.
         self._begun: list[str] = []
 
     def check(self) -> None:

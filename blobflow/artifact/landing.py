@@ -152,8 +152,7 @@ class Stage:
         self.path = self._parent / f"{STAGE_PREFIX}{hashlib.sha256(os.fsencode(name)).hexdigest()[:24]}"
         self._at = self.path
         """The path that all accesses use. While the stage is held, it goes through the stage's descriptor, so that a
-        user
-        who may rename the stage cannot redirect a write."""
+        user who may rename the stage cannot redirect a write."""
         self._journal_name = _JOURNAL_NAME
         self.part_size: int | None = None
         """Part size of the parts in the journal; None in a fresh stage."""
@@ -419,8 +418,7 @@ class _Notes:
     | `{"syncing"}`, later `{"synced"}` | the parts noted before `syncing` are durable since `synced` |
 
     A killed process leaves its bytes in the kernel, so every part that it noted counts. If the machine restarted since,
-    or
-    was another one, only the synced parts count.
+    or was another one, only the synced parts count.
     """
 
     def __init__(self) -> None:

@@ -146,8 +146,7 @@ class TarMap:
         """Payload offset and length of the `number`-th (from 1) of `count` slices of about equal size.
 
         Slices begin and end between entries, so each member is whole in one of them. Together they cover everything
-        after
-        the index. A slice can be empty, if one member is larger than a slice.
+        after the index. A slice can be empty, if one member is larger than a slice.
         """
         start, stop = (self._boundary((self.size - self.data_start) * part // count) for part in (number - 1, number))
         return start, stop - start

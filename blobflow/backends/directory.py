@@ -288,8 +288,7 @@ class DirectoryExporter(KnownFields):
 
         Returns:
             For each subdirectory: its name, whether it is a link, and whether it leads to a place that only the owner
-            can
-            enter.
+            can enter.
         """
         below: list[tuple[str, bool, bool]] = []
         kept = 0

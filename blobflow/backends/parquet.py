@@ -50,8 +50,7 @@ class ParquetExporter(DirectoryExporter):
     """Exports a dataset of Parquet files, in one directory or partitioned into many.
 
     The footer of every file is read. The cursor has the rows and files of the dataset and the SHA-256 of its schema.
-    The
-    schema is one `name: type` for each column; the type is that of the values, whatever their encoding.
+    The schema is one `name: type` for each column; the type is that of the values, whatever their encoding.
 
     Directories that begin with `_` or `.` belong to the writers and not to the dataset (`_temporary/`, `_delta_log/`).
     They are left out, and named in the result. A directory with a `=` is a partition, whatever it begins with.

@@ -335,9 +335,8 @@ def _check(connection: sqlite3.Connection, path: Path, alive: Callable[[], None]
     """Let SQLite prove that the database is whole; an exception from `alive` ends the check and is raised here.
 
     Rows that break a constraint are allowed: the application may have written them before the constraint. If an index
-    or a
-    column needs a collation or a function of the application, the other tables are checked in full. These tables are
-    checked by their pages, rows and counts, which needs neither.
+    or a column needs a collation or a function of the application, the other tables are checked in full. These tables
+    are checked by their pages, rows and counts, which needs neither.
     """
     failures: list[BaseException] = []
 

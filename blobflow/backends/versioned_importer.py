@@ -43,8 +43,7 @@ class VersionedImporter(KnownFields, ABC):
 
     An import is `prepare`, `verify_open`, `load`, `swap`, in this order. The first two refuse what must be refused,
     before anything is moved; nothing is visible before the last. Backends override `cursor`, and the steps to which
-    they
-    add something.
+    they add something.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

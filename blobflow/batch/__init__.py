@@ -1,8 +1,8 @@
 """Batches: many small operations on a store, in a bounded window.
 
-`operations` says what can be done, `stream` when, `runners` how: by coroutines where the store has them, by threads
-everywhere, or in processes of their own. `tables` runs the operations of a file and keeps their results. Why it is
-built this way: docs/design/016-batches.md.
+`operations` defines what can be done, `stream` decides when, and `runners` execute: coroutines if the store has them,
+threads everywhere, or separate processes. `tables` runs the operations of a file and keeps their results. The design
+and its reasons: docs/design/016-batches.md.
 """
 
 from __future__ import annotations

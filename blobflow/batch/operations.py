@@ -1,4 +1,4 @@
-"""What a batch is made of: operations, and what became of each. No repr of any of them shows payload."""
+"""The values of a batch: operations and their results. No repr shows payload."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ALL_PERMISSIONS: Final[frozenset[Permission]] = frozenset({"read", "write", "del
 
 @dataclass(slots=True)
 class Insert:
-    """Store `payload` whole under `key`, replacing what is there.
+    """Store `payload` whole under `key`; it replaces an existing object.
 
     Attributes:
-        key: None: a unique one is made; the response tells it.
+        key: The key; None for a generated unique key, which the response reports.
         payload: At most 1 MiB.
-        metadata: Kept with the object where the store can (S3); elsewhere such an insert fails with `Unsupported`.
+        metadata: Kept with the object if the store can (S3); otherwise the insert fails with `Unsupported`.
     """
 
     key: str | None
@@ -39,7 +39,7 @@ class Insert:
 
 @dataclass(slots=True)
 class Get:
-    """Read the object under `key`, if there is one."""
+    """Read the object with the key `key`, if there is one."""
 
     key: str
 
@@ -49,7 +49,7 @@ class Get:
 
 @dataclass(slots=True)
 class Delete:
-    """Remove the object under `key`; absent is not an error."""
+    """Remove the object with the key `key`; a missing one is not an error."""
 
     key: str
 
@@ -62,7 +62,7 @@ Operation: TypeAlias = Insert | Get | Delete
 
 @dataclass(slots=True)
 class Inserted:
-    """An insert is done: the object is durable and visible."""
+    """The response to an insert: the object is durable and visible."""
 
     key: str
     meta: ObjectMeta
@@ -72,7 +72,7 @@ class Inserted:
 
 @dataclass(slots=True)
 class Got:
-    """A get is done; `payload` is None if there is no object."""
+    """The response to a get; `payload` is None if there is no object."""
 
     key: str
     payload: Payload | None
@@ -82,7 +82,7 @@ class Got:
 
 @dataclass(slots=True)
 class Deleted:
-    """A delete is done: there is no object, and perhaps there was none."""
+    """The response to a delete: there is no object any more, whether or not there was one."""
 
     key: str
 
@@ -94,14 +94,14 @@ Response: TypeAlias = Inserted | Got | Deleted
 
 @dataclass(slots=True)
 class BatchResult:
-    """What became of one item of the input.
+    """The result of one item of the input.
 
     Attributes:
         index: Position in the input, from 0.
-        response: Of an operation that succeeded.
-        error: Of one that did not, or the very error that stood in the input.
-        kind: Of the operation; empty for an error of the input.
-        key: Of the operation; made by now, if the insert had none.
+        response: The response of an operation that succeeded.
+        error: The error of one that failed, or the error that was in the input.
+        kind: Kind of the operation; empty for an error of the input.
+        key: Key of the operation, also if it was generated.
     """
 
     index: int
@@ -120,11 +120,11 @@ class BatchResult:
 class Payload:
     """The bytes of an object that was read.
 
-    Small ones are here already. Those above 1 MiB are read when they are asked for, pinned to one entity tag; until
-    the last byte is read, or `close` is called, or nobody holds the payload any more, the batch keeps its permits.
+    Small ones are already in memory. Those above 1 MiB are read on demand, pinned to one entity tag. The batch keeps
+    its permits until the last byte is read, `close` is called, or the payload is garbage-collected.
 
     Attributes:
-        meta: What the store says of the object.
+        meta: The store's metadata of the object.
     """
 
     __slots__ = ("__weakref__", "_close", "_data", "_read", "meta")
@@ -143,12 +143,12 @@ class Payload:
 
     @property
     def size(self) -> int:
-        """Bytes in all."""
+        """Total bytes."""
         return self.meta.size
 
     @property
     def is_open(self) -> bool:
-        """Whether there is something to be read from the store, for which permits are held."""
+        """Whether bytes are still to be read from the store, for which permits are held."""
         return self._close is not None
 
     def __iter__(self) -> Iterator[bytes]:
@@ -175,7 +175,7 @@ class Payload:
         return self._data if self._data is not None else b"".join(self)
 
     def close(self) -> None:
-        """Read no more; may be called again."""
+        """Stop reading; may be called again."""
         close, self._close = self._close, None
         if close is not None:
             close()

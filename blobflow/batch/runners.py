@@ -1,8 +1,8 @@
-"""How operations are executed: in threads, in processes behind threads, or by the coroutines of one thread.
+"""Runners, which execute operations: in threads, in processes with a thread for each, or as coroutines of one thread.
 
-A runner is told to begin a task and delivers its outcome exactly once: what the store said, what went wrong, or that
-the deadline passed. An outcome is a value; whatever an operation raises stays its own. Runners know nothing of
-windows, and nobody waits for them: `deliver` is called in their own threads.
+A runner begins a task and delivers its outcome exactly once: the store's response, an error, or an exceeded deadline.
+An outcome is a value, so an exception in an operation affects no other. Runners know nothing of windows, and nobody
+waits for them: they call `deliver` in their threads.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import asyncio
 
 _JOIN_S: Final = 10.0
-"""How long the end of a stream waits for threads that have nothing to do any more."""
+"""Seconds that the end of a stream waits for idle threads."""
 
 StoreFactory: TypeAlias = Callable[[], Store]
 
@@ -53,17 +53,17 @@ class Task:
         self.operation = operation
         self.key = key
         self.held_bytes = held_bytes
-        """Of the budget."""
+        """Bytes held of the budget."""
         self.epoch = 0
-        """Of the adaptive limit, when the task began."""
+        """Epoch of the adaptive limit when the task began."""
         self.begun_at = 0.0
         self.deadline_at = 0.0
         self.ended = False
-        """Its outcome is decided: whoever comes second is late."""
+        """Whether its outcome is decided; a second outcome is too late."""
 
 
 class Outcome(NamedTuple):
-    """How a task ended; one of `response` and `error` is None."""
+    """The outcome of a task; either `response` or `error` is None."""
 
     task: Task
     response: Response | None
@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
 
 Deliver: TypeAlias = Callable[[list[Outcome]], None]
 OpenPayload: TypeAlias = Callable[[ObjectMeta], Payload]
-"""Makes a payload of an object that is too large to be read at once."""
+"""Makes a payload for an object that is too large to be read at once."""
 
 
 class Runner(ABC):
@@ -84,15 +84,15 @@ class Runner(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """No task comes any more; what is under way ends, and then the runner does. May be called again."""
+        """Accept no more tasks; the runner ends after those under way. May be called again."""
 
     @abstractmethod
     def join(self) -> None:
-        """Wait until the runner has ended; whoever is past a deadline is not waited for."""
+        """Wait until the runner has ended; tasks past their deadline are not waited for."""
 
 
 def perform(store: Store, operation: Operation, key: str, open_payload: OpenPayload) -> Response:
-    """Do what an operation says."""
+    """Execute an operation."""
     if isinstance(operation, Insert):
         return Inserted(key, store.put(key, Body.of(operation.payload, metadata=operation.metadata)))
     if isinstance(operation, Get):
@@ -115,7 +115,7 @@ def _large(key: str, head: Callable[[], ObjectMeta], open_payload: OpenPayload) 
 
 
 def _failure(task: Task, error: BaseException) -> BlobflowError:
-    """The error of an item."""
+    """The error for an item."""
     if isinstance(error, BlobflowError):
         return error
     kind, key = task.operation.kind, task.key
@@ -140,14 +140,14 @@ def _too_late(task: Task, deadline_s: float) -> DeadlineExceeded:
 
 
 class Worker(ABC):
-    """What a thread works with."""
+    """What a thread uses to execute tasks."""
 
     @abstractmethod
     def perform(self, task: Task) -> Response:
-        """Do what the task's operation says."""
+        """Execute the task's operation."""
 
     def close(self) -> None:
-        """The thread ends."""
+        """Release everything; called when the thread ends."""
 
 
 class StoreWorker(Worker):
@@ -163,13 +163,13 @@ class StoreWorker(Worker):
 
 
 class ThreadRunner(Runner):
-    """A thread for each task that runs at the same time; they are kept for later tasks.
+    """A thread for each concurrent task; threads are kept for later tasks.
 
-    A thread cannot be interrupted. One that is still busy at its deadline is given up: its task has an outcome, another
-    thread takes its place, and it ends when whatever holds it lets go.
+    A thread cannot be interrupted. One that is still busy at its deadline is given up: its task gets an outcome, and
+    another thread replaces it. It ends when its call returns.
 
     Args:
-        deadline_s: Seconds from the beginning of a task; None where the workers see to it.
+        deadline_s: Seconds from the start of a task; None if the workers enforce it.
     """
 
     def __init__(self, make_worker: Callable[[], Worker], deliver: Deliver, deadline_s: float | None) -> None:
@@ -179,9 +179,9 @@ class ThreadRunner(Runner):
         self._changed = threading.Condition()
         self._queue: SimpleQueue[Task | None] = SimpleQueue()
         self._running: dict[Task, None] = {}
-        """In the order of their deadlines."""
+        """Tasks in the order of their deadlines."""
         self._threads: set[threading.Thread] = set()
-        """Without those that were given up."""
+        """All threads except those that were given up."""
         self._by_task: dict[Task, threading.Thread] = {}
         self._idle = 0
         self._stopped = False
@@ -207,7 +207,7 @@ class ThreadRunner(Runner):
                 self._threads.add(thread)
             try:
                 thread.start()
-            except RuntimeError as error:  # the system has no more of them
+            except RuntimeError as error:  # the system has no more threads
                 with self._changed:
                     self._threads.discard(thread)
                 message = f"no thread for {task.key!r}: {error}"
@@ -221,7 +221,7 @@ class ThreadRunner(Runner):
         try:
             while (task := self._queue.get()) is not None:
                 with self._changed:
-                    if task.ended:  # its deadline passed before anybody took it
+                    if task.ended:  # its deadline passed before a thread took it
                         self._idle += 1
                         continue
                     self._by_task[task] = me
@@ -241,7 +241,7 @@ class ThreadRunner(Runner):
                 self._threads.discard(me)
 
     def _end(self, task: Task, response: Response | None, error: BlobflowError | None, *, idle: int = 0) -> bool:
-        """Settle a task's outcome, unless it was settled already."""
+        """Decide a task's outcome, unless it is decided already."""
         with self._changed:
             if task.ended:
                 return False
@@ -294,10 +294,10 @@ class ThreadRunner(Runner):
 
 
 class ProcessWorker(Worker):
-    """Hands each operation to a process of its own, which is started when it is needed and replaced when it dies.
+    """Sends each operation to a separate process, which is started on demand and replaced when it dies.
 
     Args:
-        open_store: Opens the store in the process; it is pickled on its way there.
+        open_store: Opens the store in the process; it is pickled for that.
         deadline_s: A process that is busy for longer is killed.
     """
 
@@ -338,7 +338,7 @@ class ProcessWorker(Worker):
         return answer
 
     def _start(self) -> Connection[Any, Any]:
-        # Never a fork: connections, locks and threads of this process are of no use in another.
+        # Never a fork: connections, locks and threads of this process cannot be used in another.
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._open_store), daemon=True)
@@ -359,8 +359,8 @@ class ProcessWorker(Worker):
 
 
 def _serve(connection: Connection[Any, Any], open_store: StoreFactory) -> None:
-    """The process: executes what it is sent until nobody sends any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    """The process: executes what it receives until its parent closes the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     store: Store | None = None
     try:
         while True:
@@ -379,7 +379,7 @@ def _serve(connection: Connection[Any, Any], open_store: StoreFactory) -> None:
 
 
 def _plain(response: Response) -> Any:
-    """A response as it can be sent; of an object that is too large only what is known of it."""
+    """A response in a form that can be sent; only the metadata of an object that is too large."""
     if isinstance(response, Got) and response.payload is not None and response.payload.size > PIECE_BYTES:
         return response.payload.meta
     return response
@@ -389,10 +389,10 @@ def _plain(response: Response) -> Any:
 
 
 class LoopRunner(Runner):
-    """All tasks as coroutines of one event loop, in a thread of its own.
+    """All tasks as coroutines of one event loop, in a separate thread.
 
-    Outcomes are delivered together once per turn of the loop, and tasks are taken likewise, so that the threads wake
-    each other a few times per window instead of twice per operation.
+    Outcomes are delivered together, once per turn of the loop, and tasks are taken likewise. So the threads wake each
+    other a few times per window instead of twice per operation.
     """
 
     def __init__(
@@ -455,7 +455,7 @@ class LoopRunner(Runner):
             self._loop.call_soon_threadsafe(self._take)
 
     def _take(self) -> None:
-        self._called = False  # before looking: who comes after this calls again
+        self._called = False  # before the check: a task that comes later calls again
         while self._pending:
             task = self._pending.popleft()
             self._running[task] = self._loop.create_task(self._run(task))
@@ -504,7 +504,7 @@ class LoopRunner(Runner):
         self._end_if_over()
 
     def _look(self) -> None:
-        """Cancel what is past its deadline, and come back when the next one is."""
+        """Cancel tasks past their deadline, and schedule the next check."""
         deadline_s = self._deadline_s
         assert deadline_s is not None
         now = time.monotonic()

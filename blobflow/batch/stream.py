@@ -1,7 +1,7 @@
-"""When operations run: a window of them at a time, pulled lazily, told in the order in which they end.
+"""When operations run: a window of them at a time, pulled lazily; results are returned in the order of completion.
 
 `Window` decides and does no I/O; it belongs to the consumer's thread. The two streams feed it with input and
-outcomes, one for threads that wait, one for coroutines that await. `Share` counts who still needs the permits.
+outcomes, one for threads that wait, one for coroutines that await. `Share` counts the users of the permits.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ from blobflow.stores.optional import coroutines_of
 from blobflow.stores.retry import RetryingStore
 
 MAX_PAYLOAD_BYTES: Final = 1024 * 1024
-"""Of an insert. What is larger deserves an upload that can be resumed."""
+"""Maximum bytes of an insert; larger objects deserve an upload that can be resumed."""
 DEFAULT_PERMITS: Final = 500
 DEFAULT_FRACTION: Final = 0.10
 DEFAULT_DEADLINE_S: Final = 300.0
-"""More than a silent server (120 s) and the patience with one that fails (120 s) together: what takes longer hangs."""
+"""More than a silent server (120 s) and the patience with a failing one (120 s) together; anything longer hangs."""
 DEFAULT_SLOW_S: Final = 10.0
 """Longer than a small request takes anywhere, unless too many of them share a link or a server."""
 
@@ -68,7 +68,7 @@ AsyncInput: TypeAlias = AsyncIterable[Item]
 
 
 class Share:
-    """The permits and bytes of a stream; they go back when nobody needs them any more.
+    """The permits and bytes of a stream; they are released when the last user leaves.
 
     The stream itself, each operation under way, and each open payload enter once and leave once.
     """
@@ -96,7 +96,7 @@ class Share:
             self.budget.release(held)
 
     def hold(self, size: int, *, timeout_s: float = 0.0) -> bool:
-        """Take bytes of the budget; they go back at the end at the latest."""
+        """Take bytes of the budget; they are released with the share at the latest."""
         if not self.budget.acquire(size, timeout_s=timeout_s):
             return False
         with self._lock:
@@ -104,7 +104,7 @@ class Share:
         return True
 
     def let_go(self, size: int) -> None:
-        """Give bytes back."""
+        """Release bytes."""
         with self._lock:
             size = min(size, self._held_bytes)
             self._held_bytes -= size
@@ -112,7 +112,7 @@ class Share:
             self.budget.release(size)
 
     def payload(self, store: Callable[[], Store], meta: ObjectMeta) -> Payload:
-        """An open payload, for as long as which the permits are held."""
+        """An open payload; the permits are held while it is open."""
         self.enter()
 
         def read(offset: int, length: int) -> bytes:
@@ -122,11 +122,11 @@ class Share:
 
 
 class Window:
-    """What may be pulled, what may begin, and what is told next.
+    """Decides what to pull, what to begin, and which result is next.
 
     Args:
         begin: Begins a task; its outcome comes back through `settle`.
-        slow_downs: How often the store has said SlowDown so far.
+        slow_downs: Returns how often the store has sent SlowDown so far.
     """
 
     def __init__(
@@ -143,12 +143,12 @@ class Window:
     ) -> None:
         self.limit = AdaptiveLimit(size)
         self.outstanding = 0
-        """Tasks that began and are not settled."""
+        """Tasks that began and have no outcome yet."""
         self.blocked: Task | None = None
-        """Pulled, and waiting for bytes of the budget; nothing is pulled behind it."""
+        """The task that waits for bytes of the budget; nothing is pulled after it."""
         self.exhausted = False
         self.input_error: BaseException | None = None
-        """What the input raised; told when everything before it is."""
+        """The exception of the input; reported after everything before it."""
         self._share = share
         self._begin = begin
         self._allow = allow
@@ -161,11 +161,11 @@ class Window:
         self._told = 0
         self._ready: deque[tuple[BatchResult, int]] = deque()
         self._behind: dict[str, deque[Task]] = {}
-        """Key -> those that wait for the operation under way on it; with an order per key."""
+        """Key -> tasks that wait for the operation under way on it, if order per key is kept."""
 
     @property
     def wants_input(self) -> bool:
-        """Whether the next item may be pulled: at most a window of them is pulled and not yet told."""
+        """Whether the next item may be pulled: at most a window of items is pulled and not yet reported."""
         return not self.exhausted and self.blocked is None and self._pulled - self._told < self.limit.window
 
     def accept(self, item: Item) -> None:
@@ -192,7 +192,7 @@ class Window:
         """The key of an operation, and the bytes of the budget that it needs."""
         if not isinstance(item, Insert | Get | Delete):
             raise UsageError(
-                f"{type(item).__name__} is no operation",
+                f"{type(item).__name__} is not an operation",
                 hint="a batch takes Insert, Get and Delete, and errors, which it passes through",
             )
         if item.permission not in self._allow:
@@ -220,7 +220,7 @@ class Window:
         return check_key(item.key), PIECE_BYTES if isinstance(item, Get) else 0
 
     def unblock(self, *, timeout_s: float = 0.0) -> None:
-        """Begin the task that waits for bytes, if there are some by now."""
+        """Begin the task that waits for bytes, if enough are free now."""
         if self.blocked is not None and self._share.hold(self.blocked.held_bytes, timeout_s=timeout_s):
             task, self.blocked = self.blocked, None
             self._queue(task)
@@ -248,7 +248,7 @@ class Window:
         self.limit.answered(task.epoch, self._is_slow(task, error))
         held = task.held_bytes
         if isinstance(response, Got) and response.payload is not None and not response.payload.is_open:
-            held = response.payload.size  # of what was set aside for it
+            held = response.payload.size  # the part of the reserved bytes that it uses
         elif held:
             held = 0
         self._share.let_go(task.held_bytes - held)
@@ -280,7 +280,7 @@ class Window:
         return result
 
     def drop(self) -> None:
-        """Pull nothing any more and begin nothing that has not begun; what nobody will be told is closed."""
+        """Pull nothing more and begin nothing more; close payloads that will not be reported."""
         self.exhausted = True
         self.blocked = None
         for waiting in self._behind.values():
@@ -292,13 +292,13 @@ class Window:
 
     def __repr__(self) -> str:
         window = f"window {self.limit.window} of {self.limit.maximum}"
-        return f"{self._pulled} pulled, {self.outstanding} under way, {self._told} told, {window}"
+        return f"{self._pulled} pulled, {self.outstanding} under way, {self._told} reported, {window}"
 
 
 class BatchStream(Iterator[BatchResult]):
-    """The results of a batch, as they come. Use it in a `with` block, or call `close`.
+    """The results of a batch as they complete. Use it in a `with` block, or call `close`.
 
-    One thread iterates. An input that makes it wait delays what is ready; `BatchExecutor.astream` does not.
+    One thread iterates. An input that blocks it delays results that are ready; `BatchExecutor.astream` does not.
 
     Attributes:
         window: Permits that the stream holds.
@@ -341,12 +341,12 @@ class BatchStream(Iterator[BatchResult]):
             self._state.accept(next(self._input))
         except StopIteration:
             self._state.exhausted = True
-        except Exception as error:  # noqa: BLE001  # raised again when all before it is told
+        except Exception as error:  # noqa: BLE001  # raised again when everything before it is reported
             self._state.exhausted = True
             self._state.input_error = error
 
     def close(self) -> None:
-        """Pull nothing more, let what is under way end, and give the permits back; may be called again.
+        """Pull nothing more, let operations under way end, and release the permits; may be called again.
 
         Operations that were pulled but have not begun are dropped. It waits no longer than the deadline.
         """
@@ -374,7 +374,7 @@ class BatchStream(Iterator[BatchResult]):
         self.close()
 
     def __del__(self) -> None:
-        if not self._closed:  # nobody waits; what is under way ends by itself
+        if not self._closed:  # without waiting; operations under way end on their own
             self._closed = True
             self._state.drop()
             self._runner.stop()
@@ -387,14 +387,14 @@ class BatchStream(Iterator[BatchResult]):
 class AsyncBatchStream(AsyncIterator[BatchResult]):
     """`BatchStream` for a coroutine. Use it in an `async with` block, or await `aclose`.
 
-    While an asynchronous input makes it wait, what is ready is told.
+    While it waits for an asynchronous input, it returns results that are ready.
     """
 
     def __init__(self, make: Callable[[Deliver], tuple[Window, Runner, Share]], operations: Input | AsyncInput) -> None:
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._closed = True
-        # Not through the stream itself: nobody would ever forget one that its own runner holds.
+        # Not through the stream itself: its runner would keep it alive for ever.
         weakly = weakref.WeakMethod(self._deliver)
         self._state, self._runner, self._share = make(lambda outcomes: _call(weakly(), outcomes))
         self._closed = False
@@ -455,7 +455,7 @@ class AsyncBatchStream(AsyncIterator[BatchResult]):
                     state.accept(next(source))
         except (StopIteration, _Ended):
             state.exhausted = True
-        except Exception as error:  # noqa: BLE001  # raised again when all before it is told
+        except Exception as error:  # noqa: BLE001  # raised again when everything before it is reported
             state.exhausted = True
             state.input_error = error
 
@@ -524,25 +524,25 @@ class BatchExecutor:
                 print(result.index, result.error)
     ```
 
-    Results come in the order in which operations end, each with its index in the input. One that fails, raises, hangs
-    or kills its process costs its own item only. On S3 thousands of small requests per second are sent by one thread;
-    on other stores each operation of the window has a thread.
+    Results come in the order of completion, each with its index in the input. An operation that fails, raises, hangs or
+    kills its process affects only its own item. On S3 one thread sends thousands of small requests per second; on other
+    stores each operation of the window has a thread.
 
     Args:
-        store: Where the operations go. With `processes`, a function that opens the store, because a store cannot be
+        store: The store of the operations. With `processes`, a function that opens the store, because a store cannot be
             sent to another process: `functools.partial(open_store, url, ...)`.
-        permits: Operations at once over all streams of this executor, or a `Permits` that several executors share.
-        fraction: Of the free permits that a stream takes when it begins, rounded up.
+        permits: Concurrent operations over all streams of this executor, or a `Permits` that several executors share.
+        fraction: Share of the free permits that a stream takes when it begins, rounded up.
         window: Permits that a stream takes instead; fewer if no more are free.
         deadline_s: Seconds after which an operation under way is given up; None: never.
-        ordered: Operations on one key are executed one after the other, in the order of the input.
-        allow: What operations may do; the others fail with `PermissionMissing`.
-        max_payload_bytes: Of an insert, at most 1 MiB.
-        budget: Bytes of payload in flight; by default those of all transfers of the process.
-        slow_s: An operation that takes longer halves the window of its stream, as a SlowDown of the store does. It
-            grows again by one for each window of operations that are quicker.
-        patience_s: Seconds for which operations that fail for a passing reason are repeated, where the store does not
-            do that itself, as those of `open_store` do.
+        ordered: Execute operations on one key one after the other, in the order of the input.
+        allow: Permitted operations; others fail with `PermissionMissing`.
+        max_payload_bytes: Maximum bytes of an insert, at most 1 MiB.
+        budget: Budget for payload bytes in flight; by default that of all transfers of the process.
+        slow_s: An operation that takes longer halves the window of its stream, as a SlowDown of the store does. The
+            window grows again by one for each window of faster operations.
+        patience_s: Seconds during which temporary failures are retried, if the store does not retry itself; stores
+            from `open_store` do.
         processes: Execute the operations in that many processes, for stores whose client may crash.
     """
 
@@ -595,14 +595,14 @@ class BatchExecutor:
         self._processes = processes
 
     def stream(self, operations: Input) -> BatchStream:
-        """Take a window of permits and return the results of the operations, which are pulled as it goes.
+        """Take a window of permits and return the results of the operations, which are pulled on demand.
 
         Args:
-            operations: `Insert`, `Get`, `Delete`; an error among them is passed through as the result of its place.
+            operations: `Insert`, `Get`, `Delete`; an error among them becomes the result in its place.
 
         Raises:
-            AtCapacity: no permit is free; nothing was read of the input.
-            StoreConfigurationError: it is not even known where to send requests.
+            AtCapacity: no permit is free; no input was read.
+            StoreConfigurationError: the store's configuration does not say where to send requests.
         """
         return BatchStream(self._make, operations)
 
@@ -610,7 +610,7 @@ class BatchExecutor:
         """`stream` for a coroutine; the input may be asynchronous.
 
         Raises:
-            AtCapacity: no permit is free; nothing was read of the input.
+            AtCapacity: no permit is free; no input was read.
         """
         return AsyncBatchStream(self._make, operations)
 

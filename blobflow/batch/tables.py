@@ -1,7 +1,7 @@
-"""Operations from a file, their results as a Parquet table; a run that was killed or had failures is continued.
+"""Operations from a file, their results as a Parquet table; a run that was killed or had failures can be continued.
 
-While a batch runs, each result is a line of a journal beside the table. At its end the journal becomes the table, in
-one step. Whoever runs the same file again executes what is in neither, and what failed.
+While a batch runs, each result is a line of a journal beside the table. At the end the journal becomes the table, in
+one step. A later run of the same file executes operations that are in neither, and those that failed.
 """
 # pyarrow has no types
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -46,37 +46,37 @@ FORMAT: Final = "blobflow.batch-results/1"
 SCHEMA: Final = pa.schema(
     [
         pa.field("index", pa.int64(), nullable=False),  # position in the file of operations, from 0
-        pa.field("kind", pa.string()),  # insert, get, delete; null where the entry is no operation
+        pa.field("kind", pa.string()),  # insert, get, delete; null if the entry is not an operation
         pa.field("key", pa.string()),
-        pa.field("status", pa.string(), nullable=False),  # done, absent (a get of nothing), failed
+        pa.field("status", pa.string(), nullable=False),  # done, absent (a get of a missing object), failed
         pa.field("size", pa.int64()),  # bytes that were put or read
         pa.field("e_tag", pa.string()),
         pa.field("error", pa.string()),  # type of the error
         pa.field("message", pa.string()),
         pa.field("hint", pa.string()),
         pa.field("retryable", pa.bool_()),
-        pa.field("payload", pa.binary()),  # of gets, where it was asked for
+        pa.field("payload", pa.binary()),  # of gets, if requested
     ]
 )
 
 _JOURNAL_SUFFIX: Final = ".journal"
 _FLUSH_ROWS: Final = 100
 _FLUSH_S: Final = 1.0
-"""What a kill may make the next run do again; operations may be repeated."""
+"""Seconds of results that a kill may lose; the next run repeats them, which is safe."""
 _TABLE_ROWS: Final = 1000
-"""Per row group: with payloads of 1 MiB, a gibibyte at the most."""
+"""Rows per row group: with payloads of 1 MiB, at most a gibibyte."""
 _PAGE_ROWS: Final = 4
-"""After which a page may end: with payloads of 1 MiB it has 5 MiB, and `_measured` takes it."""
+"""Rows after which a page may end: with payloads of 1 MiB it has 5 MiB, which `_measured` accepts."""
 _MAX_LINE_BYTES: Final = 4 * 1024 * 1024
 """A payload of 1 MiB in base64, or with every character escaped, and room for the rest."""
 _SAMPLE: Final = 20
 _MAX_PAGE_BYTES: Final = 8 << 20
 _MAX_RATIO: Final = 8
-"""Pages of more than that have at least an eighth of it in the file: a small file does not stand for a large one."""
+"""Pages above the limit must have at least an eighth of their size in the file, so that a small file stays cheap."""
 _BATCH_ROWS: Final = 256
 _BATCH_BYTES: Final = 8 << 20
 _UNREADABLE: Final = (pa.ArrowException, ArtifactInvalid, KeyError, OSError, RuntimeError, TypeError, ValueError)
-"""What pyarrow raises for a file that is no Parquet, or of other columns."""
+"""What pyarrow raises for a file that is not Parquet, or has other columns."""
 _TEXTS: Final = ("kind", "key", "e_tag", "error", "message", "hint", "payload")
 _STATUSES: Final = ("done", "absent", "failed")
 
@@ -86,7 +86,7 @@ OnOperations = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Failure:
-    """One row of what failed."""
+    """One failed operation."""
 
     index: int
     kind: str | None
@@ -98,21 +98,21 @@ class Failure:
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What became of the operations of a file, over all its runs."""
+    """The state of a file's operations after all runs."""
 
     operations: int
     executed: int
-    """By this run."""
+    """Operations executed by this run."""
     resumed: int
-    """Done by earlier ones."""
+    """Operations done by earlier runs."""
     done: int
     absent: int
     failed: int
     kinds: dict[str, int]
     failures: list[Failure]
-    """The first ones."""
+    """The first failures."""
     retryable: bool
-    """Whether all that failed may succeed when it is run again."""
+    """Whether all failed operations may succeed in another run."""
     results: Path
     seconds: float
 
@@ -126,7 +126,7 @@ class _Counts:
 
 
 def default_results(operations: Path) -> Path:
-    """Where the results of a file go unless they are told to go elsewhere."""
+    """The default path for the results of a file."""
     return operations.with_name(operations.name + ".results.parquet")
 
 
@@ -143,14 +143,14 @@ def run_batch_file(
 
     Args:
         operations: JSON lines or, with the ending `.parquet`, a table; see docs/batch.md. An insert without a key gets
-            one that follows from the file's content and the place in it, so that repeating it inserts nothing twice.
+            one from the file's content and its position, so that repeating it inserts nothing twice.
         results: The table; it belongs to this content of the file.
-        payloads: Keep what gets read in the table. Objects above 1 MiB fail then.
+        payloads: Keep the payloads of gets in the table. Objects above 1 MiB fail then.
         fresh: Forget earlier results and execute everything.
 
     Raises:
-        ResultsConflict: the results are those of other operations.
-        TransferBusy: another process works on them at this moment.
+        ResultsConflict: the results belong to other operations.
+        TransferBusy: another process works on them now.
         AtCapacity: see `BatchExecutor.stream`.
     """
     started = time.monotonic()
@@ -159,7 +159,7 @@ def run_batch_file(
     with _Journal(results, source.digest, payloads=payloads, fresh=fresh) as journal:
         before = frozenset(journal.done)
         positions: dict[int, int] = {}
-        """Index in the stream -> index in the file, of what is under way."""
+        """Index in the stream -> index in the file, for operations under way."""
 
         def undone() -> Iterator[Operation | BlobflowError]:
             ours = (pair for pair in enumerate(source) if pair[0] not in before)
@@ -225,7 +225,7 @@ def _about(meta: ObjectMeta) -> dict[str, Any]:
 
 
 class _Source:
-    """A file of operations, read once for its digest and once more for what it says."""
+    """A file of operations, read once for its digest and once more for its entries."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -252,7 +252,7 @@ class _Source:
                 while line := file.readline(_MAX_LINE_BYTES):
                     yield line
                     while not line.endswith(b"\n") and (line := file.readline(_MAX_LINE_BYTES)):
-                        pass  # the rest of a line that is too long to be one
+                        pass  # the rest of a line that is too long
             return
         try:
             with _measured(self._path) as (table, rows):
@@ -306,7 +306,7 @@ class _Source:
             try:
                 payload = base64.b64decode(encoded, validate=True)
             except ValueError:
-                return refuse("its payload_base64 is none")
+                return refuse("its payload_base64 is not base64")
         if isinstance(payload, str):
             payload = payload.encode("utf-8", "surrogatepass")
         if not isinstance(payload, bytes):
@@ -321,14 +321,14 @@ class _Source:
 
 @contextmanager
 def _measured(path: Path, *, own: bool = False) -> Generator[tuple[pq.ParquetFile, int]]:
-    """A table whose pages are no larger than its file warrants, and how many of its rows may be decoded at once.
+    """A table whose pages are no larger than its file justifies, and how many of its rows may be decoded at once.
 
     Args:
-        own: It has to be a file of this user's.
+        own: Whether it must be a file of this user.
 
     Raises:
-        ArtifactInvalid: they are, or they are none.
-        RefusedError: it is another user's, or a link.
+        ArtifactInvalid: its pages are too large, or it is not a Parquet file.
+        RefusedError: it belongs to another user, or is a link.
     """
     with os.fdopen(open_own(path, os.O_RDONLY, 0o666), "rb") if own else path.open("rb") as file:
         footer = check_foreign_footer(file)
@@ -360,11 +360,11 @@ def _count_rows(path: Path) -> int:
 
 
 class _Journal:
-    """What is known of the results so far: a line for each, the last one of an index counts.
+    """The results so far, one line for each; the last line of an index counts.
 
     Attributes:
         done: Indexes that need not be executed.
-        failed: How many this run has added to the others.
+        failed: Failures added by this run.
     """
 
     def __init__(self, results: Path, digest: str, *, payloads: bool, fresh: bool) -> None:
@@ -376,7 +376,7 @@ class _Journal:
         self._payloads = payloads
         self._fresh = fresh
         self._end = 0
-        """Bytes of the whole lines."""
+        """Offset after the last whole line."""
         self._rows: list[str] = []
         self._flushed_at = 0.0
 
@@ -385,7 +385,7 @@ class _Journal:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = open_own(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             self._file = os.fdopen(self._descriptor, "rb")
-        # Whoever has just ended has taken the journal along.
+        # A process that just ended may have removed the journal.
         if not try_lock(self._descriptor) or not names_file(self._path, self._descriptor):
             self._file.close()
             hint = "wait for it to end"
@@ -413,7 +413,7 @@ class _Journal:
         head = json.dumps({"format": FORMAT, "operations_sha256": self._digest})
         before = self._of_table() if self._table.exists() else ()
         rows = (json.dumps(row) for row in before if self._learn(row))
-        first = next(rows, None)  # looks at the table before anything is written
+        first = next(rows, None)  # reads the table before anything is written
         self._write([head, *filter(None, [first])])
         for row in rows:
             self._write([row])
@@ -454,7 +454,7 @@ class _Journal:
         return cast("dict[str, Any]", parsed)
 
     def _row_in(self, line: bytes) -> dict[str, Any]:
-        """A row as it was written: what else stands there was written by somebody else."""
+        """A row as this module writes it; anything else comes from another program."""
         row = self._parsed(line)
         numbers = [row.get("index"), row.get("size", 0)]
         right = (
@@ -475,7 +475,7 @@ class _Journal:
         return row
 
     def _learn(self, row: dict[str, Any]) -> bool:
-        """Note what a row says; whether it need not be executed again."""
+        """Record a row; returns whether its operation need not be executed again."""
         wants_payload = self._payloads and row["kind"] == "get" and row["status"] == "done"
         if row["status"] == "failed" or (wants_payload and "payload" not in row):
             self.done.discard(row["index"])
@@ -484,7 +484,7 @@ class _Journal:
         return True
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a result."""
+        """Record a result."""
         if row["status"] == "failed":
             self.failed += 1
         else:
@@ -506,7 +506,7 @@ class _Journal:
             self._end = append_at(self._descriptor, self._end, data, durable=False)
 
     def publish(self) -> _Counts:
-        """Turn the journal into the table, which appears whole."""
+        """Turn the journal into the table, which appears as a whole."""
         self._flush()
         offsets = {row["index"]: offset for offset, row in self._read()}
         counts = _Counts()
@@ -547,7 +547,7 @@ class _Journal:
 
 
 def _told(value: Any) -> Any:
-    """What a table can hold of a value: a key that was refused may have been no text at all."""
+    """A value as the table can hold it: a refused key may not have been text."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 

@@ -1,7 +1,7 @@
-"""Layers: directories in a bucket, compressed, named by their content, sent when they changed (docs/layers.md).
+"""Layers: directories in a bucket, compressed, named by their content, sent when they change (docs/layers.md).
 
-Names and format, with the codec; cutting compressed frames into parts; sending, scanning, restoring; the state of
-containers; and `LayerSync`, which is all that somebody outside needs.
+The modules: names and format, with the codec; cutting compressed frames into parts; sending, scanning, restoring; the
+state of containers; and `LayerSync`, the public entry point.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compressed frames come in any order, equal parts leave in order: the one place where a layer is cut."""
+"""Cuts a layer: compressed frames come in any order, equal parts leave in order."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class PartCutter:
 
     Args:
         plan: All frames of the layer.
-        log: The frames that were compressed before; those behind the first one that is needed are forgotten.
-        first_part: Number of the first part to be cut.
-        part_size: Bytes of all parts but the last.
-        window: How many frames a worker may be ahead of the first one that is missing.
+        log: The frames that were compressed before; those after the first frame that is needed are dropped.
+        first_part: Number of the first part to cut.
+        part_size: Bytes of all parts except the last.
+        window: How many frames a worker may be ahead of the first missing one.
     """
 
     def __init__(self, plan: FramePlan, log: FrameLog, *, first_part: int, part_size: int, window: int) -> None:
@@ -34,7 +34,7 @@ class PartCutter:
         offset = (first_part - 1) * part_size
         kept = min(bisect_right(starts, offset) - 1, len(plan))
         self.first_frame = kept + 1
-        """The first one that has to be given to `add`; one more than there are frames is the seek table."""
+        """The first frame that `add` needs; one more than the number of frames means the seek table."""
         self._plan = plan
         self.part_size = part_size
         self._part = first_part
@@ -42,7 +42,7 @@ class PartCutter:
         self._crcs = log.crcs[:kept]
         self._codec = log.codec
         self._skip = offset - starts[kept]
-        """Bytes of the first frame that belong to a part before."""
+        """Bytes of the first frame that belong to an earlier part."""
         self._next = self.first_frame
         self._window = window
         self._early: dict[int, tuple[bytes, int]] = {}
@@ -63,16 +63,16 @@ class PartCutter:
                 raise self._error
 
     def break_down(self, error: BaseException) -> None:
-        """A frame will not come any more: wake those who wait for it."""
+        """Record that a frame will never come, and wake the waiting workers."""
         with self._moved:
             self._error = self._error or error
             self._moved.notify_all()
 
     def add(self, number: int, data: bytes, crc: int) -> list[Cut]:
-        """Take a frame; returns the parts that are complete with it.
+        """Take a frame; returns the parts that it completes.
 
         Args:
-            crc: CRC32C of what went into the frame.
+            crc: CRC32C of the frame's content.
         """
         with self._moved:
             self._early[number] = data, crc
@@ -90,7 +90,7 @@ class PartCutter:
             return cuts
 
     def seek_table(self) -> bytes:
-        """What is added as the last frame."""
+        """The bytes that are added as the last frame."""
         with self._moved:
             return encode_seek_table(self._sizes, self._plan)
 
@@ -122,7 +122,7 @@ class PartCutter:
 
 
 def known_size(sizes: Sequence[int], plan: FramePlan) -> int | None:
-    """Bytes of the layer, if all of its frames are known."""
+    """Bytes of the layer, if all of its frames are known; otherwise None."""
     if len(sizes) < len(plan):
         return None
     return sum(sizes) + seek_table_size(len(plan))

@@ -1,7 +1,7 @@
-"""A layer as bytes (docs/layers.md): frames, the seek table behind them, and the metadata object. No I/O happens here.
+"""A layer as bytes (docs/layers.md): frames, the seek table after them, and the metadata object. No I/O happens here.
 
-Frames are those of zstd (RFC 8878); the seek table is that of zstd's seekable format (contrib/seekable_format in its
-repository), which stands in a skippable frame, so that `zstd -dc` reads the whole as one stream.
+Frames are zstd frames (RFC 8878). The seek table is that of zstd's seekable format (contrib/seekable_format in its
+repository). It is in a skippable frame, so `zstd -dc` reads the whole as one stream.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ FORMAT: Final = "blobflow.layer/1"
 CONTENT_TYPE: Final = "application/zstd"
 
 DEFAULT_LEVEL: Final = 3
-"""zstd's own."""
+"""zstd's default."""
 MIN_FRAME_BYTES: Final = 2 * MIB
 """Within half a percent of the ratio of one stream (design note 015)."""
 MAX_FRAME_BYTES: Final = 1 << 31
 MAX_FRAMES: Final = 65_536
-"""Bounds what the intent remembers to half a megabyte."""
+"""Limits the intent's record of the frames to half a megabyte."""
 MAX_META_BYTES: Final = 4 * MAX_MANIFEST_BYTES
 
 _PRODUCER: Final = "blobflow.layer/1"
@@ -55,13 +55,13 @@ _EPOCH: Final = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _SKIPPABLE: Final = 0x184D2A5E
 _SEEKABLE: Final = 0x8F92EAB1
 _RUN: Final = 1
-"""The type of a block that is one byte, repeated."""
+"""The type of a block that is one repeated byte."""
 _HEADER: Final = struct.Struct("<II")
 _FOOTER: Final = struct.Struct("<IBI")
 
 
 class Codec:
-    """Compresses and decompresses whole frames; thread-safe, and the interpreter lock is not held meanwhile."""
+    """Compresses and decompresses whole frames; thread-safe, and releases the interpreter lock meanwhile."""
 
     def __init__(self, level: int = DEFAULT_LEVEL) -> None:
         if not 1 <= level <= zstandard.MAX_COMPRESSION_LEVEL:
@@ -78,7 +78,7 @@ class Codec:
         return f"<Codec {self.name}>"
 
     def compress(self, data: Buffer) -> bytes:
-        """One frame, with the size and the checksum of its content in it."""
+        """One frame, with the size and the checksum of its content."""
         context = getattr(self._contexts, "compressor", None)
         if context is None:
             context = zstandard.ZstdCompressor(level=self.level, write_checksum=True, write_content_size=True)
@@ -87,7 +87,7 @@ class Codec:
 
     @classmethod
     def bound(cls, size: int) -> int:
-        """The most bytes that `size` bytes can become in one frame (ZSTD_COMPRESSBOUND, and the checksum)."""
+        """The maximum bytes of a frame with `size` bytes of content (ZSTD_COMPRESSBOUND, and the checksum)."""
         return size + (size >> 8) + 128
 
 
@@ -95,16 +95,16 @@ def decompress(frame: Buffer, into: memoryview) -> None:
     """Fill `into` with the content of a frame.
 
     Raises:
-        ArtifactInvalid: not a frame, damaged, or of another size.
+        ArtifactInvalid: it is not a frame, is damaged, or has another size.
     """
     try:
-        # The frame says its own size: a lie must not take more memory, or less time, than is due.
+        # The frame declares its size: a false one must not take more memory, or less time, than allowed.
         told = zstandard.frame_content_size(frame)
         if told == len(into):
             _check_whole(frame)
             decompressor: Any = zstandard.ZstdDecompressor()  # its stub leaves the type of a buffer open
             with decompressor.stream_reader(frame) as reader:
-                told = 0  # straight into place: zstd decompresses a frame that fits in one go
+                told = 0  # directly into place: zstd decompresses a frame that fits in one call
                 while told < len(into) and (count := reader.readinto(into[told:])):
                     told += count
                 reader.readinto(bytearray(1))  # to the end of the frame, where its checksum is compared
@@ -117,7 +117,7 @@ def decompress(frame: Buffer, into: memoryview) -> None:
 
 
 def _check_whole(frame: Buffer) -> None:
-    """Refuse what is not one frame, its checksum included, and nothing after it (RFC 8878, 3.1.1)."""
+    """Refuse anything that is not exactly one frame with its checksum (RFC 8878, 3.1.1)."""
     view = memoryview(frame)
     position, last = zstandard.frame_header_size(frame), 0
     while not last:
@@ -127,7 +127,7 @@ def _check_whole(frame: Buffer) -> None:
         if position > len(view):
             raise ArtifactInvalid("a frame of the layer is cut off", what="frame")
     if not zstandard.get_frame_parameters(frame).has_checksum or position + 4 != len(view):
-        raise ArtifactInvalid("a frame of the layer has no checksum, or something behind it", what="frame")
+        raise ArtifactInvalid("a frame of the layer has no checksum, or extra bytes after it", what="frame")
 
 
 class FramePlan:
@@ -136,7 +136,7 @@ class FramePlan:
     Args:
         head: Bytes of the tar before the first member.
         size: Bytes of the tar.
-        frame_size: Of all frames but the last of the head and the last of all.
+        frame_size: Bytes of all frames except the last of the head and the last of all.
     """
 
     def __init__(self, head: int, size: int, frame_size: int) -> None:
@@ -148,7 +148,7 @@ class FramePlan:
 
     @staticmethod
     def frame_size_for(size: int, wanted: int | None = None) -> int:
-        """The frame size of a tar of that size: the wanted or the usual one, or what keeps frames few enough."""
+        """The frame size for a tar of that size: the wanted or default one, enlarged if needed to limit the frames."""
         needed = -(-size // (MAX_FRAMES // 2))
         return max(wanted or MIN_FRAME_BYTES, needed if wanted else -(-needed // MIB) * MIB)
 
@@ -171,10 +171,10 @@ class FramePlan:
 
 
 def encode_seek_table(sizes: Sequence[int], plan: FramePlan) -> bytes:
-    """The skippable frame behind the frames.
+    """The skippable frame after the frames.
 
     Args:
-        sizes: Of the frames, compressed.
+        sizes: Compressed sizes of the frames.
     """
     entries = array("I")
     for number, size in enumerate(sizes, 1):
@@ -192,7 +192,7 @@ def parse_seek_table(data: bytes, plan: FramePlan) -> array[int]:
     """The compressed sizes of the frames; the inverse of `encode_seek_table`.
 
     Raises:
-        ArtifactInvalid: not a seek table, or not that of `plan`.
+        ArtifactInvalid: it is not a seek table, or not that of `plan`.
     """
     if len(data) != seek_table_size(len(plan)):
         raise ArtifactInvalid("the seek table of the layer has another size", actual=len(data), what="seek table")
@@ -211,11 +211,11 @@ class LayerMeta(BaseModel):
     digest: Sha256Digest = Field(description="The name of the layer; follows from the manifest.")
     object_size: ByteCount = Field(description="Bytes of the layer.")
     tar_size: ByteCount = Field(description="Bytes of the tar in it.")
-    head_size: ByteCount = Field(description="Of these, what comes before the first member.")
+    head_size: ByteCount = Field(description="Bytes of the tar before the first member.")
     frame_size: int = Field(gt=0, le=MAX_FRAME_BYTES, description="Bytes of the tar in a frame.")
     frames: int = Field(gt=0, le=2 * MAX_FRAMES)
     seek_table_crc32c: Crc32c
-    codec: str = Field(description="What compressed it.")
+    codec: str = Field(description="The codec that compressed it.")
     manifest: str = Field(description="The exact manifest in the tar.")
 
     @cached_property
@@ -228,7 +228,7 @@ class LayerMeta(BaseModel):
 
     @property
     def key(self) -> str:
-        """Of the layer."""
+        """The key of the layer."""
         return layer_key(self.digest)
 
     def encode(self) -> bytes:
@@ -237,10 +237,10 @@ class LayerMeta(BaseModel):
 
     @classmethod
     def parse(cls, data: bytes) -> LayerMeta:
-        """The inverse of `encode`.
+        """The metadata in `data`; the inverse of `encode`.
 
         Raises:
-            ArtifactInvalid: not of this format, or it contradicts itself.
+            ArtifactInvalid: it has another format, or contradicts itself.
         """
         if len(data) > MAX_META_BYTES:
             raise ArtifactInvalid(
@@ -259,12 +259,12 @@ class LayerMeta(BaseModel):
 
 
 def plan_of(manifest_file: ManifestFile, frame_size: int) -> FramePlan:
-    """The frames of the layer with that manifest, which tells the sizes of head and tar."""
+    """The frames of the layer with that manifest, which has the sizes of head and tar."""
     size = manifest_file.payload_size
     head = len(manifest_file.entry) + member_length(INDEX_NAME, manifest_file.manifest.index.size)
     if head > size:
         raise ArtifactInvalid(
-            "the manifest of a layer speaks of an index that is larger than the body it lies in", what="manifest"
+            "the manifest of a layer declares an index that is larger than the body that contains it", what="manifest"
         )
     return FramePlan(head, size, frame_size)
 
@@ -286,7 +286,7 @@ def meta_of(manifest_file: ManifestFile, codec: str, plan: FramePlan, sizes: Seq
 
 
 def layer_digest(manifest: Manifest) -> str:
-    """The name of a layer: what its files hold, which are executable, and which private. Times do not count."""
+    """The name of a layer, from its files' content and which are executable or private. Times do not count."""
     content = f"{manifest.content_digest}\n{manifest.executables_digest}\n"
     if manifest.private is not None:
         content += f"{manifest.private}\n"
@@ -294,21 +294,21 @@ def layer_digest(manifest: Manifest) -> str:
 
 
 def tree_digest(manifest: Manifest) -> str:
-    """What a directory can be compared by, whatever umask it was restored under: who may read a file does not count."""
+    """A digest to compare directories restored under any umask: it ignores who may read a file."""
     return layer_digest(manifest.model_copy(update={"private": None}))
 
 
 def as_layer(artifact: Artifact) -> Artifact:
-    """The same members behind a manifest that says nothing of time and host."""
+    """The same members with a manifest that does not depend on time and host."""
     anywhere = artifact.manifest.model_copy(update={"created_at": _EPOCH, "producer": _PRODUCER, "holes": None})
     return artifact.adopt(ManifestFile.of(anywhere))
 
 
 def manifest_digest(meta: LayerMeta) -> str:
-    """What a ref calls the digest of the artifact."""
+    """The artifact's digest, as a ref names it."""
     return meta.manifest_file.digest
 
 
 def frame_starts(sizes: Sequence[int]) -> list[int]:
-    """Where each frame begins in the object, and where the last one ends."""
+    """The offset of each frame in the object, and the end of the last one."""
     return list(accumulate(sizes, initial=0))

@@ -1,4 +1,4 @@
-"""Where the objects of layers lie."""
+"""The keys of layers' objects."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from blobflow.stores.base import key_segment
 LAYER_SUFFIX: Final = ".tar.zst"
 META_SUFFIX: Final = ".layer.json"
 CONTAINERS: Final = "containers/"
-"""Below it, the refs of the containers."""
+"""Prefix of the containers' refs."""
 
 
 def layer_key(digest: str) -> str:
-    """Where the layer lies."""
+    """The key of the layer."""
     return digest.removeprefix("sha256:") + LAYER_SUFFIX
 
 
 def meta_key(key: str) -> str:
-    """Where the metadata of the layer under `key` lies."""
+    """The key of the metadata of the layer `key`."""
     return key.removesuffix(LAYER_SUFFIX) + META_SUFFIX
 
 
@@ -29,6 +29,6 @@ def container_ref(name: str) -> str:
 
 
 def container_name(ref: str) -> str | None:
-    """The container of a ref, the inverse of `container_ref`; None if it is that of none."""
+    """The container of a ref, the inverse of `container_ref`; None if the ref is not a container's."""
     name = unquote(ref.removeprefix(CONTAINERS))
     return name if container_ref(name) == ref else None

@@ -1,4 +1,4 @@
-"""A layer in a store: whether it is complete, and its tar as if it were an object of its own."""
+"""A layer in a store: whether it is complete, and its tar as if it were a separate object."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from blobflow.transport.remote import RemoteArtifact
 
 
 def read_meta(store: Reader, key: str) -> LayerMeta | None:
-    """The metadata of the layer under `key`, or None if there is none.
+    """The metadata of the layer `key`; None if there is none.
 
     Raises:
-        ArtifactInvalid: it is damaged, or that of another layer.
+        ArtifactInvalid: it is damaged, or belongs to another layer.
     """
     try:
         data = store.get(meta_key(key), max_bytes=MAX_META_BYTES).data
@@ -54,7 +54,7 @@ def read_meta(store: Reader, key: str) -> LayerMeta | None:
         ) from error
     meta = LayerMeta.parse(data)
     if meta.key != key:
-        raise ArtifactInvalid(f"under {meta_key(key)!r} lies the metadata of {meta.key!r}", key=key, what="metadata")
+        raise ArtifactInvalid(f"{meta_key(key)!r} has the metadata of {meta.key!r}", key=key, what="metadata")
     return meta
 
 
@@ -68,7 +68,7 @@ class RemoteLayer:
 
     @classmethod
     def find(cls, store: Reader, key: str) -> RemoteLayer | None:
-        """The layer under `key` if it is complete; None if it has no metadata, or lost its bytes.
+        """The layer `key` if it is complete; None if it has no metadata, or lost its bytes.
 
         Raises:
             ArtifactInvalid: its metadata is damaged.
@@ -84,7 +84,7 @@ class RemoteLayer:
 
     @classmethod
     def open(cls, store: Reader, key: str) -> RemoteLayer:
-        """The layer under `key`.
+        """The layer `key`.
 
         Raises:
             ArtifactNotFound: it has no metadata.
@@ -112,10 +112,10 @@ class RemoteLayer:
 
     @cached_property
     def frame_sizes(self) -> array[int]:
-        """Of the frames, compressed, from the seek table.
+        """The compressed sizes of the frames, from the seek table.
 
         Raises:
-            ArtifactInvalid: it is not the one that the metadata promises, or contradicts the layer's size.
+            ArtifactInvalid: it differs from the metadata, or contradicts the layer's size.
         """
         size = seek_table_size(self.meta.frames)
         if size >= self.object.size:
@@ -130,12 +130,12 @@ class RemoteLayer:
         sizes = parse_seek_table(table, self.meta.plan)
         if sum(sizes) + size != self.object.size:
             raise ArtifactInvalid(
-                f"the seek table of {self.meta.key!r} speaks of another object", key=self.meta.key, what="seek table"
+                f"the seek table of {self.meta.key!r} belongs to another object", key=self.meta.key, what="seek table"
             )
         return sizes
 
     def artifact(self) -> RemoteArtifact:
-        """The artifact in the layer, which is read through a view of its tar."""
+        """The artifact in the layer; it is read through a view of its tar."""
         meta = self.meta
         tar = ObjectMeta(meta.key, meta.tar_size, self.object.e_tag)
         return RemoteArtifact(
@@ -190,7 +190,7 @@ class _TarView(Reader):
                 target[:] = whole[skip:end]
 
     def _compressed(self, size: int) -> memoryview:
-        """A buffer of this thread's: fresh memory for every range costs more than its decompression saves."""
+        """A buffer of this thread: fresh memory for every range would cost more than the decompression saves."""
         buffer: memoryview | None = getattr(self._scratch, "buffer", None)
         if buffer is None or len(buffer) < size:
             buffer = self._scratch.buffer = memoryview(bytearray(size + size // 4))
@@ -198,7 +198,7 @@ class _TarView(Reader):
 
     @override
     def get(self, key: str, *, max_bytes: int) -> StoredObject:
-        """The sibling manifest, which stands in the layer's metadata: asked for when something does not fit."""
+        """The sibling manifest, from the layer's metadata; requested if something does not fit."""
         meta = read_meta(self.store, self._layer.meta.key)
         if meta is None:
             raise ObjectNotFound(f"the layer {self._layer.meta.key!r} is gone", key=key)
@@ -206,13 +206,13 @@ class _TarView(Reader):
 
 
 def find_bytes(store: Reader, key: str, like: LayerMeta) -> LayerMeta | None:
-    """The metadata that belongs to a layer that has none: its writer died before, or its answer was lost.
+    """The metadata for a layer without metadata: its writer died before, or the response was lost.
 
     The bytes prove themselves: the seek table fits the object, and the head is the manifest and the index of this
-    content. Whoever made the object had proven all of it before.
+    content. The process that made the object had proven everything before.
 
     Args:
-        like: Made from the same content; sizes and codec need not be the same.
+        like: Metadata from the same content; sizes and codec may differ.
     """
     try:
         found = store.head(key)

@@ -1,4 +1,4 @@
-"""Restoring a layer: a download from a view of its tar; a directory appears whole, or takes another's place."""
+"""Restores a layer: a download from a view of its tar; a directory appears as a whole, or replaces another."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ log = logging.getLogger(__name__)
 
 _RENAME_EXCHANGE: Final = 2
 _ALLOWANCE_BYTES: Final = 64 * MIB
-"""What any input may take beyond the profile's own memory."""
+"""Memory that any input may take beyond the profile's own."""
 _AT_FDCWD: Final = -100
 _ASIDE_NAME_BYTES: Final = 230
-"""Of a destination's name in front of `.replaced-1`: names have at most 255 bytes."""
+"""Bytes of a destination's name before `.replaced-1`: names have at most 255 bytes."""
 
 
 @dataclass(frozen=True)
 class Replaceable:
-    """What may be replaced at a destination: anything, or a directory that still is what an earlier restore made."""
+    """What may be replaced at a destination: anything, or an unchanged directory of an earlier restore."""
 
     earlier: Restored | None
     overwrite: bool
     digest_of: Callable[[Path], str | None]
-    """What a directory holds now (`tree_digest`); None for what no layer can hold."""
+    """Returns the present content of a directory (`tree_digest`); None if no layer can hold it."""
 
     def admits(self, status: os.stat_result) -> bool:
-        """Whether it is that directory, whatever is in it."""
+        """Whether it is that directory, whatever its content."""
         return self.overwrite or (self.earlier is not None and _is_directory(status, self.earlier))
 
     def check(self, dest: Path) -> None:
-        """Compare what lies at the destination with what the earlier restore made.
+        """Compare the destination with what the earlier restore made.
 
         Raises:
             DestinationNotEmpty: it was changed since.
@@ -71,7 +71,7 @@ class Landed(PartStats):
 
     bytes_received: int
     kept: Path | None
-    """Where the directory is that was replaced, if somebody wrote to it at the last moment."""
+    """The path of the replaced directory, if it was written to at the last moment."""
 
 
 def land_layer(
@@ -84,12 +84,12 @@ def land_layer(
     on_progress: OnProgress | None = None,
     on_checkpoint: OnRecord | None = None,
 ) -> Landed:
-    """Land a layer as the directory `dest`; until then, `dest` is as it was.
+    """Land a layer as the directory `dest`, which stays unchanged until the end.
 
     Args:
-        replaceable: What may lie at `dest`. It is compared before the first byte, right before it is replaced, and
-            once more before it is removed; if it was changed by then, it is kept beside `dest`.
-        on_swap: Told which directory is about to become `dest`.
+        replaceable: What may be replaced at `dest`. It is compared before the first byte, right before it is
+            replaced, and once more before it is removed; if it was changed by then, it is kept beside `dest`.
+        on_swap: Called with the directory that is about to become `dest`.
 
     Raises:
         DestinationNotEmpty: `dest` holds something that may not be replaced.
@@ -100,10 +100,10 @@ def land_layer(
     started = time.monotonic()
     stage = _LayerStage(dest, manifest_digest(layer.meta), layer.meta, replaceable, on_swap)
     stage.check_destination()
-    workers = _workers_for(layer, profile)  # before anything of it is decompressed
+    workers = _workers_for(layer, profile)  # before any of it is decompressed
     remote = layer.artifact()
     layout = remote.open_layout()
-    # Whole frames: nothing is decompressed twice.
+    # Whole frames, so that nothing is decompressed twice.
     frame_size = layer.meta.frame_size
     part_size = max(1, profile.chunk_size // frame_size) * frame_size
     with stage.held():
@@ -124,16 +124,16 @@ def land_layer(
 
 
 def _may_be_holes(layer: RemoteLayer) -> int:
-    """Bytes that may be left as holes: nothing says how much of what the compression saved was zeros."""
+    """Bytes that may be left as holes; how much of the saved space was zeros is unknown."""
     lengths = ((layer.meta.plan.frame(number).length, size) for number, size in enumerate(layer.frame_sizes, 1))
     return sum(max(0, length - size) for length, size in lengths)
 
 
 def _workers_for(layer: RemoteLayer, profile: ChunkProfile) -> int:
-    """How many workers may hold a frame at once, compressed and not, in what the profile allows and 64 MiB.
+    """How many workers may hold a frame at once, compressed and not, within the profile's memory plus 64 MiB.
 
     Raises:
-        RefusedError: not even one may.
+        RefusedError: not even one worker may.
     """
     frame = min(layer.meta.frame_size, layer.meta.tar_size)
     allowed = profile.chunk_size * profile.workers + _ALLOWANCE_BYTES
@@ -141,7 +141,7 @@ def _workers_for(layer: RemoteLayer, profile: ChunkProfile) -> int:
         raise RefusedError(
             f"the layer {layer.meta.key!r} has frames of {frame} bytes: each takes twice that in memory, and"
             f" {allowed} bytes are allowed",
-            hint=f"if you trust whoever made it, take a profile with {setting('chunk_size', frame)}",
+            hint=f"if you trust its origin, use a profile with {setting('chunk_size', frame)}",
             key=layer.meta.key,
             limit=allowed,
         )
@@ -156,7 +156,7 @@ def sweep(dest: Path, layer: RemoteLayer, replaceable: Replaceable) -> Path | No
 
 
 class _Exchange(BaseModel):
-    """Which directories were about to change places, when a process was killed."""
+    """The directories that were about to be exchanged when a process was killed."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -165,7 +165,7 @@ class _Exchange(BaseModel):
 
 
 class _LayerStage(Stage):
-    """Publishes the members alone, without manifest and index, and may take the place of an earlier restore."""
+    """Publishes only the members, without manifest and index, and may replace an earlier restore."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class _LayerStage(Stage):
     def check_destination(self) -> None:
         if self.is_inside:
             raise RefusedError(
-                f"{self.dest} is a mount point, or lies in a directory that cannot be written to: a layer cannot appear"
+                f"{self.dest} is a mount point, or is in a directory that is not writable: a layer cannot appear"
                 " there in one step",
                 hint=f"restore it to a new directory inside, such as {self.dest / 'restored'}",
                 path=str(self.dest),
@@ -202,7 +202,7 @@ class _LayerStage(Stage):
                 raise
 
     def clear(self) -> None:
-        """Remove what a process left that was killed after the exchange: another tree."""
+        """Remove another tree, which a process left that was killed after the exchange."""
         with writing(self.dest):
             self._settle_replaced()
             remove_tree(self.tree)
@@ -219,11 +219,11 @@ class _LayerStage(Stage):
             path=str(self.dest), device=status.st_dev, inode=status.st_ino, digest=self._layer.digest, tree=self._tree
         )
         self._on_swap(new)
-        self.forget_all()  # what lies here after the exchange is another tree
+        self.forget_all()  # after the exchange, the stage holds another tree
         if replaces:
             if self._replaceable.earlier is not None and not self._replaceable.overwrite:
                 replace_file(self._note, _Exchange(old=self._replaceable.earlier, new=new).model_dump_json().encode())
-            exchange(members, self.dest)  # what was there is in the stage now, and goes with it
+            exchange(members, self.dest)  # the old content is in the stage now, and is removed with it
         else:
             os.rename(members, self.dest)
         fsync_directory(self.tree)
@@ -234,7 +234,7 @@ class _LayerStage(Stage):
         super().discard()
 
     def _settle_replaced(self) -> None:
-        """Compare the directory that was replaced once more, and move it beside the destination if it was changed."""
+        """Compare the replaced directory once more, and move it beside the destination if it was changed."""
         try:
             exchange = _Exchange.model_validate_json(self._note.read_bytes())
         except FileNotFoundError:
@@ -244,7 +244,7 @@ class _LayerStage(Stage):
             if not directory.exists():
                 continue
             status = directory.stat(follow_symlinks=False)
-            if _is_directory(status, exchange.new):  # killed before the exchange: it is not anybody's yet
+            if _is_directory(status, exchange.new):  # killed before the exchange: nobody has used it yet
                 continue
             if not _is_directory(status, exchange.old) or not self._holds(directory, exchange.old.content):
                 self.kept = _set_aside(directory, self.dest)
@@ -280,14 +280,14 @@ def _set_aside(directory: Path, dest: Path) -> Path:
 
 
 def _aside(directory: Path) -> Path:
-    """Where `exchange` puts the other directory for a moment, where the file system cannot exchange two."""
+    """The temporary path of the other directory, if the file system cannot exchange two."""
     return directory.with_name(f"{directory.name}.replaced")
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Let two directories change places, in one step where the file system can.
+    """Exchange two directories, in one step if the file system can.
 
-    Elsewhere the second is away for the moment between two renames.
+    Otherwise the second is missing for the moment between two renames.
     """
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:

@@ -1,12 +1,12 @@
-"""The content of a directory without reading what has not changed: a reference artifact is kept, and its files' stats.
+"""The content of a directory without reading unchanged files: the cache has a reference artifact and files' stats.
 
 ```
 <home>/<hash of the directory's path>/artifact     the last scan: manifest, index, inodes and mtimes; `data` is a link
-<home>/<hash of the directory's path>/CTIMES       nanoseconds, 8 bytes each, in the order of the index; 0: not believed
-<home>/<hash of the directory's path>/lock         held while it is looked at or replaced
+<home>/<hash of the directory's path>/CTIMES       nanoseconds, 8 bytes each, in the order of the index; 0: not trusted
+<home>/<hash of the directory's path>/lock         held while the cache is read or replaced
 ```
 
-A cache, and of this machine alone: who removes it pays one reading of every file.
+It is a cache for this machine alone: removing it costs one reading of every file.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _CTIMES: Final = "CTIMES"
 
 
 class StatCache:
-    """What is known of one directory; use it in a `with` block, within which the artifact stays where it is.
+    """The known state of one directory; use it in a `with` block, within which the artifact stays in place.
 
     Args:
         home: Directory of all caches of this machine.
-        exporter: Of the directory, by reference.
-        clock: Nanoseconds since the epoch.
+        exporter: Exporter of the directory, by reference.
+        clock: Nanoseconds of Unix time.
     """
 
     def __init__(self, home: Path, exporter: DirectoryExporter, *, clock: Callable[[], int]) -> None:
@@ -54,7 +54,7 @@ class StatCache:
         self.path = home / name
         self.found = Scan()
         self.files_read = 0
-        """By the last scan."""
+        """Files read by the last scan."""
 
     @contextmanager
     def held(self) -> Generator[StatCache]:
@@ -79,7 +79,7 @@ class StatCache:
             os.close(lock)
 
     def scan(self, on_progress: OnBytes | None = None) -> Artifact:
-        """The directory as a reference artifact: files are read if their stats say that they changed.
+        """The directory as a reference artifact: only files whose stats changed are read.
 
         Raises:
             NotFoundError, UnsupportedSource, SourceChanged: see `DirectoryExporter.export`.
@@ -103,7 +103,7 @@ class StatCache:
         racy_ns = before_ns - RACY_NS
         ctimes = array("q", (ctime_ns if max(mtime_ns, ctime_ns) < racy_ns else 0 for mtime_ns, ctime_ns in times))
         with writing(self.path):
-            remove_tree(self.path / "artifact")  # without it the new CTIMES name nothing
+            remove_tree(self.path / "artifact")  # without it the new CTIMES have no meaning
             (self.path / _CTIMES).write_bytes(ctimes.tobytes())
             os.rename(fresh, self.path / "artifact")
         moved = Artifact(self.path / "artifact", artifact.manifest_file)
@@ -112,7 +112,7 @@ class StatCache:
         return moved
 
     def found_again(self, directory: Path) -> Artifact | None:
-        """The last scan, if its tree has been moved to `directory` and no stat of it has changed since."""
+        """The last scan, if its tree was moved to `directory` and no stat of it has changed since; otherwise None."""
         known = _Known.read(self.path)
         found = self._exporter.model_copy(update={"path": directory}).scan()
         return known.artifact if known is not None and known.covers(found) else None
@@ -128,7 +128,7 @@ class _Known:
 
     @classmethod
     def read(cls, path: Path) -> _Known | None:
-        """None if there is none, or none that can be used."""
+        """The last scan in `path`; None if there is none, or it is unusable."""
         from blobflow.artifact.index_parquet import decode_origins  # loads pyarrow, which takes 0.2 s
 
         try:
@@ -143,13 +143,13 @@ class _Known:
         return None
 
     def covers(self, found: Scan) -> bool:
-        """Whether a scan finds nothing else."""
+        """Whether a scan found exactly the same."""
         paths = self.artifact.index.paths
         same = found.paths == paths and encode(found.private) == self.artifact.manifest.private
         return same and all(path.endswith("/") or self._is_as_it_was(i, found, i) for i, path in enumerate(paths))
 
     def hash_of(self, found: Scan, i: int) -> FileHash | None:
-        """The hash of entry `i` of a scan, if that is a file that is as it was."""
+        """The hash of entry `i` of a scan, if it is an unchanged file; otherwise None."""
         index, path = self.artifact.index, found.paths[i]
         row = bisect_left(index.paths, path)
         if path.endswith("/") or index.paths[row : row + 1] != [path] or not self._is_as_it_was(row, found, i):

@@ -1,7 +1,7 @@
-"""Sending a layer: compressed as it goes, taken up again by any process, visible by its metadata, which comes last.
+"""Sends a layer: compressed on the way, resumable by any process, visible once its metadata is put, which comes last.
 
-The steps are those of every upload (`blobflow.uploads.session`). What differs: nobody knows the size of the object
-before the last frame is compressed.
+The steps are those of every upload (`blobflow.uploads.session`), with one difference: the size of the object is
+unknown before the last frame is compressed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LayerRequest:
-    """A layer to send: where to, of what, how, and whom to report to."""
+    """A layer to send: store, content, options, callbacks."""
 
     store: Store
     artifact: Artifact
@@ -74,7 +74,7 @@ class Sent:
     parts_resumed: int = 0
     bytes_sent: int = 0
     bytes_resumed: int = 0
-    """Of the layer, what the store held already."""
+    """Bytes of the layer that the store held already."""
     checkpoints_saved: int = 0
 
 
@@ -86,12 +86,12 @@ class _PartDone(NamedTuple):
 
 
 def send_layer(request: LayerRequest) -> Sent:
-    """Bring the layer into the store; may be called again after a crash, from any machine that has the same content.
+    """Send the layer to the store; may be called again after a crash, from any machine that has the same content.
 
     Raises:
-        TransferBusy: another process is sending this very layer.
-        SourceChanged, ChecksumMismatch: the files are not those that were scanned; nothing was published.
-        Unsupported: the layer might have more parts than the store takes; nothing was sent.
+        TransferBusy: another process sends this layer now.
+        SourceChanged, ChecksumMismatch: the files differ from the scan; nothing was published.
+        Unsupported: the layer might have more parts than the store allows; nothing was sent.
     """
     sending = _Sending(request)
     with _busy.sending(request.store, sending.key):
@@ -99,7 +99,7 @@ def send_layer(request: LayerRequest) -> Sent:
 
 
 class _Busy:
-    """What this process is sending at the moment: store and key."""
+    """Layers that this process is sending: store and key."""
 
     def __init__(self) -> None:
         self.reset_after_fork()
@@ -116,7 +116,7 @@ class _Busy:
 
     @contextmanager
     def sending(self, store: Store, key: str) -> Generator[None]:
-        """One thread of a process sends a layer at a time."""
+        """Hold a layer for one thread of this process."""
         layer = store.url, key
         with self._lock:
             if layer in self._layers:
@@ -133,19 +133,19 @@ _busy = _Busy()
 
 
 def _session(store: Store, key: str, *, private: bool = False) -> ClaimedUpload:
-    """One process sends a layer at a time: what it compressed decides where its parts begin."""
+    """The session of a layer: one process sends it at a time, because its compressed sizes decide where parts begin."""
     return ClaimedUpload(store, key, content_type=CONTENT_TYPE, private=private, exclusive=True)
 
 
 def _is_idle(session: ClaimedUpload) -> bool:
-    """Whether nobody works on the loaded upload, in another process or in this one."""
+    """Whether no process, including this one, works on the loaded upload."""
     return (session.store.url, session.key) not in _busy and session.is_idle()
 
 
 def finish_layer(store: Store, key: str) -> Sent | None:
-    """Make a layer of an upload of which the store holds every part: its source is not needed for that.
+    """Complete an upload whose parts are all in the store; its source is not needed for that.
 
-    None: there is no such upload, parts are missing, or somebody is at work on it.
+    It returns None if there is no such upload, if parts are missing, or if a process works on it.
     """
     session = _session(store, key)
     intent = session.load()
@@ -172,7 +172,7 @@ def finish_layer(store: Store, key: str) -> Sent | None:
 
 
 def abandon_layer(store: Store, key: str, upload_id: str) -> None:
-    """Abort an upload that nobody can or will continue, with its intent; one that somebody works on is left alone."""
+    """Abort an upload that nobody can or will continue, with its intent; one that a process works on stays."""
     session = _session(store, key)
     intent = session.load()
     if intent is None or intent.upload_id != upload_id:
@@ -186,7 +186,7 @@ def abandon_layer(store: Store, key: str, upload_id: str) -> None:
 
 
 class _Layer:
-    """How every upload of a layer ends, whoever began it: proven, completed, published."""
+    """The end of every layer's upload, whichever process began it: prove, complete, publish."""
 
     def __init__(self, store: Store, manifest_file: ManifestFile, frame_size: int) -> None:
         self.store = store
@@ -195,12 +195,12 @@ class _Layer:
         manifest = manifest_file.manifest
         self.digest = layer_digest(manifest)
         self.is_private = manifest.private is not None
-        """Whether others than its owner must not read the layer, where it becomes a file."""
+        """Whether only its owner may read the layer, if the store keeps it as a file."""
         self.key = layer_key(self.digest)
         self.session = _session(store, self.key, private=self.is_private)
 
     def complete(self, plan: TransferPlan, frames: FrameLog) -> tuple[LayerMeta, ObjectMeta]:
-        """Prove that the parts are the layer, and make it of them."""
+        """Prove that the parts are the layer, and complete the upload."""
         try:
             self.check_contents(frames)
         except ChecksumMismatch:
@@ -210,7 +210,7 @@ class _Layer:
         return meta_of(self.manifest_file, frames.codec, self.plan, frames.sizes), made
 
     def check_contents(self, frames: FrameLog) -> None:
-        """Hold what was compressed against what the manifest promises.
+        """Compare the compressed contents with the manifest.
 
         Raises:
             ChecksumMismatch: they differ.
@@ -232,7 +232,7 @@ class _Layer:
 
         Raises:
             UploadIncomplete: the layer has another size in the store.
-            TransferBusy: somebody put another layer of the same content in its place meanwhile.
+            TransferBusy: another process replaced it by another layer of the same content meanwhile.
         """
         if made.size != meta.object_size:
             raise UploadIncomplete(
@@ -249,7 +249,7 @@ class _Layer:
                 equal = read_meta(self.store, self.key) == meta
             except ArtifactInvalid:
                 equal = False
-            if not equal:  # damaged, or of a layer that another codec made and this one has taken the place of
+            if not equal:  # damaged, or of a layer from another codec that this one has replaced
                 self._put(meta, PutMode.OVERWRITE)
         if self.store.head(self.key).e_tag != made.e_tag:
             raise TransferBusy(f"another process sent the layer {self.key!r} at the same time", key=self.key)
@@ -274,7 +274,7 @@ class _Sending(_Layer):
         if (there := self._settled()) is not None:
             return there
         check_readable(self.store)
-        # The size is not known yet, so the parts are made large enough for content that does not shrink at all.
+        # The size is not known yet, so the parts are large enough for content that does not shrink at all.
         bound = Codec.bound(self.plan.size) + 128 * len(self.plan) + seek_table_size(len(self.plan))
         part_size = upload_part_size(self.store, bound, self.request.profile.chunk_size)
         if not self.store.capabilities().multipart or bound <= part_size:
@@ -286,7 +286,7 @@ class _Sending(_Layer):
         raise TransferBusy(f"the upload of {self.key!r} was taken away {CLAIM_ATTEMPTS} times", key=self.key)
 
     def _settled(self) -> Sent | None:
-        """The layer, if its bytes are there and only its metadata is not: published now.
+        """Publish the layer now, if its bytes are there and only its metadata is missing.
 
         Raises:
             TransferBusy: another process is sending it.
@@ -308,7 +308,7 @@ class _Sending(_Layer):
     # In one request
 
     def _send_whole(self) -> Sent:
-        """A layer that fits into one part; or, compressed twice, one for a store without multipart uploads."""
+        """Send a layer of one part, or any layer (compressed twice) to a store without multipart uploads."""
         frames, kept = FrameLog(self.codec.name, self.plan.frame_size), bytearray()
         in_memory = self.store.capabilities().multipart
         crc = 0
@@ -335,7 +335,7 @@ class _Sending(_Layer):
         try:
             made = self.store.put(self.key, body, mode=mode, content_type=CONTENT_TYPE, private=self.is_private)
         except PreconditionFailed:
-            # Another process was quicker; or something lies there that is no layer of this content.
+            # Another process was faster, or the object is not a layer of this content.
             if (there := self._settled()) is not None:
                 return there
             made = self.store.put(self.key, body, content_type=CONTENT_TYPE, private=self.is_private)
@@ -361,7 +361,7 @@ class _Sending(_Layer):
     # In parts
 
     def _claim(self, part_size: int) -> FrameLog:
-        """Begin an upload, or continue one that a process of before left; returns what is known of its frames."""
+        """Begin an upload, or continue one of an earlier process; returns what is known of its frames."""
         session = self.session
         new = FrameLog(self.codec.name, self.plan.frame_size)
         intent = session.claim(self.manifest_file, part_size, self._would_continue, frames=new)
@@ -374,7 +374,7 @@ class _Sending(_Layer):
         return new.longer(intent.frames)
 
     def _abort_others(self, upload_id: str) -> None:
-        """Abort what others left: who has not got the intent by now does not get it, and gives up by itself."""
+        """Abort uploads of other processes: one without the intent by now will not get it, and gives up."""
         if not self.store.capabilities().conditional:
             return
         for upload in self.store.list_uploads(self.key):
@@ -383,19 +383,19 @@ class _Sending(_Layer):
                 self.store.abort_multipart(self.key, upload.upload_id)
 
     def _would_continue(self, intent: Intent) -> bool:
-        """Whether this process would make the frames, and the parts, that the intent speaks of."""
+        """Whether this process would make the frames and parts that the intent records."""
         frames = intent.frames
         return (
             frames is not None
             and (frames.codec, frames.frame_size) == (self.codec.name, self.plan.frame_size)
             and len(frames.sizes) <= len(self.plan)
             and intent.manifest.same_body(self.artifact.manifest)
-            # It is in the first frame: another length would move everything behind it.
+            # The manifest is in the first frame: another length would move everything after it.
             and len(intent.manifest_file.data) == len(self.manifest_file.data)
         )
 
     def _send_in_parts(self, frames: FrameLog) -> Sent | None:
-        """Send what is missing and publish. None: the upload is gone, and nobody completed it."""
+        """Send what is missing and publish; None if the upload is gone, and nobody completed it."""
         with self.session as session:
             try:
                 sent, made = self._send(frames)
@@ -412,7 +412,7 @@ class _Sending(_Layer):
         session, part_size = self.session, self.session.part_size
         held = session.held()
         size = known_size(frames.sizes, self.plan)
-        # Of a layer whose size is not known, no part may be called the last one.
+        # While the layer's size is unknown, no part may count as the last one.
         plan = TransferPlan(size or part_size * (sum(frames.sizes) // part_size), part_size)
         session.crcs = held.proven(plan) if size or sum(frames.sizes) >= part_size else {}
         first_part = next(number for number in range(1, len(session.crcs) + 2) if number not in session.crcs)
@@ -437,7 +437,7 @@ class _Sending(_Layer):
         return sent, made
 
     def _compress(self, cutter: PartCutter, held: HeldParts, sent: Sent) -> None:
-        """Compress the frames from where the first missing part begins, and send the parts that the store lacks."""
+        """Compress the frames from the start of the first missing part, and send the parts that the store lacks."""
         table_number = len(self.plan) + 1
         items = [self.plan.frame(number) for number in range(cutter.first_frame, table_number)]
         items.append(Part(table_number, self.plan.size, 0))
@@ -476,7 +476,7 @@ class _Sending(_Layer):
             items,
             move,
             workers=self.request.profile.workers,
-            # Behind its frame, room for the part that a worker completes: taken from the budget, never touched.
+            # Besides its frame, room for the part that a worker completes: taken from the budget, never touched.
             buffer_size=self.plan.frame_size + cutter.part_size,
             on_moved=moved,
             on_tick=tick,

@@ -1,7 +1,7 @@
-"""What this host, or this fleet, knows of its containers: one row for each, and none of it is the truth.
+"""What this host or fleet knows of its containers: one row for each, and only a cache.
 
-The truth is in the bucket. A row says what was seen last, which upload is under way and from which directory, and
-where a layer was restored to. A row that cannot be read counts as lost.
+The truth is in the bucket. A row records the last known digests, the upload under way with its directory, and the
+directories of restores. An unreadable row counts as lost.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PendingUpload(BaseModel):
     digest: Sha256Digest
     part_size: int
     path: str
-    """The directory that it is made of."""
+    """The directory that is uploaded."""
     started_at: datetime
 
 
@@ -53,16 +53,16 @@ class Restored(BaseModel):
     inode: int
     digest: Sha256Digest
     tree: Sha256Digest | None = None
-    """What its files hold; None: as `digest`, in rows of earlier versions."""
+    """Digest of its files' content; None, in rows of earlier versions, means `digest`."""
 
     @property
     def content(self) -> str:
-        """What its files hold, whoever may read them; see `tree_digest`."""
+        """Digest of its files' content, whoever may read them; see `tree_digest`."""
         return self.tree or self.digest
 
 
 class SyncState(BaseModel):
-    """What is known of one container."""
+    """The known state of one container."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -70,15 +70,15 @@ class SyncState(BaseModel):
     path: str | None = None
     """The directory that was synced last."""
     local_digest: Sha256Digest | None = None
-    """Of the directory, when it was synced or restored last."""
+    """Digest of the directory when it was synced or restored last."""
     remote_digest: Sha256Digest | None = None
-    """Of the layer that the container's ref names, as far as this state has seen."""
+    """Digest of the layer that the container's ref names, as far as this state has seen it."""
     last_sync: datetime | None = None
     pending: PendingUpload | None = None
     restored: tuple[Restored, ...] = ()
 
     def with_restored(self, new: Restored, *, others: bool) -> SyncState:
-        """With a directory more; without `others`, it is the only one at its path."""
+        """The state with one more directory; without `others`, it is the only one."""
         kept = tuple(one for one in self.restored if others or one.path != new.path)
         return self.model_copy(update={"restored": (*kept, new)})
 
@@ -87,8 +87,8 @@ class StateTable:
     """The rows of one store in the table `blobflow_layers`; any number of processes may use it at once.
 
     Args:
-        url: Of SQLAlchemy; or the path of a SQLite file, which is made.
-        scope: URL of the store: the same container elsewhere is another one.
+        url: SQLAlchemy URL, or the path of a SQLite file, which is created.
+        scope: URL of the store: the same container in another store is another one.
     """
 
     def __init__(self, url: str | Path, scope: str, *, clock: Callable[[], float] = time.time) -> None:
@@ -113,7 +113,7 @@ class StateTable:
         return f"<StateTable {self.url}>"
 
     def load(self, name: str) -> SyncState | None:
-        """The row of a container; None if there is none, or none that can be read."""
+        """The row of a container; None if it is missing or unreadable."""
         columns = self._table.c
         with self._database.connection(name) as connection:
             wanted = select(columns.state).where(columns.scope == self._scope, columns.name == name)
@@ -121,7 +121,7 @@ class StateTable:
         return _parse(name, text) if text is not None else None
 
     def load_all(self) -> dict[str, SyncState]:
-        """Every row that can be read, by container."""
+        """Every readable row, by container."""
         columns = self._table.c
         with self._database.connection("*") as connection:
             wanted = select(columns.name, columns.state).where(columns.scope == self._scope).order_by(columns.name)
@@ -141,7 +141,7 @@ class StateTable:
         try:
             with self._database.connection(name) as connection:
                 connection.execute(insert(self._table).values(scope=self._scope, name=name, **values))
-        except IntegrityError:  # another process was quicker
+        except IntegrityError:  # another process was faster
             with self._database.connection(name) as connection:
                 connection.execute(update(self._table).where(same).values(**values))
 

@@ -1,4 +1,4 @@
-"""`LayerSync`: the directories of containers as layers in a bucket, sent when they changed."""
+"""`LayerSync`: the directories of containers as layers in a bucket, sent when they change."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ HOME_ENV: Final = "BLOBFLOW_LAYERS_HOME"
 
 @dataclass(frozen=True)
 class LayerSyncResult(PartStats):
-    """What a sync did; `bytes_total` counts the tar, the other bytes the layer, which is compressed."""
+    """The result of a sync; `bytes_total` counts the tar, the other bytes the layer, which is compressed."""
 
     status: Literal["uploaded", "shared", "unchanged"]
-    """`shared`: the content was there, sent for another container or at another time."""
+    """`shared`: the store already had the content, from another container or an earlier time."""
     container: str
     digest: str
     key: str
     layer: LayerMeta
-    """The same whether the upload was broken off or not."""
+    """The same whether or not the upload was interrupted."""
     files_read: int
-    """For the digest; the others were known by their stats."""
+    """Files read for the digest; the others were known by their stats."""
     parts_resumed: int = 0
     bytes_sent: int = 0
     excluded: int = 0
@@ -80,7 +80,7 @@ class LayerSyncResult(PartStats):
 
 @dataclass(frozen=True)
 class LayerRestoreResult(PartStats):
-    """What a restore did; bytes are those of the tar."""
+    """The result of a restore; bytes are those of the tar."""
 
     status: Literal["restored", "unchanged"]
     container: str
@@ -90,7 +90,7 @@ class LayerRestoreResult(PartStats):
     layer: LayerMeta
     bytes_received: int = 0
     kept: Path | None = None
-    """Where the directory is that was replaced, if somebody wrote to it at the last moment."""
+    """The path of the replaced directory, if it was written to at the last moment."""
 
 
 class LayerSync:
@@ -102,18 +102,18 @@ class LayerSync:
     layers.restore("web-1", "/srv/restored/web-1")
     ```
 
-    The bucket is the truth: another host, or this one after the loss of its database, needs nothing else.
+    The bucket is the truth: another host, or this one without its database, needs nothing else.
 
     Args:
-        level: Of zstd. Another level makes other bytes, but no other layer: the name is that of the content.
+        level: zstd level. Another level makes other bytes, but not another layer: the name depends on the content.
         state: SQLAlchemy URL of a database that hosts may share; by default a SQLite file in `home`.
         home: Directory for that file and the stat cache; by default `$BLOBFLOW_LAYERS_HOME`, or `blobflow/layers` in
             the user's state directory.
         exclude, symlinks: As those of `DirectoryExporter`.
-        frame_size: Bytes of the tar in a frame, 2 MiB by default; more where that would be too many frames.
+        frame_size: Bytes of the tar in a frame, 2 MiB by default; larger if there would be too many frames.
         on_progress, on_checkpoint: As those of `upload` and `download`; they count the bytes of the tar.
-        on_scan: Called with bytes done and bytes in total while files are read for the digest.
-        clock: Seconds since the epoch.
+        on_scan: Called with bytes done and total bytes while files are read for the digest.
+        clock: Unix time in seconds.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class LayerSync:
         return f"<LayerSync {self.store.url} level {self.codec.level}, state in {self._table.url}>"
 
     def register(self, container: str) -> SyncState:
-        """Know a container from now on; one that is known stays as it is."""
+        """Record a container from now on; the state of a known one stays the same."""
         _check_name(container)
         known = self._table.load(container)
         if known is None:
@@ -161,7 +161,7 @@ class LayerSync:
         return known
 
     def state(self, container: str) -> SyncState:
-        """What is known of a container.
+        """The known state of a container.
 
         Raises:
             NotFoundError: neither the database nor the bucket knows it.
@@ -193,7 +193,7 @@ class LayerSync:
         return [known[name] for name in sorted(known)]
 
     def check_for_changes(self, container: str, path: str | Path) -> bool:
-        """Whether the directory differs from what was synced or restored last. Times do not count.
+        """Whether the directory differs from the last sync or restore. Times do not count.
 
         Raises:
             NotFoundError: the container is unknown, or there is no such directory.
@@ -203,15 +203,15 @@ class LayerSync:
             return layer_digest(artifact.manifest) != known.local_digest
 
     def sync(self, container: str, path: str | Path) -> LayerSyncResult:
-        """Bring the directory into the store, unless it is there; may be called again after a crash, from any host.
+        """Send the directory to the store, unless it is there; may be called again after a crash, from any host.
 
-        What an earlier attempt left is taken up first: an upload of which every part was sent is completed, one of
-        the same content continued, any other aborted. The directory as it is now is synced in any case.
+        An earlier attempt's upload is handled first: it is completed if all of its parts were sent, continued if it has
+        the same content, and aborted otherwise. The directory is then synced as it is now.
 
         Raises:
-            UploadInterrupted: the directory is gone, and with it what an upload needs to be continued.
+            UploadInterrupted: the directory is gone, so its upload cannot be continued.
             NotFoundError: there is no such directory.
-            TransferBusy: another process sends the same layer, or looks at the same directory.
+            TransferBusy: another process sends the same layer, or scans the same directory.
             SourceChanged, ChecksumMismatch: the directory was written to meanwhile; nothing was published.
         """
         started = time.monotonic()
@@ -255,19 +255,19 @@ class LayerSync:
         )
 
     def restore(self, container: str, dest: str | Path, *, overwrite: bool = False) -> LayerRestoreResult:
-        """Bring the container's layer to life as the directory `dest`; needs the bucket and nothing else.
+        """Restore the container's layer as the directory `dest`; needs only the bucket.
 
         Nothing is at `dest` before all of it is proven; then it appears in one step. An earlier restore of the same
-        container is replaced, in one step as well, if nobody wrote into it; one that is what the bucket has already
-        stays (`unchanged`). May be called again after a crash: what has landed is not fetched again.
+        container is replaced, in one step as well, if it was not changed. One that equals the bucket's layer stays
+        (`unchanged`). May be called again after a crash: what has landed is not fetched again.
 
         Args:
-            overwrite: Replace any directory at `dest`, whatever is in it.
+            overwrite: Replace any directory at `dest`, whatever its content.
 
         Raises:
             NotFoundError: the bucket has no such container.
             DestinationNotEmpty: `dest` is something else, or was changed since it was restored.
-            IntegrityError, HostileArtifact: the layer is damaged or dangerous; `dest` is as it was.
+            IntegrityError, HostileArtifact: the layer is damaged or dangerous; `dest` is unchanged.
         """
         started = time.monotonic()
         dest = Path(dest).absolute()
@@ -286,7 +286,7 @@ class LayerSync:
             return LayerRestoreResult("unchanged", kept=kept, seconds=time.monotonic() - started, **result)
 
         def remember(new: Restored, *, others: bool) -> None:
-            # Both, until the new one is in its place: whoever comes after a crash finds one of them there.
+            # Both, until the new one is in its place: after a crash one of them is there.
             known = self._table.load(container) or state
             self._table.save(known.with_restored(new, others=others))
 
@@ -307,12 +307,12 @@ class LayerSync:
         return LayerRestoreResult("restored", **(vars(landed) | result))
 
     def _digest_of(self, directory: Path, dest: Path) -> str | None:
-        """What a restored directory holds now; None if somebody put something there that no layer can hold.
+        """The present content of a restored directory; None if it contains something that no layer can hold.
 
-        All of it counts, whatever a sync would leave out.
+        All of it counts, including what a sync would leave out.
 
         Args:
-            directory: `dest` itself, or where the tree was moved that was scanned at `dest` a moment ago.
+            directory: `dest` itself, or the path to which the tree at `dest` was moved after its scan a moment ago.
         """
         try:
             if directory != dest:
@@ -322,7 +322,7 @@ class LayerSync:
             with self._cache(directory).held() as cache:
                 digest = tree_digest(cache.scan(self._on_scan).manifest)
                 if directory != dest:
-                    remove_tree(cache.path)  # nobody comes back there
+                    remove_tree(cache.path)  # the path is not used again
                 return digest
         except (UnsupportedSource, SourceBusy, SourceChanged):
             return None
@@ -330,7 +330,7 @@ class LayerSync:
     # The parts of a sync
 
     def _take_up(self, state: SyncState, path: Path) -> tuple[SyncState, Sent | None]:
-        """Complete the upload that was left, if nothing but that is missing; end it if its source is gone."""
+        """Complete the earlier upload if only that is missing; abort it if its source is gone."""
         pending = state.pending
         if pending is None:
             return state, None
@@ -350,7 +350,7 @@ class LayerSync:
         return state, finished
 
     def _drop_superseded(self, state: SyncState, digest: str) -> SyncState:
-        """End an upload whose content nobody has any more: the directory has changed since."""
+        """Abort an upload whose content no longer exists, because the directory has changed since."""
         pending = state.pending
         if pending is None or pending.digest == digest:
             return state
@@ -370,7 +370,7 @@ class LayerSync:
             log.warning("layer.metadata_damaged key=%s error=%s", key, error)
             there = None
         if there is not None:
-            if state.pending is not None:  # its process died after it had published
+            if state.pending is not None:  # its process died after publishing
                 abandon_layer(self.store, key, state.pending.upload_id)
             sent = Sent(there.meta, parts=0)
             unchanged = ref is not None and (ref.key, ref.manifest_sha256) == (key, manifest_digest(there.meta))
@@ -397,7 +397,7 @@ class LayerSync:
 
     @contextmanager
     def _scanned(self, path: Path) -> Generator[tuple[Artifact, StatCache]]:
-        """The directory as an artifact by reference, and the cache that tells what was found and read for it."""
+        """The directory as an artifact by reference, and the cache with the scan's counts."""
         with self._cache(path, **self._scan_options).held() as cache:
             yield cache.scan(self._on_scan), cache
 
@@ -414,7 +414,7 @@ class LayerSync:
         return NotFoundError(f"no container {container!r} in {self.store.url}", hint=hint, name=container)
 
     def _recovered(self, container: str) -> SyncState | None:
-        """What the bucket knows of a container."""
+        """The state of a container according to the bucket; None if it is unknown."""
         try:
             ref = self._ref(container)
             layer = RemoteLayer.find(self.store, ref.key) if ref is not None else None
@@ -427,7 +427,7 @@ class LayerSync:
 
 
 def default_home() -> Path:
-    """Where state and stat caches lie unless somebody says otherwise."""
+    """The default directory for state and stat caches."""
     if told := os.environ.get(HOME_ENV):
         return Path(told)
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
@@ -436,11 +436,11 @@ def default_home() -> Path:
 
 def _check_name(container: str) -> None:
     if not container or not container.isprintable():
-        raise UsageError(f"{container!r} is no name of a container", hint="use printable characters, at least one")
+        raise UsageError(f"{container!r} is not a container name", hint="use printable characters, at least one")
 
 
 def _earlier(state: SyncState, dest: Path) -> Restored | None:
-    """The restore that lies at `dest` now."""
+    """The restore that is at `dest` now; None if there is none."""
     try:
         status = dest.stat(follow_symlinks=False)
     except OSError:
@@ -451,7 +451,7 @@ def _earlier(state: SyncState, dest: Path) -> Restored | None:
 
 @contextmanager
 def _of_layers() -> Generator[None]:
-    """Errors about a source that is written to, without the hint at copies, which a sync does not make."""
+    """Drop the hint about copies from errors of a source that is written to; a sync makes no copies."""
     try:
         yield
     except (SourceBusy, SourceChanged) as error:
@@ -462,7 +462,7 @@ def _of_layers() -> Generator[None]:
 
 @contextmanager
 def _logged(what: str, **names: str) -> Generator[dict[str, Any]]:
-    """One event for a transfer, however it ends."""
+    """Log one event for a transfer, whatever its outcome."""
     started = time.monotonic()
     facts: dict[str, Any] = dict(names)
     outcome = "done"

@@ -1,4 +1,4 @@
-"""The checkpoint of a stream: how far it has come, in a form that survives the process."""
+"""The checkpoint of a stream: its progress, in a form that survives the process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CHECKPOINT_VERSION: Final = 1
 
 
 class TransferCheckpoint(BaseModel):
-    """How far a stream has come. `transfer` advances it in place; save it with `to_json`.
+    """The progress of a stream. `transfer` advances it in place; save it with `to_json`.
 
     Only bytes that the target has acknowledged count.
     """
@@ -24,13 +24,13 @@ class TransferCheckpoint(BaseModel):
     session_id: str
     digest: str = Field(default="", description="Expected `sha256:<hex>` of the whole; empty if unknown.")
     total_size: int | None = Field(
-        default=None, ge=0, lt=1 << 63, description="Bytes; None for a stream of unknown length."
+        default=None, ge=0, lt=1 << 63, description="Total bytes; None for a stream of unknown length."
     )
     offset: int = Field(default=0, ge=0, lt=1 << 63, description="Bytes acknowledged by the target.")
     chunks_completed: int = Field(default=0, ge=0, lt=1 << 63)
     prefix_crc32c: int = Field(default=0, ge=0, lt=1 << 32, description="CRC32C of the bytes before `offset`.")
     upload_session_url: str | None = Field(default=None, description="The target's own name for the session, if any.")
-    source_version: str | None = Field(default=None, description="Of a pinned source, which must still have it.")
+    source_version: str | None = Field(default=None, description="Version of a pinned source, still required.")
 
     @classmethod
     def new(cls, session_id: str, digest: str = "", total_size: int | None = None) -> TransferCheckpoint:
@@ -38,7 +38,7 @@ class TransferCheckpoint(BaseModel):
         return cls(session_id=session_id, digest=digest, total_size=total_size)
 
     def restart(self) -> None:
-        """Back to the first byte: the target holds nothing any more."""
+        """Go back to the first byte: the target holds nothing any more."""
         self.offset = self.chunks_completed = self.prefix_crc32c = 0
         self.upload_session_url = None
 
@@ -49,7 +49,7 @@ class TransferCheckpoint(BaseModel):
 
     @property
     def progress(self) -> float:
-        """Fraction done, 0.0 to 1.0; nothing to do is 1.0, an unknown length 0.0."""
+        """Fraction done, 0.0 to 1.0; 1.0 if there is nothing to move, 0.0 if the length is unknown."""
         if self.total_size is None:
             return 0.0
         return min(1.0, self.offset / self.total_size) if self.total_size else 1.0
@@ -65,10 +65,10 @@ class TransferCheckpoint(BaseModel):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> TransferCheckpoint:
-        """The inverse of `to_json`. Fields that it does not know are ignored.
+        """The checkpoint in `text`; the inverse of `to_json`. Unknown fields are ignored.
 
         Raises:
-            UsageError: not a checkpoint, or written by a newer version whose meaning is unknown here.
+            UsageError: it is not a checkpoint, or a newer version wrote it.
         """
         try:
             checkpoint = read_model(cls, text, "checkpoint")

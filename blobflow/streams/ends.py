@@ -1,8 +1,8 @@
-"""The ends of a transfer that are more than streams: sources that are pinned, targets that appear whole or not at all.
+"""The ends of a transfer that are more than streams: sources that are pinned, targets that appear as a whole.
 
-A `PinnedSource` says which version of itself it is and opens at any offset, so that a transfer that is taken up again
-need not read from the beginning. A `SessionTarget` keeps what it was given under a session that another process can
-continue, and shows it in one step at the end.
+A `PinnedSource` reports its version and opens at any offset, so that a resumed transfer need not read from the
+beginning. A `SessionTarget` keeps what it was given in a session that another process can continue, and shows it in
+one step at the end.
 """
 
 from __future__ import annotations
@@ -45,30 +45,30 @@ BEGIN_AGAIN: Final = "begin again without the checkpoint"
 
 
 class Pin(NamedTuple):
-    """What a source says of itself."""
+    """What a source reports about itself."""
 
     version: str | None
-    """Changes with its bytes; None if it cannot say."""
+    """Changes when its bytes change; None if it is unknown."""
     size: int | None
-    """Bytes; None if it cannot say."""
+    """Size in bytes; None if it is unknown."""
 
 
 class OpenedSource(Protocol):
-    """A pinned source from some offset on."""
+    """A pinned source, opened at some offset."""
 
     def readinto(self, view: memoryview, /) -> int:
-        """Bytes put into `view`, 0 at the end."""
+        """Fill some of `view`; returns the bytes read, 0 at the end."""
         ...
 
     def close(self) -> None: ...
 
 
 class PinnedSource(ABC):
-    """A source of one version, from any offset. Its reads bound their own silence and repeat what may be repeated."""
+    """A source of one version, readable from any offset. Its reads time out on silence and retry where that is safe."""
 
     @abstractmethod
     def pin(self) -> Pin:
-        """Look at the source; what `open` gives from now on is of this version."""
+        """The present version and size of the source; `open` returns only bytes of this version from now on."""
 
     @abstractmethod
     def open(self, offset: int) -> OpenedSource:
@@ -80,44 +80,44 @@ class PinnedSource(ABC):
 
 
 class SessionTarget(ABC):
-    """A target that is written in sessions and shows what it got at their end. For one transfer at a time."""
+    """A target that is written in sessions and shows its content at the end. It serves one transfer at a time."""
 
     takes_chunks: ClassVar[bool]
-    """One write is one chunk, durable when it returns, and bounds its own silence."""
+    """Whether one write is one chunk, durable on return, with a timeout on silence in the target."""
 
     @abstractmethod
     def begin(self, checkpoint: TransferCheckpoint, chunk_size: int) -> int:
-        """Get ready to be written from `checkpoint.offset`, which is set back to 0 if what was there is gone.
+        """Prepare for writes from `checkpoint.offset`, which is reset to 0 if the earlier bytes are gone.
 
         Returns:
-            Bytes per chunk; every write but the last has as many, if the target takes chunks.
+            Bytes per chunk; if the target takes chunks, every write except the last must have this length.
         """
 
     def prefix(self) -> OpenedSource | None:
-        """The bytes before the offset where `begin` found it, if the target can read them."""
+        """The bytes before the offset that `begin` found, if the target can read them."""
         return None
 
     @abstractmethod
     def write(self, offset: int, data: memoryview) -> int:
-        """Take some of `data`, at least one byte; returns how many."""
+        """Write some of `data`, at least one byte; returns the number of bytes."""
 
     def flush(self) -> None:
-        """Make what was written durable; may be called while another thread writes."""
+        """Make the written bytes durable; may be called while another thread writes."""
 
     @abstractmethod
     def finish(self, checkpoint: TransferCheckpoint) -> None:
-        """Prove what was written and show it."""
+        """Prove the written bytes and show them."""
 
     @abstractmethod
     def leave(self, *, keep: bool) -> None:
-        """The transfer failed: leave the session to be taken up, or remove it."""
+        """After a failed transfer: keep the session so that it can be resumed, or remove it."""
 
 
 class ObjectSource(PinnedSource):
     """An object in a store, pinned to its e_tag.
 
     Args:
-        e_tag: The version that is expected; by default the one that is there when the transfer begins.
+        e_tag: The expected version; by default the one that is there when the transfer begins.
     """
 
     def __init__(self, store: Reader, key: str, *, e_tag: str | None = None) -> None:
@@ -167,25 +167,25 @@ class _OpenedObject:
         return len(view)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing is open."""
 
 
 class FileTarget(SessionTarget):
-    """A local file that appears whole, under its name, when the transfer has succeeded.
+    """A local file that appears as a whole, under its name, when the transfer has succeeded.
 
-    Until then its bytes are in `.<name>.blobflow-partial` beside it. They stay there when a transfer fails that may be
-    taken up; the one that takes it up reads them back instead of the source, to hash them. They are removed when the
-    transfer failed for good (its bytes are wrong, or there is no checkpoint).
+    Until then its bytes are in `.<name>.blobflow-partial` beside it. If a transfer fails and can be resumed, they stay
+    there. The next transfer reads them back instead of the source, to hash them. They are removed if the transfer
+    failed for good (its bytes are wrong, or there is no checkpoint).
 
     Args:
-        path: Its directory must exist.
-        overwrite: Replace a file that is there.
+        path: The file; its directory must exist.
+        overwrite: Replace an existing file.
 
     Raises, from a transfer:
-        DestinationNotEmpty: something is there already.
-        RefusedError: what lies under the name of the partial file is not this user's: another one could change it.
+        DestinationNotEmpty: the file exists already.
+        RefusedError: the partial file does not belong to this user, so another one could change it.
         TransferBusy: another process writes the same file.
-        DiskTooSmall: there is less room than the source has bytes, where it says how many.
+        DiskTooSmall: there is less room than the source has bytes, if its size is known.
         DiskFull: there is no room.
     """
 
@@ -206,11 +206,11 @@ class FileTarget(SessionTarget):
         self._refuse_existing()
         with suppress(FileNotFoundError):
             if os.path.samestat(os.lstat(self._partial), os.lstat(self.path)):
-                os.unlink(self._partial)  # a process was killed between the two names of what it had finished
+                os.unlink(self._partial)  # a process was killed after linking the final name to its finished file
         with writing(self.path):
             descriptor = open_own(self._partial, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            # Whoever held the lock before may have given the file its final name, or removed it.
+            # The previous holder of the lock may have given the file its final name, or removed it.
             if not try_lock(descriptor) or not names_file(self._partial, descriptor):
                 raise TransferBusy(f"another process writes {self.path}", path=str(self.path))
             size = os.fstat(descriptor).st_size
@@ -256,7 +256,7 @@ class FileTarget(SessionTarget):
             os.rename(self._partial, self.path)
         else:
             try:
-                os.link(self._partial, self.path)  # a rename would replace what somebody else put there
+                os.link(self._partial, self.path)  # a rename would replace a file that appeared meanwhile
             except FileExistsError:
                 self._refuse_existing()
                 raise
@@ -291,36 +291,36 @@ class _OpenedPrefix:
         return count
 
     def close(self) -> None:
-        """The descriptor is the target's."""
+        """The target closes the descriptor."""
 
 
 class ObjectTarget(SessionTarget):
     """An object in a store, made by a multipart upload; the length need not be known beforehand.
 
-    A chunk is a part, and memory is two parts. The upload id stands in the checkpoint, so that any process can take
-    the transfer up: it goes on behind the last part that the checkpoint counts, if the store still holds all of them,
-    and else from the beginning.
+    A chunk is a part, and memory is two parts. The upload id is in the checkpoint, so any process can resume the
+    transfer. It continues after the last part that the checkpoint counts if the store still holds all of them, and from
+    the beginning otherwise.
 
-    The object appears when everything was sent and the digest was right. Before, the parts that the store lists are
-    compared with those that were sent, and their CRC32C are combined and held against the one of the whole; a part
-    that was sent before the transfer was taken up takes part in that where the store tells its CRC32C. The upload is
-    completed with that checksum, and the object is looked at once more.
+    The object appears when everything was sent and the digest is right. Before that, the parts that the store lists are
+    compared with those that were sent. Their combined CRC32C is compared with the CRC32C of the whole; a part that was
+    sent before the transfer was resumed is included if the store reports its CRC32C. The upload is completed with that
+    checksum, and the object is checked once more.
 
-    A transfer that fails leaves the upload to be taken up. It is aborted if the bytes are wrong, and if there was
-    neither a checkpoint nor somebody to save one. What nobody takes up, `blobflow gc` removes.
+    A transfer that fails leaves the upload for resumption. It is aborted if the bytes are wrong, or if there was
+    neither a checkpoint nor a callback to save one. `blobflow gc` removes uploads that nobody resumes.
 
     Args:
-        overwrite: Replace the object that is there. Without it, two transfers to one key at the same moment may still
-            meet: the last one that completes wins.
-        part_size: Bytes per part. Default: the profile's chunk size, grown where the size is known and takes more
-            than the store's number of parts; 10,000 parts of 8 MiB are 78 GiB.
-        content_type: Of the object.
+        overwrite: Replace an existing object. Without it, two simultaneous transfers to one key may still collide: the
+            last one that completes wins.
+        part_size: Bytes per part. By default the profile's chunk size, enlarged if the known size needs more than the
+            store's maximum number of parts; 10,000 parts of 8 MiB are 78 GiB.
+        content_type: Content type of the object.
 
     Attributes:
-        meta: What the store says of the object, once it is there.
+        meta: The store's metadata of the object, once it is there.
 
     Raises, from a transfer:
-        KeyConflict: there is an object under the key.
+        KeyConflict: an object with this key exists.
         Unsupported: the store has no multipart uploads (open the file with fsspec, and give the stream), or there
             are too many parts.
         UploadIncomplete, ChecksumMismatch: the store does not hold what was sent.
@@ -377,7 +377,7 @@ class ObjectTarget(SessionTarget):
     def write(self, offset: int, data: memoryview) -> int:
         before, rest = divmod(offset, self._session.part_size)
         if rest or self.meta is not None:
-            message = f"the source goes on behind {offset} bytes, where it had ended"
+            message = f"the source continues after {offset} bytes, where it had ended"
             raise SourceChanged(message, hint=BEGIN_AGAIN, what="size", offset=offset)
         if before >= self._store.capabilities().max_parts:
             raise Unsupported(
@@ -392,7 +392,7 @@ class ObjectTarget(SessionTarget):
     @override
     def finish(self, checkpoint: TransferCheckpoint) -> None:
         if self.meta is not None:
-            return  # a process before this one completed it
+            return  # an earlier process completed it
         session, plan = self._session, TransferPlan(checkpoint.offset, self._session.part_size)
         if not checkpoint.offset:
             session.crcs[1] = session.put(1, Body.of(b""))
@@ -402,14 +402,14 @@ class ObjectTarget(SessionTarget):
             self._refuse_existing()
             self.meta = made = session.complete(parts)
         except NoSuchUpload:
-            # The answer to an attempt that succeeded may have been lost.
+            # The response to a successful attempt may have been lost.
             if not self._is_there(checkpoint):
                 raise
             return
         attested = session.attested(made)
         if made.size != checkpoint.offset or attested not in (None, checkpoint.prefix_crc32c):
             raise UploadIncomplete(
-                f"{self._key!r} is not what was sent as soon as it was complete: it has {made.size} bytes",
+                f"{self._key!r} differs from what was sent right after it was completed: it has {made.size} bytes",
                 hint="find out who else writes to this key",
                 key=self._key,
                 expected=checkpoint.offset,
@@ -427,7 +427,7 @@ class ObjectTarget(SessionTarget):
 
     def _refuse_existing(self) -> None:
         if not self._overwrite and self._store.exists(self._key):
-            raise KeyConflict(f"there is an object under {self._key!r}", key=self._key)
+            raise KeyConflict(f"an object with the key {self._key!r} exists", key=self._key)
 
     def _take_up(self, checkpoint: TransferCheckpoint) -> bool:
         """Whether the store holds every part that the checkpoint counts, or the whole object."""
@@ -450,7 +450,7 @@ class ObjectTarget(SessionTarget):
         return self.meta is not None
 
     def _check_parts(self, plan: TransferPlan, checkpoint: TransferCheckpoint) -> None:
-        """Hold the parts to the bytes that were read, unless the checksum of one that was sent before is unknown."""
+        """Compare the parts with the bytes that were read, unless the checksum of an earlier part is unknown."""
         session = self._session
         if session.crcs.keys() >= set(plan.numbers) and session.crc32c(plan) != checkpoint.prefix_crc32c:
             raise ChecksumMismatch(
@@ -462,7 +462,7 @@ class ObjectTarget(SessionTarget):
 
 
 def _url_of(session: UploadSession, place: str) -> str:
-    """What a checkpoint keeps of a multipart upload."""
+    """The URL by which a checkpoint records a multipart upload."""
     return f"{place}?uploadId={quote(session.upload_id, safe='')}&partSize={session.part_size}"
 
 
@@ -470,7 +470,7 @@ def _parse_url(url: str, place: str) -> tuple[str, int]:
     """Upload id and part size; the inverse of `_url_of`.
 
     Raises:
-        UsageError: not the URL of an upload to `place`.
+        UsageError: it is not the URL of an upload to `place`.
     """
     where, _, query = url.rpartition("?")
     fields = parse_qs(query)

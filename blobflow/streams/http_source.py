@@ -50,30 +50,31 @@ _SAFE: Final = "/%:@!$&'()*+,;=~-._"
 
 
 class HttpSource(PinnedSource):
-    """What lies at an HTTP(S) URL, pinned to its strong ETag or, without one, to its Last-Modified date.
+    """The file at an HTTP(S) URL, pinned to its strong ETag or, without one, to its Last-Modified date.
 
-    A connection that breaks, falls silent or ends early is replaced, and the body goes on at the next byte (`Range`
-    with `If-Range`). Where the server has no ranges, or says nothing that pins the file, the body is read again from
-    its beginning, and the CRC32C of the bytes that were given before proves that they are the same. A server that
-    gives neither a length nor chunks cannot tell the end from a broken connection; give `total_size` in the
-    checkpoint then, or a digest.
+    If a connection breaks, falls silent or ends early, a new one continues at the next byte (`Range` with `If-Range`).
+    If the server has no ranges, or sends nothing that pins the file, the body is read again from its beginning; the
+    CRC32C of the bytes read before proves that they are the same. If a server sends neither a length nor chunks, the
+    end of the file cannot be distinguished from a broken connection. Then give `total_size` in the checkpoint, or a
+    digest.
 
-    Redirects are followed anew for each request, so a signed target may expire meanwhile; they never lead from HTTPS
-    to HTTP. Certificates are checked. Neither credentials nor the query, which may be a signature, are ever shown.
+    Redirects are followed again for each request, so a signed target may expire meanwhile. They are never followed from
+    HTTPS to HTTP. Certificates are checked. Neither credentials nor the query, which may be a signature, are ever
+    shown.
 
     Args:
         url: `http://` or `https://`. A user name and password in it become the Authorization header.
-        headers: Sent to the origin of the URL, and not to where it redirects.
-        tls: For another CA, or a client certificate; default: Python's.
+        headers: Sent to the origin of the URL, and not to the targets of redirects.
+        tls: Context for another CA, or a client certificate; default: Python's.
         proxy: URL of an HTTP proxy; default: that of the environment (`HTTPS_PROXY`, `NO_PROXY` ...); "" for none.
-        connect_timeout_s: For a connection to be made.
-        idle_timeout_s: For a single byte to arrive.
-        patience_s: Seconds without a byte, over all attempts, before the source fails. A Retry-After that asks for
-            more ends it at once.
+        connect_timeout_s: Limit for making a connection.
+        idle_timeout_s: Limit for a single byte to arrive.
+        patience_s: Seconds without a byte, over all attempts, before the source fails. A longer Retry-After ends it
+            at once.
 
     Raises, from a transfer:
-        SourceChanged: the file is another one now.
-        NotFoundError, StoreConfigurationError: the server has no such file, or refuses it.
+        SourceChanged: the file was replaced.
+        NotFoundError, StoreConfigurationError: the server has no such file, or refuses access to it.
         StoreUnavailable, TimedOut: the server failed for longer than `patience_s`.
     """
 
@@ -105,7 +106,7 @@ class HttpSource(PinnedSource):
         return f"<HttpSource {self}>"
 
     def __str__(self) -> str:
-        """The URL without what may be secret."""
+        """The URL without parts that may be secret."""
         return str(self._place)
 
     @override
@@ -124,7 +125,7 @@ class HttpSource(PinnedSource):
         return OpenedUrl(self, self._pin or self.pin(), offset)
 
     def _look(self) -> Pin:
-        """Ask for the first byte: the answer to a GET is what signed URLs allow, and tells the size and the version."""
+        """Request the first byte: signed URLs allow GET, and its response has the size and the version."""
         with self.request({"Range": "bytes=0-0"}) as got:
             size = got.first_and_size()[1] if got.answer.status != 200 else got.answer.length
             return Pin(got.version, size)
@@ -134,7 +135,7 @@ class HttpSource(PinnedSource):
         place = self._place
         for _ in range(_MAX_REDIRECTS):
             own = self._headers if place.origin == self._place.origin else {}
-            # The body as it is: what a Content-Encoding would make of it has other offsets.
+            # The body as it is: a Content-Encoding would change its offsets.
             sent = {
                 "Host": place.host,
                 "User-Agent": f"blobflow/{__version__}",
@@ -171,17 +172,17 @@ class HttpSource(PinnedSource):
         )
 
     def backoff(self) -> Backoff:
-        """For an attempt to read on, which begins with all of the patience."""
+        """The waits of an attempt to read on, with the whole patience left."""
         return Backoff(self._patience_s, self._clock)
 
     def wait(self, backoff: Backoff, error: TemporaryError, activity: Activity) -> None:
-        """Wait before the next attempt; raises `error` if there is none."""
+        """Wait before the next attempt; raises `error` if there is no next attempt."""
         wait_s = backoff.wait_s(error)
         activity.blocked_by(f"{error.message}; next attempt in {wait_s:.0f} s")
         self._sleep(wait_s)
 
     def failed(self, error: HttpError, offset: int) -> BlobflowError:
-        """What a broken exchange means."""
+        """The error for a broken exchange."""
         if isinstance(error.__cause__, ssl.SSLCertVerificationError):
             return StoreConfigurationError(
                 f"the certificate of {self} is not trusted: {error.__cause__.verify_message}",
@@ -205,7 +206,7 @@ class OpenedUrl:
         self._pin = pin
         self._begun_at = self._offset = offset
         self._crc = 0
-        """Of the bytes from `_begun_at` to `_offset`."""
+        """CRC32C of the bytes from `_begun_at` to `_offset`."""
         self._got: _Got | None = None
         self._ended = False
 
@@ -250,7 +251,7 @@ class OpenedUrl:
         except HttpError as error:
             if not error.moved:
                 raise self._source.failed(error, self._offset) from error
-            self.close()  # what came before it broke is good
+            self.close()  # the bytes before the break are valid
             return error.moved
         if count < len(view) and got.answer.length:
             self.close()
@@ -261,7 +262,7 @@ class OpenedUrl:
         return count
 
     def _connected(self) -> _Got:
-        """The body at the present offset, of the pinned version."""
+        """The response at the present offset, of the pinned version."""
         offset, version = self._offset, self._pin.version
         if not offset:
             return self._checked(self._source.request({}), 0)
@@ -274,7 +275,7 @@ class OpenedUrl:
         """`got`, if it is the pinned version from `offset` on."""
         first, size = got.first_and_size()
         try:
-            # A range that was asked for with If-Range need not repeat the date.
+            # A response to If-Range need not repeat the date.
             if got.version != self._pin.version and not (got.version is None and got.answer.status == 206):
                 self._changed("version", self._pin.version, got.version)
             if None not in (size, self._pin.size) and size != self._pin.size:
@@ -289,7 +290,7 @@ class OpenedUrl:
         return got
 
     def _read_again(self, got: _Got) -> _Got:
-        """The whole body came, from its first byte: go to the offset, and see that nothing was different before."""
+        """Skip to the offset in a whole body, and prove that the bytes before it are the same as before."""
         self._checked(got, 0)
         position = crc = 0
         buffer = memoryview(bytearray(_SKIP_BYTES))
@@ -326,7 +327,7 @@ class OpenedUrl:
 
 
 class _Place(NamedTuple):
-    """Where a request goes."""
+    """The target of a request."""
 
     origin: str
     host: str
@@ -341,16 +342,16 @@ class _Place(NamedTuple):
         return self.origin + self.path + ("?..." if self.query else "")
 
     def redirected(self, location: str) -> _Place:
-        """Where a redirect leads.
+        """The target of a redirect.
 
         Raises:
-            StoreConfigurationError: nowhere, or out of HTTPS.
+            StoreConfigurationError: it is not a URL, or leads from HTTPS to HTTP.
         """
         try:
             place, credentials = _place_of(urljoin(self.origin + self.target, location))
         except (UsageError, ValueError):
-            # Not `from`: what urllib says may show the whole URL.
-            raise StoreConfigurationError(f"{self} redirects to what is no HTTP URL", operation="read") from None
+            # Not `from`: urllib's message may show the whole URL.
+            raise StoreConfigurationError(f"{self} redirects to no HTTP URL", operation="read") from None
         if not location or credentials or (self.origin.startswith("https:") and place.origin.startswith("http:")):
             raise StoreConfigurationError(
                 f"{self} redirects to {place}, which is not followed",
@@ -361,7 +362,7 @@ class _Place(NamedTuple):
 
 
 def _place_of(url: str) -> tuple[_Place, dict[str, str]]:
-    """The place that a URL names, and the header that its user name and password become."""
+    """The target that a URL names, and the header from its user name and password."""
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").encode("idna").decode(), parts.port
@@ -390,7 +391,7 @@ class _Answered(TypedDict):
 
 
 class _Got:
-    """An answer with the connection that it came over."""
+    """A response with its connection."""
 
     def __init__(self, answer: Response, client: HttpClient, source: HttpSource) -> None:
         self.answer = answer
@@ -404,19 +405,19 @@ class _Got:
         self.close()
 
     def close(self) -> None:
-        """The connection is not used again: what is left of the body may be much."""
+        """Close the connection; it is not reused, because the rest of the body may be long."""
         self.answer.__exit__(GeneratorExit, None, None)
         self._client.close()
 
     @property
     def version(self) -> str | None:
-        """What pins the file: a weak ETag does not, because its bytes may differ."""
+        """The validator that pins the file; not a weak ETag, because the bytes behind it may differ."""
         headers = self.answer.headers
         e_tag = headers.get("etag", "")
         return e_tag if e_tag.startswith('"') else headers.get("last-modified")
 
     def first_and_size(self) -> tuple[int | None, int | None]:
-        """The offset of the body's first byte, and the size of the whole file, as far as they are told."""
+        """The offset of the body's first byte, and the size of the whole file, as far as they are known."""
         if self.answer.status == 200:
             return 0, self.answer.length
         told = self.answer.headers.get("content-range", "").strip()
@@ -426,7 +427,7 @@ class _Got:
         return int(found[1]) if found[1] else None, int(found[2]) if found[2] != "*" else None
 
     def check(self) -> None:
-        """Raise what the status means, unless there is a body to be read."""
+        """Raise the error for the status, unless there is a body to read."""
         status, source = self.answer.status, self._source
         about: _Answered = {"operation": "read", "status": status}
         if status in (200, 206):
@@ -445,7 +446,7 @@ class _Got:
         raise StoreConfigurationError(f"{source} answered {status}", hint=hint, **about)
 
     def _retry_after_s(self) -> float | None:
-        """Seconds to wait: a number, or a date, which is held against the server's own clock."""
+        """Seconds to wait, from a number or a date; a date is compared with the server's own clock."""
         asked = self.answer.headers.get("retry-after", "").strip()
         if asked.isdecimal():
             return float(asked)

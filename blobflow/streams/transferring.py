@@ -1,7 +1,7 @@
 """`transfer`: any stream of bytes to any other, in bounded memory, with checkpoints and idle timeouts.
 
-A reader thread fills and hashes chunks, a writer thread writes them, and the calling thread keeps the checkpoint: so
-reading, hashing and writing overlap, and a call into somebody else's hung stream can be given up.
+A reader thread fills and hashes chunks, a writer thread writes them, and the calling thread keeps the checkpoint. So
+reading, hashing and writing overlap, and a call that hangs in a foreign stream can be given up.
 """
 
 from __future__ import annotations
@@ -59,25 +59,25 @@ Target: TypeAlias = WritableStream | SessionTarget
 OnCheckpoint: TypeAlias = Callable[[TransferCheckpoint], None]
 
 _CHUNKS_IN_FLIGHT: Final = 2
-"""One is filled while the other is written."""
+"""One chunk is filled while the other is written."""
 _SLICE: Final = 256 * 1024
-"""Bytes per read or write call, so that a timeout is one of silence and not of slowness."""
+"""Bytes per read or write call; small, so that a timeout measures silence and not a slow link."""
 _JOIN_S: Final = 1.0
 
 
 @dataclass(frozen=True)
 class TransferResult:
-    """What a transfer did."""
+    """The result of a transfer."""
 
     bytes_transferred: int
     """Bytes written by this call; fewer than the total if it resumed."""
     total_size: int
     computed_digest: str
-    """`sha256:<hex>` of the whole, resumed bytes included; empty if those were not read again (see `transfer`)."""
+    """`sha256:<hex>` of the whole, with the resumed bytes; empty if those were not read again (see `transfer`)."""
     resumed: bool
     checkpoints_saved: int
     crc32c: int = 0
-    """Of the whole, resumed bytes included."""
+    """CRC32C of the whole, with the resumed bytes."""
 
 
 def transfer(
@@ -91,34 +91,35 @@ def transfer(
 
     Holds two chunks of `profile.chunk_size` bytes. Reads until the source ends.
 
-    On resume the bytes before the checkpoint are not written again. The digest is that of the whole, so they are
-    hashed once more, from whichever end has them at hand:
+    On resume the bytes before the checkpoint are not written again. The digest covers the whole, so they are
+    hashed once more, from the end that has them:
 
     | target | source | the bytes before the checkpoint |
     |---|---|---|
-    | `FileTarget` | pinned | are read back from the file; the source is opened behind them |
+    | `FileTarget` | pinned | are read back from the file; the source is opened after them |
     | any other | pinned, and `profile.verify_digest` is off | are not read; `computed_digest` is empty |
     | any other | any other | are read from the source |
 
-    Where they are read, their CRC32C is compared with the checkpoint's; where not, the version of the pinned source
-    answers for them. The CRC32C of the whole is known in any case.
+    If they are read, their CRC32C is compared with the checkpoint's; if not, the version of the pinned source
+    guarantees them. The CRC32C of the whole is known in any case.
 
     Args:
         source: From its first byte: a binary stream or an iterable of bytes, where short reads are fine; or a pinned
-            source (`ObjectSource`, `HttpSource`), which is opened where it is needed.
-        target: Gets every byte once, in order. To a stream that has some already, the caller brings it to
+            source (`ObjectSource`, `HttpSource`), which is opened at the right offset.
+        target: Gets every byte once, in order. If a stream has some bytes already, the caller seeks it to
             `checkpoint.offset`; a regular file is fsynced before each checkpoint. A `FileTarget` or `ObjectTarget`
-            finds its own place, sets the checkpoint back if what it had is gone, and shows nothing before the end.
+            finds its position, resets the checkpoint if its earlier bytes are gone, and shows nothing before the end.
         checkpoint: Advanced in place, only over bytes that the target took; a new one by default.
-        on_checkpoint: Called in the calling thread after every `profile.checkpoint_interval` chunks and when the
+        on_checkpoint: Called in the calling thread after every `profile.checkpoint_interval` chunks, when the
             transfer fails or is interrupted, and as soon as a `FileTarget` or `ObjectTarget` has begun. If it raises,
             the transfer stops with its exception.
 
     Raises:
-        TimedOut: the source or target moved no byte for the profile's timeout; names the offset.
+        TimedOut: the source or target moved no byte for the profile's timeout; the message has the offset.
         StoreUnavailable: the source or target failed; its exception is the cause.
         SourceTruncated, SizeMismatch: the source is shorter or longer than `checkpoint.total_size`.
-        SourceChanged: the bytes before the checkpoint are not the ones that were sent, or a pinned source was replaced.
+        SourceChanged: the bytes before the checkpoint differ from those that were sent, or a pinned source was
+        replaced.
         DigestMismatch: the whole has another digest than `checkpoint.digest`.
     """
     profile = profile or ChunkProfile()
@@ -131,14 +132,14 @@ class _Chunk(NamedTuple):
     buffer: bytearray
     length: int
     crc32c: int
-    """Of the source from its first byte to the end of this chunk."""
+    """CRC32C of the source from its first byte to the end of this chunk."""
 
 
 class _Clock:
-    """When a thread last moved a byte, and whether it is inside a call that should."""
+    """When a thread last moved a byte, and whether it is inside a call that should move one."""
 
     def __init__(self, what: str, timeout_s: float | None) -> None:
-        # Who bounds its own silence repeats what failed meanwhile, and knows best when to give up.
+        # Without a timeout here, the end has its own: it retries failures, and knows best when to give up.
         self.what = what
         self.timeout_s = math.inf if timeout_s is None else timeout_s
         self.slice_bytes = sys.maxsize if timeout_s is None else _SLICE
@@ -152,12 +153,12 @@ class _Clock:
         self._since = None
 
     def is_silent(self) -> bool:
-        """Whether the call under way has been silent for too long."""
+        """Whether the present call has been silent for too long."""
         since = self._since
         return since is not None and time.monotonic() - since > self.timeout_s
 
     def check(self) -> None:
-        """Raise if it is."""
+        """Raise TimedOut if it has been silent for too long."""
         if self.is_silent():
             raise TimedOut(
                 f"{self.what} timed out after {self.timeout_s:g} s at offset {self.offset}",
@@ -191,7 +192,7 @@ class _Transfer:
         self._saved = 0
         self._threads: list[threading.Thread] = []
         self._digest: Any = hashlib.sha256()
-        """None where the first bytes are not read."""
+        """None if the first bytes are not read."""
         takes_chunks = self._session is not None and self._session.takes_chunks
         self._reading = _Clock("read", None if self._pinned else profile.read_timeout)
         self._writing = _Clock("write", None if takes_chunks else profile.write_timeout)
@@ -199,7 +200,7 @@ class _Transfer:
         self._empty: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
         self._events: queue.SimpleQueue[_Chunk | BaseException | None] = queue.SimpleQueue()
-        """For the calling thread: a chunk that was written, an error of either thread, or None at the end."""
+        """Events for the calling thread: a chunk that was written, an error of either thread, or None at the end."""
 
     def run(self) -> TransferResult:
         self._look_at_source()
@@ -228,7 +229,7 @@ class _Transfer:
         )
 
     def _move(self) -> tuple[int, str]:
-        """Bytes moved, and the digest of the whole, which is the expected one."""
+        """Move everything; returns the bytes moved, and the digest of the whole, which is the expected one."""
         checkpoint = self._checkpoint
         first_offset = checkpoint.offset
         if not first_offset:
@@ -248,13 +249,13 @@ class _Transfer:
             self._empty.put(None)
             self._full.put(None)
             for thread, clock in zip(self._threads, (self._reading, self._writing), strict=True):
-                # A thread that hangs in a foreign call is a daemon and stays behind.
+                # A thread that hangs in a foreign call is a daemon; it is left running.
                 thread.join(0.0 if clock.is_silent() else _JOIN_S)
         checkpoint.total_size = checkpoint.offset
         return checkpoint.offset - first_offset, self._checked_digest()
 
     def _look_at_source(self) -> None:
-        """Pin the source, and compare it with what the checkpoint says of it."""
+        """Pin the source, and compare it with the checkpoint."""
         if self._pinned is None:
             return
         self._pin = pin = self._pinned.pin()
@@ -278,9 +279,9 @@ class _Transfer:
             checkpoint.total_size = pin.size
 
     def _leave(self, session: SessionTarget, *, keep: bool) -> None:
-        """Leave the target's session while an error is on its way, which must not be hidden by another one."""
+        """Leave the target's session while another error propagates; an error from here must not hide that one."""
         if self._threads and self._threads[1].is_alive():
-            # What the writer writes to must not be taken from it.
+            # The session must not be removed while the writer still writes to it.
             log.warning("transfer.session_left session=%s keep=%s writer=busy", self._checkpoint.session_id, keep)
             return
         try:
@@ -303,7 +304,7 @@ class _Transfer:
                     unsaved = False
                     self._save()
         except BaseException:
-            # A target that hangs in a write would hang in a flush too, and without it nothing new is durable.
+            # A target that hangs in a write would hang in a flush too; without a flush nothing new is durable.
             if unsaved and not self._writing.is_silent():
                 self._save_last()
             raise
@@ -328,17 +329,17 @@ class _Transfer:
             self._saved += 1
 
     def _save_last(self) -> None:
-        """Save what can be saved while an error is on its way; it must not be hidden by another one."""
+        """Save what can be saved while another error propagates; an error from here must not hide that one."""
         try:
             self._save()
         except Exception as error:  # noqa: BLE001  # the first error is the one to report
             log.warning("transfer.last_checkpoint_failed session=%s error=%r", self._checkpoint.session_id, error)
 
     def _flush(self) -> None:
-        """Make what was written durable, as far as the target knows how.
+        """Make the written bytes durable, if the target can.
 
-        In a thread of its own: the writer may hang in a write meanwhile and keep the stream locked, and a flush can
-        hang by itself.
+        It runs in a separate thread: the writer may hang in a write meanwhile and keep the stream locked, and the flush
+        itself can hang.
         """
         ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         flushing = _Clock("flush", self._writing.timeout_s)
@@ -375,7 +376,7 @@ class _Transfer:
         try:
             descriptor = fileno() if fileno else -1
         except OSError:
-            return  # like BytesIO: the method without a descriptor
+            return  # e.g. BytesIO: it has the method, but no descriptor
         if descriptor >= 0 and stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.fsync(descriptor)
 
@@ -412,10 +413,10 @@ class _Transfer:
             self._hand_over(*(reached or self._skip()))
 
     def _skip_without_source(self) -> tuple[int, int] | None:
-        """Get over the bytes that an earlier call sent without the source, as `_skip`; None if it takes the source."""
+        """Skip the bytes that an earlier call sent, without the source (see `_skip`); None if the source is needed."""
         checkpoint = self._checkpoint
         if not checkpoint.offset or checkpoint.source_version is None:
-            return None  # without a version nothing but the bytes themselves can tell that they are the same
+            return None  # without a version, only the bytes themselves can prove that they are the same
         prefix = self._session.prefix() if self._session is not None else None
         if prefix is not None:
             self._read_into = prefix.readinto
@@ -423,7 +424,7 @@ class _Transfer:
                 return self._skip()
             except (SourceChanged, SourceTruncated) as error:
                 raise ChecksumMismatch(
-                    f"what is there of {self._target!r} is not what was written",
+                    f"the bytes in {self._target!r} are not those that were written",
                     hint="begin again; nothing of it is kept",
                     what=repr(self._target),
                     expected=checkpoint.prefix_crc32c,
@@ -551,25 +552,25 @@ def _reader(source: Source) -> Callable[[memoryview], int]:
 
 
 def _nothing(view: memoryview) -> int:
-    """Stands in until a pinned source is opened."""
+    """The reader before a pinned source is opened."""
     del view
     return 0
 
 
 def _writer(target: WritableStream) -> Callable[[memoryview], int]:
-    """`write(view)` to a stream: bytes taken, at least one."""
+    """`write(view)` to a stream: bytes written, at least one."""
 
     def write(view: memoryview) -> int:
         count = target.write(view)
         if count is None and not isinstance(target, io.RawIOBase):
-            return len(view)  # an object that only looks like a file, and says nothing
+            return len(view)  # a file-like object that returns nothing
         return _ready(count or None, "target")
 
     return write
 
 
 def _ready(answer: Any, what: str) -> Any:
-    """`answer`, unless it is None: a non-blocking stream says so that nothing moved, which is not the end."""
+    """`answer`, unless it is None: a non-blocking stream returns None if nothing moved, which is not the end."""
     if answer is None:
-        raise BlockingIOError(errno.EAGAIN, f"the {what} is not ready, and does not wait until it is")
+        raise BlockingIOError(errno.EAGAIN, f"the {what} is not ready, and does not block until it is")
     return answer

@@ -340,7 +340,7 @@ def test_a_damaged_partial_file_is_never_continued(damage: str, store: LocalStor
     else:
         with open(partial, "r+b") as file:
             file.write(bytes([DATA[0] ^ 1]))
-        with pytest.raises(ChecksumMismatch, match="not what was written"):
+        with pytest.raises(ChecksumMismatch, match="not those that were written"):
             transfer(ObjectSource(store, KEY), FileTarget(path), PROFILE, journal.load())
     result = transfer(ObjectSource(store, KEY), FileTarget(path), PROFILE, journal.load())
     assert path.read_bytes() == DATA

@@ -307,7 +307,7 @@ def test_a_file_without_a_quiet_moment_is_busy(tmp_path: Path, monkeypatch: pyte
             file.write("line\n")
 
     while_copied(monkeypatch, write)
-    with pytest.raises(SourceBusy, match=r"log' was written to each of 3 times") as busy:
+    with pytest.raises(SourceBusy, match=r"log' was written to during each of 3 attempts") as busy:
         export_artifact(source, tmp_path / "artifact", mode="copy")
     assert busy.value.exit_code == 75
     assert "copy" not in busy.value.hint
