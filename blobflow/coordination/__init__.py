@@ -1,1 +1,1 @@
-"""Who may publish, and what is current: leases, refs and export rounds."""
+"""Coordination of processes: leases, refs and export rounds."""

@@ -1,28 +1,27 @@
 """Leases: the right to do one thing at a time, kept in a record that is replaced by compare-and-swap.
 
-A lease makes a round at-most-once: its generation is the fencing token, and a ref ("latest"), which names an artifact,
-refuses what a round before the newest one brings. Every write carries a write id, so that a writer whose answer was
-lost recognises its own success when it reads the record back.
+A lease makes a round at-most-once: its generation is the fencing token. A ref ("latest"), which names an artifact,
+refuses the artifact of a round before the newest one. Every write carries a write id, so that a writer whose response
+was lost recognises its success when it reads the record back.
 
-`LeaseMachine` decides and does no I/O: it is told what was read and what came of a write, and answers with what is to
-be done next. `Lease` drives it on whatever keeps records and can compare-and-swap (`LeaseStore`): a store with
-conditional
+`LeaseMachine` decides and does no I/O: it is given what was read and the result of a write, and returns the next
+action. `Lease` drives it on a `LeaseStore`, which keeps records and can compare-and-swap: a store with conditional
 writes here, a SQL database in `blobflow.coordination.sql_lease_store`.
 
 | state | event | action |
 |---|---|---|
 | not held | `acquire` | `Look` |
-| looking | `seen`: somebody holds it | `End(False)` |
+| looking | `seen`: another process holds it | `End(False)` |
 | looking | `seen`: free, expired, or its holder is gone | `Write` the next generation |
 | held | `renew`, `release` | `Write` the same generation |
 | writing | `written` | `End(True)` |
-| writing | `doubtful`: refused, or no answer | `Look` |
-| settling | `seen`: what was written | `End(True)` |
+| writing | `doubtful`: refused, or no response | `Look` |
+| settling | `seen`: the state that was written | `End(True)` |
 | settling | `seen`: an earlier write of ours; or refused, and nothing has changed | `Write` again |
-| settling | `seen`: no answer, and nothing has changed | `Unsettled`: held or not as before |
+| settling | `seen`: no response, and nothing has changed | `Unsettled`: held or not as before |
 | settling | `seen`: anything else | `End(False)`: not held |
 
-Clocks decide only how long others wait. That a holder who slept publishes nothing does not depend on them.
+Clocks decide only how long others wait. A suspended holder cannot publish, whatever any clock says.
 """
 
 from __future__ import annotations
@@ -54,28 +53,29 @@ from blobflow.stores.base import Store, check_key
 log = logging.getLogger(__name__)
 
 _WRITE_ATTEMPTS: Final = 5
-"""Of one change of a lease that is refused although nobody has changed it, as S3 does with a 409."""
+"""Attempts at one change that is refused although the record has not changed, as S3 does with a 409."""
 
 
 class Now(NamedTuple):
-    """What time it is."""
+    """The present time, by two clocks."""
 
     time_s: float
-    """Seconds since the epoch."""
+    """Unix time in seconds."""
     ticks_s: float
-    """Seconds that never jump, of this process alone."""
+    """Seconds of this process's monotonic clock, which never jumps."""
     shared: bool = True
-    """`time_s` is the keeper's, or a clock that agrees with it; otherwise it may be wrong by one time to live."""
+    """Whether `time_s` is the store's time, or a clock that agrees with it; otherwise it may be off by one time to
+    live."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """Read the record."""
+    """Action: read the record."""
 
 
 @dataclass(frozen=True)
 class Write:
-    """Swap the record `version` (None: nothing) for `state`."""
+    """Action: swap the record `version` (None: no record) for `state`."""
 
     state: LeaseState
     version: str | None
@@ -83,24 +83,24 @@ class Write:
 
 @dataclass(frozen=True)
 class End:
-    """Nothing more to do: it was done, or somebody else has the lease."""
+    """Action: stop; the change was made, or another process has the lease."""
 
     done: bool
 
 
 @dataclass(frozen=True)
 class Unsettled:
-    """It was not done, and nobody has the lease instead; trying again later may help."""
+    """Action: stop; the change was not made, but no other process has the lease. Trying again later may help."""
 
 
 Action: TypeAlias = Look | Write | End | Unsettled
 
 
 class LeaseMachine:
-    """What the holder of a lease, or who wants to be it, does next; see the table above.
+    """Decides the next action of a process that holds a lease or wants it; see the table above.
 
     Attributes:
-        held: The record that it holds the lease by.
+        held: The record by which it holds the lease.
     """
 
     def __init__(self, owner: str, ttl_s: float) -> None:
@@ -112,9 +112,9 @@ class LeaseMachine:
         self._refused = False
         self._attempts = 0
         self._in_doubt: set[str] = set()
-        """Write ids that may be there already, or still arrive."""
+        """Write ids that may have been written already, or may still arrive."""
         self._watched: tuple[str, float] | None = None
-        """Somebody else's record, and when it was first seen, in ticks."""
+        """Another holder's record, and when it was first seen, in ticks."""
 
     def __repr__(self) -> str:
         if self._pending is not None:
@@ -122,7 +122,7 @@ class LeaseMachine:
         return f"<LeaseMachine holding generation {self.held.state.generation}>" if self.held else "<LeaseMachine>"
 
     def acquire(self, now: Now) -> Action:
-        """Take the lease if it can be had; who has it already renews it."""
+        """Take the lease if possible; a process that holds it renews it."""
         self._pending = None
         return self.renew(now) if self.held else Look()
 
@@ -131,18 +131,18 @@ class LeaseMachine:
         return self._begin(self._changed(expires_at=now.time_s + self._ttl_s))
 
     def release(self, **changes: JsonValue) -> Action:
-        """Give it back; `changes` is empty, or a new cursor."""
+        """Release it; `changes` is empty, or a new cursor."""
         return self._begin(self._changed(owner="", expires_at=0.0, **changes), releasing=True)
 
     def seen(self, found: Found | None, now: Now, *, owner_is_gone: bool = False) -> Action:
-        """The record was read."""
+        """Process the record that was read."""
         if self._pending is None:
             return self._claim(found, now, owner_is_gone)
         pending, version = self._pending, found.version if found else None
         if found and found.state.write_id == pending.state.write_id:
             return self.written(found.version)
         if found and found.state.write_id in self._in_doubt and (found.state.owner or self._releasing):
-            return self._again(found.version)  # but what was released late stays released
+            return self._again(found.version)  # but a late release stays a release
         if version == pending.version:
             return self._again(version) if self._refused else self._unsettled()
         self.held = self._pending = None
@@ -150,16 +150,16 @@ class LeaseMachine:
         return End(done=False)
 
     def written(self, version: str) -> Action:
-        """The write was acknowledged."""
+        """Process an acknowledged write."""
         assert self._pending is not None, "nothing was to be written"
         self.held = None if self._releasing else Found(self._pending.state, version)
         self._pending = None
-        # Writes that were sent earlier name versions that are gone for good: none of them can arrive any more.
+        # Earlier writes name versions that no longer exist, so none of them can arrive any more.
         self._in_doubt.clear()
         return End(done=True)
 
     def doubtful(self, *, refused: bool) -> Action:
-        """The write was refused, or got no answer."""
+        """Process a write that was refused, or got no response."""
         assert self._pending is not None, "nothing was to be written"
         self._refused = refused
         self._in_doubt.add(self._pending.state.write_id)
@@ -169,7 +169,7 @@ class LeaseMachine:
         if found and found.state.owner and not owner_is_gone and not self._is_expired(found, now):
             if found.state.write_id not in self._in_doubt:
                 return End(done=False)
-            self.held = found  # our own, whose answer was lost
+            self.held = found  # our write, whose response was lost
             return self.renew(now)
         return self._begin(
             Write(
@@ -186,7 +186,7 @@ class LeaseMachine:
         )
 
     def _is_expired(self, found: Found, now: Now) -> bool:
-        """By the shared clock, or because it was not renewed while this process watched, whatever any clock says."""
+        """Whether it expired by the shared clock, or was not renewed while this process watched it."""
         if self._watched is None or self._watched[0] != found.version:
             self._watched = (found.version, now.ticks_s)
         allowance_s = 0.0 if now.shared else found.state.ttl_s
@@ -220,13 +220,13 @@ class LeaseMachine:
 class Lease:
     """The right to do one thing at a time under a name, for `ttl_s` seconds from its last renewal.
 
-    Threads may use it at the same time; their requests go one after the other, because each names the version that
-    the one before has written.
+    Threads may use it at the same time. Their requests are made one after the other, because each names the version
+    that the last one wrote.
 
     Args:
-        leases: A store with conditional writes, or whatever else keeps leases.
+        leases: A store with conditional writes, or another `LeaseStore`.
         ttl_s: Seconds without a renewal after which others may take it over.
-        clock: Seconds since the epoch, instead of the keeper's own clock; all holders' clocks must then agree to well
+        clock: Unix time in seconds, instead of the store's own clock. The clocks of all holders must then agree to well
             within `ttl_s`.
 
     Raises:
@@ -260,45 +260,46 @@ class Lease:
         return self._held().state.generation
 
     def try_acquire(self) -> bool:
-        """Take the lease if it is free, expired, or its holder is known to be gone. False: somebody holds it.
+        """Take the lease if it is free, expired, or its holder is known to be gone. False if another process holds it.
 
-        A lease counts as expired by the keeper's clock. Where that is unknown, it does one more time to live later by
-        this machine's clock; and always once this object has seen it unchanged for its time to live, so who waits
-        should ask the same object again.
+        A lease expires by the store's clock. If that is unknown, it expires one time to live later by this machine's
+        clock. It also counts as expired once this object has seen it unchanged for its time to live, so a waiting
+        process should ask the same object again.
         """
         with self._lock:
             return self._perform(self._machine.acquire(self._now()))
 
     def renewal_due(self) -> bool:
-        """Whether a third of the time to live is over."""
+        """Whether a third of the time to live has passed."""
         return self._held().state.expires_at - self._now().time_s < self._ttl_s * 2 / 3
 
     def renew(self) -> None:
         """Hold it for another `ttl_s` seconds.
 
         Raises:
-            LeaseLost: somebody else has taken it.
+            LeaseLost: another process has taken it.
         """
         with self._lock:
             self._update(lambda: self._machine.renew(self._now()))
 
     def check(self) -> None:
-        """Return if, for all that is known without asking, the lease is held.
+        """Return if, as far as is known without a request, the lease is held.
 
         Raises:
-            LeaseLost: somebody else has taken it.
+            LeaseLost: another process has taken it.
         """
         self._held()
 
     @contextmanager
     def heartbeat(self, is_alive: Callable[[], bool] = lambda: True) -> Generator[None]:
-        """Renew in a thread of its own, every third of the time to live, until the block ends.
+        """Renew in a separate thread, every third of the time to live, until the block ends.
 
-        A renewal that fails for a passing reason is tried again; one that finds the lease taken is the last, and then
-        `check` and `renew` raise.
+        A renewal that fails temporarily is tried again. One that finds the lease taken is the last; then `check` and
+        `renew` raise.
 
         Args:
-            is_alive: Asked before each renewal; whoever hangs for good should say no, so that others may take over.
+            is_alive: Called before each renewal; it should return False if the work hangs, so that others may take
+                over.
         """
         over = threading.Event()
 
@@ -330,22 +331,22 @@ class Lease:
         """Record the cursor of the finished round and release the lease.
 
         Raises:
-            LeaseLost: somebody else has taken it.
+            LeaseLost: another process has taken it.
         """
         with self._lock:
             self._update(lambda: self._machine.release(cursor=cursor))
 
     def release(self) -> None:
-        """Give the lease back: the work that it is for is done, and `record_completion` tells what came of it.
+        """Release the lease after its work is done; `record_completion` records the result later.
 
         Raises:
-            LeaseLost: somebody else has taken it.
+            LeaseLost: another process has taken it.
         """
         with self._lock:
             self._update(self._machine.release)
 
     def abandon(self) -> None:
-        """Release the lease without a completed round, as well as it can be done: at the latest, it expires."""
+        """Release the lease without a completed round. Best effort; otherwise the lease expires."""
         with self._lock:
             if self._machine.held is not None:
                 try:
@@ -375,7 +376,7 @@ class Lease:
             )
 
     def _perform(self, action: Action) -> bool:
-        """Do what the machine says until it is at its end; False: somebody else has the lease."""
+        """Perform the machine's actions until it ends; False if another process has the lease."""
         unanswered: TemporaryError | None = None
         while True:
             if isinstance(action, Look):
@@ -397,15 +398,15 @@ class Lease:
 
 
 def record_completion(leases: LeaseStore, name: str, generation: int, cursor: JsonValue) -> bool:
-    """Record the cursor of a round whose lease was released before what it made was published.
+    """Record the cursor of a round whose lease was released before its artifact was published.
 
     May be called again after a crash.
 
     Args:
-        generation: Of the lease when it was held for the round.
+        generation: Generation of the lease when it was held for the round.
 
     Returns:
-        False: a later round has begun, and its completion is the newer one.
+        False if a later round has begun; then its completion is the newer one.
     """
     for _ in range(_WRITE_ATTEMPTS):
         found = leases.read(name)

@@ -1,4 +1,4 @@
-"""Where the records of leases are kept, and how they are replaced by compare-and-swap."""
+"""The stores of lease records, which replace them by compare-and-swap."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from blobflow.untrusted import Counter, Seconds, Timestamp
 
 
 class LeaseState(BaseModel):
-    """What the record of a lease says."""
+    """The content of a lease record."""
 
     model_config = ConfigDict(frozen=True)
 
     generation: Counter
     owner: str
-    """Empty: nobody holds it."""
+    """The holder; empty if nobody holds it."""
     expires_at: Timestamp
-    """Seconds since the epoch, by the clock of who keeps the record where that one tells the time."""
+    """Unix time, by the store's clock if it reports one."""
     write_id: str
     cursor: JsonValue = None
-    """Of the last completed round."""
+    """Cursor of the last completed round."""
     ttl_s: Seconds = 60.0
-    """A holder that lives writes a new record at least that often."""
+    """A live holder writes a new record at least that often."""
 
 
 class Found(NamedTuple):
-    """A record, and the version that a swap has to name."""
+    """A record, and the version that a swap must name."""
 
     state: LeaseState
     version: str
@@ -47,26 +47,26 @@ class LeaseStore(ABC):
     """Keeps the records of leases by name, and replaces them by compare-and-swap between processes."""
 
     url: str
-    """For people; never with credentials."""
+    """URL for people; never with credentials."""
 
     @abstractmethod
     def read(self, name: str) -> Found | None:
-        """The record, or None if there is none."""
+        """The record; None if there is none."""
 
     @abstractmethod
     def swap(self, name: str, state: LeaseState, version: str | None) -> str | None:
-        """Write `state` in the place of the record `version` (None: of nothing).
+        """Replace the record `version` (None: no record) by `state`.
 
         Returns:
-            The version of what was written; None if something else was there.
+            The version of the new record; None if there was another one.
 
         Raises:
-            StoreUnavailable, TimedOut: it may have been written or not.
+            StoreUnavailable, TimedOut: it may or may not have been written.
         """
 
     @abstractmethod
     def time_s(self) -> float | None:
-        """Seconds since the epoch by the keeper's own clock, which all holders share; None if it does not tell."""
+        """Unix time by the store's own clock, which all holders share; None if it reports none."""
 
     def close(self) -> None:
         """Release connections."""

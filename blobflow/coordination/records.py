@@ -1,4 +1,4 @@
-"""Small JSON objects that are replaced by compare-and-swap: what leases and refs are kept in."""
+"""Small JSON objects that are replaced by compare-and-swap; leases and refs are kept in them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from blobflow.stores.base import (
 from blobflow.untrusted import MAX_COUNT, read_model
 
 _MAX_BYTES: Final = MAX_MANIFEST_BYTES + 64 * 1024
-"""A lease remembers the cursor of its last round, which may be as long as a manifest has room for."""
+"""A lease records the cursor of its last round, which may be as long as a manifest has room for."""
 
 
 def read_record(store: Reader, key: str, kind: type[Any]) -> tuple[Any, str] | None:
-    """The record under `key` and its entity tag, or None if there is none.
+    """The record `key` and its entity tag; None if there is none.
 
     Raises:
         ArtifactInvalid: the object is not such a record.
@@ -39,14 +39,14 @@ def read_record(store: Reader, key: str, kind: type[Any]) -> tuple[Any, str] | N
     except ArtifactInvalid as error:
         raise ArtifactInvalid(
             f"object {key!r} is not a {kind.__name__}: {error.message}",
-            hint="somebody else wrote it; look at it, then remove it",
+            hint="another program wrote it; look at it, then remove it",
             key=key,
             what="record",
         ) from error
 
 
 def write_record(store: Store, key: str, state: BaseModel, e_tag: str | None) -> str | None:
-    """Write `state` in the place of the object `e_tag` (None: of nothing); its e_tag, or None if the race is lost."""
+    """Replace the object `e_tag` (None: no object) by `state`; returns the new e_tag, or None if the race is lost."""
     mode = PutMode.OVERWRITE
     if store.capabilities().conditional:
         mode = PutMode.UPDATE if e_tag else PutMode.CREATE
@@ -63,7 +63,7 @@ def next_count(count: int, name: str) -> int:
     """The next generation or round.
 
     Raises:
-        ArtifactInvalid: there is none: nobody has come that far, so somebody else wrote the record.
+        ArtifactInvalid: there is none. No real count comes that far, so another program wrote the record.
     """
     if count >= MAX_COUNT:
         raise ArtifactInvalid(

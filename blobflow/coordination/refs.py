@@ -1,6 +1,6 @@
 """Refs: names such as `orders/latest` that point to an artifact and are moved in one step.
 
-A ref refuses what a round before the newest one publishes; see `blobflow.coordination.lease`.
+A ref refuses the artifact of a round before the newest one; see `blobflow.coordination.lease`.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from blobflow.transport.catalog import REF_SUFFIX, read_manifest_bytes
 from blobflow.untrusted import Counter, UtcTime
 
 MAX_HISTORY: Final = 20
-"""Earlier places a ref remembers: two nights of hourly rounds, and far below the size limit
+"""Earlier entries that a ref keeps: two nights of hourly rounds, and far below the size limit
 of a record even with the longest keys."""
 
 _REF_ATTEMPTS: Final = 20
 _NO_DIGEST: Final = "sha256:" + "0" * 64
-"""Of a ref that is fenced and has never named anything; its key is empty."""
+"""Digest of a fenced ref that has never named an artifact; its key is empty."""
 
 
 def _named(key: str) -> str:
-    """The key that a ref names; anybody who writes to the bucket writes refs, and what they name is printed."""
+    """A valid key that a ref names; any writer of the bucket can write refs, and their keys are printed."""
     try:
         return check_key(key) if key else key
     except InvalidKey as error:
@@ -52,7 +52,7 @@ RefKey: TypeAlias = Annotated[str, AfterValidator(_named)]
 
 
 class RefEntry(BaseModel):
-    """Where a ref pointed once."""
+    """One entry of a ref's history."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -62,11 +62,11 @@ class RefEntry(BaseModel):
     write_id: str
     updated_at: UtcTime
     round_number: Counter = 0
-    """Of the round that made what it names; 0: moved by hand, or by an older blobflow."""
+    """Round that made the artifact; 0 if moved by hand or by an older blobflow."""
 
 
 class RefState(BaseModel):
-    """Where a ref points."""
+    """The present state of a ref."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -74,19 +74,19 @@ class RefState(BaseModel):
     manifest_sha256: Sha256Digest
     generation: Counter
     write_id: str
-    """Of the move to here."""
+    """Id of the write that moved it here."""
     updated_at: UtcTime
     round_number: Counter = 0
-    """Rounds before this one move it no more; 0: moved by hand only, or by an older blobflow."""
+    """Earlier rounds can no longer move it; 0 if moved by hand only, or by an older blobflow."""
     made_by_round: Counter = 0
-    """Of the round that moved it here; 0: moved by hand, or by an older blobflow."""
+    """Round that moved it here; 0 if moved by hand or by an older blobflow."""
     fence_id: str = ""
-    """Of the write that raised `round_number` without a move."""
+    """Id of the write that raised `round_number` without a move."""
     history: tuple[RefEntry, ...] = ()
-    """Where it pointed before, the latest first; at most `MAX_HISTORY`."""
+    """Earlier entries, the latest first; at most `MAX_HISTORY`."""
 
     def entries(self) -> list[RefEntry]:
-        """Where it points and where it pointed before, the latest first."""
+        """The present and the earlier entries, the latest first."""
         here = RefEntry(
             key=self.key,
             manifest_sha256=self.manifest_sha256,
@@ -99,13 +99,13 @@ class RefState(BaseModel):
 
 
 def read_ref(store: Reader, name: str) -> RefState | None:
-    """Where the ref `name` points, or None if there is no such ref."""
+    """The state of the ref `name`; None if there is no such ref."""
     found = read_record(store, name + REF_SUFFIX, RefState)
     return found[0] if found and found[0].key else None
 
 
 def newest_round(store: Reader, name: str) -> int:
-    """The number of the latest round that has moved or fenced the ref `name`; 0 if none has."""
+    """The number of the latest round that has moved or fenced the ref `name`; 0 if there is none."""
     found = read_record(store, name + REF_SUFFIX, RefState)
     return found[0].round_number if found else 0
 
@@ -114,12 +114,12 @@ def move_ref(store: Store, name: str, key: str, digest: str, *, round_number: in
     """Point the ref `name` at an artifact, in one step; a ref that points there already is not moved.
 
     Args:
-        round_number: Of the round that made the artifact: a ref that a later round has moved or fenced is not moved
-            back, however late a process wakes up. None: moved by hand, whatever it names.
+        round_number: Round that made the artifact. A ref that a later round has moved or fenced is not moved back,
+            however late a process wakes up. None: moved by hand, without this check.
 
     Raises:
         LeaseLost: a later round has moved or fenced it; its artifact is the newer one.
-        TransferBusy: others moved it again and again meanwhile.
+        TransferBusy: other processes moved it again and again meanwhile.
     """
     write_id = uuid.uuid4().hex
 
@@ -130,7 +130,7 @@ def move_ref(store: Store, name: str, key: str, digest: str, *, round_number: in
             if (found.key, found.manifest_sha256) == (key, digest):
                 if reached == found.round_number:
                     return found
-                # It stays where it is, but rounds before this one must not move it any more.
+                # It stays where it is, but earlier rounds must not move it any more.
                 return found.model_copy(update={"round_number": reached, "fence_id": write_id})
         return RefState(
             key=key,
@@ -150,22 +150,22 @@ def move_ref(store: Store, name: str, key: str, digest: str, *, round_number: in
 def fence_ref(store: Store, name: str, generation: int, *, still_ours: Callable[[], None] = lambda: None) -> int:
     """Keep all earlier rounds from moving the ref `name` from now on; returns the number of this round.
 
-    It is the lease's generation, unless the ref has seen that number, because somebody removed the lease's record and
-    its count began again.
+    The number is the lease's generation. It is higher if the ref has already seen that generation, because the lease's
+    record was removed and its count began again.
 
     Args:
-        still_ours: Asked before the number is written, and raises if the lease was lost: a process that stood still
-            since it won the lease must not shut its successor out, whose number may be the lower one if somebody
-            removed the lease's record.
+        still_ours: Called before the number is written; it raises if the lease was lost. A process that was suspended
+            since it won the lease must not shut out its successor, whose number may be lower if the lease's record was
+            removed.
 
     Raises:
-        TransferBusy: others moved it again and again meanwhile.
+        TransferBusy: other processes moved it again and again meanwhile.
     """
     fence_id = uuid.uuid4().hex
 
     def fenced(found: RefState | None) -> RefState:
-        # Between the look at the ref and the write that names its version: who was succeeded before is told here, and
-        # who is succeeded now finds another version.
+        # Between the read of the ref and the write that names its version: a process that was succeeded before learns
+        # it here, and one that is succeeded now finds another version.
         still_ours()
         number = max(generation, next_count(found.round_number, name) if found else 1)
         if found is not None:
@@ -184,7 +184,7 @@ def fence_ref(store: Store, name: str, generation: int, *, still_ours: Callable[
 
 
 def check_round(name: str, found: RefState, round_number: int | None) -> None:
-    """Return if what round `round_number` made may still be published under the ref `name`.
+    """Return if the artifact of round `round_number` may still be published under the ref `name`.
 
     Raises:
         LeaseLost: a later round has moved or fenced the ref.
@@ -199,7 +199,7 @@ def check_round(name: str, found: RefState, round_number: int | None) -> None:
 
 
 def _change_ref(store: Store, name: str, write_id: str, change: Callable[[RefState | None], RefState]) -> RefState:
-    """Replace a ref by what `change` makes of it; one that it gives back as it is stays untouched."""
+    """Replace a ref by the result of `change`; if `change` returns it unchanged, nothing is written."""
     check_key(name)
     tried: RefState | None = None
     unanswered: TemporaryError | None = None
@@ -208,7 +208,7 @@ def _change_ref(store: Store, name: str, write_id: str, change: Callable[[RefSta
         if tried is not None and found is not None:
             now = found[0]
             if write_id in {now.write_id, now.fence_id, *(entry.write_id for entry in now.history)}:
-                return tried  # it arrived, whatever its answer was, or would have been
+                return tried  # it was written, whatever the response was
         if unanswered is not None:
             raise unanswered
         state = change(found[0] if found else None)
@@ -220,11 +220,11 @@ def _change_ref(store: Store, name: str, write_id: str, change: Callable[[RefSta
         except (StoreUnavailable, TimedOut) as error:
             unanswered = error
         tried = state
-    raise TransferBusy(f"ref {name!r} is being moved by others", key=name)
+    raise TransferBusy(f"other processes are moving the ref {name!r}", key=name)
 
 
 def name_artifact(store: Store, ref: str, key: str, digest: str, *, round_number: int | None = None) -> RefState:
-    """Point a ref at an artifact, as `move_ref` does, where `prune` may remove that artifact at the same moment.
+    """Point a ref at an artifact, as `move_ref` does, safely next to a `prune` that may remove the artifact.
 
     Raises:
         TransferBusy: it is being removed; verify it again.

@@ -1,7 +1,7 @@
 """At-most-once export rounds: lease, number, export, upload, ref, completion.
 
-`run_export_round` does a whole round in one process. Where its steps are processes, one after the other, the first
-holds an `ExportRound` during the export, and hands a `RoundToken` to those that publish and complete it.
+`run_export_round` does a whole round in one process. If its steps are processes, one after the other, the first one
+holds an `ExportRound` during the export, and passes a `RoundToken` to those that publish and complete it.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class RoundResult:
 
 
 def check_name(name: str) -> str:
-    """`name` itself, if keys of contents (`content_key`) may begin with it: known before there is any content.
+    """`name`, if the keys of contents (`content_key`) may begin with it; this can be checked before there is content.
 
     Raises:
-        InvalidKey: naming the rule that is broken.
+        InvalidKey: it breaks a rule; the message names the rule.
     """
     longest = f"{name}/{'0' * 16}-{'0' * 8}-{'0' * 8}.tar"
     check_key(check_artifact_key(longest) + MANIFEST_SUFFIX)
@@ -62,10 +62,10 @@ def check_name(name: str) -> str:
 
 
 def content_key(name: str, artifact: Artifact) -> str:
-    """The immutable key of an artifact: the same content always goes to the same key, other content to another.
+    """The immutable key of an artifact: the same content always has the same key, other content another one.
 
-    Executable and private files are content as well (`Manifest.same_content`), but the content digest does not know
-    of either.
+    Executable and private files are content as well (`Manifest.same_content`), but the content digest does not cover
+    them.
     """
     manifest = artifact.manifest
     content, executables = (
@@ -85,11 +85,11 @@ class RoundToken:
     name: str
     """The lease of the round is `<name>/round`."""
     ref: str | None = None
-    """The full name of the ref that the round moves, e.g. `orders/latest`; None: it moves none."""
+    """The full name of the ref that the round moves, e.g. `orders/latest`; None if it moves none."""
     number: int | None = None
-    """The ref refuses rounds with a lower number than its own. None: no leases are kept, so nothing is refused."""
+    """The ref refuses rounds with a lower number than its own. None if there are no leases; then nothing is refused."""
     generation: int | None = None
-    """Of the round's lease, whose record receives the completion. None: no leases are kept."""
+    """Generation of the round's lease, whose record receives the completion; None if there are no leases."""
 
     def to_json_dict(self) -> dict[str, str | int | None]:
         """The fields as JSON values."""
@@ -112,7 +112,7 @@ class RoundToken:
         """Record the cursor of a round whose lease was handed over. May be called again after a crash.
 
         Returns:
-            False: a later round has begun, and its completion is the newer one. True also where no leases are kept.
+            False if a later round has begun; then its completion is the newer one. True also if there are no leases.
         """
         if leases is None or self.generation is None:
             return True
@@ -122,7 +122,7 @@ class RoundToken:
 class ExportRound:
     """The right to export under a name, held by this process from `begin` until `complete` or `hand_over`.
 
-    Without leases (None) nobody else is kept away, and all methods succeed without doing anything.
+    Without leases (None) no other process is blocked, and all methods succeed without doing anything.
 
     | step | `run_export_round` | several processes, one after the other |
     |---|---|---|
@@ -150,7 +150,7 @@ class ExportRound:
 
         Args:
             ref: The full name of the ref that is moved at the end, e.g. `orders/latest`.
-            ttl_s: Seconds without a sign of life of this process after which others may take the round over.
+            ttl_s: Seconds without a sign of life from this process after which others may take the round over.
         """
         lease = Lease(leases, _lease_name(name), ttl_s=ttl_s) if leases else None
         if lease is not None and not lease.try_acquire():
@@ -159,9 +159,9 @@ class ExportRound:
 
     @contextmanager
     def kept_alive(self, max_silence_s: float = DEFAULT_SILENCE_S) -> Generator[Callable[..., None]]:
-        """Renew the lease during the block for as long as the work in it makes progress.
+        """Renew the lease during the block while its work makes progress.
 
-        Gives a function that the work calls as it goes on, with any arguments; it raises `LeaseLost` once another
+        Yields a function that the work calls as it progresses, with any arguments; it raises `LeaseLost` once another
         process has the lease. If the block raises, the lease is released at once.
         """
         lease = self._lease
@@ -214,16 +214,16 @@ class ExportRound:
             self._lease.renew()
 
     def hand_over(self) -> None:
-        """Release the lease after the export; another process publishes and completes the round by its token.
+        """Release the lease after the export; another process publishes and completes the round with its token.
 
         Raises:
-            LeaseLost: another process has taken the round over; what was exported must not be handed on.
+            LeaseLost: another process has taken the round over; the exported artifact must not be passed on.
         """
         if self._lease is not None:
             self._lease.release()
 
     def abandon(self) -> None:
-        """End a round that publishes nothing: release the lease now, or, if that fails, let it expire."""
+        """End a round that publishes nothing. Best effort: if the lease cannot be released, it expires."""
         if self._lease is not None:
             self._lease.abandon()
 
@@ -240,13 +240,13 @@ class ExportRound:
 def take_token(
     store: Store, name: str, *, ref: str, leases: LeaseStore | None, ttl_s: float = TAKING_TTL_S
 ) -> RoundToken:
-    """The token of a round that has nothing to export: numbered above every earlier one, its lease free again.
+    """The token of a round without an export: numbered above every earlier one, with its lease released again.
 
-    It is taken before the artifact is made: of two processes that publish, the one that began later has the newer
+    Take it before the artifact is made: of two processes that publish, the one that began later has the newer
     artifact.
 
     Args:
-        ttl_s: Time to live of the lease, which is held for three requests; half as long as others are waited for.
+        ttl_s: Time to live of the lease, which is held for three requests; half of the time to wait for others.
 
     Raises:
         TransferBusy: a round under this name is in progress and did not end in time.
@@ -275,23 +275,23 @@ def run_export_round(
     leases: LeaseStore | str | None = None,
     on_progress: Callable[[ProgressEvent], None] | None = None,
 ) -> RoundResult | None:
-    """Export and publish once, however many processes try: None means that another process is doing it.
+    """Export and publish once, however many processes try; None if another process is doing it.
 
-    The artifact goes to `<name>/<content digest>.tar`, then the ref `<name>/<ref>` is moved to it. The lease is
-    renewed by a heartbeat; winning it keeps every earlier round from moving the ref. On every path out of here the
-    local artifact is deleted, and on every failure the lease is released at once.
+    The artifact goes to `<name>/<content digest>.tar`, then the ref `<name>/<ref>` is moved to it. A heartbeat renews
+    the lease; winning it keeps every earlier round from moving the ref. The local artifact is deleted in any case, and
+    after every failure the lease is released at once.
 
     Args:
-        scratch_dir: Where the artifact is made; the system's temporary directory by default.
-        ttl_s: Seconds without a sign of life of the process after which others may take the round over.
+        scratch_dir: Directory in which the artifact is made; the system's temporary directory by default.
+        ttl_s: Seconds without a sign of life from the process after which others may take the round over.
         max_silence_s: Seconds without progress of the export or the upload after which the lease is no longer
             renewed, so that a process that hangs does not hold the round for ever.
-        leases: Where the lease is kept, or the SQLAlchemy URL of a database that keeps it; the store by default.
+        leases: The lease store, or the SQLAlchemy URL of a database for leases; the store by default.
 
     Raises:
         LeaseLost: this process was silent for too long, and another process took over; the ref is the other's.
-        TransferBusy: `prune` removes the very artifact at this moment; the next round uploads it again.
-        Unsupported: the store has no conditional writes, and no other place for the lease was named.
+        TransferBusy: `prune` removes this artifact now; the next round uploads it again.
+        Unsupported: the store has no conditional writes, and no other lease store was given.
     """
     with _opened(store, leases) as opened:
         held = ExportRound.begin(store, name, ref=f"{name}/{ref}" if ref else None, leases=opened, ttl_s=ttl_s)
@@ -332,7 +332,7 @@ def _lease_name(name: str) -> str:
 
 @contextmanager
 def _opened(store: Store, leases: LeaseStore | str | None) -> Generator[LeaseStore]:
-    """Where the lease is kept; closed at the end of the block if it was opened here."""
+    """The lease store; it is closed at the end of the block if it was opened here."""
     if isinstance(leases, str):
         # SQLAlchemy takes a quarter of a second to import.
         from blobflow.coordination.sql_lease_store import SqlLeaseStore

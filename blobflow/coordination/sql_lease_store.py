@@ -1,6 +1,6 @@
 """Leases in a SQL database: one row for each, replaced by an UPDATE that names the write id it replaces.
 
-So stores without conditional writes can have rounds, and fleets that have a database anyway (Dagster's) need no other
+So stores without conditional writes can have rounds. Fleets that already have a database (Dagster's) need no other
 place.
 """
 
@@ -26,18 +26,18 @@ _CLOCKS: Final = {
     "mysql": "SELECT unix_timestamp(now(6))",
     "mariadb": "SELECT unix_timestamp(now(6))",
 }
-"""How a server tells its time. SQLite has none: whoever opens the file is on the machine that holds it."""
+"""Queries for a server's time. SQLite needs none: its users are on the machine with the file."""
 
 
 class SqlLeaseStore(LeaseStore):
-    """Leases in the table `blobflow_leases`, which is made by the first use.
+    """Leases in the table `blobflow_leases`, which is created on first use.
 
     Args:
-        url: Of SQLAlchemy, e.g. `sqlite:////var/lib/leases.db` or `postgresql+psycopg2://user@host/db`.
-        clock: Seconds since the epoch, where the database has no clock.
+        url: SQLAlchemy URL, e.g. `sqlite:////var/lib/leases.db` or `postgresql+psycopg2://user@host/db`.
+        clock: Unix time in seconds, if the database has no clock.
 
     Raises:
-        StoreConfigurationError: not such a URL, or its driver is not installed.
+        StoreConfigurationError: the URL is invalid, or its driver is not installed.
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
@@ -47,7 +47,7 @@ class SqlLeaseStore(LeaseStore):
         self._clock = clock
         self._server_clock = _CLOCKS.get(self._database.dialect)
         self._told: tuple[float, float] | None = None
-        """The server's time, and the monotonic second at which it told it."""
+        """The server's time, and the monotonic time at which it was reported."""
 
     def __repr__(self) -> str:
         return f"<SqlLeaseStore {self.url}>"
@@ -65,8 +65,8 @@ class SqlLeaseStore(LeaseStore):
             state = as_model(LeaseState, {key: value for key, value in row.items() if key != "name"}, "lease")
         except ArtifactInvalid as error:
             raise ArtifactInvalid(
-                f"the row {name!r} of {TABLE} is no lease: {error.message}",
-                hint="somebody else wrote it; look at it, then remove it",
+                f"the row {name!r} of {TABLE} is not a lease: {error.message}",
+                hint="another program wrote it; look at it, then remove it",
                 key=name,
                 what="record",
             ) from error

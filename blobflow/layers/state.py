@@ -78,7 +78,7 @@ class SyncState(BaseModel):
     restored: tuple[Restored, ...] = ()
 
     def with_restored(self, new: Restored, *, others: bool) -> SyncState:
-        """The state with one more directory; without `others`, it is the only one."""
+        """The state with one more directory; without `others`, it replaces those at its path."""
         kept = tuple(one for one in self.restored if others or one.path != new.path)
         return self.model_copy(update={"restored": (*kept, new)})
 

@@ -1,1 +1,1 @@
-"""What watches over stored artifacts: garbage collection and retention."""
+"""Maintenance of stored artifacts: garbage collection and retention."""

@@ -1,8 +1,8 @@
-"""Garbage collection: what killed uploads, probes and downloads left behind, once nobody will come back for it.
+"""Garbage collection: removes what killed uploads, probes and downloads left, once nobody will resume it.
 
-Safe at any time, next to running transfers, and as often as one likes. Age and the intents decide (docs/format.md),
-which uploads renew while they work: an upload that is taken up again before the limit finds all of its parts. If it is
-taken up in the very moment in which they are collected, it begins anew; nothing wrong is ever published.
+It is safe at any time, next to running transfers, and may run often. Age and the intents decide (docs/format.md);
+uploads renew their intents while they work. An upload that is resumed before the limit finds all of its parts. If it
+is resumed at the very moment of the collection, it starts from the beginning; nothing wrong is ever published.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from blobflow.uploads.intent import SUFFIX as INTENT_SUFFIX, Intent, IntentKeepe
 _log = logging.getLogger(__name__)
 
 DEFAULT_AGE_S: Final = 24 * 3600.0
-"""Long enough for a crashed nightly upload to be taken up again in the next night."""
+"""Long enough for a crashed nightly upload to be resumed the next night."""
 
 _FIRST_BLOBFLOW: Final = datetime(2026, 1, 1, tzinfo=timezone.utc)
-"""An earlier date is another tool's, or made up by the server (moto says 2010)."""
+"""An earlier date comes from another tool, or the server made it up (moto says 2010)."""
 _TRIAL: Final = re.compile(re.escape(TRIAL_PREFIX) + r"[0-9a-f]{32}/[a-z0-9-]+")
 _LAYER: Final = re.compile(r"(?:.*/)?[0-9a-f]{64}" + re.escape(LAYER_SUFFIX))
 _BLOCK: Final = 512
-"""Payloads are tars, so their sizes are multiples of it; nearly everything else is told apart without a request."""
+"""Payloads are tars, so their sizes are multiples of it; this excludes nearly everything else without a request."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ class GcReport:
     trials: list[str] = field(default_factory=list[str])
     """Objects of killed probes that were removed."""
     payloads: list[str] = field(default_factory=list[str])
-    """Keys of payloads and layers without manifest (metadata) and intent; removed only where that was asked for."""
+    """Keys of payloads and layers without manifest (metadata) and intent; removed only if requested."""
     uploads_kept: int = 0
-    """Multipart uploads that are young, or that somebody may take up again."""
+    """Multipart uploads that are young, or that may be resumed."""
     unreadable: list[str] = field(default_factory=list[str])
-    """Keys with intents that this version cannot read; they and their uploads were left alone."""
+    """Keys with intents that this version cannot read; they and their uploads stay."""
     failed: list[str] = field(default_factory=list[str])
-    """Keys at which the store failed for a passing reason; the next run tries again."""
+    """Keys at which the store failed temporarily; the next run tries again."""
 
 
 def collect(
@@ -83,38 +83,38 @@ def collect(
     dry_run: bool = False,
     clock: Callable[[], float] = time.time,
 ) -> GcReport:
-    """Remove what was left behind under keys that start with `prefix`.
+    """Remove leftovers under keys that start with `prefix`.
 
     * Multipart uploads that no intent names, if they were begun at least `older_than_s` ago. One whose age the store
-      does not tell, or makes up, counts as new, so only a limit of 0 collects it.
-    * Intents that expired at least `older_than_s` ago, and their uploads with them. One whose owner was a process of
-      this machine that is gone has expired, too. Whoever uploads the same content later sends all of it.
+      does not report, or makes up, counts as new, so only a limit of 0 collects it.
+    * Intents that expired at least `older_than_s` ago, together with their uploads. An intent also counts as expired if
+      its owner was a process of this machine that no longer exists. A later upload of the same content sends all of it.
     * Objects that a killed probe left.
-    * With `payloads`: payloads without manifest and intent, and layers without metadata and intent, as old. They are
-      found in any case. Nobody can see them, and only their uploader's content can bring them back. A layer that has
-      its metadata stays, whether a container's ref names it or not: the next sync of that content shares it.
+    * With `payloads`: payloads without manifest and intent, and layers without metadata and intent, of the same age.
+      They are found in any case. Readers cannot see them, and only an upload of their content can publish them. A layer
+      with metadata stays, whether a container's ref names it or not: the next sync of that content shares it.
 
     Args:
-        prefix: A plain string prefix; below it belongs to blobflow, except for objects that it does not know.
-        older_than_s: Seconds. 0 collects everything that nobody works on at this moment.
+        prefix: A plain string prefix; everything below it belongs to blobflow, except unknown objects.
+        older_than_s: Seconds. 0 collects everything that no process works on now.
         dry_run: Find everything, change nothing.
-        clock: Seconds since the epoch.
+        clock: Unix time in seconds.
 
     Raises:
-        UsageError: an age below 0.
+        UsageError: the age is below 0.
     """
     check_age(older_than_s)
     return _Collection(store, older_than_s, payloads, dry_run, clock).run(prefix)
 
 
 def check_age(older_than_s: float) -> None:
-    """Refuse what is no age.
+    """Return if the age is valid.
 
     Raises:
         UsageError: it is below 0, or not a number.
     """
     if not older_than_s >= 0:
-        raise UsageError(f"{older_than_s:g} seconds are no age", hint="give 0 or more")
+        raise UsageError(f"an age of {older_than_s:g} seconds is not valid", hint="give 0 or more")
 
 
 class _Collection:
@@ -172,8 +172,8 @@ class _Collection:
             return {}
 
     def _collect_upload(self, upload: UploadMeta) -> None:
-        """Abort an upload that no intent names; the others go with their intents."""
-        # The intent is written right after the upload is begun, so it is looked for after the uploads were listed.
+        """Abort an upload that no intent names; other uploads are removed with their intents."""
+        # The intent is written right after the upload is begun, so it is read after the uploads were listed.
         try:
             intent = self._intent(upload.key)
         except _Unreadable:
@@ -193,7 +193,7 @@ class _Collection:
         upload = uploads.get((key, intent.upload_id))
         if upload is not None:
             self._abort(upload)
-        # Whoever took the upload up in between has written the intent anew.
+        # A process that resumed the upload in between has rewritten the intent.
         again = self._intent(key)
         if again is not None and again.write_id == intent.write_id:
             self._change(lambda: self._store.delete(key + INTENT_SUFFIX))
@@ -201,13 +201,13 @@ class _Collection:
             _log.info("gc.intent_removed key=%s upload_id=%s owner=%s", key, intent.upload_id, intent.owner)
 
     def _collect_payload(self, meta: ObjectMeta) -> None:
-        """Note, and if so asked remove, a payload or layer of ours that neither a manifest nor an intent speaks of."""
+        """Record, and if requested remove, a payload or layer of ours without a manifest and an intent."""
         key = meta.key
         is_layer = _LAYER.fullmatch(key) is not None
         if not is_layer and not self._is_payload(meta):
             return
         sibling = meta_key(key) if is_layer else key + MANIFEST_SUFFIX
-        # In this order, the reverse of an upload's: what is published meanwhile is seen in one of the three.
+        # In the reverse order of an upload: something published meanwhile is seen in one of the three.
         if key not in self._report.intents and self._store.exists(key + INTENT_SUFFIX):
             return
         if self._store.exists(sibling) or self._store.head(key).e_tag != meta.e_tag:
@@ -218,7 +218,7 @@ class _Collection:
         self._report.payloads.append(key)
 
     def _is_payload(self, meta: ObjectMeta) -> bool:
-        """Whether the object begins with a manifest that speaks of an object of this size."""
+        """Whether the object begins with a manifest that describes an object of this size."""
         try:
             block = self._store.get_range(meta.key, 0, _BLOCK, e_tag=meta.e_tag)
             name, size = block[:100].rstrip(b"\0"), int(block[124:135], 8)
@@ -231,10 +231,10 @@ class _Collection:
             return False
 
     def _intent(self, key: str) -> Intent | None:
-        """The intent under a key, if there is one.
+        """The intent of a key; None if there is none.
 
         Raises:
-            _Unreadable: there is one, of a later version or damaged.
+            _Unreadable: the intent is damaged, or of a later version.
         """
         keeper = IntentKeeper(self._store, key, clock=self._clock)
         try:
@@ -242,7 +242,7 @@ class _Collection:
             if intent is None and self._store.exists(key + INTENT_SUFFIX):
                 raise _Unreadable
         except InvalidKey:
-            return None  # another tool's upload, whose key leaves no room for the suffix
+            return None  # another tool's upload: its key leaves no room for the suffix
         except ObjectTooLarge:
             raise _Unreadable from None
         return intent
@@ -263,7 +263,7 @@ class _Collection:
 
     @contextmanager
     def _going_on_after_failure(self, key: str) -> Generator[None]:
-        """One key that cannot be collected at the moment must not keep the others."""
+        """Continue after a key that cannot be collected now, so that it does not block the others."""
         try:
             yield
         except TemporaryError as error:
@@ -272,7 +272,7 @@ class _Collection:
 
 
 class _Unreadable(Exception):
-    """An intent that must be left alone."""
+    """An intent that must stay."""
 
 
 def collect_stages(
@@ -282,13 +282,13 @@ def collect_stages(
     dry_run: bool = False,
     clock: Callable[[], float] = time.time,
 ) -> list[Path]:
-    """Remove the stages of downloads into `directory` that nobody holds and nobody wrote to for `older_than_s` seconds.
+    """Remove stages of downloads into `directory` that no process holds, if idle for `older_than_s` seconds.
 
     Returns:
-        The stages that were removed, or would be in a dry run. Those of other users are left alone.
+        The stages that were removed, or would be in a dry run. Those of other users stay.
 
     Raises:
-        UsageError: an age below 0.
+        UsageError: the age is below 0.
     """
     check_age(older_than_s)
     return remove_stages(Path(directory), idle_since=clock() - older_than_s, dry_run=dry_run)

@@ -1,17 +1,18 @@
-"""Retention: artifacts that have been kept long enough are removed, but never one that a ref names.
+"""Retention: removes artifacts that have been kept long enough, but never one that a ref names.
 
 ```python
 prune(store, "orders/", keep_last=7, keep_within_s=30 * 24 * 3600)
 ```
 
-Who names an artifact and who removes one may do so at the same moment, without a lock:
+One process may name an artifact while another removes it, without a lock:
 
 | | `name_artifact` | `prune` |
 |---|---|---|
 | 1 | moves the ref | removes the sibling manifest |
-| 2 | looks for the manifest; is it gone, moves the ref back | looks at the ref; does it name this, puts it back |
+| 2 | checks the manifest; if it is gone, moves the ref back | checks the ref; if it names this one, restores the
+manifest |
 
-Whatever comes first, one of the two sees the other: no ref is left that names what is gone.
+Whatever comes first, one of the two sees the other. So no ref remains that names a removed artifact.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ class PruneReport:
 
     dry_run: bool
     removed: list[str] = field(default_factory=list[str])
-    """Keys of artifacts."""
+    """Keys of removed artifacts."""
     kept: int = 0
     """Artifacts that are young, or among the last ones."""
     named: list[str] = field(default_factory=list[str])
     """Keys of artifacts that stay only because a ref names them."""
     busy: list[str] = field(default_factory=list[str])
-    """Keys under which an upload is under way, or was and waits for `gc`; left alone."""
+    """Keys with an upload under way, or with an old one that waits for `gc`; they stay."""
     failed: list[str] = field(default_factory=list[str])
-    """Keys at which the store failed for a passing reason; the next run tries again."""
+    """Keys at which the store failed temporarily; the next run tries again."""
 
 
 def prune(
@@ -68,20 +69,20 @@ def prune(
 ) -> PruneReport:
     """Remove artifacts whose keys start with `prefix`, unless one of the rules keeps them.
 
-    Kept are the last `keep_last` of each directory (`orders/eu/` is one, `orders/us/` another), those younger than
-    `keep_within_s`, and those that any ref of the store names. Their age is that of their sibling manifest in the
-    store; where the store does not tell it, they are kept. May be called again after a crash, and next to transfers:
-    who reads an artifact that is removed meanwhile gets `ArtifactNotFound`.
+    These are kept: the last `keep_last` of each directory (`orders/eu/` is one, `orders/us/` another), those younger
+    than `keep_within_s`, and those that any ref of the store names. The age is that of the sibling manifest in the
+    store; if the store does not report it, the artifact is kept. May be called again after a crash, and next to
+    transfers: a reader of an artifact that is removed meanwhile gets `ArtifactNotFound`.
 
     Args:
         prefix: A plain string.
-        keep_last: At least 1. None: no such rule.
-        keep_within_s: Seconds. None: no such rule.
+        keep_last: At least 1; None for no such rule.
+        keep_within_s: Seconds; None for no such rule.
         dry_run: Find everything, change nothing.
-        clock: Seconds since the epoch.
+        clock: Unix time in seconds.
 
     Raises:
-        UsageError: no rule, or one that would keep nothing.
+        UsageError: there is no rule, or one that would keep nothing.
     """
     check_rules(keep_last, keep_within_s)
     report = PruneReport(dry_run)
@@ -89,7 +90,7 @@ def prune(
     refs: list[str] = []
     intents: set[str] = set()
     damaged: set[str] = set()
-    for meta in store.list():  # all of it: a ref may name an artifact anywhere
+    for meta in store.list():  # the whole store: a ref may name an artifact anywhere
         key = meta.key.removesuffix(MANIFEST_SUFFIX)
         if meta.key.endswith(REF_SUFFIX):
             refs.append(meta.key.removesuffix(REF_SUFFIX))
@@ -125,11 +126,11 @@ def check_rules(keep_last: int | None, keep_within_s: float | None) -> None:
     """Refuse rules that would keep nothing; see `prune`.
 
     Raises:
-        UsageError: no rule, or one of that kind.
+        UsageError: there is no rule, or one that would keep nothing.
     """
     if keep_last is None and keep_within_s is None:
         hint = f"give {setting('keep_last')}, {setting('keep_within_s')} or both"
-        raise UsageError("nothing says what to keep", hint=hint)
+        raise UsageError("no rule says what to keep", hint=hint)
     if keep_last is not None and keep_last < 1:
         raise UsageError(f"{setting('keep_last', keep_last)} keeps nothing", hint="give at least 1")
     if keep_within_s is not None and not keep_within_s > 0:
@@ -152,22 +153,22 @@ def _due(artifacts: Iterable[ArtifactEntry], keep_last: int | None, since: float
 
 
 def _named(store: Store, refs: Iterable[str]) -> set[str]:
-    """What the refs name. One that cannot be read must not cost an artifact, so its error is raised."""
+    """The keys that the refs name. An unreadable ref raises its error, because it must not cost an artifact."""
     states = [read_ref(store, name) for name in refs]
     return {state.key for state in states if state is not None}
 
 
 def _remove(store: Store, key: str, neighbours: Sequence[str]) -> bool:
-    """Remove an artifact. False: one of the refs beside it names it by now."""
+    """Remove an artifact. False if one of the refs beside it names it by now."""
     if key in _named(store, neighbours):
         return False
     try:
         payload = store.head(key)
         manifest = store.get(key + MANIFEST_SUFFIX, max_bytes=MAX_MANIFEST_BYTES).data
     except ObjectNotFound:
-        return True  # somebody else has removed it
-    # The manifest first: who sees one can rely on the payload. What a crash leaves is a payload that nobody sees, which
-    # `gc --payloads` removes.
+        return True  # another process has removed it
+    # The manifest first: a reader that sees one can rely on the payload. A crash leaves a payload that no reader sees;
+    # `gc --payloads` removes it.
     store.delete(key + MANIFEST_SUFFIX)
     is_named = True
     try:
@@ -175,7 +176,7 @@ def _remove(store: Store, key: str, neighbours: Sequence[str]) -> bool:
     finally:
         if is_named:
             mode = PutMode.CREATE if store.capabilities().conditional else PutMode.OVERWRITE
-            with suppress(PreconditionFailed):  # it was uploaded anew
+            with suppress(PreconditionFailed):  # it was uploaded again
                 store.put(
                     key + MANIFEST_SUFFIX,
                     manifest,
@@ -187,7 +188,7 @@ def _remove(store: Store, key: str, neighbours: Sequence[str]) -> bool:
         return False
     _log.info("prune.removed key=%s", key)
     with suppress(ObjectNotFound):
-        # In this order, the reverse of an upload's: who uploads it anew at this moment is seen in one of the three.
+        # In the reverse order of an upload: a process that uploads it again now is seen in one of the three.
         uploaded = store.exists(key + INTENT_SUFFIX) or store.exists(key + MANIFEST_SUFFIX)
         if not uploaded and store.head(key).e_tag == payload.e_tag:
             store.delete(key)

@@ -1,8 +1,8 @@
 """Moving artifacts: upload, copy, read the manifest, verify, download. The wire format is in docs/format.md.
 
-Order is everything here. Upload: intent, parts, complete, sibling manifest last, intent removed. Download: manifest,
-head (embedded manifest and index), parts, proof, one rename. So a reader sees a whole artifact or none, and whoever
-comes after a crash finds in the bucket what is left to do.
+The order matters. Upload: intent, parts, complete, sibling manifest last, intent removed. Download: manifest, head
+(embedded manifest and index), parts, proof, one rename. So a reader sees a whole artifact or none, and after a crash
+the bucket shows what is left to do.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Verified artifacts on local disk, by digest, shared by all processes that use the same directory.
 
 ```
-<root>/<digest>-<n>/           an artifact directory; held (flock, shared) by whoever was given its path
-<root>/<digest>-<n>/STAMP      what its tree looked like when it had been verified; its mtime is the last use
-<root>/.<digest>.lock          held by whoever looks for the artifact or fetches it; the others wait, and find it then
+<root>/<digest>-<n>/           an artifact directory; held (flock, shared) by every process that was given its path
+<root>/<digest>-<n>/STAMP      the state of its tree when it had been verified; its mtime is the last use
+<root>/.<digest>.lock          held by the process that looks for the artifact or fetches it; the others wait for it
 <root>/.blobflow-download-*    the stage of a download; the next process continues it
 ```
 
-An entry is for reading. It is shared as it is, so somebody who writes into it changes what others read; that is found
-out at the next use by the stamp, and the next user gets another entry (`-1`, `-2`, ...). Nothing is removed under the
-feet of its users: locks end with the process, also when it is killed.
+An entry is for reading. It is shared as it is, so a process that writes into it changes what others read. The stamp
+reveals that at the next use, and the next user gets another entry (`-1`, `-2`, ...). No entry is removed while it is in
+use: the locks end with their processes, even if those are killed.
 """
 
 from __future__ import annotations
@@ -55,30 +55,30 @@ CacheCheck: TypeAlias = Literal["stamp", "sha256"]
 _STAMP: Final = "STAMP"
 _REMOVED_PREFIX: Final = ".removed-"
 _NAME_LENGTH: Final = 32
+"""Digits of the digest in the name of an entry; the whole digest is compared with the manifest inside."""
 _ABANDONED_AFTER_S: Final = 24 * 3600.0
 """A download that made no progress for a day will not be continued."""
-"""Digits of the digest in the name of an entry; the whole digest is compared with the manifest inside."""
 _ENTRY: Final = re.compile(r"[0-9a-f]{32}-[0-9]+")
 
 
 class CachedArtifact(NamedTuple):
-    """An artifact that stays where it is until the cache is closed."""
+    """An artifact that stays in place until the cache is closed."""
 
     artifact: Artifact
     download: DownloadResult | None
-    """None: it was there."""
+    """The download; None if the artifact was in the cache."""
 
 
 class ArtifactCache:
     """Local copies of artifacts, fetched once and kept while there is room.
 
     Args:
-        root: A directory on a file system with locks; made when it is needed.
-        max_bytes: Before a download, entries that nobody uses go, the one that was used longest ago first, until the
-            new one fits. What is in use stays, even if that is more. None: nothing goes.
-        check: How an entry is looked at before it is used again. `stamp` compares names, sizes, times and inodes with
-            those of the tree that was verified: one system call per member. `sha256` also reads every byte.
-        clock: Seconds since the epoch.
+        root: A directory on a file system with locks; created on first use.
+        max_bytes: Before a download, unused entries are removed, the least recently used first, until the new one fits.
+            Entries in use stay, even if they exceed the limit. None: nothing is removed.
+        check: The check of an entry before it is used again. `stamp` compares names, sizes, times and inodes with
+            those of the verified tree: one system call per member. `sha256` also reads every byte.
+        clock: Unix time in seconds.
     """
 
     def __init__(
@@ -110,12 +110,12 @@ class ArtifactCache:
         on_progress: OnProgress | None = None,
         on_checkpoint: OnRecord | None = None,
     ) -> CachedArtifact:
-        """The artifact `digest`, which lies under `key` in the store; fetched unless it is here already.
+        """The artifact `digest`, whose key in the store is `key`; fetched unless it is in the cache.
 
-        May be called again after a crash: it fetches what is missing. It is kept in its place until `close`.
+        May be called again after a crash: it fetches what is missing. The artifact stays in place until `close`.
 
         Args:
-            on_wait: Called if another process fetches the artifact at this moment, before waiting for its end.
+            on_wait: Called before waiting, if another process is fetching the artifact.
 
         Raises:
             ArtifactNotFound, IntegrityError, HostileArtifact, DiskFull: as `download`.
@@ -146,34 +146,34 @@ class ArtifactCache:
                 if not self._shrink_to(root, 0):
                     raise
                 result = fetch()
-            # Held before it has a stamp: without one, nobody takes it for an entry that may go.
+            # Held before it has a stamp: without one, no process considers it for removal.
             held = _hold(root, result.path.name, shared=True)
             if held is None:
-                raise TransferBusy(f"{result.path} was removed by somebody when it had landed", path=str(result.path))
+                raise TransferBusy(f"{result.path} was removed right after it had landed", path=str(result.path))
             _write_stamp(held)
             self._use(held)
             return CachedArtifact(Artifact.open(result.path), result)
 
     def close(self) -> None:
-        """Give the entries back; they may go after that."""
+        """Release the entries; they may be removed after that."""
         while self._held:
             self._held.popitem()[1].close()
 
     # Using entries
 
     def _find(self, root: PrivateDirectory, name: str, digest: str) -> Artifact | None:
-        """An entry that is what it should be, held."""
+        """An intact entry, held; None if there is none."""
         for entry in sorted(self._root.glob(f"{name}-*")):
             held = _hold(root, entry.name, shared=True)
             if held is None:
-                continue  # it is being removed, or another user's
+                continue  # it is being removed, or belongs to another user
             artifact = self._intact(held, digest)
             if artifact is not None:
                 self._use(held)
                 return artifact
             held.close()
             log.warning("cache.entry_changed path=%s", entry)
-            self._remove(root, entry)  # stays if somebody, perhaps in this process, still uses it
+            self._remove(root, entry)  # it stays if another user, perhaps in this process, still holds it
         return None
 
     def _intact(self, held: PrivateDirectory, digest: str) -> Artifact | None:
@@ -188,12 +188,12 @@ class ArtifactCache:
         except (IntegrityError, NotFoundError, UnsupportedSource, FileNotFoundError) as error:
             log.warning("cache.entry_damaged path=%s error=%s", entry, error)
             return None
-        if stamp is None:  # whoever fetched it was killed when it had landed
+        if stamp is None:  # the process that fetched it was killed right after it had landed
             _write_stamp(held)
         return artifact
 
     def _use(self, held: PrivateDirectory) -> None:
-        """Keep the entry until `close`, and note when it was used."""
+        """Keep the entry until `close`, and record the time of its use."""
         now = self._clock()
         with writing(held.path):
             os.utime(_STAMP, (now, now), dir_fd=held.descriptor, follow_symlinks=False)
@@ -205,7 +205,7 @@ class ArtifactCache:
     # Removing entries
 
     def _shrink_to(self, root: PrivateDirectory, limit: int) -> bool:
-        """Remove entries that nobody uses, oldest use first, until all have at most `limit` bytes; whether any went."""
+        """Remove unused entries, oldest use first, down to `limit` bytes; returns whether any was removed."""
         entries = sorted((entry for entry in self._root.iterdir() if _ENTRY.fullmatch(entry.name)), key=_last_use)
         sizes = {entry: _size(entry) for entry in entries}
         total = sum(sizes.values())
@@ -221,21 +221,21 @@ class ArtifactCache:
         return removed
 
     def _remove(self, root: PrivateDirectory, entry: Path) -> bool:
-        """Remove an entry unless somebody uses it."""
+        """Remove an entry unless it is in use."""
         held = _hold(root, entry.name)
         if held is None:
             return False
         with held:
-            # Whoever is killed here leaves nothing that could be taken for an entry.
+            # A process that is killed here leaves nothing that looks like an entry.
             removed = f"{_REMOVED_PREFIX}{uuid.uuid4().hex}"
             with writing(entry):
                 root.rename(entry.name, removed)
-            with suppress(OSError):  # what stays goes the next time
+            with suppress(OSError):  # the rest is removed the next time
                 root.remove(removed)
         return True
 
     def _clean_up(self, root: PrivateDirectory) -> None:
-        """Remove what killed processes left: halves of removed entries, stages that nobody came back for."""
+        """Remove what killed processes left: parts of removed entries, and stages that were not resumed."""
         for name in root.names():
             if name.startswith(_REMOVED_PREFIX):
                 with suppress(OSError):
@@ -253,10 +253,10 @@ def _opened(path: Path) -> Generator[PrivateDirectory]:
 
 
 def _hold(root: PrivateDirectory, name: str, *, shared: bool = False) -> PrivateDirectory | None:
-    """The directory of an entry, held until it is closed; None if somebody else holds it, or it is not one of ours.
+    """The directory of an entry, held until it is closed; None if another holder has it, or it is not an entry of ours.
 
     Args:
-        shared: With others that hold it shared, too.
+        shared: Take a shared lock, which several holders can have at once.
     """
     try:
         entry = root.below(name)
@@ -275,7 +275,7 @@ def _hold(root: PrivateDirectory, name: str, *, shared: bool = False) -> Private
 
 @contextmanager
 def _alone(root: PrivateDirectory, name: str, on_wait: Callable[[], None] | None) -> Generator[None]:
-    """Hold the lock file `name`, which is there only meanwhile; waits for whoever holds it."""
+    """Hold the lock file `name`, which exists only meanwhile; waits for another holder."""
     while True:
         with writing(root.path):
             descriptor = root.open(name, os.O_RDWR | os.O_CREAT)
@@ -285,7 +285,7 @@ def _alone(root: PrivateDirectory, name: str, on_wait: Callable[[], None] | None
                     on_wait()
                 lock(descriptor)  # a signal whose handler raises ends the wait
             if not root.names_file(name, descriptor):
-                continue  # whoever held it has removed it, and whoever comes now locks another one
+                continue  # the previous holder has removed it, and the next process would lock another file
             try:
                 yield
             finally:
@@ -296,7 +296,7 @@ def _alone(root: PrivateDirectory, name: str, on_wait: Callable[[], None] | None
 
 
 def _stamp(entry: Path) -> str:
-    """A digest of what `stat` says of everything in an entry but its stamp."""
+    """A digest of the `stat` of everything in an entry except its stamp."""
     digest = hashlib.sha256()
     for path, status in _walk(entry, ""):
         facts = (status.st_mode, status.st_size, status.st_mtime_ns, status.st_ino)
@@ -332,7 +332,7 @@ def _read_stamp(entry: Path) -> str | None:
 
 
 def _last_use(entry: Path) -> float:
-    """Seconds since the epoch; 0.0 for an entry that is gone."""
+    """Unix time of the last use; 0.0 for an entry that is gone."""
     for path in (entry / _STAMP, entry):
         with suppress(FileNotFoundError):
             return path.stat().st_mtime

@@ -1,4 +1,4 @@
-"""Which artifacts a store has: keys, listing, sibling manifests."""
+"""The artifacts of a store: keys, listing, sibling manifests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from blobflow.uploads.intent import SUFFIX as INTENT_SUFFIX, read_intent
 
 MANIFEST_SUFFIX: Final = ".manifest.json"
 DAMAGED_SUFFIX: Final = ".damaged.json"
-"""Of what was found when an artifact was damaged; see `blobflow.transport.healing`."""
+"""Suffix of the evidence about a damaged artifact; see `blobflow.transport.healing`."""
 REF_SUFFIX: Final = ".ref.json"
 LEASE_SUFFIX: Final = ".lease.json"
 _RESERVED_SUFFIXES: Final = (MANIFEST_SUFFIX, DAMAGED_SUFFIX, INTENT_SUFFIX, REF_SUFFIX, LEASE_SUFFIX)
@@ -36,10 +36,10 @@ class ArtifactEntry(NamedTuple):
 
 
 def check_artifact_key(key: str) -> str:
-    """`key` itself, if an artifact may live under it.
+    """`key`, if it may be the key of an artifact.
 
     Raises:
-        InvalidKey: naming the rule that is broken.
+        InvalidKey: it breaks a rule; the message names the rule.
     """
     for suffix in _RESERVED_SUFFIXES:
         if key.endswith(suffix):
@@ -57,7 +57,7 @@ def list_artifacts(store: Reader, prefix: str = "", *, start_after: str | None =
     after = start_after + MANIFEST_SUFFIX if start_after else None
     for meta in store.list(prefix, start_after=after):
         key = meta.key.removesuffix(MANIFEST_SUFFIX)
-        # Not `.manifest.json` alone: what ends up there belongs to somebody else.
+        # Not `.manifest.json` alone: an object of that name belongs to another program.
         if key != meta.key and key and not key.endswith("/"):
             yield ArtifactEntry(key, meta.last_modified)
 
@@ -66,8 +66,8 @@ def read_manifest_bytes(store: Reader, key: str) -> bytes:
     """The bytes of the sibling manifest; no byte of the payload is fetched.
 
     Raises:
-        ArtifactNotFound: no complete artifact is there.
-        ReplacementInProgress: the artifact is being replaced at this moment; try again.
+        ArtifactNotFound: there is no complete artifact.
+        ReplacementInProgress: the artifact is being replaced now; try again.
         ArtifactInvalid: the object is larger than a manifest may be.
     """
     check_artifact_key(key)
@@ -85,7 +85,7 @@ def read_manifest_bytes(store: Reader, key: str) -> bytes:
 
 
 def find_manifest_bytes(store: Reader, key: str) -> bytes | None:
-    """The bytes of the sibling manifest, or None if there is none at this moment.
+    """The bytes of the sibling manifest; None if there is none now.
 
     Raises:
         ArtifactInvalid: the object is larger than a manifest may be.
@@ -111,5 +111,5 @@ def read_manifest_file(store: Reader, key: str) -> ManifestFile:
 
 
 def read_manifest(store: Reader, key: str) -> Manifest:
-    """The manifest of the artifact under `key`; see `read_manifest_file`."""
+    """The manifest of the artifact `key`; see `read_manifest_file`."""
     return read_manifest_file(store, key).manifest

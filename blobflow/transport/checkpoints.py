@@ -1,11 +1,11 @@
-"""Journals of transfers: what became of each, over all attempts, on whatever machine.
+"""Journals of transfers: the progress of each, over all attempts, on any machine.
 
-A journal is a hint, never the truth. What the store (or the stage of a download) holds is looked at in every attempt,
-and it wins: so a record that was lost, is old, or lies costs a line in a log and no byte. What a journal adds is the
-story: that this is the third attempt, that run 5f2c had come to 61 GB, that it has been going for two hours.
+A journal is a hint, never the truth. Every attempt checks what the store (or the stage of a download) holds, and that
+wins. So a record that is lost, old or false costs a log line and no byte. A journal adds the history: that this is the
+third attempt, that run 5f2c had reached 61 GB, that it has been running for two hours.
 
-`TransferJournal` decides what is written and when; a home keeps it: `LocalCheckpointStore` here, Dagster's event log in
-`blobflow.dagster.checkpoints`.
+`TransferJournal` decides what is written and when. A `CheckpointStore` keeps it: `LocalCheckpointStore` here, Dagster's
+event log in `blobflow.dagster.checkpoints`.
 """
 
 from __future__ import annotations
@@ -44,35 +44,35 @@ class Checkpoint(BaseModel):
     version: int = VERSION
     record: TransferRecord
     attempt: int = Field(
-        ge=1, lt=1 << 63, description="Processes that worked on the transfer so far, this one included."
+        ge=1, lt=1 << 63, description="Processes that worked on the transfer so far, including this one."
     )
     sequence: int = Field(ge=1, lt=1 << 63, description="Checkpoints so far, over all attempts.")
-    writer: str = Field(description="Who wrote it: a run id, or host and process.")
+    writer: str = Field(description="The writer: a run id, or host and process.")
     continues: str = Field(default="", description="The writer of the attempt before this one.")
-    began_at: Timestamp = Field(description="When this attempt began; seconds since the epoch.")
-    saved_at: Timestamp = Field(description="When this was written; seconds since the epoch.")
+    began_at: Timestamp = Field(description="When this attempt began; Unix time in seconds.")
+    saved_at: Timestamp = Field(description="When this was written; Unix time in seconds.")
 
     @property
     def bytes_moved(self) -> int:
-        """What this attempt has moved itself."""
+        """Bytes moved by this attempt."""
         return self.record.bytes_done - self.record.bytes_resumed
 
     @property
     def bytes_per_s(self) -> float:
-        """How fast this attempt is on average; 0.0 at its beginning."""
+        """Average rate of this attempt; 0.0 at its beginning."""
         seconds = self.saved_at - self.began_at
         return self.bytes_moved / seconds if seconds > 0 else 0.0
 
     def to_json(self) -> str:
-        """One line of JSON, under 2 KB with any key that S3 takes."""
+        """One line of JSON, under 2 KB with any key that S3 allows."""
         return self.model_dump_json()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Checkpoint:
-        """The inverse of `to_json`, also of what older versions wrote.
+        """The checkpoint in `text`, also from older versions; the inverse of `to_json`.
 
         Raises:
-            UsageError: not a checkpoint, or written by a newer version whose meaning is unknown here.
+            UsageError: it is not a checkpoint, or a newer version wrote it.
         """
         try:
             document = read_object(text, "checkpoint")
@@ -83,12 +83,12 @@ class Checkpoint(BaseModel):
             raise UsageError(f"not a checkpoint: {error.message}") from error
         raise UsageError(
             f"the checkpoint has version {version}, this blobflow reads up to {VERSION}",
-            hint="a newer blobflow wrote it; use that one, or let the transfer go on by what the store holds",
+            hint="a newer blobflow wrote it; use that one, or let the transfer continue from what the store holds",
         )
 
 
 class _Versioned(BaseModel):
-    """All that may be read of a checkpoint before its version is known."""
+    """The only field that may be read of a checkpoint before its version is known."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -96,26 +96,26 @@ class _Versioned(BaseModel):
 
 
 class CheckpointStore(Protocol):
-    """Where the checkpoints of transfers are kept."""
+    """Keeps the checkpoints of transfers."""
 
     def read(self, transfer_id: str) -> str | None:
         """The newest checkpoint of a transfer as it was written; None if there is none."""
         ...
 
     def append(self, checkpoint: Checkpoint) -> None:
-        """Keep another checkpoint. When this returns, it survives the death of the process."""
+        """Keep another checkpoint. On return, it survives the death of the process."""
         ...
 
 
 class TransferJournal:
-    """Load, save and settle the checkpoints of transfers; one object per process, used by one thread.
+    """Loads, saves and settles the checkpoints of transfers; one object per process, used by one thread.
 
-    `save` is made to be the `on_checkpoint` of `upload`, `download` and `verify`. It writes the first record of an
-    attempt, at most one per `interval_s` while it runs, and always the last one (`done` or `failed`).
+    `save` fits as the `on_checkpoint` of `upload`, `download` and `verify`. It writes the first record of an attempt,
+    at most one per `interval_s` while it runs, and always the last one (`done` or `failed`).
 
     Args:
-        writer: Who writes; by default this process.
-        clock: Seconds since the epoch.
+        writer: The writer that the checkpoints name; by default this process.
+        clock: Unix time in seconds.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class TransferJournal:
         return f"<TransferJournal of {self._writer}, {len(self._last)} transfers>"
 
     def load(self, transfer_id: str) -> Checkpoint | None:
-        """The newest checkpoint of a transfer, whoever wrote it; None if there is none.
+        """The newest checkpoint of a transfer, from any writer; None if there is none.
 
         Raises:
             UsageError: a newer blobflow wrote it, or it is damaged.
@@ -150,7 +150,7 @@ class TransferJournal:
         return self._last.get(transfer_id)
 
     def save(self, record: TransferRecord) -> Checkpoint | None:
-        """Keep a record; None if none was due, or if another process has written since: then the story is its own."""
+        """Write a record; None if none was due, or if another process has written since and continues the transfer."""
         mine = self._last.get(record.transfer_id)
         now = self._clock()
         if mine is None:
@@ -167,9 +167,9 @@ class TransferJournal:
         return checkpoint
 
     def done(self, transfer_id: str) -> Checkpoint | None:
-        """The store shows that a transfer is complete: say so, if the journal still has it under way.
+        """Record that a transfer is complete, as the store shows, if the journal still has it under way.
 
-        For transfers that were completed by a process which died before it could write its last checkpoint.
+        This is for a transfer whose process completed it and died before it could write its last checkpoint.
         """
         latest = self._readable(transfer_id)
         if latest is None or latest.record.state == "done":
@@ -179,7 +179,7 @@ class TransferJournal:
         return self.save(record.model_copy(update=whole))
 
     def _first(self, record: TransferRecord, now: float) -> Checkpoint:
-        """The first checkpoint of an attempt, which continues the chain of those before."""
+        """The first checkpoint of an attempt, which continues the chain of earlier attempts."""
         before = self._readable(record.transfer_id)
         again = before is not None and before.record.state != "done"
         if before is not None and again:
@@ -198,7 +198,7 @@ class TransferJournal:
         )
 
     def _readable(self, transfer_id: str) -> Checkpoint | None:
-        """The newest checkpoint; none where it cannot be read, because the store knows better anyway."""
+        """The newest checkpoint; None if it is unreadable, because the store has the truth anyway."""
         try:
             return self.load(transfer_id)
         except UsageError as error:
@@ -209,7 +209,7 @@ class TransferJournal:
 class LocalCheckpointStore:
     """One file per transfer in a directory: a line of JSON per checkpoint, fsynced.
 
-    Several processes may append to one file; a line that a crash has torn is passed over.
+    Several processes may append to one file; a line torn by a crash is skipped.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -225,7 +225,7 @@ class LocalCheckpointStore:
                 PrivateDirectory.at(self._directory, make=False) as directory,
                 os.fdopen(directory.open(path.name, os.O_RDONLY), "rb") as file,
             ):
-                # A line that was torn, and ended by the newline before the next one, is not a record either.
+                # A torn line that the newline of the next write ended is not a record either.
                 records = [line for _, line in whole_lines(file) if line.startswith(b"{") and line.endswith(b"}\n")]
         except FileNotFoundError:
             return None

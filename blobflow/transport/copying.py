@@ -1,7 +1,7 @@
-"""Copy: an artifact from store to store, without a local disk, with the same claim, proof and publication as an upload.
+"""Copies an artifact from store to store, without a local disk, with the claim, proof and publication of an upload.
 
-Parts stream through this process: a ranged GET of the pinned source, a PUT of the part. Where both stores have one
-server (and one identity there), it copies the payload by itself, and what it made is checked before the manifest makes
+Parts stream through this process: a ranged GET of the pinned source, a PUT of the part. If both stores are on one
+server (with one identity there), the server copies the payload itself. The result is checked before the manifest makes
 it visible.
 """
 
@@ -35,16 +35,16 @@ _DAMAGED: Final = "the source is damaged: `blobflow verify --deep` names the mem
 
 @dataclass(frozen=True)
 class CopyResult(PartStats):
-    """What a copy did."""
+    """The result of a copy."""
 
     status: Literal["copied", "unchanged"]
     source_key: str
     key: str
     artifact_digest: str
-    """Of the artifact that is now under the key; with `unchanged` it may be an older one of equal content."""
+    """Digest of the artifact that is now under the key; with `unchanged` it may be an older one of equal content."""
     manifest: Manifest
     server_side: bool
-    """The server copied the payload; its bytes did not pass through here, except to be checked."""
+    """Whether the server copied the payload; then its bytes did not pass through here, except for checks."""
     bytes_received: int
     bytes_sent: int
 
@@ -61,36 +61,36 @@ def copy_artifact(
     on_progress: OnProgress | None = None,
     on_checkpoint: OnRecord | None = None,
 ) -> CopyResult:
-    """Bring the artifact `source_key` of one store under `target_key` of another, or of the same one.
+    """Copy the artifact `source_key` of one store to `target_key` of another, or of the same one.
 
-    The payload is held to its CRC32C before the sibling manifest, which comes last, makes it visible: a damaged
-    source is refused. (Who does not trust the source's manifest either reads every SHA-256 with `verify`.)
+    The payload is compared with its CRC32C before the sibling manifest, which comes last, makes it visible. So a
+    damaged source is refused. (If you do not trust the source's manifest either, check every SHA-256 with `verify`.)
 
-    May be called again after a crash, from any machine: parts that the target holds are not sent again, nor fetched
-    again if their checksums are known, from the target or from a checkpoint. What is there already is `unchanged`,
-    also if it was uploaded and not copied.
+    May be called again after a crash, from any machine. Parts that the target holds are not sent again. They are not
+    fetched again either if their checksums are known, from the target or from a checkpoint. If the target has the
+    artifact already, the result is `unchanged`, also if it was uploaded and not copied.
 
     Within one store, and between buckets or prefixes of one S3 endpoint with the same credentials, the server copies
-    the payload by itself, in one step that begins anew after a crash. Its result is held to the checksum that the
-    store attests; where it attests none, it is read back. A copy that replaces another artifact is streamed all the
-    same: its bytes have to be checked before the old payload goes.
+    the payload itself, in one step that starts again after a crash. The result is compared with the checksum that the
+    store attests; if it attests none, the copy is read back. A copy that replaces another artifact is always streamed,
+    because its bytes must be checked before the old payload is removed.
 
     Memory: `profile.chunk_size * profile.workers` bytes.
 
     Args:
         overwrite: Replace another artifact under the key. Readers see the old, the new, or a retryable error.
-        expected_digest: Refuse every artifact but this one. What lands under its manifest is still checked by CRC32C
-            here, and by SHA-256 where it is read.
-        on_progress: Called in the calling thread about twice a second; raising from it stops the copy cleanly.
+        expected_digest: Refuse every artifact except this one. The payload under its manifest is still checked by
+            CRC32C here, and by SHA-256 when it is read.
+        on_progress: Called in the calling thread about twice a second; an exception from it stops the copy cleanly.
         on_checkpoint: Called in the calling thread after each saved checkpoint, at the end and on failure.
 
     Raises:
-        ArtifactNotFound: nothing under the source key.
+        ArtifactNotFound: there is no artifact under the source key.
         DigestMismatch: another artifact than `expected_digest` is there; nothing was sent.
         ArtifactInvalid, SizeMismatch, ChecksumMismatch: the source is damaged; nothing was published.
         ObjectChanged: the source was replaced meanwhile; try again.
         KeyConflict: the target key holds another artifact.
-        TransferBusy: another process is bringing other content to the target key.
+        TransferBusy: another process is uploading other content to the target key.
     """
     check_artifact_key(target_key)
     profile = profile or ChunkProfile()
@@ -122,18 +122,18 @@ def copy_artifact(
 
 
 def _is_same_place(source: Reader, target: Store) -> bool:
-    """Whether the target store can copy the source's objects. Two servers may have buckets of one name."""
+    """Whether the target store can copy the source's objects. Buckets of two servers may have the same name."""
     return source.url == target.url and server_of(source).endpoint == server_of(target).endpoint
 
 
 def _is_same_server(source: Reader, source_key: str, target: Store, target_key: str) -> bool:
-    """Whether the two have one server, which may be asked to copy from bucket to bucket."""
+    """Whether both are on one server, which may be asked to copy from bucket to bucket."""
     here, there = address_of(source, source_key), address_of(target, target_key)
     return here is not None and there is not None and here[:2] == there[:2]
 
 
 class _Meter:
-    """What one copy took, over all threads and all manifests that it adopted."""
+    """The counters of one copy, over all threads and all manifests that it adopted."""
 
     def __init__(self) -> None:
         self.bytes_received = 0
@@ -146,10 +146,10 @@ class _Meter:
 
 
 class RemotePayload:
-    """The payload of an artifact in a store, pinned to one version, as something to be sent.
+    """The payload of an artifact in a store, pinned to one version, as a source for uploads.
 
-    Its head, the entry of the manifest, is made from the manifest's bytes and never fetched: so what is embedded is
-    what is published beside it, whatever the source holds.
+    Its head, the entry of the manifest, is made from the manifest's bytes and never fetched. So the embedded manifest
+    equals the published one, whatever the source holds.
     """
 
     def __init__(
@@ -167,11 +167,11 @@ class RemotePayload:
 
     @property
     def is_as_stored(self) -> bool:
-        """Whether this is the stored payload to the last byte, its manifest included."""
+        """Whether this is the stored payload in every byte, including its manifest."""
         return self.manifest_file == self.remote.manifest_file
 
     def adopt(self, manifest_file: ManifestFile) -> RemotePayload:
-        """The same body behind another manifest: the one whose upload is taken up."""
+        """The same body with another manifest: the one whose upload is continued."""
         if not manifest_file.manifest.same_body(self.manifest_file.manifest):
             raise ArtifactInvalid(
                 f"{self!r} and the manifest {manifest_file.digest} describe different payloads", what="payload"
@@ -179,7 +179,7 @@ class RemotePayload:
         return RemotePayload(self.remote, manifest_file, self.meter)
 
     def source(self) -> RemotePayload:
-        """Itself: nothing has to be opened."""
+        """This payload: nothing has to be opened."""
         return self
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
@@ -200,7 +200,7 @@ class RemotePayload:
         """Have the server that source and target share make the target's object.
 
         Raises:
-            StoreConfigurationError, Unsupported: it does not do that for us.
+            StoreConfigurationError, Unsupported: the server does not copy with these credentials.
         """
         remote = self.remote
         address = None if _is_same_place(remote.store, target) else address_of(remote.store, remote.key)
@@ -208,11 +208,11 @@ class RemotePayload:
 
 
 class _ServerCopy(MultipartUpload):
-    """The payload is copied by the server that source and target share; where it refuses, the parts are sent.
+    """The server that source and target share copies the payload; if it refuses, the parts are sent.
 
-    It is claimed like an upload, with an upload id that holds no part: whoever takes the intent up sends the parts,
-    or has the server copy again. The upload is aborted only when the copy is checked, because without it an object
-    that begins with the right manifest counts as complete.
+    It is claimed like an upload, with an upload id that holds no part. A process that takes the intent over sends the
+    parts, or has the server copy again. The upload is aborted only after the copy is checked: without the upload, an
+    object that begins with the right manifest would count as complete.
     """
 
     @override
@@ -241,7 +241,7 @@ class _ServerCopy(MultipartUpload):
         return made
 
     def _copied(self, payload: RemotePayload) -> bool:
-        """Have the server copy. False: it refuses, because what we may read and write need not be its to copy."""
+        """Have the server copy. False if it refuses: it may lack access to what this process can read and write."""
         try:
             move_parts(
                 [Part(1, 0, self.plan.size)],

@@ -1,15 +1,15 @@
-"""Healing: an artifact that was found damaged is uploaded again, by a process that has its content.
+"""Healing: a process that has the content of a damaged artifact uploads it again.
 
 | step | a reader sees |
 |---|---|
 | `verify` fails on a payload with this entity tag | the damaged artifact |
 | evidence is written to `<key>.damaged.json` | the damaged artifact |
 | the payload is sent again, as parts of a new upload | the damaged artifact |
-| the sibling manifest goes, while the upload's intent keeps all other uploads away | `ReplacementInProgress` |
+| the sibling manifest is removed, while the upload's intent blocks all other uploads | `ReplacementInProgress` |
 | the payload is replaced in one step, the manifest is published | the whole artifact |
 
-Nobody's word counts: neither the evidence nor anything else in the store makes a process heal, only its own failed
-verification. A payload that somebody replaced meanwhile is left alone, and so is an artifact of other content.
+A process trusts only its own failed verification; neither the evidence nor anything else in the store makes it heal. A
+payload that was replaced meanwhile is left alone, and so is an artifact of other content.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from blobflow.uploads.progress import OnProgress, OnRecord
 log = logging.getLogger(__name__)
 
 _QUOTED: Final = 200
-"""Characters of an error's message in the evidence."""
+"""Maximum characters of an error's message in the evidence."""
 
 
 @dataclass(frozen=True)
 class Healed:
-    """An artifact that was damaged, and is whole again."""
+    """The repair of an artifact that was damaged, and is whole again."""
 
     found: IntegrityError
-    """What the verification found."""
+    """The error of the verification."""
     upload: UploadResult
-    """What was sent in its place."""
+    """The upload that replaced it."""
 
 
 def verify_or_heal(
@@ -70,13 +70,13 @@ def verify_or_heal(
     May be called again after a crash: it continues the upload.
 
     Args:
-        artifact: At hand, on this machine. Only what has the same content is healed; None: nothing is.
-        on_damage: Is told of the damage before anything is sent.
+        artifact: The local artifact. Only a stored artifact with the same content is healed; None: none is.
+        on_damage: Called with the damage before anything is sent.
 
     Raises:
         IntegrityError: it is damaged, and `artifact` has other content, or the payload is damaged again.
-        ObjectChanged: somebody replaced it meanwhile; try again.
-        SourceChanged, ChecksumMismatch: the files are not the ones that were exported; the damaged artifact stays.
+        ObjectChanged: it was replaced meanwhile; try again.
+        SourceChanged, ChecksumMismatch: the files differ from those that were exported; the damaged artifact stays.
     """
     arguments: dict[str, Any] = {"mode": mode, "profile": profile}
     arguments |= {"on_progress": on_progress, "on_checkpoint": on_checkpoint}
@@ -93,7 +93,7 @@ def verify_or_heal(
         _leave_evidence(store, key, stored.digest, pinned, found)
         payload = artifact
         if stored.manifest.same_body(artifact.manifest):
-            # The very artifact that was there: refs and digests that somebody wrote down stay right.
+            # The same artifact that was there, so that recorded refs and digests stay right.
             payload = artifact.adopt(stored)
         request = UploadRequest(
             store, key, payload, profile or ChunkProfile(), False, on_progress, on_checkpoint, damaged=pinned or "gone"
@@ -104,7 +104,7 @@ def verify_or_heal(
 
 
 def _manifest_of(store: Store, key: str, artifact: Artifact) -> ManifestFile | None:
-    """The sibling manifest, if it is of the content that is at hand."""
+    """The sibling manifest, if it has the content of the local artifact."""
     try:
         stored = read_manifest_file(store, key)
     except (ArtifactNotFound, ArtifactInvalid):
@@ -113,7 +113,7 @@ def _manifest_of(store: Store, key: str, artifact: Artifact) -> ManifestFile | N
 
 
 def _e_tag(store: Store, key: str) -> str | None:
-    """Of the payload; None if there is none."""
+    """Entity tag of the payload; None if there is none."""
     try:
         return store.head(key).e_tag
     except ObjectNotFound:
@@ -121,7 +121,7 @@ def _e_tag(store: Store, key: str) -> str | None:
 
 
 def _leave_evidence(store: Store, key: str, digest: str, e_tag: str | None, found: IntegrityError) -> None:
-    """Keep what was found beside the artifact, for whoever looks for the cause."""
+    """Record the damage beside the artifact, for the search for its cause."""
     try:
         payload = store.head(key)
         size, modified = payload.size, payload.last_modified

@@ -5,16 +5,16 @@
 | upload | `begin_upload` | `send_parts` | `commit_upload` |
 | download | `begin_download` | `fetch_lane` | `download` |
 
-Each may be called again after a crash: what is there is not moved twice, and what is done is done.
+Each may be called again after a crash: parts that are there are not moved twice, and a finished step stays finished.
 
-The lanes of an upload share nothing but the store, and run on any machine that has the artifact or has exported the
-same content again. Nothing is visible before `commit_upload` has proven that every part of the plan is there, and that
-together they are the payload that the manifest promises; so a lane that was skipped, or died, cannot be overlooked.
+The lanes of an upload share only the store. They run on any machine that has the artifact or has exported the same
+content again. Nothing is visible before `commit_upload` has proven that every part of the plan is there, and that
+together they are the payload of the manifest. So a lane that was skipped, or died, is always noticed.
 
 The lanes of a download see one file system: on one machine, or a shared one. They land parts in one stage beside the
-destination, share its lock, and keep a journal each. `download` takes the lock alone afterwards: it takes their notes
-over, fetches what is missing, reads every member back that lies in several parts, and publishes by one rename. So a
-lane that was skipped, or died, costs time and nothing else.
+destination, share its lock, and keep a journal each. `download` takes the lock alone afterwards. It takes over their
+notes, fetches what is missing, reads back every member that spans several parts, and publishes by one rename. So a
+lane that was skipped, or died, costs only time.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from blobflow.uploads.progress import OnProgress, OnRecord, PartStats, TransferP
 from blobflow.uploads.session import CLAIM_ATTEMPTS
 
 _OWNER: Final = "lanes"
-"""In whose name their intent is kept: that one lane's process has ended says nothing of the others."""
+"""The owner in their intent: that one lane's process has ended does not mean that the others have."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class _Ticket:
 
     @classmethod
     def from_json_dict(cls, document: dict[str, Any]) -> Self:
-        """The inverse of `to_json_dict`.
+        """The ticket in `document`; the inverse of `to_json_dict`.
 
         Raises:
-            UsageError: not a ticket.
+            UsageError: it is not a ticket.
         """
         try:
             return cls(**document)
@@ -82,22 +82,22 @@ class _Ticket:
 
 @dataclass(frozen=True)
 class UploadTicket(_Ticket):
-    """An upload that was begun: what a lane has to know, besides the store and the artifact."""
+    """An upload that was begun: what a lane needs besides the store and the artifact."""
 
     _KIND = "an upload"
 
     key: str
     upload_id: str
-    """Empty where there is nothing to send: the key holds the artifact already."""
+    """Empty if there is nothing to send, because the key holds the artifact already."""
     artifact_digest: str
-    """Of the artifact that will be under the key; it may be an older export of equal content."""
+    """Digest of the artifact that will be under the key; it may be an older export of equal content."""
     part_size: int
     parts: int
-    """Numbered from 1."""
+    """Number of parts; they are numbered from 1."""
     bytes_total: int
 
     def numbers(self, lane: int, lanes: int) -> range:
-        """The parts of one of `lanes` lanes, which count from 0: every part belongs to exactly one."""
+        """The parts of one of `lanes` lanes, which count from 0; every part belongs to exactly one lane."""
         if not 0 <= lane < lanes:
             raise UsageError(f"there is no lane {lane} of {lanes}")
         return range(lane + 1, self.parts + 1, lanes)
@@ -105,7 +105,7 @@ class UploadTicket(_Ticket):
 
 @dataclass(frozen=True)
 class DownloadTicket(_Ticket):
-    """A download that was begun: what a lane has to know, besides the store and the destination."""
+    """A download that was begun: what a lane needs besides the store and the destination."""
 
     _KIND = "a download"
 
@@ -114,16 +114,16 @@ class DownloadTicket(_Ticket):
     lanes: int
     part_size: int
     parts: int
-    """0 where there is nothing to fetch: the destination holds the artifact already."""
+    """Number of parts; 0 if there is nothing to fetch, because the destination holds the artifact already."""
     bytes_total: int
 
 
 @dataclass(frozen=True)
 class LaneResult(PartStats):
-    """What a lane did; `parts`, `bytes_total` and `bytes_resumed` are those of this lane."""
+    """The result of a lane; `parts`, `bytes_total` and `bytes_resumed` are those of this lane."""
 
     status: Literal["moved", "unchanged"]
-    """`unchanged`: the whole is at its place already."""
+    """`unchanged`: the whole artifact is in place already."""
     bytes_moved: int = 0
 
 
@@ -135,10 +135,10 @@ def begin_upload(
     profile: ChunkProfile | None = None,
     overwrite: bool = False,
 ) -> UploadTicket:
-    """Claim `key` for an artifact; no part is sent yet. An upload of the same content that is under way is taken up.
+    """Claim `key` for an artifact; no part is sent yet. An upload of the same content that is under way is joined.
 
-    The claim keeps other content away for two minutes after the last sign of life of a lane; then another upload may
-    take the key, and the lanes are told so.
+    The claim blocks other content until two minutes after the last sign of life of a lane. Then another upload may take
+    the key, and the lanes fail with an error.
 
     Raises:
         Unsupported: the store has no multipart uploads.
@@ -147,8 +147,8 @@ def begin_upload(
     check_artifact_key(key)
     if not store.capabilities().multipart:
         raise Unsupported(
-            f"{store.url} has no multipart uploads that can be relied upon, and lanes need them",
-            hint="send it in one lane: then it goes in a single request; `blobflow probe` shows what the server does",
+            f"{store.url} has no reliable multipart uploads, and lanes need them",
+            hint="send it in one lane, as a single request; `blobflow probe` shows what the server can do",
             store=store.url,
             capability="multipart uploads",
         )
@@ -181,15 +181,15 @@ def send_parts(
     on_progress: OnProgress | None = None,
     on_checkpoint: OnRecord | None = None,
 ) -> LaneResult:
-    """Send those of the parts `numbers` that the store does not hold.
+    """Send the parts among `numbers` that the store does not hold.
 
-    Progress and records count these parts only; the records have a transfer id of their own, which belongs to the
-    numbers: the next attempt at the same ones has the same.
+    Progress and records count only these parts. The records have a separate transfer id, which depends on the numbers;
+    the next attempt at the same numbers has the same id.
 
     Raises:
         NoSuchUpload: the upload is gone, and was not completed: begin again.
         TransferBusy: other content was uploaded to the key meanwhile.
-        SourceChanged: the files are not the ones that were exported.
+        SourceChanged: the files differ from those that were exported.
     """
     started = time.monotonic()
     unknown = sorted(number for number in numbers if not 1 <= number <= ticket.parts)
@@ -205,7 +205,7 @@ def send_parts(
         upload.check_intent()
         upload.send(numbers)
     except NoSuchUpload:
-        # A commit came before this call, which then is one too many.
+        # A commit came before this call, which is then superfluous.
         if upload.settle() is None:
             raise
         there = upload.plan.bytes_of(numbers)
@@ -225,14 +225,14 @@ def commit_upload(
     on_progress: OnProgress | None = None,
     on_checkpoint: OnRecord | None = None,
 ) -> UploadResult:
-    """Prove that every part is there and right, make the payload of them, and publish the artifact.
+    """Prove that every part is there and right, complete the payload, and publish the artifact.
 
-    `bytes_resumed` is what the lanes sent. Reads and sends no payload, except of parts whose checksum nobody knows
-    (the store tells none, and has lost the lanes' notes, because it has no conditional writes): these are compared
+    `bytes_resumed` counts what the lanes sent. It reads and sends no payload, except of parts with an unknown checksum.
+    (The store reports none, and has lost the lanes' notes, because it has no conditional writes.) These are compared
     with the source, and sent again if that proves nothing.
 
     Args:
-        lanes: In how many the parts were sent (`UploadTicket.numbers`), to name those whose parts are missing.
+        lanes: Number of lanes that sent the parts (`UploadTicket.numbers`), to name those whose parts are missing.
 
     Raises:
         UploadIncomplete: parts are missing: run their lanes again. Fields: lanes (as `1,4`), first (a part's number).
@@ -263,7 +263,7 @@ def _request(
     on_progress: OnProgress | None = None,
     on_checkpoint: OnRecord | None = None,
 ) -> UploadRequest:
-    """Whether the key may be overwritten was settled when the upload began; the intent remembers it."""
+    """The request of a lane. The intent records whether the key may be overwritten, as decided at the beginning."""
     if not isinstance(artifact, Artifact):
         artifact = Artifact.open(artifact)
     return UploadRequest(store, key, artifact, profile or ChunkProfile(), overwrite, on_progress, on_checkpoint)
@@ -273,7 +273,7 @@ class _LanesUpload(MultipartUpload):
     """The upload of a ticket, with the manifest that it was begun with."""
 
     def __init__(self, request: UploadRequest, ticket: UploadTicket, lanes: int | None = None) -> None:
-        super().__init__(request, None, owner=_OWNER)  # only the intent knows what may be replaced
+        super().__init__(request, None, owner=_OWNER)  # the intent records what may be replaced
         self._ticket = ticket
         self._lanes = lanes
         intent = self.session.load()
@@ -285,13 +285,13 @@ class _LanesUpload(MultipartUpload):
         self.begin()
 
     def check_intent(self) -> None:
-        """Without the intent somebody else may be at the key: what the upload id still holds is not touched then."""
+        """Check that the intent is there; without it another process may use the key."""
         if not self.session.owns_intent:
             raise _gone(self._ticket)
 
     @override
     def make(self) -> ObjectMeta:
-        """Make the payload of the parts that the lanes sent; only those whose checksum nobody knows are read again."""
+        """Complete the payload from the lanes' parts; only those with an unknown checksum are read again."""
         self.check_intent()
         held = self.session.held()
         self.session.crcs = held.proven(self.plan)
@@ -325,7 +325,7 @@ def _incomplete(ticket: UploadTicket, missing: list[int], lanes: int | None) -> 
 def _gone(ticket: UploadTicket) -> NoSuchUpload:
     return NoSuchUpload(
         f"the upload of {ticket.key!r} is gone",
-        hint="begin it again; parts of another upload of the same content are taken up",
+        hint="begin it again; parts of another upload of the same content are used",
         key=ticket.key,
         upload_id=ticket.upload_id,
     )
@@ -340,16 +340,16 @@ def begin_download(
     profile: ChunkProfile | None = None,
     expected_digest: str | None = None,
 ) -> DownloadTicket:
-    """Divide what is missing of the artifact under `key` among lanes; no part is fetched yet.
+    """Divide the missing parts of the artifact under `key` among lanes; no part is fetched yet.
 
-    A download to `dest` that was killed is taken up, whether it had lanes, other lanes, or none.
+    A killed download to `dest` is continued, whether it had these lanes, other lanes, or none.
 
     Raises:
-        TransferBusy: somebody is landing the artifact there; it may be lanes that were divided earlier.
+        TransferBusy: another process is landing the artifact there, perhaps lanes from an earlier call.
         DestinationNotEmpty, ArtifactNotFound, IntegrityError, HostileArtifact: as `download`.
     """
     if lanes < 1:
-        raise UsageError(f"{lanes} lanes move nothing")
+        raise UsageError(f"lanes must be 1 or more, not {lanes}")
     profile = profile or ChunkProfile()
     dest = Path(dest).absolute()
     remote = RemoteArtifact.open(store, key, expected_digest)
@@ -387,12 +387,12 @@ def fetch_lane(
 ) -> LaneResult:
     """Land every `ticket.lanes`-th part, from part `lane + 1` on, unless it has landed already.
 
-    May be called again after a crash, on any machine that sees the destination. Progress and records count this
-    lane only, as those of `send_parts` do.
+    May be called again after a crash, on any machine that sees the destination. Progress and records count only this
+    lane, as those of `send_parts` do.
 
     Raises:
         NotFoundError: nothing of the download is there any more: begin it again.
-        TransferBusy: another process is this lane, or is landing the artifact alone.
+        TransferBusy: another process runs this lane, or is landing the artifact alone.
         ObjectChanged, DigestMismatch: the artifact was replaced meanwhile.
         DestinationNotEmpty, IntegrityError, HostileArtifact: as `download`.
     """
@@ -419,15 +419,15 @@ def fetch_lane(
         _narrow(progress, landing.plan, numbers, f"{lane} of {ticket.lanes}")
         with failures_noted(landing, progress):
             land_parts(remote, landing, numbers, progress, workers=profile.workers)
-            progress.save()  # whoever goes on may be another machine, and believes only what is synced
+            progress.save()  # the next process may be on another machine, and trusts only what is synced
     progress.done()
     return LaneResult("moved", bytes_moved=progress.bytes_moved, **progress.counters(started))
 
 
 def _narrow(progress: TransferProgress, plan: TransferPlan, numbers: Collection[int], name: str) -> None:
-    """Let the progress of a transfer be those of some of its parts.
+    """Restrict the progress of a transfer to some of its parts.
 
-    Under an id of their own: checkpoints of lanes that are at work at the same time are several stories.
+    It gets a separate id, because the checkpoints of concurrent lanes are separate histories.
     """
     record = progress.record
     progress.record = record.model_copy(
@@ -441,7 +441,7 @@ def _narrow(progress: TransferProgress, plan: TransferPlan, numbers: Collection[
 
 
 def _is_there(dest: Path, digest: str) -> bool:
-    """Whether `dest` calls itself the artifact; `download` proves it."""
+    """Whether `dest` claims to be the artifact; `download` proves it."""
     try:
         return Artifact.open(dest).digest == digest
     except BlobflowError:

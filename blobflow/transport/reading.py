@@ -1,4 +1,4 @@
-"""Verify and download: nothing is believed, and nothing lands before all of it is proven."""
+"""Verify and download: everything is checked, and nothing lands before all of it is proven."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from blobflow.uploads.progress import OnProgress, OnRecord, PartStats, TransferP
 VerifyMode: TypeAlias = Literal["auto", "shallow", "deep"]
 
 Proof: TypeAlias = Literal["attested", "unproven", "sampled", "proven"]
-"""What is known after a verification; nothing that is stored in a bucket can make one word of another."""
+"""The result of a verification; no content of a bucket can turn one value into another."""
 
 PROOF_MEANS: Final[Mapping[Proof, str]] = {
     "attested": "sizes, manifests and the server's own checksum agree: this finds accidents, but not the work of"
@@ -40,7 +40,7 @@ PROOF_MEANS: Final[Mapping[Proof, str]] = {
     "sampled": "a share of the content was read and held to its digests",
     "proven": "every byte was read and held to digests that are bound to the artifact digest",
 }
-"""A word, and what it says."""
+"""Each proof, and what it means."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class VerifyResult(TransferStats):
     manifest: Manifest
     mode_used: Literal["shallow", "deep", "sample"]
     proof: Proof
-    """What is known now; see `PROOF_MEANS`."""
+    """The proof; see `PROOF_MEANS`."""
     bytes_read: int
 
 
 @dataclass(frozen=True)
 class DownloadResult(PartStats):
-    """Where the artifact landed and what it took."""
+    """Where the artifact landed, and the counters."""
 
     status: Literal["downloaded", "unchanged"]
     key: str
@@ -80,31 +80,31 @@ def verify(
     on_progress: OnProgress | None = None,
     on_checkpoint: OnRecord | None = None,
 ) -> VerifyResult:
-    """Check that the artifact under `key` is whole; the result's `proof` says what is known then.
+    """Check that the artifact under `key` is whole; the `proof` of the result says how far that is known.
 
-    | mode | proof | holds against |
+    | mode | proof | protects against |
     |---|---|---|
     | `deep` | `proven` | everybody who cannot forge the digest that you expected |
     | `sample` | `sampled` | accidents and tampering, with the probability that the share gives |
     | `shallow`, a CRC32C is attested | `attested` | accidents; whoever may write to the store can forge a CRC32C |
-    | `shallow`, none is attested | `unproven` | nobody |
+    | `shallow`, none is attested | `unproven` | nothing |
 
     Args:
         mode: `shallow` compares sizes, the embedded manifest with the sibling, and the CRC32C of the whole payload if
-            the store attests one: computed by itself, as this user's probe has shown (`Capabilities.attests_crc32c`).
-            `deep` reads every byte and holds every member to its SHA-256. `auto` is shallow where there is an attested
-            CRC32C, and deep everywhere else.
+            the store attests one, i.e. has computed it itself as this user's probe has shown
+            (`Capabilities.attests_crc32c`). `deep` reads every byte and compares every member with its SHA-256. `auto`
+            is shallow if there is an attested CRC32C, and deep otherwise.
         sample: `(n, t)` reads the n-th of t slices of the members, as `deep` reads them all, and compares the rest as
-            `shallow` does: an artifact that is too large to be read every day is read once in t days.
-        expected_digest: The artifact that is expected.
-        on_progress: Called in the calling thread about twice a second; raising from it stops the verification.
-        on_checkpoint: Called in the calling thread now and then while every byte is read. A verification that failed
-            begins again: what was read and not found damaged may be damaged by then.
+            `shallow` does. So an artifact that is too large for a daily reading is read once in t days.
+        expected_digest: The digest of the expected artifact.
+        on_progress: Called in the calling thread about twice a second; an exception from it stops the verification.
+        on_checkpoint: Called in the calling thread from time to time while every byte is read. A verification that
+            failed starts again from the beginning, because bytes that were good may be damaged by then.
 
     Raises:
-        IntegrityError, HostileArtifact: it is not; the message says what differs.
-        ArtifactNotFound: nothing there.
-        UsageError: there is no such slice, or nothing of it would be read.
+        IntegrityError, HostileArtifact: it is not whole; the message says what differs.
+        ArtifactNotFound: there is no such artifact.
+        UsageError: there is no such slice, or it would contain nothing.
     """
     started = time.monotonic()
     check_choice("mode", mode, VerifyMode)
@@ -148,7 +148,7 @@ def verify(
 
 
 def _attested_crc32c(store: Reader, payload: ObjectMeta) -> int | None:
-    """The CRC32C that the store tells, if it may be believed; to find that out may cost requests."""
+    """The CRC32C that the store reports, if it can be trusted; finding that out may cost requests."""
     return payload.crc32c if payload.crc32c is not None and store.capabilities().attests_crc32c else None
 
 
@@ -165,14 +165,14 @@ class _Turnstile:
         with self._condition:
             self._condition.wait_for(lambda: self._error or self._next == number)
             if self._error:
-                raise self._error  # whoever is heard first tells what went wrong, and not that somebody else failed
+                raise self._error  # every waiter reports the first error, not that another part failed
         yield
         with self._condition:
             self._next += 1
             self._condition.notify_all()
 
     def break_down(self, error: BaseException) -> None:
-        """Nobody will come through any more: wake those who wait."""
+        """Let nobody through any more, and wake all waiters."""
         with self._condition:
             self._error = self._error or error
             self._condition.notify_all()
@@ -185,7 +185,7 @@ def _read_members(
     on_progress: OnProgress | None,
     on_checkpoint: OnRecord | None,
 ) -> int:
-    """Read manifest, index and a slice of the members, hold them to their checksums, and return how many bytes."""
+    """Read manifest, index and a slice of the members, compare their checksums, and return the number of bytes read."""
     layout = remote.open_layout()
     start, size = layout.slice_of_members(*sample)
     plan = TransferPlan(size, profile.chunk_size, start=start)
@@ -234,22 +234,22 @@ def download(
     """Land the artifact under `key` at `dest`: every byte checked, then one rename.
 
     May be called again after a crash: it fetches what is missing. Until it returns, nothing is at `dest`. If `dest`
-    holds this very artifact already, its members are verified in place and nothing is fetched (`unchanged`).
+    holds this artifact already, its members are verified in place and nothing is fetched (`unchanged`).
 
-    A `dest` that cannot be replaced, because it is a mount point or because its parent cannot be written to, gets the
-    artifact's entries one by one, the manifest last, after all of it is proven in a hidden directory inside.
+    If `dest` cannot be replaced, because it is a mount point or its parent is not writable, the artifact is first
+    proven in a hidden directory inside. Then its entries are moved to `dest` one by one, the manifest last.
 
     Args:
-        dest: A path that does not exist or is an empty directory; its parents are made.
-        expected_digest: The artifact that is expected.
-        on_progress: Called in the calling thread about twice a second; raising from it stops the download cleanly.
+        dest: A path that does not exist or is an empty directory; its parents are created.
+        expected_digest: The digest of the expected artifact.
+        on_progress: Called in the calling thread about twice a second; an exception from it stops the download cleanly.
         on_checkpoint: Called in the calling thread once it is known what is on disk already, after each saved
             checkpoint, at the end and on failure.
 
     Raises:
-        DiskTooSmall: there is less room than what is still to land needs; nothing was fetched.
-        DestinationNotEmpty: `dest` holds something else; it is left alone.
-        ArtifactNotFound: nothing under the key.
+        DiskTooSmall: there is less room than the rest of the artifact needs; nothing was fetched.
+        DestinationNotEmpty: `dest` holds something else, which stays unchanged.
+        ArtifactNotFound: there is no artifact under the key.
         IntegrityError, HostileArtifact: the artifact is damaged or dangerous; nothing is at `dest`.
         ObjectChanged: it was replaced meanwhile; try again.
         TransferBusy: another process lands the same artifact at the same place.
@@ -296,7 +296,7 @@ def download(
 
 
 def landing_plan(layout: TarMap, stage: Stage) -> TransferPlan:
-    """The parts of a download into a stage that was begun: all that comes after manifest and index."""
+    """The parts of a download into a stage that was begun: everything after manifest and index."""
     if stage.part_size is None:
         raise AssertionError("a stage that was not begun has no parts")
     return TransferPlan(layout.size - layout.data_start, stage.part_size, start=layout.data_start)
@@ -305,7 +305,7 @@ def landing_plan(layout: TarMap, stage: Stage) -> TransferPlan:
 def land_parts(
     remote: RemoteArtifact, landing: Landing, numbers: range, progress: TransferProgress, *, workers: int
 ) -> None:
-    """Fetch and land those of the parts `numbers` that the stage lacks."""
+    """Fetch and land the parts among `numbers` that the stage lacks."""
     rest = landing.plan.rest(numbers, landing.stage.done)
     for number in rest.done:
         progress.resumed(landing.plan.part(number).length)
@@ -327,7 +327,7 @@ def land_parts(
 
 @contextmanager
 def failures_noted(landing: Landing, progress: TransferProgress) -> Generator[None]:
-    """Whatever stops the landing: what has landed is saved, and what turned out to be wrong is fetched again."""
+    """Save what has landed if the block fails, and forget parts that were wrong, so that they are fetched again."""
     try:
         yield
     except DigestMismatch as error:

@@ -1,4 +1,4 @@
-"""An artifact in a store, opened for reading and verified as far as nothing but its contents is open."""
+"""An artifact in a store, opened for reading; everything except its contents is verified."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from blobflow.uploads.progress import OnProgress, OnRecord, TransferProgress
 
 
 def check_expected(key: str, digest: str, expected_digest: str | None) -> None:
-    """Return if `key` holds the artifact that the caller expects, or if he expects none.
+    """Return if `key` holds the artifact that the caller expects, or if the caller expects none.
 
     Raises:
         DigestMismatch: it holds another one.
@@ -45,7 +45,7 @@ def check_expected(key: str, digest: str, expected_digest: str | None) -> None:
 
 @dataclass
 class RemoteArtifact:
-    """An artifact in a store, opened for reading: its parts verified as far as nothing but contents is open."""
+    """An artifact in a store, opened for reading; everything except its contents is verified."""
 
     store: Reader
     key: str
@@ -59,8 +59,8 @@ class RemoteArtifact:
         """Read the manifest and pin the payload.
 
         Raises:
-            ArtifactNotFound: nothing there.
-            DigestMismatch: it is not the artifact that was asked for.
+            ArtifactNotFound: there is no artifact.
+            DigestMismatch: it is not the expected artifact.
             SizeMismatch, ArtifactInvalid: manifest and payload do not belong together.
             ObjectChanged: the artifact was replaced at this moment.
         """
@@ -127,7 +127,7 @@ class RemoteArtifact:
         length = member_length(INDEX_NAME, size)
         if size > index_bytes_limit(self.manifest.members) or len(self.head) + length > self.payload.size:
             raise ArtifactInvalid(
-                f"the manifest of {self.key!r} speaks of an index of {size} bytes", key=self.key, what="manifest"
+                f"the manifest of {self.key!r} declares an index of {size} bytes", key=self.key, what="manifest"
             )
         entry = self.store.get_range(self.key, len(self.head), length, e_tag=self.payload.e_tag)
         expected_header = header(INDEX_NAME, size, FILE_MODE)
@@ -157,7 +157,7 @@ class RemoteArtifact:
         on_progress: OnProgress | None,
         on_checkpoint: OnRecord | None,
     ) -> TransferProgress:
-        """That of fetching the parts of `plan`; the head of the payload is here already."""
+        """The progress of fetching the parts of `plan`; the head of the payload is here already."""
         return TransferProgress(
             *(self.store, self.key, self.digest, kind),
             part_size=plan.part_size,

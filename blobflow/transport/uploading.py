@@ -1,4 +1,4 @@
-"""Upload: numbered parts that any process can take up again, published by the sibling manifest, which comes last."""
+"""Upload: numbered parts that any process can continue, published by the sibling manifest, which comes last."""
 
 from __future__ import annotations
 
@@ -61,23 +61,23 @@ class PayloadReader(Protocol):
 
 
 class Payload(Protocol):
-    """What is brought under a key: that of an `Artifact` here, or of one in another store."""
+    """The content of an upload: the payload of an `Artifact` here, or of one in another store."""
 
     @property
     def manifest_file(self) -> ManifestFile:
-        """What was sent is compared with its checksum before it becomes an object."""
+        """The manifest; before the bytes sent become an object, they are compared with its checksum."""
         ...
 
     def source(self) -> PayloadReader: ...
 
     def adopt(self, manifest_file: ManifestFile) -> Self:
-        """The same body behind another manifest (see `Manifest.same_body`)."""
+        """The same body with another manifest (see `Manifest.same_body`)."""
         ...
 
 
 @dataclass(frozen=True)
 class UploadRequest:
-    """What is to be brought where, and who is told."""
+    """An upload request: store, key, payload, options, callbacks."""
 
     store: Store
     key: str
@@ -88,19 +88,19 @@ class UploadRequest:
     on_checkpoint: OnRecord | None = None
     kind: Literal["upload", "copy"] = "upload"
     if_differs: str = "a source file changed, or was damaged, after the export: export again"
-    """What to do if the bytes that were sent are not those that the manifest promises."""
+    """The hint if the bytes that were sent do not match the manifest."""
     damaged: str | None = None
-    """Entity tag of a payload that was found damaged: it is sent again, although the key holds this content."""
+    """Entity tag of a payload that is damaged: it is sent again, although the key holds this content."""
 
 
 @dataclass(frozen=True)
 class UploadResult(PartStats):
-    """What an upload did."""
+    """The result of an upload."""
 
     status: Literal["uploaded", "unchanged"]
     key: str
     artifact_digest: str
-    """Of the artifact that is now under the key; with `unchanged` it may be an older one of equal content."""
+    """Digest of the artifact that is now under the key; with `unchanged` it may be an older one of equal content."""
     manifest: Manifest
     bytes_sent: int = 0
 
@@ -115,23 +115,23 @@ def upload(
     on_progress: OnProgress | None = None,
     on_checkpoint: OnRecord | None = None,
 ) -> UploadResult:
-    """Bring an artifact under `key`, payload first, sibling manifest last.
+    """Upload an artifact to `key`, payload first, sibling manifest last.
 
-    May be called again after a crash, from any machine: it sends what is missing. Uploading what is there already is
-    a no-op (`unchanged`).
+    May be called again after a crash, from any machine: it sends what is missing. Uploading an artifact that is there
+    already is a no-op (`unchanged`).
 
     Args:
         overwrite: Replace another artifact under the key. Readers see the old, the new, or a retryable error.
-        on_progress: Called in the calling thread about twice a second; raising from it stops the upload cleanly.
+        on_progress: Called in the calling thread about twice a second; an exception from it stops the upload cleanly.
         on_checkpoint: Called in the calling thread once it is known what the store holds already, after each saved
             checkpoint, at the end and on failure.
 
     Raises:
-        ArtifactNotFound, ArtifactInvalid: the local artifact is no artifact; no request was sent.
+        ArtifactNotFound, ArtifactInvalid: the local artifact is missing or invalid; no request was sent.
         Unsupported: the store cannot keep it, or nobody could read it there; nothing was sent.
         KeyConflict: the key holds another artifact.
         TransferBusy: another process is uploading other content to this key.
-        SourceChanged, ChecksumMismatch: the files are not the ones that were exported; nothing was published.
+        SourceChanged, ChecksumMismatch: the files differ from those that were exported; nothing was published.
     """
     check_artifact_key(key)
     if not isinstance(artifact, Artifact):
@@ -140,10 +140,10 @@ def upload(
 
 
 def run(request: UploadRequest, multipart: type[MultipartUpload] | None = None) -> UploadResult:
-    """Bring the payload under its key, or find out that it is there.
+    """Upload the payload to its key, unless it is there already.
 
     Args:
-        multipart: How it is done in a store that has multipart uploads, if not the usual way.
+        multipart: The class for stores with multipart uploads, if not the usual one.
     """
     started = time.monotonic()
     store = request.store
@@ -164,7 +164,7 @@ def run(request: UploadRequest, multipart: type[MultipartUpload] | None = None) 
 
 
 def look(request: UploadRequest, started: float) -> UploadResult | str | None:
-    """The result, if all of it is there; else the digest of the artifact that the upload is to replace, if any."""
+    """The result, if all of it is there; otherwise the digest of the artifact that the upload will replace, if any."""
     store, key = request.store, request.key
     existing_bytes = find_manifest_bytes(store, key)
     if existing_bytes is None:
@@ -179,16 +179,16 @@ def look(request: UploadRequest, started: float) -> UploadResult | str | None:
 
 
 def busy(request: UploadRequest) -> TransferBusy:
-    """Others publish under the key, or take the upload away, again and again."""
-    return TransferBusy(f"{CLAIM_ATTEMPTS} times, others were quicker under {request.key!r}", key=request.key)
+    """The error if other processes publish under the key, or take the upload away, again and again."""
+    return TransferBusy(f"other uploads to {request.key!r} were faster {CLAIM_ATTEMPTS} times", key=request.key)
 
 
 def _same_content(existing_bytes: bytes, request: UploadRequest) -> ManifestFile | None:
-    """The manifest under the key if it is of the same content, None if it may be replaced.
+    """The manifest under the key if it has the same content; None if it may be replaced.
 
     Raises:
-        KeyConflict: it is of other content, and nobody said that it may be replaced.
-        ArtifactInvalid: likewise, of a damaged one.
+        KeyConflict: it has other content, and replacing it was not allowed.
+        ArtifactInvalid: it is damaged, and replacing it was not allowed.
     """
     try:
         existing = ManifestFile.parse(existing_bytes, request.key)
@@ -220,10 +220,11 @@ def _payload_is_there(request: UploadRequest, existing: ManifestFile) -> bool:
 
 
 def _remove_leftover(store: Store, key: str, published: ManifestFile) -> None:
-    """Remove the intent of a process that died after it had published this very manifest.
+    """Remove the intent of a process that died after it had published this manifest.
 
-    Should its owner be alive after all, it is about to remove it; and whoever joined it finds the payload complete.
-    One that replaces this manifest by itself is the upload of a damaged payload, which is not done.
+    If its owner is alive after all, it is about to remove the intent, and a process that joined it finds the payload
+    complete. An intent that replaces this manifest by the same one belongs to an upload that repairs a damaged payload;
+    it stays.
     """
     keeper = IntentKeeper(store, key)
     intent = keeper.load()
@@ -235,7 +236,7 @@ def _remove_leftover(store: Store, key: str, published: ManifestFile) -> None:
 
 
 class _Upload:
-    """What all ways of uploading share: publishing, and the result."""
+    """What all kinds of uploads share: publishing, and the result."""
 
     def __init__(self, request: UploadRequest, replaces: str | None) -> None:
         self.request = request
@@ -245,7 +246,7 @@ class _Upload:
         self.profile = request.profile
         self.replaces = replaces
         self.is_private = request.payload.manifest_file.manifest.private is not None
-        """Whether others than its owner must not read the payload, where it becomes a file."""
+        """Whether only its owner may read the payload, if the store keeps it as a file."""
 
     def new_progress(self, plan: TransferPlan, upload_id: str | None, save: Callable[[], None]) -> TransferProgress:
         return TransferProgress(
@@ -261,10 +262,10 @@ class _Upload:
         )
 
     def delete_published_manifest(self) -> None:
-        """Before the payload is replaced, its old manifest goes: a manifest means that its payload is complete.
+        """Delete the old manifest before the payload is replaced: a manifest means that its payload is complete.
 
         Raises:
-            KeyConflict: another artifact was published under this key meanwhile; it is left alone.
+            KeyConflict: another artifact was published under this key meanwhile; it stays.
         """
         found = find_manifest_bytes(self.store, self.key)
         if found is None:
@@ -272,7 +273,7 @@ class _Upload:
         actual = artifact_digest(found)
         if actual == self.replaces:
             self.store.delete(self.key + MANIFEST_SUFFIX)
-        elif found != self.payload.manifest_file.data:  # equal bytes: a joined uploader was quicker
+        elif found != self.payload.manifest_file.data:  # equal bytes: a joined uploader was faster
             raise KeyConflict(
                 f"another artifact was published under {self.key!r} meanwhile",
                 key=self.key,
@@ -323,7 +324,7 @@ class _Upload:
             )
 
     def differs(self, actual: int) -> ChecksumMismatch:
-        """What was sent has the CRC32C `actual`, and not the one that the manifest promises."""
+        """The error for sent bytes with the CRC32C `actual` instead of the manifest's."""
         expected = self.payload.manifest_file.payload_crc32c
         return ChecksumMismatch(
             f"the payload of {self.payload!r} has CRC32C {actual:08x}, its manifest says {expected:08x}",
@@ -345,7 +346,7 @@ class _Upload:
 
 
 class _StreamUpload(_Upload):
-    """For stores without multipart uploads: one request, from the beginning each time."""
+    """The upload for stores without multipart uploads: one request, from the beginning each time."""
 
     def run(self, started: float) -> UploadResult:
         source = self.payload.source()
@@ -365,7 +366,7 @@ class _StreamUpload(_Upload):
                 if progress.bytes_moved + len(chunk) == source.size:
                     if crc != expected:
                         raise self.differs(crc)
-                    # Looked at before the transfer, and once more before it replaces anything.
+                    # Checked before the transfer, and once more before it replaces anything.
                     self.delete_published_manifest()
                 yield chunk
                 progress.moved(len(chunk))
@@ -381,13 +382,13 @@ class _StreamUpload(_Upload):
 
 
 class MultipartUpload(_Upload):
-    """Numbered parts under an upload id that any process can take up again.
+    """Numbered parts of a multipart upload that any process can continue.
 
     Args:
-        owner: In whose name the intent is kept; None: of this process.
+        owner: The owner that the intent names; None for this process.
 
     Attributes:
-        plan, progress: Of the upload that was claimed or taken up.
+        plan, progress: Those of the upload that was claimed or continued.
     """
 
     plan: TransferPlan
@@ -400,7 +401,7 @@ class MultipartUpload(_Upload):
         )
 
     def claim(self) -> bool:
-        """Begin an upload, or join one of the same payload. False: somebody published under the key meanwhile."""
+        """Begin an upload, or join one of the same payload. False if the key was published meanwhile."""
         mine, session = self.payload.manifest_file, self.session
         part_size = upload_part_size(self.store, mine.payload_size, self.profile.chunk_size)
         intent = session.claim(
@@ -411,7 +412,7 @@ class MultipartUpload(_Upload):
         )
         self.adopt(intent)
         if session.is_new:
-            # Whoever held the intent before may have published and removed it since we looked at the key.
+            # The previous holder of the intent may have published and removed it since the key was checked.
             found = find_manifest_bytes(self.store, self.key)
             if found is not None and artifact_digest(found) != self.replaces:
                 log.info("upload.overtaken key=%s", self.key)
@@ -421,7 +422,7 @@ class MultipartUpload(_Upload):
         return True
 
     def adopt(self, intent: Intent) -> None:
-        """Publish, at the end, what the intent says."""
+        """Take the intent's manifest as the one to publish at the end."""
         self.replaces = self.replaces or intent.replaces
         if intent.manifest_file != self.payload.manifest_file:
             self.payload = self.payload.adopt(intent.manifest_file)
@@ -432,7 +433,7 @@ class MultipartUpload(_Upload):
         self.progress = self.new_progress(self.plan, self.session.upload_id, save=self.session.save)
 
     def run(self) -> bool:
-        """Make the payload and publish it. False: the upload is gone, and nobody completed it."""
+        """Make the payload and publish it. False if the upload is gone, and nobody completed it."""
         with self.session as session:
             try:
                 made = self.make()
@@ -444,24 +445,24 @@ class MultipartUpload(_Upload):
                     return False
                 made = settled
                 for part in self.plan.missing(session.crcs):
-                    self.progress.resumed(part.length)  # sent by whoever completed the upload
+                    self.progress.resumed(part.length)  # sent by the process that completed the upload
             self.publish(made)
         session.close()
         self.progress.done()
         return True
 
     def settle(self) -> ObjectMeta | None:
-        """The payload, if somebody completed this upload: its embedded manifest is as unique as its digest."""
+        """The payload, if another process completed this upload; its embedded manifest identifies it."""
         head = self.payload.manifest_file.entry
         return self.session.settle(self.plan.size, begins_with=head, other_than=self.request.damaged)
 
     def make(self) -> ObjectMeta:
-        """Send what is missing, prove it, and make the payload of it."""
+        """Send what is missing, prove it, and complete the payload."""
         self.send(self.plan.numbers)
         return self.complete()
 
     def send(self, numbers: Collection[int]) -> None:
-        """Send those of the parts that the store does not hold, and save their checksums."""
+        """Send the parts that the store does not hold, and save their checksums."""
         session, progress = self.session, self.progress
         held = session.held()
         session.crcs, unproven = held.proven(self.plan), held.unproven(self.plan)
@@ -475,10 +476,10 @@ class MultipartUpload(_Upload):
         progress.save()
 
     def complete(self) -> ObjectMeta:
-        """Prove that the parts, whose checksums are all known, are the payload, and make it of them."""
+        """Prove that the parts, whose checksums are all known, are the payload, and complete it."""
         actual = self.session.crc32c(self.plan)
         if actual != self.payload.manifest_file.payload_crc32c:
-            # Nothing of this upload can be used again: its parts came from files that are no longer the same.
+            # Nothing of this upload can be used again: its files have changed since they were read.
             self.session.abandon()
             raise self.differs(actual)
         parts = self.session.prove(self.plan)
@@ -486,7 +487,7 @@ class MultipartUpload(_Upload):
         return self.session.complete(parts)
 
     def delete_old_manifest(self) -> None:
-        """`delete_published_manifest`, and nothing is left of this upload if it is refused."""
+        """Call `delete_published_manifest`; if it is refused, abandon this upload."""
         try:
             self.delete_published_manifest()
         except KeyConflict:
@@ -522,12 +523,12 @@ class MultipartUpload(_Upload):
         )
 
     def tick(self) -> None:
-        """Show the progress and keep the intent alive, as often as each is due."""
+        """Report the progress and renew the intent, each when it is due."""
         self.progress.tick()
         self.session.renew()
 
     def result(self, started: float) -> UploadResult:
-        """What was done, once it is published."""
+        """The result after publication."""
         return self.result_of(self.progress, started)
 
 
@@ -542,7 +543,7 @@ def _chunks(source: PayloadReader, offset: int, length: int, buffer: memoryview)
 
 
 def _part_body(source: PayloadReader, part: Part, buffer: memoryview) -> Body:
-    """The bytes of a part, through `buffer`: read once if it fits, else once to checksum it and once to send it."""
+    """The bytes of a part, through `buffer`: read once if it fits, otherwise once for the checksum and once to send."""
     if part.length <= len(buffer):
         view = buffer[: part.length]
         source.read_into(part.offset, view)

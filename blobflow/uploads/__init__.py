@@ -1,1 +1,1 @@
-"""What every multipart upload shares: its intent in the bucket, and its progress."""
+"""What all multipart uploads share: the intent in the bucket, the session, and the progress."""

@@ -1,7 +1,7 @@
-"""The intent: the object `<key>.upload.json` that lets any machine take an upload up again (docs/format.md).
+"""The intent: the object `<key>.upload.json`, by which any machine can resume an upload (docs/format.md).
 
 It is written before the first part and removed after the sibling manifest is published. It names the upload id, the
-part size and the exact manifest, and remembers the CRC32C of the parts that were acknowledged.
+part size and the exact manifest, and records the CRC32C of the acknowledged parts.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ log = logging.getLogger(__name__)
 FORMAT: Final = "blobflow.upload/1"
 SUFFIX: Final = ".upload.json"
 TTL_S: Final = 120.0
-"""Seconds after its last renewal for which an intent keeps uploads of other content away; renewed at a third."""
+"""Seconds after its last renewal for which an intent blocks uploads of other content; renewed after a third of them."""
 
 _MAX_BYTES: Final = 4 * MAX_MANIFEST_BYTES
 _LATEST_S: Final = 1e11
-"""Seconds since the epoch, in the year 5138."""
+"""Unix time in the year 5138."""
 _SAVE_ATTEMPTS: Final = 20
 _SAVE_PAUSE_S: Final = 0.25
 
 
 @dataclass(frozen=True)
 class FrameLog:
-    """What a layer's upload has compressed so far: it says where each part begins (docs/layers.md)."""
+    """What a layer's upload has compressed so far; it determines where each part begins (docs/layers.md)."""
 
     codec: str
-    """Other bytes come of another one."""
+    """Another codec makes other bytes."""
     frame_size: int
-    """Bytes before compression; equal for all frames but the last of the head and the last of all."""
+    """Bytes before compression; equal for all frames except the last of the head and the last of all."""
     sizes: array[int] = field(default_factory=lambda: array("I"))
-    """Of the frames from the first, compressed."""
+    """Compressed sizes of the frames, from the first."""
     crcs: array[int] = field(default_factory=lambda: array("I"))
-    """CRC32C of what went into each of them."""
+    """CRC32C of each frame's content."""
 
     def longer(self, other: FrameLog | None) -> FrameLog:
-        """The one of the two that knows more frames; they are logs of the same bytes."""
+        """The longer of the two logs, which are logs of the same bytes."""
         return other if other is not None and len(other.sizes) > len(self.sizes) else self
 
     def encode(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class FrameLog:
 
     @classmethod
     def parse(cls, document: dict[str, Any]) -> FrameLog:
-        """The inverse of `encode`."""
+        """The log in `document`; the inverse of `encode`."""
         sizes, crcs = _unpack(document["sizes"]), _unpack(document["crc32c"])
         if len(sizes) != len(crcs) or _whole(document["frame_size"]) <= 0:
             raise ValueError("frames")
@@ -94,22 +94,22 @@ class Intent:
     owner: str
     generation: int
     expires_at: float
-    """Seconds since the epoch."""
+    """Unix time in seconds."""
     write_id: str
-    """Differs in every write, so that two equal intents are still two."""
+    """Differs in every write, so that two equal intents can be distinguished."""
     crcs: dict[int, int]
     """CRC32C of the parts that the store has acknowledged, by part number."""
     replaces: str | None = None
-    """Digest of the artifact that this upload will replace, if it was told to."""
+    """Digest of the artifact that this upload will replace; None if it may replace none."""
     frames: FrameLog | None = None
-    """Of a layer."""
+    """The frames of a layer; None for an artifact."""
 
     @property
     def manifest(self) -> Manifest:
         return self.manifest_file.manifest
 
     def is_alive(self, now: float) -> bool:
-        """Whether its owner may still be at work."""
+        """Whether its owner may still be working."""
         return now < self.expires_at and not owner_is_gone(self.owner)
 
     def encode(self) -> bytes:
@@ -136,10 +136,10 @@ class Intent:
 
     @classmethod
     def parse(cls, data: bytes) -> Intent:
-        """The inverse of `encode`.
+        """The intent in `data`; the inverse of `encode`.
 
         Raises:
-            ArtifactInvalid: not an intent of a known version, or damaged.
+            ArtifactInvalid: it is not an intent of a known version, or it is damaged.
         """
         if len(data) > _MAX_BYTES:
             raise ArtifactInvalid(
@@ -180,9 +180,9 @@ class Intent:
 
 
 def read_intent(store: Reader, key: str) -> tuple[Intent | None, str]:
-    """The intent of the upload of `key`, and the entity tag of its object: None and an empty one where there is none.
+    """The intent of the upload of `key`, and the entity tag of its object; None and an empty tag if there is none.
 
-    An intent that is damaged, or too large, counts as none; its entity tag lets a writer replace it.
+    A damaged or too large intent counts as none; its entity tag lets a writer replace it.
     """
     try:
         data, meta = store.get(key + SUFFIX, max_bytes=_MAX_BYTES)
@@ -191,7 +191,7 @@ def read_intent(store: Reader, key: str) -> tuple[Intent | None, str]:
     except ObjectTooLarge:
         meta = store.head(key + SUFFIX)
         if meta.size <= _MAX_BYTES:
-            raise  # another one meanwhile, that must not be replaced unread
+            raise  # another intent meanwhile, which must not be replaced unread
         return None, meta.e_tag
     try:
         return Intent.parse(data), meta.e_tag
@@ -200,7 +200,7 @@ def read_intent(store: Reader, key: str) -> tuple[Intent | None, str]:
 
 
 class IntentKeeper:
-    """Reads and writes the intent of one key. Every write is a compare-and-swap where the store has one."""
+    """Reads and writes the intent of one key. Every write is a compare-and-swap if the store has one."""
 
     def __init__(
         self, store: Store, key: str, *, clock: Callable[[], float] = time.time, owner: str | None = None
@@ -209,7 +209,7 @@ class IntentKeeper:
         self._key = key + SUFFIX
         self._clock = clock
         self._owner = owner
-        """In the name of whom it writes; None: of this process."""
+        """The owner that it writes; None for this process."""
         self._e_tag = ""
         self.intent: Intent | None = None
         self._renewed_at = clock()
@@ -218,12 +218,12 @@ class IntentKeeper:
         return f"<IntentKeeper {self._key} {'held' if self.intent else 'empty'}>"
 
     def load(self) -> Intent | None:
-        """The intent in the store, or None. One that is damaged, or too large, counts as none and is replaced."""
+        """The intent in the store, or None. A damaged or too large one counts as none and is replaced."""
         self.intent, self._e_tag = read_intent(self._store, self._key.removesuffix(SUFFIX))
         return self.intent
 
     def is_alive(self) -> bool:
-        """Whether somebody may be at work on the loaded intent."""
+        """Whether a process may be working on the loaded intent."""
         return self.intent is not None and self.intent.is_alive(self._clock())
 
     def begin(
@@ -235,7 +235,7 @@ class IntentKeeper:
         replaces: str | None = None,
         frames: FrameLog | None = None,
     ) -> bool:
-        """Write a new intent in the place of what `load` saw. False: somebody else was first."""
+        """Replace what `load` saw by a new intent. False if another process wrote first."""
         intent = Intent(
             manifest_file=manifest_file,
             upload_id=upload_id,
@@ -251,7 +251,7 @@ class IntentKeeper:
         return self._write(intent)
 
     def save(self, crcs: dict[int, int], frames: FrameLog | None = None) -> None:
-        """Add acknowledged parts and renew the intent; merges with what a joined uploader wrote.
+        """Add acknowledged parts and renew the intent; merges with the parts of a joined uploader.
 
         Raises:
             TransferBusy: the intent now belongs to another upload; this one must stop.
@@ -287,11 +287,11 @@ class IntentKeeper:
         raise TransferBusy(f"another upload took {self._key.removesuffix(SUFFIX)!r} over", key=self._key)
 
     def renewal_due(self) -> bool:
-        """Whether a third of the time to live is over."""
+        """Whether a third of the time to live has passed."""
         return self._clock() - self._renewed_at > TTL_S / 3
 
     def release(self, upload_id: str) -> None:
-        """Keep other content away no longer, as well as it can be done; the upload can still be taken up."""
+        """Stop blocking other content; best effort. The upload can still be resumed."""
         if self.intent is not None and self.intent.upload_id == upload_id:
             try:
                 self._write(replace(self.intent, expires_at=self._clock(), write_id=uuid.uuid4().hex))
@@ -299,7 +299,7 @@ class IntentKeeper:
                 log.info("intent.release_failed key=%s error=%s", self._key, error)
 
     def remove(self, upload_id: str) -> None:
-        """The upload is published or given up. An intent that meanwhile belongs to another upload is left alone."""
+        """Remove the intent of a published or abandoned upload; an intent of another upload stays."""
         current = self.load()
         if current is None or current.upload_id == upload_id:
             self._store.delete(self._key)
@@ -325,7 +325,7 @@ class IntentKeeper:
 
 
 def _pack(values: array[int]) -> str:
-    """As base64, 4 bytes each."""
+    """The values as base64, 4 bytes each."""
     return base64.b64encode(_little_endian(values).tobytes()).decode()
 
 
@@ -341,7 +341,7 @@ def _little_endian(values: array[int]) -> array[int]:
 
 
 def _encode_ranges(numbers: list[int]) -> str:
-    """`[1, 2, 3, 7]` as `1-3,7`."""
+    """The numbers as ranges: `[1, 2, 3, 7]` as `1-3,7`."""
     starts = [n for before, n in pairwise([-1, *numbers]) if n != before + 1]
     ends = [n for n, after in pairwise([*numbers, -1]) if after != n + 1]
     return ",".join(f"{start}-{end}" if start != end else str(start) for start, end in zip(starts, ends, strict=True))
@@ -370,7 +370,7 @@ def _decode_ranges(text: str) -> Iterable[int]:
     for piece in text.split(",") if text else ():
         start, _, end = piece.partition("-")
         first, last = int(start), int(end or start)
-        if not before < first <= last <= 10_000:  # rising, so that no text stands for more numbers than there are
+        if not before < first <= last <= 10_000:  # ascending, so that a text cannot expand beyond all numbers
             raise ValueError(f"part numbers {piece[:50]!r}")
         before = last
         yield from range(first, last + 1)

@@ -29,11 +29,11 @@ TransferKind: TypeAlias = Literal["upload", "verify", "download", "copy"]
 
 
 class TransferRecord(BaseModel):
-    """What is told of an artifact's transfer at each checkpoint; the store holds the truth, this is a hint."""
+    """The record of an artifact's transfer at each checkpoint. It is only a hint; the truth is in the store."""
 
     model_config = ConfigDict(frozen=True)
 
-    transfer_id: str = Field(description="Same store, key, artifact and direction: same id, on every machine.")
+    transfer_id: str = Field(description="The same on every machine for the same store, key, artifact and direction.")
     kind: TransferKind
     key: str
     artifact_digest: str
@@ -43,8 +43,8 @@ class TransferRecord(BaseModel):
     parts_done: Counter
     bytes_done: Counter
     bytes_total: Counter
-    parts_resumed: Counter = Field(default=0, description="Of `parts_done`, what the store or the stage held before.")
-    bytes_resumed: Counter = Field(default=0, description="Of `bytes_done`, likewise.")
+    parts_resumed: Counter = Field(default=0, description="Parts that the store or the stage held before.")
+    bytes_resumed: Counter = Field(default=0, description="Bytes that the store or the stage held before.")
     state: Literal["running", "done", "failed"]
 
     def to_json_dict(self) -> dict[str, Any]:
@@ -60,12 +60,12 @@ _COUNTERS: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class TransferStats:
-    """What a transfer took; each kind of result adds in which direction its bytes went."""
+    """The counters of a transfer; each kind of result adds the direction of its bytes."""
 
     bytes_total: int
-    """Of what was transferred, however much of it was there before."""
+    """Bytes of the whole, including those that were there before."""
     bytes_resumed: int = 0
-    """What an earlier attempt had moved."""
+    """Bytes that an earlier attempt had moved."""
     seconds: float
 
     def to_dict(self) -> dict[str, int | float]:
@@ -75,21 +75,21 @@ class TransferStats:
 
 @dataclass(frozen=True, kw_only=True)
 class PartStats(TransferStats):
-    """What a transfer in numbered parts took."""
+    """The counters of a transfer in numbered parts."""
 
     parts: int = 0
-    """All that there are, those of an earlier attempt included."""
+    """All parts, including those of an earlier attempt."""
     checkpoints_saved: int = 0
 
 
 class ProgressEvent(NamedTuple):
-    """How far a transfer is; bytes count the payload."""
+    """The state of a transfer; bytes count the payload."""
 
     phase: TransferKind
     bytes_done: int
     bytes_total: int
     bytes_resumed: int
-    """Of `bytes_done`, what an earlier process had moved."""
+    """The part of `bytes_done` that an earlier process had moved."""
 
 
 OnProgress: TypeAlias = Callable[[ProgressEvent], None]
@@ -97,27 +97,27 @@ OnRecord: TypeAlias = Callable[[TransferRecord], object]
 
 
 _KEY_CHARACTERS: Final = 100
-"""Of a key, in the name of a transfer, which is that of a file as well."""
+"""Maximum characters of a key in a transfer's name, which is also a file name."""
 
 
 def transfer_id(store: Reader, key: str, digest: str, kind: str) -> str:
-    """The name under which every process finds the same transfer again.
+    """The name of a transfer, the same in every process.
 
-    It begins with the kind and the end of the key, for people who look for one of many; the rest makes it the only one.
+    It begins with the kind and the end of the key, for people who look for one of many; the rest makes it unique.
     """
     unique = hashlib.sha256("\n".join((store.url, key, digest, kind)).encode()).hexdigest()[:32]
     return f"{kind}-{re.sub(r'[^A-Za-z0-9]+', '_', key[-_KEY_CHARACTERS:]).strip('_')}-{unique}"
 
 
 class TransferProgress:
-    """Counts what one transfer has moved, saves it, and reports it; used by one thread.
+    """Counts, saves and reports the progress of one transfer; used by one thread.
 
     Args:
-        digest: Of the artifact.
-        parts: How many there are.
+        digest: Digest of the artifact.
+        parts: Number of parts.
         size: Bytes to move.
         head_size: Bytes, beyond `size`, that are there when the transfer begins.
-        save: Makes the parts that were moved so far durable; called every `profile.checkpoint_interval` parts.
+        save: Makes the parts moved so far durable; called every `profile.checkpoint_interval` parts.
         on_progress: Called about twice a second.
         on_checkpoint: Called at the beginning, after each `save`, and at the end.
     """
@@ -163,11 +163,11 @@ class TransferProgress:
 
     @property
     def bytes_resumed(self) -> int:
-        """What was done before, by another process."""
+        """Bytes that another process had moved before."""
         return self.record.bytes_resumed
 
     def resumed(self, length: int) -> None:
-        """A part was done before, by another process."""
+        """Count a part that another process had moved before."""
         self._count(length)
         record = self.record
         self.record = record.model_copy(
@@ -175,12 +175,12 @@ class TransferProgress:
         )
 
     def begin(self) -> None:
-        """Tell what is done already, now that it is known."""
+        """Report what is done already, once it is known."""
         if self._on_checkpoint:
             self._on_checkpoint(self.record)
 
     def moved(self, length: int) -> None:
-        """A part is done; save every `interval` parts."""
+        """Count a moved part; saves every `interval` parts."""
         self._count(length)
         self.bytes_moved += length
         self._unsaved += 1
@@ -194,7 +194,7 @@ class TransferProgress:
         )
 
     def save(self) -> None:
-        """Make the progress durable, then tell of it."""
+        """Make the progress durable, then report it."""
         self._save()
         self._unsaved = 0
         self.saved += 1
@@ -202,27 +202,27 @@ class TransferProgress:
             self._on_checkpoint(self.record)
 
     def tick(self) -> None:
-        """Show the progress if it is time."""
+        """Report the progress if it is due."""
         now = time.monotonic()
         if self._on_progress and now - self._shown_at >= _PROGRESS_S:
             self._shown_at = now
             self.show()
 
     def show(self) -> None:
-        """Show the progress now."""
+        """Report the progress now."""
         if self._on_progress:
             done, total = self.record.bytes_done, self.record.bytes_total
             self._on_progress(ProgressEvent(self.record.kind, done, total, self.bytes_resumed))
 
     def done(self) -> None:
-        """The terminal record."""
+        """Write the final record."""
         self.record = self.record.model_copy(update={"state": "done", "bytes_done": self.record.bytes_total})
         self.show()
         if self._on_checkpoint:
             self._on_checkpoint(self.record)
 
     def failed(self) -> None:
-        """Save what can be saved while an error is on its way; it must not be hidden by another one."""
+        """Save what can be saved while another error propagates; an error from here must not hide that one."""
         self.record = self.record.model_copy(update={"state": "failed"})
         try:
             self.save()
@@ -231,7 +231,7 @@ class TransferProgress:
 
     @contextmanager
     def failure_saved(self) -> Generator[None]:
-        """Calls `failed` if the block fails; of an upload that is gone there is nothing to save."""
+        """Call `failed` if the block fails, except for an upload that is gone: then there is nothing to save."""
         try:
             yield
         except NoSuchUpload:

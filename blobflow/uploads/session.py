@@ -1,21 +1,22 @@
-"""A multipart upload, from the claim to the object: the steps that every upload under a key goes through.
+"""A multipart upload, from the claim to the object: the steps of every upload under a key.
 
-* **claim**: the same upload is joined; another one that is alive is `TransferBusy`; else an upload is created, the
-  intent is taken by compare-and-swap, and only then the upload that it replaces is aborted. A layer is joined only if
-  nobody works on it, because where its parts begin depends on what was compressed before. `ObjectTarget` has no
-  intent: its checkpoint keeps the upload id.
-* **held**: the store's list is the truth; the intent adds checksums that the store does not report. Where the two
+* **claim**: the same upload is joined; another one that is alive is `TransferBusy`. Otherwise an upload is created,
+  the intent is taken by compare-and-swap, and only then the upload that it replaces is aborted. A layer is joined only
+  if no process works on it, because the start of its parts depends on what was compressed before. `ObjectTarget` has
+  no intent: its checkpoint keeps the upload id.
+* **held**: the store's list is the truth; the intent adds checksums that the store does not report. If the two
   contradict each other, the part counts as missing.
 * **put**: any thread sends; the calling thread records the checksum and saves it. A server copy has no parts.
-* **prove**: the parts are listed once more and compared with the plan; their combined checksum is the promised one.
-  Nobody promises the compressed bytes of a layer: there, the contents of the frames are held to the manifest.
-* **complete**: the object is made; its size and entity tag are looked at.
-* **settle**: `NoSuchUpload` says that somebody completed, aborted or expired the upload. The object under the key says
+* **prove**: the parts are listed once more and compared with the plan; their combined checksum must be the expected
+  one. The checksum of a layer's compressed bytes is not known before, so its frames' contents are compared with the
+  manifest instead.
+* **complete**: the object is made; its size and entity tag are checked.
+* **settle**: `NoSuchUpload` means that the upload was completed, aborted or expired. The object under the key decides
   which: an artifact by its embedded manifest, a stream by its CRC32C, a layer by its head and seek table.
-* **publish**, the caller's: the sibling manifest, or the metadata of a layer. A stream's object is visible at once.
+* **publish**, by the caller: the sibling manifest, or the metadata of a layer. A stream's object is visible at once.
 * **close**: the intent is removed, after everything else.
 * If something **fails**, the intent is released: the parts stay, and other content may come. A lane that fails does
-  not release it, because others may be at work.
+  not release it, because other lanes may be working.
 * **abandon**: the upload is aborted, then its intent is removed.
 """
 
@@ -41,7 +42,7 @@ from blobflow.uploads.intent import FrameLog, Intent, IntentKeeper
 log = logging.getLogger(__name__)
 
 CLAIM_ATTEMPTS: Final = 5
-"""Each is lost to another process that was quicker; then the key is busy."""
+"""Each attempt is lost to another process that was faster; after the last one the key counts as busy."""
 _READ_BACK_BYTES: Final = MIB
 
 
@@ -49,7 +50,7 @@ class HeldParts:
     """The parts of an upload that the store holds.
 
     Attributes:
-        crcs: CRC32C of the parts of which it is known.
+        crcs: CRC32C of the parts whose checksum is known.
     """
 
     def __init__(self, parts: Iterable[PartMeta], remembered: Mapping[int, int]) -> None:
@@ -58,7 +59,7 @@ class HeldParts:
         for part in parts:
             reported, known = part.crc32c, remembered.get(part.part_number)
             if None not in (reported, known) and reported != known:
-                continue  # somebody put another part in its place
+                continue  # another process replaced the part
             self._parts[part.part_number] = part
             if (crc := reported if reported is not None else known) is not None:
                 self.crcs[part.part_number] = crc
@@ -68,7 +69,7 @@ class HeldParts:
         return {part.number: self.crcs[part.number] for part in plan if self.has(part) and part.number in self.crcs}
 
     def unproven(self, plan: Iterable[Part]) -> dict[int, str]:
-        """Entity tags of the parts of `plan` that are there, with the right size and a checksum that nobody knows."""
+        """Entity tags of the parts of `plan` that are there, with the right size and an unknown checksum."""
         parts = (part.number for part in plan if self.has(part) and part.number not in self.crcs)
         return {number: self._parts[number].e_tag for number in parts}
 
@@ -87,7 +88,7 @@ class HeldParts:
 
 
 def md5_in(e_tag: str) -> str | None:
-    """The MD5 of a part's bytes, in hex, if its entity tag may be one; any other tag proves nothing.
+    """The MD5 of a part's bytes, in hex, if its entity tag may be one; otherwise None, because the tag proves nothing.
 
     On S3 and Ceph the tag of a part is the MD5, unless KMS encrypts it.
     """
@@ -96,7 +97,7 @@ def md5_in(e_tag: str) -> str | None:
 
 
 def upload_part_size(store: Store, size: int, chunk_size: int) -> int:
-    """Bytes per part of an upload of `size` bytes: `chunk_size`, or what the limits of the store ask for.
+    """Bytes per part of an upload of `size` bytes: `chunk_size`, enlarged if the limits of the store require it.
 
     Raises:
         Unsupported: there would be too many parts.
@@ -112,12 +113,12 @@ def upload_part_size(store: Store, size: int, chunk_size: int) -> int:
 
 
 class UploadSession:
-    """One multipart upload, known by its upload id.
+    """One multipart upload, identified by its upload id.
 
     Attributes:
-        upload_id: Of the store; empty until `create` or `take_up`.
-        part_size: Bytes of all parts but the last.
-        crcs: CRC32C of the parts that the store holds, as far as they are known. The calling thread keeps it.
+        upload_id: The store's id; empty until `create` or `take_up`.
+        part_size: Bytes of all parts except the last.
+        crcs: Known CRC32C of the parts that the store holds. Only the calling thread changes it.
     """
 
     def __init__(self, store: Store, key: str, *, content_type: str, private: bool = False) -> None:
@@ -140,11 +141,11 @@ class UploadSession:
         self.take_up(upload_id, part_size)
 
     def take_up(self, upload_id: str, part_size: int) -> None:
-        """Go on with an upload that was begun elsewhere."""
+        """Continue an upload that was begun elsewhere."""
         self.upload_id, self.part_size, self.crcs = upload_id, part_size, {}
 
     def held(self) -> HeldParts:
-        """What the store holds."""
+        """The parts that the store holds."""
         return HeldParts(self.store.list_parts(self.key, self.upload_id), {})
 
     def put(self, number: int, body: Body) -> int:
@@ -155,16 +156,16 @@ class UploadSession:
         return body.crc32c
 
     def crc32c(self, plan: Iterable[Part]) -> int:
-        """Of the whole, once the checksums of all its parts are known."""
+        """CRC32C of the whole, once the checksums of all its parts are known."""
         return combine_all((self.crcs[part.number], part.length) for part in plan)
 
     def prove(self, plan: Iterable[Part]) -> list[PartMeta]:
-        """What the store holds, after comparing it with the plan: dense numbers, sizes, checksums where reported.
+        """The parts in the store, after comparing them with the plan: dense numbers, sizes, reported checksums.
 
-        A checksum that was not known and is reported is taken over into `crcs`.
+        A reported checksum that was unknown is added to `crcs`.
 
         Raises:
-            UploadIncomplete: naming the first part that is missing or wrong; running again sends it.
+            UploadIncomplete: a part is missing or wrong; the message names the first one, and another run sends it.
         """
         listed = {part.part_number: part for part in self.store.list_parts(self.key, self.upload_id)}
         parts = list(plan)
@@ -195,12 +196,12 @@ class UploadSession:
     def settle(
         self, size: int, *, begins_with: bytes = b"", crc: int | None = None, other_than: str | None = None
     ) -> ObjectMeta | None:
-        """The object under the key, if it is what this upload would have made: the answer to Complete was lost.
+        """The object under the key if this upload made it (the response to Complete was lost); otherwise None.
 
         Args:
             begins_with: Bytes that no other object begins with.
-            crc: CRC32C of the whole, that the store attests or that is read back.
-            other_than: Entity tag of an object that lay there before.
+            crc: CRC32C of the whole, to compare with the store's checksum or with the bytes read back.
+            other_than: Entity tag of an object that was there before.
         """
         try:
             meta = self.store.head(self.key)
@@ -214,7 +215,7 @@ class UploadSession:
         return meta
 
     def attested(self, meta: ObjectMeta) -> int | None:
-        """The CRC32C of an object that the store has computed by itself; None if it has not."""
+        """The CRC32C of an object that the store itself has computed; None if it has computed none."""
         return meta.crc32c if self.store.capabilities().attests_crc32c else None
 
     def _object_crc32c(self, meta: ObjectMeta) -> int:
@@ -233,17 +234,17 @@ class UploadSession:
 
 
 class ClaimedUpload(UploadSession):
-    """An upload session with an intent in the bucket, by which any machine finds it and other content stays away.
+    """An upload session with an intent in the bucket, by which any machine finds it; it blocks other content.
 
-    As a context manager, it releases the intent if the block fails: this process may live on and upload again, and its
-    own intent must not keep it away then.
+    As a context manager, it releases the intent if the block fails. This process may continue and upload again, and its
+    earlier intent must not block that.
 
     Args:
-        owner: In whose name the intent is kept; None: of this process.
-        exclusive: One process sends at a time, and the caller sees to it that this is one thread of this process.
+        owner: The owner that the intent names; None for this process.
+        exclusive: One process sends at a time, and the caller ensures that this is one thread of this process.
 
     Attributes:
-        is_new: Whether nobody can have sent parts before.
+        is_new: Whether no other process can have sent parts before.
     """
 
     def __init__(
@@ -274,12 +275,12 @@ class ClaimedUpload(UploadSession):
 
     @property
     def intent(self) -> Intent | None:
-        """As it was read or written last."""
+        """The intent as it was read or written last."""
         return self._keeper.intent
 
     @property
     def owns_intent(self) -> bool:
-        """Whether the intent names this upload. Without it somebody else may be at the key."""
+        """Whether the intent names this upload. If not, another process may be using the key."""
         return self.intent is not None and self.intent.upload_id == self.upload_id
 
     def load(self) -> Intent | None:
@@ -287,16 +288,16 @@ class ClaimedUpload(UploadSession):
         return self._keeper.load()
 
     def is_idle(self) -> bool:
-        """Whether nobody works on the upload of the loaded intent."""
+        """Whether no process works on the upload of the loaded intent."""
         if self._exclusive and self.intent is not None and self.intent.owner == process_owner():
-            return True  # left by an attempt of this process that could not even say that it failed
+            return True  # left by an attempt of this process that could not even record its failure
         return not self._keeper.is_alive()
 
     def check_idle(self) -> None:
-        """Refuse to disturb who works on the upload of the loaded intent.
+        """Return if no process works on the upload of the loaded intent.
 
         Raises:
-            TransferBusy: somebody does.
+            TransferBusy: a process works on it.
         """
         if self.intent is not None and not self.is_idle():
             raise TransferBusy(
@@ -318,16 +319,16 @@ class ClaimedUpload(UploadSession):
         """Join the upload that is under way, if it is the same one, or begin an upload.
 
         Args:
-            part_size: Of an upload that is begun here.
-            is_same: Whether the parts of this upload would be those of the intent's.
+            part_size: Part size of an upload that is begun here.
+            is_same: Whether this upload would have the same parts as the intent's.
             replaces: Digest of the artifact that may be replaced.
-            frames: Those of a layer whose upload is begun here.
+            frames: Frames of a layer whose upload is begun here.
 
         Returns:
-            The intent of the upload, which says what is published at its end.
+            The intent of the upload, which decides what is published at its end.
 
         Raises:
-            TransferBusy: another process is uploading other content; a layer: any content.
+            TransferBusy: another process is uploading other content (for a layer: any content).
         """
         for _ in range(CLAIM_ATTEMPTS):
             intent = self._keeper.load()
@@ -350,7 +351,7 @@ class ClaimedUpload(UploadSession):
         self.take_up(intent.upload_id, intent.part_size)
         if self._exclusive:
             try:
-                self.save()  # from here on in this process's name
+                self.save()  # from now on with this process as the owner
             except NoSuchUpload:
                 return False  # another process has just finished it, or given it up
         return True
@@ -364,7 +365,7 @@ class ClaimedUpload(UploadSession):
             self.store.abort_multipart(self.key, self.upload_id)
             return False
         if before is not None:
-            # Not earlier: until the intent is ours, its upload may come back to life.
+            # Not earlier: until the intent is ours, its owner may continue the upload.
             log.info("upload.superseded key=%s upload_id=%s", self.key, before.upload_id)
             self.store.abort_multipart(self.key, before.upload_id)
         self.is_new = True
@@ -375,11 +376,11 @@ class ClaimedUpload(UploadSession):
         super().take_up(upload_id, part_size)
         self.is_new = False
 
-    # While it is sent
+    # During the upload
 
     @override
     def held(self) -> HeldParts:
-        """What the store holds, with the checksums that the intent remembers."""
+        """The parts that the store holds, with the checksums that the intent records."""
         if self.is_new:
             return HeldParts([], {})
         remembered = self.intent.crcs if self.intent is not None and self.owns_intent else {}
@@ -394,7 +395,7 @@ class ClaimedUpload(UploadSession):
         self._keeper.save(self.crcs, frames)
 
     def renew(self, frames: Callable[[], FrameLog] | None = None) -> None:
-        """Save if the intent would not be renewed in time otherwise."""
+        """Save if the renewal of the intent is due."""
         if self._keeper.renewal_due():
             self.save(frames() if frames else None)
 
@@ -407,5 +408,5 @@ class ClaimedUpload(UploadSession):
         self._keeper.remove(self.upload_id)
 
     def close(self) -> None:
-        """Remove the intent: everything is published."""
+        """Remove the intent after everything is published."""
         self._keeper.remove(self.upload_id)

@@ -232,8 +232,8 @@ def test_part_of_a_configuration_keeps_the_rest(place: Place, rules: dict[str, A
     ("job", "node", "config", "told"),
     [
         (retention_job(keep_last=3), PRUNE_NODE, {"keep_last": -1}, "keep_last: -1 keeps nothing"),
-        (gc_job(), GC_NODE, {"older_than_s": -1.0}, "-1 seconds are no age"),
-        (gc_job(), GC_NODE, {"runs_older_than_s": -1.0}, "-1 seconds are no age"),
+        (gc_job(), GC_NODE, {"older_than_s": -1.0}, "an age of -1 seconds is not valid"),
+        (gc_job(), GC_NODE, {"runs_older_than_s": -1.0}, "an age of -1 seconds is not valid"),
     ],
 )
 def test_a_wrong_value_fails_at_once(place: Place, job: dg.JobDefinition, node: str, config: dict[str, Any], told: str):
@@ -246,7 +246,7 @@ def test_a_wrong_value_fails_at_once(place: Place, job: dg.JobDefinition, node: 
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (retention_job, "nothing says what to keep"),
+        (retention_job, "no rule says what to keep"),
         (partial(retention_job, keep_last=0), "keep_last=0 keeps nothing"),
         (partial(gc_job, older_than_s=-1.0), "no age"),
     ],

@@ -973,7 +973,7 @@ def test_what_is_not_there_is_named(host: Host, source: Path, tmp_path: Path):
         host.layers.restore("nobody", tmp_path / "back")
     with pytest.raises(NotFoundError, match="does not exist"):
         host.sync(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="no name"):
+    with pytest.raises(UsageError, match="not a container name"):
         host.layers.register("a\nb")
     with pytest.raises(UsageError, match="255"):
         host.layers.register("x" * 256)

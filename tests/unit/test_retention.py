@@ -103,7 +103,7 @@ def test_a_dry_run_changes_nothing(artifact: Artifact, store: LocalStore, clock:
 @pytest.mark.parametrize(
     ("rules", "told"),
     [
-        ({}, "nothing says what to keep"),
+        ({}, "no rule says what to keep"),
         ({"keep_last": 0}, "keeps nothing"),
         ({"keep_within_s": 0.0}, "keeps nothing"),
         ({"keep_within_s": float("nan")}, "keeps nothing"),
@@ -242,4 +242,4 @@ def test_the_command_says_what_it_removed(artifact: Artifact, store: LocalStore,
     told = json.loads(capsys.readouterr().out)
     assert (told["status"], told["removed"], told["named"], told["kept"]) == ("pruned", ["o/2.tar"], ["o/1.tar"], 1)
     assert run(command[:-2]) == 2
-    assert "nothing says what to keep" in capsys.readouterr().err
+    assert "no rule says what to keep" in capsys.readouterr().err

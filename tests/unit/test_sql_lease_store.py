@@ -200,5 +200,5 @@ def test_a_row_of_somebody_else_is_named(tmp_path: Path):
     Lease(leases, "orders/round").try_acquire()
     with closing(sqlite3.connect(tmp_path / "leases.db")) as database, database:
         database.execute("UPDATE blobflow_leases SET generation = 'many'")
-    with pytest.raises(ArtifactInvalid, match="is no lease"):
+    with pytest.raises(ArtifactInvalid, match="is not a lease"):
         Lease(leases, "orders/round").try_acquire()
