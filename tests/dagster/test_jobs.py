@@ -248,7 +248,7 @@ def test_a_wrong_value_fails_at_once(place: Place, job: dg.JobDefinition, node: 
     [
         (retention_job, "no rule says what to keep"),
         (partial(retention_job, keep_last=0), "keep_last=0 keeps nothing"),
-        (partial(gc_job, older_than_s=-1.0), "no age"),
+        (partial(gc_job, older_than_s=-1.0), "is not valid"),
     ],
 )
 def test_wrong_rules_are_refused(make: Callable[[], dg.JobDefinition], told: str):
