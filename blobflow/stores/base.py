@@ -252,6 +252,15 @@ def check_key(key: str) -> str:
     return key
 
 
+def is_key(path: str) -> bool:
+    """Whether a path may be listed: what `check_key` refuses cannot be read either (names that are not UTF-8 too)."""
+    try:
+        check_key(path)
+    except InvalidKey:
+        return False
+    return True
+
+
 class Reader(ABC):
     """A place that objects are read from. Keys are relative to its URL, prefix included.
 

@@ -49,6 +49,7 @@ from blobflow.stores.base import (
     Store,
     StoredObject,
     check_key,
+    is_key,
     plain,
 )
 from blobflow.stores.fsspec.clients import Client, ClientPool
@@ -248,7 +249,7 @@ class FsspecStore(Store):
     @override
     def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:
         above, slash, start = prefix.rpartition("/")
-        if slash and not _is_key(above):
+        if slash and not is_key(above):
             return
         yield from self._walk(above + slash, start, (start_after or "").encode("utf-8", "surrogateescape"), at_top=True)
 
@@ -275,7 +276,7 @@ class FsspecStore(Store):
                 continue  # some file systems list a directory's own marker
             name = name[len(inside) :]
             is_directory = info["type"] == "directory"
-            if name.startswith(start) and "/" not in name and _is_key(above + name) and not info.get("islink"):
+            if name.startswith(start) and "/" not in name and is_key(above + name) and not info.get("islink"):
                 sort_key = f"{above}{name}{'/' * is_directory}".encode()
                 if sort_key > after or (is_directory and after.startswith(sort_key)):
                     entries.append((sort_key, name, info))
@@ -678,14 +679,6 @@ def _webdav_range(fs: Any, path: str, *, start: int, end: int) -> bytes:
             if len(data) >= end - start:
                 break
     return bytes(data[: end - start])
-
-
-def _is_key(path: str) -> bool:
-    try:
-        check_key(path)
-    except InvalidKey:
-        return False
-    return True
 
 
 def _meta(key: str, info: dict[str, Any]) -> ObjectMeta:

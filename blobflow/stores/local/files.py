@@ -26,7 +26,6 @@ from blobflow.private import PrivateDirectory
 from blobflow.stores.base import (
     ObjectMeta,
     PartMeta,
-    check_key,
 )
 from blobflow.untrusted import utc_time
 
@@ -56,15 +55,6 @@ def object_meta(key: str, status: os.stat_result) -> ObjectMeta:
 def utc_of(nanoseconds: int) -> datetime | None:
     """The time of that many nanoseconds since the epoch; None where it is no date."""
     return utc_time(nanoseconds / 1e9)
-
-
-def is_key(path: str) -> bool:
-    """Whether a path may be listed: what `check_key` refuses cannot be read either (names that are not UTF-8 too)."""
-    try:
-        check_key(path)
-    except InvalidKey:
-        return False
-    return True
 
 
 def create_file(directory: PrivateDirectory, name: str, content: bytes, mode: int | None = None) -> None:

@@ -49,7 +49,6 @@ from blobflow.durable import (
 from blobflow.errors import (
     ArtifactInvalid,
     ChecksumMismatch,
-    InvalidKey,
     ObjectChanged,
     ObjectNotFound,
     ObjectTooLarge,
@@ -70,6 +69,7 @@ from blobflow.stores.base import (
     StoredObject,
     UploadMeta,
     check_key,
+    is_key,
     plain,
 )
 from blobflow.stores.local.files import (
@@ -78,7 +78,6 @@ from blobflow.stores.local.files import (
     conflict,
     create_file,
     e_tag_of,
-    is_key,
     lost,
     make_directory,
     no_such_upload,
@@ -178,57 +177,40 @@ class LocalStore(Store, HasClock, HasRoom):
     @override
     def get(self, key: str, *, max_bytes: int) -> StoredObject:
         check_key(key)
-        with translated("get", key):
-            fd = self._open_object(key)
-            try:
-                meta = object_meta(key, os.fstat(fd))
-                if meta.size > max_bytes:
-                    raise ObjectTooLarge(
-                        f"{key!r} has {meta.size} bytes, more than {max_bytes}", key=key, limit=max_bytes
-                    )
-                data = bytearray(meta.size)
-                read_into(key, fd, 0, memoryview(data))
-            finally:
-                os.close(fd)
+        with translated("get", key), self._opened(key) as fd:
+            meta = object_meta(key, os.fstat(fd))
+            if meta.size > max_bytes:
+                raise ObjectTooLarge(f"{key!r} has {meta.size} bytes, more than {max_bytes}", key=key, limit=max_bytes)
+            data = bytearray(meta.size)
+            read_into(key, fd, 0, memoryview(data))
         return StoredObject(bytes(data), meta)
 
     @override
     def get_range_into(self, key: str, offset: int, buffer: memoryview, *, e_tag: str | None = None) -> None:
         check_key(key)
-        with translated("get_range", key, offset):
-            fd = self._open_object(key)
+        with translated("get_range", key, offset), self._opened(key) as fd:
             try:
-                try:
-                    check_pin(key, fd, e_tag)
-                    read_into(key, fd, offset, buffer.cast("B"))
-                    # Again, for a file that was edited in place while it was read.
-                    check_pin(key, fd, e_tag)
-                except OSError as error:
-                    # NFS: the file was replaced on the server and the handle died.
-                    if error.errno == errno.ESTALE and e_tag is not None:
-                        raise changed(key, e_tag, None) from error
-                    raise
-            finally:
-                os.close(fd)
+                check_pin(key, fd, e_tag)
+                read_into(key, fd, offset, buffer.cast("B"))
+                # Again, for a file that was edited in place while it was read.
+                check_pin(key, fd, e_tag)
+            except OSError as error:
+                # NFS: the file was replaced on the server and the handle died.
+                if error.errno == errno.ESTALE and e_tag is not None:
+                    raise changed(key, e_tag, None) from error
+                raise
 
     @override
     def head(self, key: str) -> ObjectMeta:
         check_key(key)
-        with translated("head", key):
-            fd = self._open_object(key)
-            try:
-                return object_meta(key, os.fstat(fd))
-            finally:
-                os.close(fd)
+        with translated("head", key), self._opened(key) as fd:
+            return object_meta(key, os.fstat(fd))
 
     @override
     def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:
         above, slash, start = prefix.rpartition("/")
-        if slash:
-            try:
-                check_key(above)
-            except InvalidKey:
-                return
+        if slash and not is_key(above):
+            return
         after = (start_after or "").encode("utf-8", "surrogateescape")
         with translated("list", prefix):
             yield from self._walk(above.split("/") if above else [], start, after)
@@ -421,6 +403,15 @@ class LocalStore(Store, HasClock, HasRoom):
             os.close(fd)
             raise ObjectNotFound(f"no object {key!r} in {self.url}", key=key)
         return fd
+
+    @contextmanager
+    def _opened(self, key: str) -> Generator[int]:
+        """A descriptor of the object's file; see `_open_object`."""
+        fd = self._open_object(key)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def _walk(self, segments: list[str], start: str, after: bytes) -> Iterator[ObjectMeta]:
         """Objects below a directory whose first name begins with `start`, in key order.

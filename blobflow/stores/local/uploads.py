@@ -24,8 +24,9 @@ from blobflow.errors import (
 from blobflow.private import PrivateDirectory
 from blobflow.stores.base import (
     PartMeta,
+    is_key,
 )
-from blobflow.stores.local.files import is_key, no_such_upload, part_meta, translated
+from blobflow.stores.local.files import no_such_upload, part_meta, translated
 from blobflow.untrusted import bounded_time, read_object
 
 _READ_BYTES = 1024 * 1024
