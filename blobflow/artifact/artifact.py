@@ -17,14 +17,7 @@ from pydantic import JsonValue
 
 from blobflow.artifact.index import Index
 from blobflow.artifact.limits import MAX_INDEX_BYTES, MAX_MANIFEST_BYTES, Tally, over_the_limit
-from blobflow.artifact.manifest import (
-    DATA_NAME,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    BodyInfo,
-    IndexInfo,
-    Manifest,
-)
+from blobflow.artifact.manifest import DATA_NAME, INDEX_NAME, MANIFEST_NAME, BodyInfo, IndexInfo, Manifest
 from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.artifact.small_file_lock import SmallFileLock
 from blobflow.artifact.tarmap import FIRST_MEMBER, TarMap

@@ -39,14 +39,7 @@ from pydantic import JsonValue
 
 from blobflow.coordination.lease_store import Found, LeaseState, LeaseStore, ObjectLeaseStore
 from blobflow.coordination.records import next_count
-from blobflow.errors import (
-    BlobflowError,
-    LeaseLost,
-    StoreUnavailable,
-    TemporaryError,
-    TimedOut,
-    TransferBusy,
-)
+from blobflow.errors import BlobflowError, LeaseLost, StoreUnavailable, TemporaryError, TimedOut, TransferBusy
 from blobflow.owner import owner_is_gone, process_owner
 from blobflow.stores.base import Store, check_key
 

@@ -9,10 +9,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from typing_extensions import override
 
 from blobflow.coordination.records import read_record, write_record
-from blobflow.errors import (
-    Unsupported,
-    setting,
-)
+from blobflow.errors import Unsupported, setting
 from blobflow.stores.base import Store
 from blobflow.stores.optional import server_time_s
 from blobflow.transport.catalog import LEASE_SUFFIX

@@ -8,16 +8,8 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
-from blobflow.errors import (
-    ArtifactInvalid,
-    ObjectNotFound,
-    PreconditionFailed,
-)
-from blobflow.stores.base import (
-    PutMode,
-    Reader,
-    Store,
-)
+from blobflow.errors import ArtifactInvalid, ObjectNotFound, PreconditionFailed
+from blobflow.stores.base import PutMode, Reader, Store
 from blobflow.untrusted import MAX_COUNT, read_model
 
 _MAX_BYTES: Final = MAX_MANIFEST_BYTES + 64 * 1024

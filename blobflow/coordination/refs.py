@@ -23,11 +23,7 @@ from blobflow.errors import (
     TimedOut,
     TransferBusy,
 )
-from blobflow.stores.base import (
-    Reader,
-    Store,
-    check_key,
-)
+from blobflow.stores.base import Reader, Store, check_key
 from blobflow.transport.catalog import REF_SUFFIX, read_manifest_bytes
 from blobflow.untrusted import Counter, UtcTime
 

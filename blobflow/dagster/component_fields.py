@@ -15,9 +15,7 @@ from types import UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 import dagster as dg
-from dagster.components.resolved.core_models import (
-    resolve_partitions_def,
-)
+from dagster.components.resolved.core_models import resolve_partitions_def
 from dagster.components.resolved.errors import ResolutionException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic_core import InitErrorDetails

@@ -20,12 +20,7 @@ import dagster as dg
 from blobflow.dagster.failures import DEFAULT_RETRY_POLICY
 from blobflow.dagster.pipeline import mirror_asset
 from blobflow.dagster.sensors import Announce, artifact_partitions, manifest_sensor, ref_sensor
-from blobflow.dagster.spec import (
-    BlobflowAssetProps,
-    BlobflowTranslator,
-    ImporterOf,
-    PipelineSpec,
-)
+from blobflow.dagster.spec import BlobflowAssetProps, BlobflowTranslator, ImporterOf, PipelineSpec
 from blobflow.fields import check_choice
 
 MIRRORS: Final = ("mirrors",)

@@ -22,14 +22,7 @@ from blobflow.coordination.rounds import DEFAULT_SILENCE_S, DEFAULT_TTL_S
 from blobflow.dagster.failures import DEFAULT_RETRY_POLICY
 from blobflow.dagster.handles import PIN, StagedHandle, UploadHandle
 from blobflow.dagster.lanes import download_graph, upload_graph
-from blobflow.dagster.spec import (
-    BlobflowTranslator,
-    ExporterOf,
-    ImporterOf,
-    PipelineSpec,
-    resource_of,
-    step_op,
-)
+from blobflow.dagster.spec import BlobflowTranslator, ExporterOf, ImporterOf, PipelineSpec, resource_of, step_op
 from blobflow.dagster.steps import (
     CHECK_NAME,
     download_remote,

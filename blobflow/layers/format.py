@@ -22,13 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
-from blobflow.artifact.manifest import (
-    INDEX_NAME,
-    ByteCount,
-    Crc32c,
-    Manifest,
-    Sha256Digest,
-)
+from blobflow.artifact.manifest import INDEX_NAME, ByteCount, Crc32c, Manifest, Sha256Digest
 from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.artifact.tarmap import member_length
 from blobflow.checksum import Buffer, crc32c

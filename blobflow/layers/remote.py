@@ -29,12 +29,7 @@ from blobflow.layers.format import (
     seek_table_size,
 )
 from blobflow.layers.names import meta_key
-from blobflow.stores.base import (
-    Capabilities,
-    ObjectMeta,
-    Reader,
-    StoredObject,
-)
+from blobflow.stores.base import Capabilities, ObjectMeta, Reader, StoredObject
 from blobflow.transport.remote import RemoteArtifact
 
 

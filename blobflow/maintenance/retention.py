@@ -26,13 +26,7 @@ from dataclasses import dataclass, field, replace
 from blobflow.artifact.limits import MAX_MANIFEST_BYTES
 from blobflow.artifact.manifest import is_private
 from blobflow.coordination.refs import read_ref
-from blobflow.errors import (
-    ObjectNotFound,
-    PreconditionFailed,
-    TemporaryError,
-    UsageError,
-    setting,
-)
+from blobflow.errors import ObjectNotFound, PreconditionFailed, TemporaryError, UsageError, setting
 from blobflow.stores.base import PutMode, Store
 from blobflow.transport import MANIFEST_SUFFIX, ArtifactEntry
 from blobflow.transport.catalog import DAMAGED_SUFFIX, REF_SUFFIX

@@ -29,13 +29,7 @@ from blobflow.errors import NotFoundError, ObjectNotFound, ObjectTooLarge
 from blobflow.mirror.envelope import SnapshotId
 from blobflow.mirror.machine import Following
 from blobflow.mirror.receiver import Received, follow_received, read_received, remove_received
-from blobflow.stores.base import (
-    Capabilities,
-    ObjectMeta,
-    Reader,
-    StoredObject,
-    check_key,
-)
+from blobflow.stores.base import Capabilities, ObjectMeta, Reader, StoredObject, check_key
 from blobflow.stores.local.store import LocalStore
 from blobflow.transport.catalog import MANIFEST_SUFFIX, REF_SUFFIX
 

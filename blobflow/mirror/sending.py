@@ -15,9 +15,7 @@ from blobflow.checksum import crc32c
 from blobflow.config import MIB
 from blobflow.errors import NotFoundError, SourceChanged, SourceTruncated, UsageError, reading
 from blobflow.mirror.envelope import MAX_PAYLOAD_BYTES, SnapshotEnvelope, SnapshotId
-from blobflow.stores.base import (
-    Reader,
-)
+from blobflow.stores.base import Reader
 from blobflow.streams.ends import BEGIN_AGAIN, ObjectSource, OpenedSource, Pin, PinnedSource
 from blobflow.transport.remote import RemoteArtifact
 

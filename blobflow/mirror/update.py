@@ -18,9 +18,7 @@ from blobflow.backends import Importer, ImportResult
 from blobflow.backends.base import OnBytes
 from blobflow.config import ChunkProfile
 from blobflow.coordination.refs import check_round, read_ref
-from blobflow.stores.base import (
-    Reader,
-)
+from blobflow.stores.base import Reader
 from blobflow.transport import DownloadResult, download
 from blobflow.uploads.progress import OnProgress, OnRecord
 

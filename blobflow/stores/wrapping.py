@@ -8,16 +8,7 @@ from typing import TypeVar
 from typing_extensions import Unpack, override
 
 from blobflow.checksum import Buffer
-from blobflow.stores.base import (
-    Body,
-    Capabilities,
-    ObjectMeta,
-    PartMeta,
-    PutOptions,
-    Store,
-    StoredObject,
-    UploadMeta,
-)
+from blobflow.stores.base import Body, Capabilities, ObjectMeta, PartMeta, PutOptions, Store, StoredObject, UploadMeta
 from blobflow.stores.optional import (
     HasClock,
     HasRoom,

@@ -8,11 +8,7 @@ from pathlib import Path
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.members import verify_members
 from blobflow.backends.base import Exporter, Importer
-from blobflow.errors import (
-    DestinationNotEmpty,
-    IntegrityError,
-    RefusedError,
-)
+from blobflow.errors import DestinationNotEmpty, IntegrityError, RefusedError
 from blobflow.stores.local.store import LocalStore
 from blobflow.testing.checks import raises
 from blobflow.testing.trees import read_tree, write_tree

@@ -12,10 +12,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from typing_extensions import Unpack, override
 
 from blobflow.checksum import Buffer
-from blobflow.errors import (
-    BlobflowError,
-    StoreUnavailable,
-)
+from blobflow.errors import BlobflowError, StoreUnavailable
 from blobflow.forks import reset_after_fork_of
 from blobflow.stores.base import Body, ObjectMeta, PartMeta, PutOptions, Store, StoredObject
 from blobflow.stores.wrapping import WrappingStore

@@ -42,9 +42,7 @@ from blobflow.errors import (
 )
 from blobflow.fields import check_choice
 from blobflow.private import PrivateDirectory
-from blobflow.stores.base import (
-    Reader,
-)
+from blobflow.stores.base import Reader
 from blobflow.transport import DownloadResult, download, read_manifest
 from blobflow.uploads.progress import OnProgress, OnRecord
 

@@ -24,13 +24,7 @@ from typing import Any, Final
 from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.manifest_file import ManifestFile
 from blobflow.config import ChunkProfile
-from blobflow.errors import (
-    ArtifactInvalid,
-    ArtifactNotFound,
-    IntegrityError,
-    ObjectChanged,
-    ObjectNotFound,
-)
+from blobflow.errors import ArtifactInvalid, ArtifactNotFound, IntegrityError, ObjectChanged, ObjectNotFound
 from blobflow.stores.base import Store
 from blobflow.transport.catalog import DAMAGED_SUFFIX, read_manifest_file
 from blobflow.transport.reading import VerifyMode, VerifyResult, verify

@@ -32,21 +32,8 @@ from blobflow.artifact.artifact import Artifact
 from blobflow.artifact.landing import Landing, Stage
 from blobflow.config import ChunkProfile
 from blobflow.engine.plan import TransferPlan
-from blobflow.errors import (
-    BlobflowError,
-    DestinationNotEmpty,
-    NoSuchUpload,
-    Unsupported,
-    UploadIncomplete,
-    UsageError,
-)
-from blobflow.stores.base import (
-    ObjectMeta,
-    Reader,
-    Store,
-    check_object_size,
-    check_readable,
-)
+from blobflow.errors import BlobflowError, DestinationNotEmpty, NoSuchUpload, Unsupported, UploadIncomplete, UsageError
+from blobflow.stores.base import ObjectMeta, Reader, Store, check_object_size, check_readable
 from blobflow.transport.catalog import check_artifact_key
 from blobflow.transport.reading import failures_noted, land_parts, landing_plan
 from blobflow.transport.remote import RemoteArtifact

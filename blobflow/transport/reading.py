@@ -21,10 +21,7 @@ from blobflow.engine.plan import Part, TransferPlan
 from blobflow.engine.pool import move_parts
 from blobflow.errors import BlobflowError, ChecksumMismatch, DestinationNotEmpty, DigestMismatch, UsageError, setting
 from blobflow.fields import check_choice
-from blobflow.stores.base import (
-    ObjectMeta,
-    Reader,
-)
+from blobflow.stores.base import ObjectMeta, Reader
 from blobflow.transport.remote import RemoteArtifact
 from blobflow.uploads.progress import OnProgress, OnRecord, PartStats, TransferProgress, TransferStats
 

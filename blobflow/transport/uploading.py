@@ -29,15 +29,7 @@ from blobflow.errors import (
     TransferBusy,
     UploadIncomplete,
 )
-from blobflow.stores.base import (
-    Body,
-    ObjectMeta,
-    PutMode,
-    Store,
-    check_object_size,
-    check_put_size,
-    check_readable,
-)
+from blobflow.stores.base import Body, ObjectMeta, PutMode, Store, check_object_size, check_put_size, check_readable
 from blobflow.stores.optional import check_room_for
 from blobflow.transport.catalog import MANIFEST_SUFFIX, check_artifact_key, find_manifest_bytes, read_manifest_bytes
 from blobflow.uploads.intent import Intent, IntentKeeper

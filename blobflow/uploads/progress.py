@@ -15,9 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from blobflow.config import ChunkProfile
 from blobflow.errors import NoSuchUpload
-from blobflow.stores.base import (
-    Reader,
-)
+from blobflow.stores.base import Reader
 from blobflow.untrusted import Counter
 
 log = logging.getLogger(__name__)

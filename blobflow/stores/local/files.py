@@ -7,10 +7,7 @@ from contextlib import AbstractContextManager
 from datetime import datetime
 from pathlib import Path
 
-from blobflow.durable import (
-    fsync_directory,
-    write_all,
-)
+from blobflow.durable import fsync_directory, write_all
 from blobflow.errors import (
     InvalidKey,
     NoSuchUpload,
@@ -23,10 +20,7 @@ from blobflow.errors import (
     storing,
 )
 from blobflow.private import PrivateDirectory
-from blobflow.stores.base import (
-    ObjectMeta,
-    PartMeta,
-)
+from blobflow.stores.base import ObjectMeta, PartMeta
 from blobflow.untrusted import utc_time
 
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC

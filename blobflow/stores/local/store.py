@@ -39,13 +39,7 @@ from typing import Any, Literal
 from typing_extensions import override
 
 from blobflow.checksum import Buffer, crc32c
-from blobflow.durable import (
-    copy_bytes,
-    free_bytes,
-    lock,
-    unlock_and_close,
-    write_all,
-)
+from blobflow.durable import copy_bytes, free_bytes, lock, unlock_and_close, write_all
 from blobflow.errors import (
     ArtifactInvalid,
     ChecksumMismatch,

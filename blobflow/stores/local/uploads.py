@@ -11,21 +11,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from blobflow.durable import (
-    append_lines,
-    lock,
-    unlock_and_close,
-    whole_lines,
-)
-from blobflow.errors import (
-    ArtifactInvalid,
-    UploadIncomplete,
-)
+from blobflow.durable import append_lines, lock, unlock_and_close, whole_lines
+from blobflow.errors import ArtifactInvalid, UploadIncomplete
 from blobflow.private import PrivateDirectory
-from blobflow.stores.base import (
-    PartMeta,
-    is_key,
-)
+from blobflow.stores.base import PartMeta, is_key
 from blobflow.stores.local.files import no_such_upload, part_meta, translated
 from blobflow.untrusted import bounded_time, read_object
 

@@ -8,26 +8,10 @@ import re
 from collections.abc import Mapping
 
 from blobflow.checksum import crc32c
-from blobflow.errors import (
-    ObjectTooLarge,
-    StoreUnavailable,
-    UsageError,
-)
-from blobflow.stores.base import (
-    Body,
-    ObjectMeta,
-    StoredObject,
-)
-from blobflow.stores.s3.errors import (
-    RequestContext,
-    cut_short,
-)
-from blobflow.stores.s3.xml import (
-    quoted,
-    read_crc32c,
-    read_time,
-    write_crc32c,
-)
+from blobflow.errors import ObjectTooLarge, StoreUnavailable, UsageError
+from blobflow.stores.base import Body, ObjectMeta, StoredObject
+from blobflow.stores.s3.errors import RequestContext, cut_short
+from blobflow.stores.s3.xml import quoted, read_crc32c, read_time, write_crc32c
 
 
 def stored(

@@ -22,10 +22,7 @@ from blobflow.errors import (
 )
 from blobflow.forks import reset_after_fork_of
 from blobflow.http.client import HttpError, Response
-from blobflow.stores.base import (
-    Body,
-    check_key,
-)
+from blobflow.stores.base import Body, check_key
 from blobflow.stores.s3.endpoint import UNSIGNED_PAYLOAD, S3Endpoint
 from blobflow.stores.s3.errors import (
     BOTOCORE_ERRORS,
@@ -39,11 +36,7 @@ from blobflow.stores.s3.errors import (
 )
 from blobflow.stores.s3.messages import damaged, digests, is_intact, with_checksums
 from blobflow.stores.s3.options import S3Options
-from blobflow.stores.s3.xml import (
-    MAX_ANSWER_BYTES,
-    ErrorResponse,
-    MalformedResponse,
-)
+from blobflow.stores.s3.xml import MAX_ANSWER_BYTES, ErrorResponse, MalformedResponse
 
 _log = logging.getLogger(__name__)
 

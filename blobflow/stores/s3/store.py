@@ -49,13 +49,7 @@ from blobflow.stores.base import (
     check_key,
 )
 from blobflow.stores.optional import Coroutines, HasClock, HasCoroutines, HasServer, ObjectAddress, Server, cannot_copy
-from blobflow.stores.s3.errors import (
-    BOTOCORE_ERRORS,
-    RequestContext,
-    changed,
-    cut_short,
-    refuses_checksums,
-)
+from blobflow.stores.s3.errors import BOTOCORE_ERRORS, RequestContext, changed, cut_short, refuses_checksums
 from blobflow.stores.s3.messages import object_meta, put_headers, put_result, stored
 from blobflow.stores.s3.options import S3Options, largest_object
 from blobflow.stores.s3.requests import S3Requests
