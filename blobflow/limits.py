@@ -26,7 +26,7 @@ class ByteBudget:
 
     def __init__(self, limit_bytes: int) -> None:
         if limit_bytes <= 0:
-            raise ValueError(f"a budget of {limit_bytes} bytes lets nothing through")
+            raise ValueError(f"limit_bytes must be above 0, not {limit_bytes}")
         self.limit_bytes = limit_bytes
         self.reset_after_fork()
         reset_after_fork_of(self)
@@ -76,7 +76,7 @@ class Bandwidth:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         if bytes_per_s <= 0:
-            raise ValueError(f"a bandwidth of {bytes_per_s} bytes per second lets nothing through")
+            raise ValueError(f"bytes_per_s must be above 0, not {bytes_per_s}")
         self.bytes_per_s = bytes_per_s
         self._clock = clock
         self._sleep = sleep
@@ -113,7 +113,7 @@ class AdaptiveLimit:
 
     def __init__(self, maximum: int) -> None:
         if maximum < 1:
-            raise ValueError(f"a limit of {maximum} requests lets nothing through")
+            raise ValueError(f"the maximum of requests must be above 0, not {maximum}")
         self.maximum = maximum
         self._window = float(maximum)
         self._epoch = 0
@@ -199,7 +199,7 @@ class Permits:
 
     def __init__(self, limit: int) -> None:
         if limit < 0:
-            raise ValueError(f"there cannot be {limit} permits")
+            raise ValueError(f"the limit of permits must be 0 or more, not {limit}")
         self.limit = limit
         self.reset_after_fork()
         reset_after_fork_of(self)

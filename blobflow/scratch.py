@@ -32,7 +32,7 @@ def scratch_directory(source: Path, parent: Path | None = None) -> Generator[Pat
     parent = parent or temporary_directory()
     if parent.resolve().is_relative_to(source.resolve()):
         raise RefusedError(
-            f"the directory for temporary files, {parent}, lies inside {source}", hint=remedy, path=str(parent)
+            f"the directory for temporary files, {parent}, is inside {source}", hint=remedy, path=str(parent)
         )
     with writing(parent):
         make_directories(parent)

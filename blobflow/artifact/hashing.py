@@ -75,8 +75,8 @@ def hash_files(
     Args:
         sizes: Expected size of file i in bytes; only used to balance the batches.
         hash_one: Opens file i and hashes it through the given buffer; its exceptions are raised here.
-        on_batch: Called in the calling thread with files and bytes done so far, after each batch and about twice a
-            second during a long one, so that the caller can keep a lease alive.
+        on_batch: Called in the calling thread with files and bytes done so far, after each batch. During a long batch
+            it is called about twice a second, so that the caller can keep a lease alive.
         workers: Threads; by default one for each processor, at most four.
     """
     workers = workers or min(4, os.cpu_count() or 1)

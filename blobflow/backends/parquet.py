@@ -145,7 +145,7 @@ class ParquetImporter(VersionedImporter):
                 count, schema = _footer(artifact.data, path)
             except _NoFooterError as error:
                 raise ArtifactInvalid(
-                    f"member {path!r} of {artifact!r} is no Parquet file: {plain(str(error))}", key=path, what=path
+                    f"member {path!r} of {artifact!r} is not a Parquet file: {plain(str(error))}", key=path, what=path
                 ) from error
             schemas.add(schema)
             rows, files = rows + count, files + 1

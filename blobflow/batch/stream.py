@@ -563,11 +563,11 @@ class BatchExecutor:
         processes: int = 0,
     ) -> None:
         for wrong, message in (
-            (not 0 < fraction <= 1, f"a window of {fraction} of the permits: it is above 0 and at most 1"),
-            (window is not None and window < 1, f"a window of {window} operations lets nothing through"),
-            (deadline_s is not None and deadline_s <= 0, f"a deadline of {deadline_s} s lets nothing through"),
-            (not 0 <= max_payload_bytes <= MAX_PAYLOAD_BYTES, f"payloads have at most {MAX_PAYLOAD_BYTES} bytes"),
-            (processes < 0, f"{processes} processes"),
+            (not 0 < fraction <= 1, f"the fraction of the permits must be above 0 and at most 1, not {fraction}"),
+            (window is not None and window < 1, f"the window must be 1 operation or more, not {window}"),
+            (deadline_s is not None and deadline_s <= 0, f"the deadline must be above 0 s, not {deadline_s} s"),
+            (not 0 <= max_payload_bytes <= MAX_PAYLOAD_BYTES, f"max_payload_bytes must be 0 to {MAX_PAYLOAD_BYTES}"),
+            (processes < 0, f"the number of processes must be 0 or more, not {processes}"),
             (unknown := set(allow) - ALL_PERMISSIONS, f"there is no permission {unknown and min(unknown)!r}"),
             (
                 isinstance(store, Store) == bool(processes),

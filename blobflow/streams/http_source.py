@@ -411,7 +411,7 @@ class _Got:
 
     @property
     def version(self) -> str | None:
-        """The validator that pins the file; not a weak ETag, because the bytes behind it may differ."""
+        """The validator that pins the file; not a weak ETag, because different bytes may have the same one."""
         headers = self.answer.headers
         e_tag = headers.get("etag", "")
         return e_tag if e_tag.startswith('"') else headers.get("last-modified")

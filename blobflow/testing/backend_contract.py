@@ -16,13 +16,13 @@ from blobflow.transport import download, upload
 
 
 class _Cancelled(Exception):
-    """What a progress callback raises has to come out of the work as it went in."""
+    """An exception from a progress callback; the work must raise it unchanged."""
 
 
 class BackendContract:
-    """Every promise of `blobflow.backends.base.Exporter` and `Importer` as tests. Inherit, and say what your source is.
+    """Every promise of `blobflow.backends.base.Exporter` and `Importer` as tests. Inherit, and define your source.
 
-    Sources have revisions, counted from 1; each has other content than the one before, and a later cursor if any.
+    Sources have revisions, counted from 1. Each has other content than the one before, and a later cursor if any.
 
     >>> class TestMyBackend(BackendContract):
     ...     def write_source(self, source, revision):
@@ -39,7 +39,7 @@ class BackendContract:
     """
 
     def write_source(self, source: Path, revision: int) -> None:
-        """Bring the source in an existing directory from the revision before to this one."""
+        """Change the source in an existing directory from the previous revision to this one."""
         raise NotImplementedError
 
     def exporter(self, source: Path) -> Exporter:
@@ -47,22 +47,22 @@ class BackendContract:
         raise NotImplementedError
 
     def importer(self, target: Path) -> Importer:
-        """An importer into a directory, which may be absent."""
+        """An importer into a directory, which may be missing."""
         raise NotImplementedError
 
     def revision_of(self, target: Path) -> int:
-        """Which revision the target in a directory is at, read as its users do."""
+        """The revision of the target in a directory, read as its users read it."""
         raise NotImplementedError
 
     def test_an_export_is_a_whole_artifact(self, tmp_path: Path) -> None:
-        """Its members are what the index says, and the manifest names the importer that takes it."""
+        """Its members are those of the index, and the manifest names the importer for it."""
         artifact = self._export(tmp_path, 1)
         verify_members(artifact)
         assert artifact.manifest.backend == self.exporter(tmp_path).backend == self.importer(tmp_path).backend
         assert not artifact.is_reference or artifact.data.resolve().is_dir()
 
     def test_an_unchanged_source_has_the_same_content(self, tmp_path: Path) -> None:
-        """So that an upload of it is skipped; a changed one is told apart."""
+        """So an upload of it is skipped; a changed source is noticed."""
         first, again = self._export(tmp_path, 1), self._export(tmp_path, 1, "again")
         assert first.manifest.same_content(again.manifest)
         assert not first.manifest.same_content(self._export(tmp_path, 2).manifest)
@@ -76,7 +76,7 @@ class BackendContract:
         assert read_tree(dest) == {"precious": "1"}
 
     def test_a_cancelled_export_leaves_nothing(self, tmp_path: Path) -> None:
-        """Raising from the progress callback ends it, and the destination is as before."""
+        """An exception from the progress callback ends it, and the destination is as before."""
 
         def cancel(_done: int, _total: int) -> None:
             raise _Cancelled
@@ -91,7 +91,7 @@ class BackendContract:
         assert read_tree(tmp_path / "empty") == {}
 
     def test_an_import_brings_the_source_back(self, tmp_path: Path) -> None:
-        """With the cursor that is embedded in the artifact, where following the source goes on."""
+        """With the cursor in the artifact, from which following the source continues."""
         artifact, importer = self._export(tmp_path, 1), self.importer(tmp_path / "target")
         assert importer.current() is None
         assert importer.cursor() is None
@@ -105,7 +105,7 @@ class BackendContract:
         assert Artifact.open(artifact.path).digest == artifact.digest
 
     def test_another_process_finds_what_is_alive(self, tmp_path: Path) -> None:
-        """An importer keeps nothing to itself."""
+        """An importer keeps no state outside its directory."""
         artifact = self._export(tmp_path, 1)
         self.importer(tmp_path / "target").import_artifact(artifact)
         other = self.importer(tmp_path / "target")
@@ -114,7 +114,7 @@ class BackendContract:
         assert (alive.digest, other.cursor()) == (artifact.digest, artifact.manifest.cursor)
 
     def test_an_artifact_that_is_alive_is_left_alone(self, tmp_path: Path) -> None:
-        """An import may be called again after a crash; one that may be consumed is gone afterwards."""
+        """An import may be repeated after a crash; an artifact that may be consumed is gone afterwards."""
         artifact, importer = self._export(tmp_path, 1), self.importer(tmp_path / "target")
         importer.import_artifact(artifact)
         result = importer.import_artifact(artifact, consume=True)
@@ -123,7 +123,7 @@ class BackendContract:
         assert self.revision_of(tmp_path / "target") == 1
 
     def test_a_newer_artifact_takes_the_place_of_the_older(self, tmp_path: Path) -> None:
-        """From its staging place, where a download would have put it."""
+        """From its staging path, to which a download would have written it."""
         importer = self.importer(tmp_path / "target")
         importer.import_artifact(self._export(tmp_path, 1))
         newer = self._exporter_at(tmp_path, 2).export(importer.staging("sha256:" + "a" * 64)).artifact
@@ -134,7 +134,7 @@ class BackendContract:
         assert not newer.path.exists()
 
     def test_a_published_artifact_is_brought_to_life(self, tmp_path: Path) -> None:
-        """Over a store and through the staging place, in which nothing stays."""
+        """Over a store and the staging path, in which nothing remains."""
         artifact, importer = self._export(tmp_path, 1), self.importer(tmp_path / "target")
         store = LocalStore(tmp_path / "store")
         upload(store, "key", artifact)
@@ -160,7 +160,7 @@ class BackendContract:
         assert self.revision_of(tmp_path / "target") == 1
 
     def test_an_artifact_of_another_backend_is_refused(self, tmp_path: Path) -> None:
-        """Only the importer of its backend knows what to do with it."""
+        """Only the importer of its backend can import it."""
         artifact, importer = self._export(tmp_path, 1), self.importer(tmp_path / "target")
         manifest = artifact.manifest.model_copy(update={"backend": "somebody-elses"})
         (artifact.path / "MANIFEST.json").write_bytes(manifest.encode())
@@ -169,7 +169,7 @@ class BackendContract:
         assert importer.current() is None
 
     def _exporter_at(self, tmp_path: Path, revision: int) -> Exporter:
-        """An exporter of the source, which is brought to the revision first."""
+        """An exporter of the source at a revision."""
         source = tmp_path / "source"
         source.mkdir(exist_ok=True)
         mark = tmp_path / "source.revision"

@@ -1,4 +1,4 @@
-"""What the contracts check with; pytest is not needed."""
+"""Assertions for the contracts; pytest is not needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Caught(Generic[_E]):
 
 @contextmanager
 def raises(kind: type[_E]) -> Generator[Caught[_E]]:
-    """The block raises an error of this kind, which is in `value` afterwards."""
+    """Assert that the block raises an error of this kind, which is in `value` afterwards."""
     caught: Caught[_E] = Caught()
     try:
         yield caught

@@ -1,4 +1,4 @@
-"""A store with faults, for tests of what happens when requests fail."""
+"""A store with faults, for tests of failing requests."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Request(NamedTuple):
     operation: str
     """The name of the method; `get_range` for both ways to read a range."""
     key: str
-    """Or the prefix, for listings."""
+    """The key, or the prefix for listings."""
     number: int
-    """Counts the requests of this operation, from 1."""
+    """Number of the request among those of this operation, from 1."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class FailBefore:
 
 @dataclass(frozen=True)
 class FailAfter:
-    """The answer is lost: the store did it, and the caller does not know."""
+    """The response is lost: the store has done it, and the caller does not know."""
 
     error: BlobflowError | None = None
 
 
 @dataclass(frozen=True)
 class CorruptRead:
-    """One byte of what is read is wrong, and nobody says so."""
+    """One byte of a read is wrong, without an error."""
 
     at: int = 0
 
@@ -62,7 +62,7 @@ class Truncate:
 
 @dataclass(frozen=True)
 class Hook:
-    """`call` runs before the request: to block it, to count, to change the store behind the caller's back."""
+    """`call` runs before the request, e.g. to block it, to count, or to change the store meanwhile."""
 
     call: Callable[[Request], None]
 
@@ -81,7 +81,7 @@ def scripted_faults(script: Mapping[tuple[str, int], Fault]) -> Callable[[Reques
 def random_faults(
     seed: int, rate: float, kinds: Sequence[Fault] = (FailBefore(), FailAfter(), Truncate(keep=1))
 ) -> Callable[[Request], Fault | None]:
-    """A fault of one of the kinds for that share of the requests; the same ones for a seed and an order of calls."""
+    """Faults of random kinds for a share of the requests; the same seed and order of calls give the same faults."""
     generator = random.Random(seed)
 
     def faults(_: Request) -> Fault | None:
@@ -91,9 +91,9 @@ def random_faults(
 
 
 class FaultyStore(WrappingStore):
-    """Passes requests on to `store`, except where `faults` says otherwise.
+    """Passes requests on to `store`, except for the faults that `faults` returns.
 
-    Faults of one request come one after the other, so that a callable `faults` may keep a state without a lock.
+    `faults` is called for one request at a time, so it may keep state without a lock.
 
     Attributes:
         log: All requests, in order.
@@ -112,7 +112,7 @@ class FaultyStore(WrappingStore):
         self._lock = threading.Lock()
 
     def count(self, operation: str) -> int:
-        """How many requests of an operation there were."""
+        """The number of requests of an operation."""
         return self._counts[operation]
 
     def _next(self, operation: str, key: str) -> tuple[Request, Fault | None]:

@@ -107,11 +107,11 @@ def _noise(size: int, seed: int = 0) -> bytes:
 
 
 class _SourceFailed(Exception):
-    """What a source raises has to come out of the store as it went in."""
+    """An exception from a source; the store must raise it unchanged."""
 
 
 def _failing_body(data: bytes, size: int) -> Body:
-    """A body that gives `data` and then fails, short of its size."""
+    """A body that yields `data` and then fails, before its size is reached."""
 
     def chunks() -> Iterator[bytes]:
         yield data
@@ -121,7 +121,7 @@ def _failing_body(data: bytes, size: int) -> Body:
 
 
 class StoreContract:
-    """Every promise of `blobflow.stores.base.Store` as tests. Inherit, and give them your store as a fixture.
+    """Every promise of `blobflow.stores.base.Store` as tests. Inherit, and provide your store as a fixture.
 
     >>> class TestMyStore(StoreContract):
     ...     @pytest.fixture
@@ -133,23 +133,23 @@ class StoreContract:
     """
 
     many_objects = 1100
-    """More than a page of the store's listings."""
+    """More than one page of the store's listings."""
     longest_key_bytes = MAX_KEY_BYTES
-    """For a server that was set up to take less than it should."""
+    """Override it for a server with a smaller limit."""
 
     def reopen(self, store: Store) -> Store:
-        """Another store object for the same place, as another process would make it."""
+        """Another store object for the same place, as another process would create it."""
         return store
 
     def how_to_open(self, store: Store) -> tuple[str, dict[str, Any]] | None:
-        """URL and options with which `open_store` opens `store`'s place in another process; None where none can."""
+        """URL and options with which another process opens `store`'s place; None if that is impossible."""
         del store
         return None
 
     # Objects
 
     def test_what_was_put_is_read_back(self, store: Store) -> None:
-        """The bytes of a put come back, with the size and the e_tag that put and head tell."""
+        """The bytes of a put come back, with the size and the e_tag that put and head report."""
         data = _noise(100_000)
         put = store.put("dir/object", data)
         found = store.get("dir/object", max_bytes=len(data))
@@ -161,7 +161,7 @@ class StoreContract:
         assert store.exists("dir/object")
 
     def test_an_object_may_be_empty(self, store: Store) -> None:
-        """Zero bytes make an object that is there."""
+        """Zero bytes make an object that exists."""
         assert store.put("empty", b"").size == 0
         assert store.get("empty", max_bytes=0).data == b""
         assert [(meta.key, meta.size) for meta in store.list()] == [("empty", 0)]
@@ -181,7 +181,7 @@ class StoreContract:
         assert first.e_tag != second.e_tag
 
     def test_absent_objects_are_named(self, store: Store) -> None:
-        """Whoever reads what is not there learns which key is missing."""
+        """A read of a missing object names its key."""
         for read in (
             lambda: store.get("absent", max_bytes=1),
             lambda: store.head("absent/deep"),
@@ -206,7 +206,7 @@ class StoreContract:
         assert store.exists("a/b")
 
     def test_small_objects_have_a_limit(self, store: Store) -> None:
-        """As many bytes as allowed are read, one more is refused with the limit."""
+        """An object of the maximum size is read; one more byte is refused with the limit."""
         store.put("small", b"12345")
         assert store.get("small", max_bytes=5).data == b"12345"
         with raises(ObjectTooLarge) as refusal:
@@ -214,7 +214,7 @@ class StoreContract:
         assert (refusal.value.key, refusal.value.limit) == ("small", 4)
 
     def test_a_failing_source_stores_nothing(self, store: Store) -> None:
-        """What a body raises comes out as it is, and the key keeps what it held."""
+        """The exception of a body is raised unchanged, and the key keeps its object."""
         with raises(_SourceFailed):
             store.put("new", _failing_body(b"abc", 6))
         store.put("old", b"earlier")
@@ -224,7 +224,7 @@ class StoreContract:
         assert [meta.key for meta in store.list()] == ["old"]
 
     def test_a_body_of_another_size_stores_nothing(self, store: Store) -> None:
-        """A body that ends early or goes on is refused."""
+        """A body that is too short or too long is refused."""
         for chunks in ((b"12345",), (b"1234", b"567")):
             with raises(SizeMismatch):
                 store.put("wrong", Body(6, lambda chunks=chunks: chunks))
@@ -239,7 +239,7 @@ class StoreContract:
         assert [meta.key for meta in store.list()] == sorted(_ODD_KEYS, key=str.encode)
 
     def test_keys_may_be_long(self, store: Store) -> None:
-        """A key of the greatest length, with segments of the greatest length, is one like any other."""
+        """A key of the greatest length, with segments of the greatest length, works like any other."""
         segments = "/".join(["s" * 255] * 4)
         key = segments[: self.longest_key_bytes].rstrip("/")
         store.put(key, b"1")
@@ -279,7 +279,7 @@ class StoreContract:
                     call()
 
     def test_delete_is_idempotent(self, store: Store) -> None:
-        """Delete removes one object, and may be called for one that is not there."""
+        """Delete removes one object, and may be called for a missing one."""
         store.put("a/b/one", b"1")
         store.put("a/b/two", b"2")
         store.delete("a/b/one")
@@ -396,7 +396,7 @@ class StoreContract:
         assert store.get("counter", max_bytes=100).data.split()[0] == b"30"
 
     def test_conditional_writes_are_refused_where_they_are_not_safe(self, store: Store) -> None:
-        """A store without conditional writes says so instead of pretending."""
+        """A store without conditional writes refuses them instead of pretending."""
         if store.capabilities().conditional:
             raise unittest.SkipTest("the store has conditional writes")
         for mode, e_tag in ((PutMode.CREATE, None), (PutMode.UPDATE, '"x"')):
@@ -408,7 +408,7 @@ class StoreContract:
     # Ranges
 
     def test_any_range_is_read(self, store: Store) -> None:
-        """First, middle, last byte and the whole: each range is exactly what lies there."""
+        """First, middle, last byte and the whole: each range has exactly the bytes at that place."""
         data = _noise(70_000)
         e_tag = store.put("object", data).e_tag
         for offset, length in ((0, 1), (0, 70_000), (12_345, 40_000), (69_999, 1)):
@@ -416,14 +416,14 @@ class StoreContract:
             assert store.get_range("object", offset, length, e_tag=e_tag) == data[offset : offset + length]
 
     def test_a_range_fills_the_buffer_in_place(self, store: Store) -> None:
-        """The bytes land in the caller's buffer and nowhere beside it."""
+        """The bytes go into the caller's buffer, and nowhere else."""
         store.put("object", b"0123456789")
         buffer = bytearray(b"........")
         store.get_range_into("object", 3, memoryview(buffer)[2:6])
         assert buffer == b"..3456.."
 
     def test_a_range_beyond_the_end_is_refused(self, store: Store) -> None:
-        """An object that ends before the buffer is full is not what the caller thinks it is."""
+        """An object that ends before the buffer is full is not the one that the caller expects."""
         store.put("object", b"0123456789")
         store.put("empty", b"")
         for key, offset, length in (("object", 5, 6), ("object", 10, 1), ("object", 100, 1), ("empty", 0, 1)):
@@ -431,7 +431,7 @@ class StoreContract:
                 store.get_range(key, offset, length)
 
     def test_a_pin_refuses_another_object(self, store: Store) -> None:
-        """A pinned read never gives bytes of a successor, and the error can be retried."""
+        """A pinned read never returns bytes of a successor, and its error is retryable."""
         first = store.put("object", b"first")
         second = store.put("object", b"other")
         with raises(ObjectChanged) as refusal:
@@ -494,7 +494,7 @@ class StoreContract:
             assert (meta.size, meta.e_tag) == (len(meta.key.encode()), head.e_tag)
 
     def test_a_prefix_is_a_plain_string(self, store: Store) -> None:
-        """A prefix may end anywhere in a key, and what does not start with it is left out."""
+        """A prefix may end anywhere in a key, and keys without it are left out."""
         for key in _ORDERED_KEYS:
             store.put(key, b"")
         for prefix in ("", "a", "a/", "a/c", "a/c/", "a/c/e", "b", "é", "a/b-c", "nothing", "a/nothing/", "z/"):
@@ -512,7 +512,7 @@ class StoreContract:
                 assert listed == expected, (prefix, after)
 
     def test_listings_have_no_last_page(self, store: Store) -> None:
-        """More objects than fit a page are all listed, once, and taken up again in the middle."""
+        """More objects than one page holds are all listed, once, and listings can continue in the middle."""
         keys = [f"many/{number:05}" for number in range(self.many_objects)]
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(store.put, keys, repeat(b"")))
@@ -525,7 +525,7 @@ class StoreContract:
     # Multipart uploads
 
     def test_parts_arrive_in_any_order(self, store: Store) -> None:
-        """Parts sent out of order make the object, and nothing is seen of it before complete."""
+        """Parts sent out of order make the object, and nothing of it is visible before complete."""
         parts, data = self._parts(store, 3)
         upload_id = store.create_multipart("dir/large", part_size=len(parts[0]))
         acknowledged = [store.put_part("dir/large", upload_id, n, Body.of(parts[n - 1])) for n in (3, 1, 2)]
@@ -550,7 +550,7 @@ class StoreContract:
         assert store.get("small", max_bytes=4).data == b"tiny"
 
     def test_a_part_sent_again_replaces_the_earlier_one(self, store: Store) -> None:
-        """Of two parts of one number the last counts, also a shorter one at the end."""
+        """Of two parts with one number the last counts, also a shorter one at the end."""
         parts, _ = self._parts(store, 2)
         again = _noise(len(parts[0]), seed=99)
         upload_id = store.create_multipart("large", part_size=len(parts[0]))
@@ -579,7 +579,7 @@ class StoreContract:
         assert store.get("large", max_bytes=len(data)).data == data
 
     def test_a_gap_is_refused(self, store: Store) -> None:
-        """Parts that are missing or not dense from 1 are no object; the upload stays and can be finished."""
+        """Parts that are missing or not dense from 1 make no object; the upload stays and can be finished."""
         parts, data = self._parts(store, 3)
         upload_id = store.create_multipart("large", part_size=len(parts[0]))
         first = store.put_part("large", upload_id, 1, Body.of(parts[0]))
@@ -615,7 +615,7 @@ class StoreContract:
         assert store.get("large", max_bytes=10).data == b"earlier"
 
     def test_complete_replaces(self, store: Store) -> None:
-        """Complete takes the place of what the key held, at once."""
+        """Complete replaces the key's object, in one step."""
         parts, data = self._parts(store, 2)
         earlier = store.put("large", b"earlier")
         upload_id = store.create_multipart("large", part_size=len(parts[0]))
@@ -653,7 +653,7 @@ class StoreContract:
         assert [upload.upload_id for upload in store.list_uploads("a/o")] == [ids["a/one"]]
 
     def test_an_upload_id_belongs_to_its_key(self, store: Store) -> None:
-        """Under another key the id is unknown."""
+        """With another key the id is unknown."""
         self._need_multipart(store)
         upload_id = store.create_multipart("one", part_size=max(store.capabilities().min_part_size, 10))
         part = store.put_part("one", upload_id, 1, Body.of(b"1"))
@@ -667,7 +667,7 @@ class StoreContract:
         assert [listed[:3] for listed in store.list_parts("one", upload_id)] == [part[:3]]
 
     def test_a_second_complete_changes_nothing(self, store: Store) -> None:
-        """Whoever completes second is told that the upload is gone, or (some S3 servers) of the object there is."""
+        """The second complete reports that the upload is gone, or (some S3 servers) the object that exists."""
         parts, _ = self._parts(store, 1)
         upload_id = store.create_multipart("large", part_size=len(parts[0]))
         part = store.put_part("large", upload_id, 1, Body.of(parts[0]))
@@ -698,7 +698,7 @@ class StoreContract:
         assert store.get("large", max_bytes=5 * size).data == b"".join(bytes([n]) * size for n in range(1, 6))
 
     def test_multipart_is_refused_where_there_is_none(self, store: Store) -> None:
-        """A store without multipart uploads names itself and what it lacks."""
+        """A store without multipart uploads names itself and the missing capability."""
         if store.capabilities().multipart:
             raise unittest.SkipTest("the store has multipart uploads")
         for call in (
@@ -713,7 +713,7 @@ class StoreContract:
                 call()
             assert (refusal.value.store, refusal.value.capability) == (store.url, "multipart uploads")
 
-    # What the tests stand on
+    # Helpers of the tests
 
     @staticmethod
     def _need_conditional(store: Store) -> None:
@@ -726,7 +726,7 @@ class StoreContract:
             raise unittest.SkipTest("the store has no multipart uploads")
 
     def _parts(self, store: Store, count: int) -> tuple[list[bytes], bytes]:
-        """Parts of the smallest size the store takes, the last one smaller, and all of them together."""
+        """Parts of the smallest size that the store allows, the last one smaller, and their bytes together."""
         self._need_multipart(store)
         size = max(store.capabilities().min_part_size, 10_000)
         data = _noise(size * count - size // 3)
@@ -743,7 +743,7 @@ class StoreContract:
             assert (refusal.value.key, refusal.value.upload_id) == ("large", upload_id)
 
     def _in_processes(self, store: Store, jobs: Sequence[tuple[Any, ...]]) -> list[str]:
-        """The answers of one process per job; they begin together."""
+        """The output of one process per job; they start together."""
         opening = self.how_to_open(store)
         if opening is None:
             raise unittest.SkipTest("the store cannot be opened by another process")
@@ -772,7 +772,7 @@ class StoreContract:
 
 
 def _together(count: int, call: Callable[[int], _T]) -> list[_T]:
-    """The results of `call(0)` to `call(count - 1)`, begun at the same moment."""
+    """The results of `call(0)` to `call(count - 1)`, started at the same moment."""
     barrier = threading.Barrier(count)
 
     def run(number: int) -> _T:

@@ -55,7 +55,7 @@ def _encoded(content: str | bytes) -> bytes:
 
 
 def write_tree(path: str | os.PathLike[str], tree: Tree) -> Path:
-    """Make the directory `path` with the contents of `tree`; what is there already stays.
+    """Create the directory `path` with the contents of `tree`; existing entries stay.
 
     >>> write_tree(tmp_path / "orders", {"readme": "hello", "data": {"0.bin": b"...", "latest": Symlink("0.bin")}})
     """
@@ -79,7 +79,7 @@ def write_tree(path: str | os.PathLike[str], tree: Tree) -> Path:
 
 
 def read_tree(path: str | os.PathLike[str]) -> Tree:
-    """The contents of a directory, to be compared with the literal it should be."""
+    """The contents of a directory, to compare with the expected literal."""
     tree: dict[str, str | bytes | Tree | Symlink | Executable | Fifo] = {}
     for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
         status = entry.stat(follow_symlinks=False)

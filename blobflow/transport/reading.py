@@ -31,11 +31,11 @@ Proof: TypeAlias = Literal["attested", "unproven", "sampled", "proven"]
 """The result of a verification; no content of a bucket can turn one value into another."""
 
 PROOF_MEANS: Final[Mapping[Proof, str]] = {
-    "attested": "sizes, manifests and the server's own checksum agree: this finds accidents, but not the work of"
-    " somebody who may write to the store",
+    "attested": "sizes, manifests and the server's own checksum agree: this finds accidents, but not changes"
+    " by someone who may write to the store",
     "unproven": "sizes and manifests agree: nothing of the content was checked",
-    "sampled": "a share of the content was read and held to its digests",
-    "proven": "every byte was read and held to digests that are bound to the artifact digest",
+    "sampled": "a share of the content was read and compared with its digests",
+    "proven": "every byte was read and compared with digests that the artifact digest covers",
 }
 """Each proof, and what it means."""
 

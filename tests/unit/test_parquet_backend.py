@@ -197,7 +197,7 @@ def test_what_is_shown_can_be_read(dataset: Path, tmp_path: Path, what: str):
         plain = export_artifact(forged / "data", tmp_path / "plain", mode="copy").artifact
         forged = plain.path
         write_artifact(forged, plain.index, backend="parquet", cursor=artifact.manifest.cursor)
-        says = "is no Parquet file"
+        says = "is not a Parquet file"
     else:
         forged = artifact.path
         cursor = {**artifact.manifest.cursor, "rows": 6} if isinstance(artifact.manifest.cursor, dict) else None
