@@ -1,4 +1,4 @@
-"""blobflow for Dagster: artifacts as assets, transfers as steps that say what they did and continue where they stopped.
+"""blobflow for Dagster: artifacts are assets; transfers are steps that report progress and continue where they stopped.
 
 ```python
 orders = artifact_pipeline(

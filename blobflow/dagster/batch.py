@@ -1,4 +1,4 @@
-"""Batches as assets and ops: operations from a file, results as a table, failures as a check, and only those again."""
+"""Batches as assets and ops: operations come from a file, results go to a table, and only failures run again."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -23,30 +23,32 @@ if TYPE_CHECKING:
 
 CHECK: Final = "no_failures"
 PARTITION: Final = "{partition}"
-"""Stands for the partition key in the path of operations or results."""
+"""Placeholder for the partition key in the path of operations or results."""
 DEFAULT_WINDOW: Final = 32
 
 
 class BatchConfig(KnownFields, dg.Config):
-    """Which operations to execute; see `blobflow batch`."""
+    """Run config of a batch: which operations to execute; see `blobflow batch`."""
 
-    operations: str | None = Field(default=None, description="Another file of operations, for this run.")
-    fresh: bool = Field(default=False, description="Forget earlier results and execute everything.")
+    operations: str | None = Field(
+        default=None, description="File of operations for this run, instead of the usual one."
+    )
+    fresh: bool = Field(default=False, description="Ignore earlier results and execute everything.")
 
 
 class BatchOptions(TypedDict, total=False):
     """How a batch is executed; see `BatchExecutor` and `run_batch_file`."""
 
     window: int
-    """Operations at once; 32."""
+    """Operations that run at once; 32 by default."""
     deadline_s: float | None
-    """Seconds for one operation; 300."""
+    """Seconds for one operation; 300 by default."""
     ordered: bool
-    """Operations on one key run one after the other, in the order of the file."""
+    """Run the operations on one key one after the other, in the order of the file."""
     allow: Collection[Permission]
-    """What operations may do; everything."""
+    """Kinds of operations that are allowed; all by default."""
     payloads: bool
-    """Keep what gets read in the table."""
+    """Keep the bytes read by `get` operations in the table."""
 
 
 def batch_asset(
@@ -66,18 +68,20 @@ def batch_asset(
 ) -> dg.AssetsDefinition:
     """An asset whose materialization executes the operations of a file and keeps their results as a Parquet table.
 
-    Counts are metadata; the check `no_failures` shows what failed. Materialized again, it executes only what failed or
-    was not reached, as long as the file is the same; what fails for a passing reason is retried by the policy in the
-    same way. The asset's value is the path of the table.
+    Counts are metadata; the check `no_failures` shows what failed. If the file is unchanged, the next materialization
+    executes only operations that failed or were not reached. A retry after temporary errors does the same. The asset's
+    value is the path of the table.
 
     Args:
-        name: Of the asset.
-        operations: JSON lines or, with the ending `.parquet`, a table; `{partition}` stands for the partition key.
-        results: The table, likewise; by default in the resource's scratch directory.
-        key_prefix, group_name, description, deps, partitions_def: Of the asset.
-        severity: Of the check where something failed.
-        retry_policy: For what fails for a passing reason.
-        resource_key: Under which the `BlobflowResource` is found.
+        name: Name of the asset.
+        operations: Path of JSON lines or, if it ends in `.parquet`, of a table. `{partition}` stands for the partition
+            key.
+        results: Path of the table of results, with the same placeholder; by default in the resource's scratch
+            directory.
+        key_prefix, group_name, description, deps, partitions_def: Passed to the asset.
+        severity: Severity of the check if an operation failed.
+        retry_policy: Retries after temporary errors.
+        resource_key: Key of the `BlobflowResource` among the resources.
         options: See `BatchOptions`.
     """
 
@@ -95,7 +99,7 @@ def batch_asset(
             dg.AssetCheckSpec(
                 CHECK,
                 asset=dg.AssetKey([*(key_prefix or ()), name]),
-                description="Every operation of the file succeeded; a get of a missing object is no failure.",
+                description="Every operation of the file succeeded; a get of a missing object is not a failure.",
             )
         ],
     )
@@ -139,8 +143,8 @@ def batch_op(
 ) -> dg.OpDefinition:
     """An op that executes the operations of a file; its output is the path of the table of results.
 
-    It fails if an operation failed, after all others were executed and the table was written; run again, it executes
-    only those that failed. The arguments are those of `batch_asset`.
+    If an operation failed, the op executes all others, writes the table, and then fails. The next run executes only
+    the failed operations. The arguments are those of `batch_asset`.
     """
 
     @dg.op(name=name, required_resource_keys={resource_key}, retry_policy=retry_policy, out=dg.Out(str))
@@ -185,7 +189,7 @@ def _executed(
     retry_policy: dg.RetryPolicy | None,
     options: BatchOptions,
 ) -> "BatchReport":
-    """The report of a batch; what failed for a passing reason only is retried by Dagster first."""
+    """Return the report of a batch; if all failures are temporary, ask Dagster for a retry instead."""
     from blobflow.batch.tables import run_batch_file  # pyarrow is slow to import
 
     fence = RunFence(context.instance, context.run_id)
@@ -213,7 +217,7 @@ def _executed(
             Path(config.operations) if config.operations else operations,
             results,
             payloads=options.get("payloads", False),
-            # A retry continues what its first attempt began afresh.
+            # Only the first attempt ignores earlier results; a retry continues it.
             fresh=config.fresh and not context.retry_number,
             on_progress=watch,
         )
@@ -242,7 +246,7 @@ def _metadata(report: "BatchReport") -> dict[str, Any]:
 
 
 def _failures(report: "BatchReport") -> dict[str, Any]:
-    """A table of the first failures; nothing where there are none."""
+    """A table of the first failures; empty if there are none."""
     if not report.failures:
         return {}
     records = [

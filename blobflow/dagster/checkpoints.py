@@ -1,10 +1,10 @@
 """Checkpoints of transfers as observations of the asset `blobflow/transfers`, one partition per transfer.
 
-The partition is called after kind and key (`upload-orders_monday_tar-<32 digits>`), and each description names the key.
+The partition is named after kind and key (`upload-orders_monday_tar-<32 digits>`), and each description names the key.
 
-An observation is stored the moment it is logged (10 ms), is never overwritten, shows in the run's log and in the plots
-of the asset, and any later run finds it by the transfer's id (3 ms): the retry in the same run, the re-execution from
-failure, the run that follows a killed worker, and the run that knows nothing of the one before.
+An observation is stored when it is logged (10 ms) and is never overwritten. It shows in the run's log and in the
+asset's plots. Any later run finds it by the transfer's id (3 ms): a retry in the same run, a re-execution from failure,
+a run after a killed worker, and a run that knows nothing of the earlier one.
 
 ```python
 journal = transfer_journal(context)
@@ -30,9 +30,9 @@ from blobflow.transport.checkpoints import Checkpoint, TransferJournal
 from blobflow.uploads.progress import TransferRecord
 
 TRANSFERS: Final = dg.AssetKey(["blobflow", "transfers"])
-"""The journal. It needs no definition and no partitions definition: observations may name any partition."""
+"""Asset key of the journal. It needs no definition and no partitions: an observation may name any partition."""
 LIVE_S: Final = 30.0
-"""Seconds after which a transfer without checkpoints shows how far it is."""
+"""Seconds without a checkpoint after which a transfer records its progress."""
 _LINE_S: Final = 10.0
 _LINE_SHARE: Final = 0.1
 _MIN_LINE_S: Final = 1.0
@@ -46,14 +46,14 @@ def transfer_journal(
     """The journal of the transfers of one step.
 
     Args:
-        context: Of an op, an asset, or the output or input of an IO manager.
-        instance: Needed with an `OutputContext`, which does not have it. An IO manager finds it as `context.instance`
+        context: Context of an op, of an asset, or of an IO manager's output or input.
+        instance: Required with an `OutputContext`, which does not have it. An IO manager finds it as `context.instance`
             in `setup_for_execution`.
-        run_id: Needed with an `InputContext`, which does not have it (`context.run.run_id` in `setup_for_execution`):
-            without it, the step does not notice that its run is over. Observations of inputs belong to no run.
+        run_id: Needed with an `InputContext`, which does not have it (`context.run.run_id` in `setup_for_execution`).
+            Without it, the step does not notice the end of its run. Observations of inputs belong to no run.
 
     Raises:
-        UsageError: the instance is neither given nor known.
+        UsageError: `context` has no instance, and none is given.
     """
     write: Callable[[dg.AssetObservation], None]
     if isinstance(context, dg.InputContext):
@@ -62,8 +62,8 @@ def transfer_journal(
     elif isinstance(context, dg.OutputContext):
         if instance is None:
             raise UsageError(
-                "an OutputContext does not tell its Dagster instance",
-                hint="keep `context.instance` of setup_for_execution, and give it as `instance`",
+                "an OutputContext does not have the Dagster instance",
+                hint="keep `context.instance` in setup_for_execution, and pass it as `instance`",
             )
         run_id = run_id or context.run_id
         write = context.log_event
@@ -80,7 +80,7 @@ def transfer_journal(
 
 @contextmanager
 def step_journal(context: dg.OpExecutionContext, retry_policy: dg.RetryPolicy | None) -> Iterator["StepJournal"]:
-    """Gives the journal of a step, and raises the core's errors as Dagster's, with how far the step had come."""
+    """Yields the journal of a step; raises the core's errors as Dagster's, with the step's progress as metadata."""
     journal = transfer_journal(context)
     with dagster_errors(context, retry_policy, journal.metadata, fence=journal.fence):
         yield journal
@@ -127,8 +127,8 @@ class StepJournal(TransferJournal):
 
     Args:
         checkpoints: Where the checkpoints are kept.
-        fence: Of the step's run.
-        write: Takes a line for the step's log.
+        fence: Fence of the step's run.
+        write: Writes a line to the step's log.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class StepJournal(TransferJournal):
         """`on_checkpoint` of uploads, downloads and verifications.
 
         Raises:
-            StepOrphaned: the run is over. The last record of a failing transfer is written nevertheless.
+            StepOrphaned: the run is over. The last record of a failing transfer is still written.
         """
         if record.state == "running":
             self.fence.check()
@@ -179,7 +179,7 @@ class StepJournal(TransferJournal):
             super().save(_advanced(record, event.bytes_done))
 
     def watch(self, phase: str) -> Callable[..., None]:
-        """`on_progress` of exports and imports: takes the bytes done, the bytes in all, and those found done."""
+        """`on_progress` of exports and imports: takes the bytes done, all bytes, and the bytes resumed."""
         lines = self._lines.setdefault(phase, ProgressLog(self._line, phase))
 
         def watch(done: int, total: int, resumed: int = 0) -> None:
@@ -189,7 +189,7 @@ class StepJournal(TransferJournal):
         return watch
 
     def metadata(self) -> dict[str, Any]:
-        """Facts of the step's last transfer for its materialization or failure; nothing if it moved nothing."""
+        """Facts of the step's last transfer for its materialization or failure; empty without a transfer."""
         checkpoint = self.written(self._record.transfer_id) if self._record else None
         if checkpoint is None:
             return {}
@@ -222,7 +222,7 @@ def _percent(record: TransferRecord) -> float:
 
 
 def _advanced(record: TransferRecord, bytes_done: int) -> TransferRecord:
-    """`record` as it stands now, between two checkpoints."""
+    """A copy of `record` with the progress since its checkpoint."""
     more = max(0, bytes_done - record.bytes_done)
     parts = record.parts_done + -(-more // record.part_size)
     return record.model_copy(update={"bytes_done": record.bytes_done + more, "parts_done": parts})
@@ -232,11 +232,11 @@ def _advanced(record: TransferRecord, bytes_done: int) -> TransferRecord:
 
 
 class ProgressLog:
-    """Writes a line every 10 s, or every 10 % where that takes more than a second.
+    """Writes a line every 10 s, or after every 10 %, but at most one a second.
 
     Args:
-        write: Takes a line.
-        phase: What is going on.
+        write: Writes a line to the log.
+        phase: Name of the work, such as `upload`; lines begin with it.
         clock: Seconds, monotonic.
     """
 
@@ -268,7 +268,7 @@ class ProgressLog:
 def count_log(
     write: Callable[[str], None], phase: str, *, clock: Callable[[], float] = time.monotonic
 ) -> Callable[[int, int], None]:
-    """An `on_progress` that counts things instead of bytes: a line every 10 s."""
+    """An `on_progress` that counts items instead of bytes: a line every 10 s."""
     shown = clock()
 
     def count(done: int, total: int) -> None:

@@ -12,7 +12,7 @@ attributes:
 
 The attributes are the arguments of `artifact_pipeline` and `artifact_mirror`. `{{ partition_key }}` in the settings of
 an exporter or importer is filled in when a step runs. A secret is written as `{{ env.NAME }}` and becomes a
-`dg.EnvVar`: the process that needs it reads it, and it is rendered nowhere.
+`dg.EnvVar`: only the process that needs it reads it, and it is never rendered.
 """
 
 import re
@@ -64,41 +64,41 @@ def _described(description: str) -> dg.Resolver:
 
 _TRANSLATION: Final = TranslationFnResolver[BlobflowAssetProps](lambda props: {"props": props, "stage": props.stage})
 _TRANSLATION.description = (
-    "Changes keys, groups, owners, tags and so on of the assets; sees `stage` (snapshot, remote or mirror), `props` and"
-    " `spec`."
+    "Changes the assets' keys, groups, owners, tags and so on. It can use `stage` (snapshot, remote or mirror), `props`"
+    " and `spec`."
 )
 
 
 class _StoreComponent(dg.Component, dg.Model, dg.Resolvable):
-    """What pipelines and mirrors have in common."""
+    """Base of the two components: the attributes that pipelines and mirrors share."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    # `Any` stands for a BlobflowResource, and in the subclasses for exporters and importers: Dagster would look for
-    # fields in the one, and pydantic would check the others, which are protocols.
+    # `Any` stands for a BlobflowResource, and in the subclasses for exporters and importers. Dagster would look for
+    # fields in the resource, and pydantic would check the exporters and importers, which are protocols.
     store: Annotated[
         Any,
         dg.Resolver(
             resolve_store,
             model_field_type=StoreSettings | str | None,
             inject_before_resolve=False,
-            description="URL or settings of the store; the component then has a resource of its own. By default it"
-            " takes the resource `resource_key` of the code location.",
+            description="URL or settings of the store, from which the component makes its own resource. By default it"
+            " uses the resource `resource_key` of the code location.",
         ),
     ] = None
     resource_key: Annotated[
         str,
-        _described("Of the BlobflowResource in the code location; not together with `store`."),
+        _described("Key of the BlobflowResource in the code location; cannot be combined with `store`."),
     ] = "blobflow"
     max_retries: Annotated[
         int,
-        _described("How often a step is tried again after an error that may pass (a store that is down)."),
+        _described("Retries of a step after a temporary error, such as a store that is down."),
     ] = DEFAULT_RETRY_POLICY.max_retries
-    pool: Annotated[str | None, _described("Concurrency pool of which uploads and downloads take a slot.")] = None
+    pool: Annotated[str | None, _described("Concurrency pool; each upload and download takes a slot.")] = None
     lanes: Annotated[
         int,
         _described(
-            "Among how many steps each upload and download is divided, for executors that spread steps over machines."
+            "Number of steps that share each upload and download, for executors that spread steps over machines."
         ),
     ] = 1
     freshness: Annotated[
@@ -106,7 +106,7 @@ class _StoreComponent(dg.Component, dg.Model, dg.Resolvable):
         dg.Resolver(
             resolve_freshness,
             model_field_type=MirrorFreshness | Template | None,
-            description="How old the mirror may be before the UI and alerts say so.",
+            description="Age of the mirror after which the UI and alerts report it as stale.",
         ),
     ] = None
     translation: Annotated[TranslationFn[BlobflowAssetProps] | None, _TRANSLATION] = None
@@ -120,11 +120,11 @@ class _StoreComponent(dg.Component, dg.Model, dg.Resolvable):
     @classmethod
     def _not_negative(cls, max_retries: int) -> int:
         if max_retries < 0:
-            raise ValueError("max_retries is a number of retries, or 0")
+            raise ValueError("max_retries must be 0 or more")
         return max_retries
 
     def get_asset_spec(self, props: BlobflowAssetProps) -> dg.AssetSpec:
-        """The spec of one asset; to be overridden where `translation` is not enough."""
+        """The spec of one asset; override it if `translation` is not enough."""
         spec = BlobflowTranslator().get_asset_spec(props)
         return self.translation(spec, props) if self.translation else spec
 
@@ -154,7 +154,7 @@ class _StoreComponent(dg.Component, dg.Model, dg.Resolvable):
 
 @dataclass(frozen=True)
 class _ComponentTranslator(BlobflowTranslator):
-    """Asks the component, and knows the kinds that a pipeline with partitions cannot know beforehand."""
+    """Asks the component for specs, and adds the kinds, which a pipeline with partitions does not know yet."""
 
     component: _StoreComponent
     ends: Mapping[str, Any]
@@ -174,17 +174,23 @@ def _has_partitions(attributes: Any) -> bool:
 
 
 class ArtifactPipelineScaffoldParams(BaseModel):
-    """What `dg scaffold defs` takes; everything has a default."""
+    """Options of `dg scaffold defs` for a pipeline; all have defaults."""
 
-    name: str | None = Field(default=None, description="Of the pipeline; by default that of the folder.")
-    source: str | None = Field(default=None, description="The directory to export; by default data/NAME here.")
-    target: str | None = Field(default=None, description="Where the mirror lives; by default mirror/NAME here.")
-    store: str | None = Field(default=None, description="URL of the store; by default store/ here.")
+    name: str | None = Field(default=None, description="Name of the pipeline; by default that of the folder.")
+    source: str | None = Field(
+        default=None, description="Directory to export; by default data/NAME in the project's directory."
+    )
+    target: str | None = Field(
+        default=None, description="Directory of the mirror; by default mirror/NAME in the project's directory."
+    )
+    store: str | None = Field(
+        default=None, description="URL of the store; by default store/ in the project's directory."
+    )
     schedule: str | None = Field(default=None, description="Cron string of the export rounds; by default none.")
 
 
 class ArtifactPipelineScaffolder(dg.Scaffolder[ArtifactPipelineScaffoldParams]):
-    """Writes a component that works as it is, inside the project's directory."""
+    """Writes a pipeline that works without changes, inside the project's directory."""
 
     @classmethod
     def get_scaffold_params(cls) -> type[ArtifactPipelineScaffoldParams]:
@@ -213,20 +219,20 @@ def _here(*names: str) -> str:
 
 @dg.scaffold_with(ArtifactPipelineScaffolder)
 class ArtifactPipelineComponent(_StoreComponent):
-    """Takes snapshots of a source, keeps them in a store, and brings them to life at a mirror.
+    """Takes snapshots of a source, keeps them in a store, and imports them into a mirror.
 
-    Three assets (snapshot, remote, mirror), a blocking check that the artifact in the store is whole, a job, and a
-    schedule if one is given. Interrupted transfers continue where they stopped.
+    It defines three assets (snapshot, remote, mirror), a blocking check that the artifact in the store is complete, a
+    job, and a schedule if one is given. Interrupted transfers continue where they stopped.
     """
 
-    name: str = Field(description="Of the pipeline: letters, digits and '_'. Keys in the store begin with it.")
+    name: str = Field(description="Name of the pipeline: letters, digits and '_'. Keys in the store begin with it.")
     exporter: Annotated[Any, backend_resolver("exporter", EXPORTERS, _has_partitions)] = Field(
-        description="The source, by kind; its settings may contain '{{ partition_key }}'. Or a template that gives an"
-        " exporter made by Python."
+        description="The source: a kind and its settings, which may contain '{{ partition_key }}'. Or a template that"
+        " returns an exporter made in Python."
     )
     importer: Annotated[Any, backend_resolver("importer", IMPORTERS, _has_partitions)] = Field(
-        description="The target, by kind; its settings may contain '{{ partition_key }}'. Or a template that gives an"
-        " importer made by Python."
+        description="The target: a kind and its settings, which may contain '{{ partition_key }}'. Or a template that"
+        " returns an importer made in Python."
     )
     partitions_def: Annotated[
         dg.PartitionsDefinition | None,
@@ -238,7 +244,7 @@ class ArtifactPipelineComponent(_StoreComponent):
             | TimeWindowPartitionsDefinitionModel
             | StaticPartitionsDefinitionModel
             | DynamicPartitions,
-            description="One artifact, one ref and one mirror for each partition.",
+            description="Partitions; each has its own artifacts, ref and mirror.",
         ),
     ] = None
     schedule: Annotated[
@@ -246,28 +252,30 @@ class ArtifactPipelineComponent(_StoreComponent):
         dg.Resolver(
             resolve_schedule,
             model_field_type=ExportSchedule | str,
-            description="Cron string of the export rounds, or settings. Partitions, if any, have to be of time.",
+            description="Cron string of the export rounds, or settings. Partitions, if any, must be time windows.",
         ),
     ] = None
-    ref: Annotated[str | None, _described("The name that moves to each verified artifact; null: none.")] = "latest"
+    ref: Annotated[str | None, _described("Name of the ref that moves to each verified artifact; null for no ref.")] = (
+        "latest"
+    )
     verify_mode: Annotated[
         VerifyMode,
         _described(
-            "deep reads every byte (proven), shallow compares sizes, manifests and the store's checksum (attested, or"
-            " unproven where it has none), auto is deep except where the store attests a checksum."
+            "deep reads every byte (proven). shallow compares sizes, manifests and the store's checksum (attested, or"
+            " unproven without a checksum). auto is deep unless the store attests a checksum."
         ),
     ] = "auto"
     deps: Annotated[Sequence[dg.ResolvedAssetKey], _described("Keys of assets that the export waits for.")] = ()
     ttl_s: Annotated[
         float,
-        _described("Seconds without a sign of life of an export after which another run takes its round over."),
+        _described("Seconds without a heartbeat of an export after which another run may take over its round."),
     ] = DEFAULT_TTL_S
     max_silence_s: Annotated[
         float, _described("Seconds without progress of an export after which its round is no longer held.")
     ] = DEFAULT_SILENCE_S
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002  # Dagster's signature
-        """Assets, check, job, schedule, and the resource if the component has its own."""
+        """Assets, check, job, schedule, and the resource if the component makes its own."""
         options = self._options(self.name, snapshot=self.exporter, mirror=self.importer)
         spec = PipelineSpec(
             exporter=self.exporter,
@@ -294,11 +302,17 @@ class ArtifactPipelineComponent(_StoreComponent):
 
 
 class ArtifactMirrorScaffoldParams(BaseModel):
-    """What `dg scaffold defs` takes; everything has a default."""
+    """Options of `dg scaffold defs` for a mirror; all have defaults."""
 
-    name: str | None = Field(default=None, description="Of the publishing pipeline; by default that of the folder.")
-    target: str | None = Field(default=None, description="Where the mirror lives; by default mirror/NAME here.")
-    store: str | None = Field(default=None, description="URL of the store; by default store/ here.")
+    name: str | None = Field(
+        default=None, description="Name of the publishing pipeline; by default that of the folder."
+    )
+    target: str | None = Field(
+        default=None, description="Directory of the mirror; by default mirror/NAME in the project's directory."
+    )
+    store: str | None = Field(
+        default=None, description="URL of the store; by default store/ in the project's directory."
+    )
 
 
 class ArtifactMirrorScaffolder(dg.Scaffolder[ArtifactMirrorScaffoldParams]):
@@ -321,45 +335,46 @@ class ArtifactMirrorScaffolder(dg.Scaffolder[ArtifactMirrorScaffoldParams]):
 
 @dg.scaffold_with(ArtifactMirrorScaffolder)
 class ArtifactMirrorComponent(_StoreComponent):
-    """Brings to life what another deployment publishes in the store.
+    """Imports the artifacts that another deployment publishes in the store.
 
-    An external asset (remote), the mirror, a job, and the sensor that starts it. The two deployments share nothing but
-    the store.
+    It defines an external asset (remote), the mirror, a job, and the sensor that starts it. The two deployments share
+    only the store.
     """
 
-    name: str = Field(description="Of the publishing pipeline: what its keys begin with.")
+    name: str = Field(description="Name of the publishing pipeline; its keys begin with it.")
     importer: Annotated[Any, backend_resolver("importer", IMPORTERS, lambda given: given.ref is None)] = Field(
-        description="The target, by kind. Without a ref its settings may contain '{{ partition_key }}', which is the"
-        " artifact's key. Or a template that gives an importer made by Python."
+        description="The target: a kind and its settings. Without a ref, they may contain '{{ partition_key }}', which"
+        " is the artifact's key. Or a template that returns an importer made in Python."
     )
     ref: Annotated[
         str | None,
         _described(
-            "The mirror shows what this ref of the pipeline names. null: every artifact is a partition with a mirror"
-            " of its own."
+            "The mirror shows the artifact that this ref of the pipeline names. null: every artifact is a partition"
+            " with its own mirror."
         ),
     ] = "latest"
     key_prefix: Annotated[
         Sequence[str],
         _described(
-            "Of the assets' keys, before the name. Each further mirror of a pipeline in one deployment needs another."
+            "Prefix of the assets' keys, before the name. Each further mirror of a pipeline in one deployment needs"
+            " another prefix."
         ),
     ] = MIRRORS
     announce: Annotated[
         Announce,
         _described(
-            "Without a ref: verified, what a ref `latest` of the pipeline names or has named; or published, every"
-            " complete artifact, verified or not."
+            "Without a ref: verified announces artifacts that a ref `latest` of the pipeline names or has named;"
+            " published announces every complete artifact, verified or not."
         ),
     ] = "verified"
-    digest: Annotated[str | None, _described("Refuse every artifact but this one (sha256:...).")] = None
-    minimum_interval_seconds: Annotated[int, _described("Seconds between two looks into the store.")] = 30
+    digest: Annotated[str | None, _described("Accept only this artifact (sha256:...).")] = None
+    minimum_interval_seconds: Annotated[int, _described("Seconds between two checks of the store.")] = 30
     running: Annotated[
-        bool, _described("The sensors run from the start; otherwise they are switched on in the UI.")
+        bool, _described("Whether the sensors run from the start; otherwise turn them on in the UI.")
     ] = False
 
     def build_defs(self, context: dg.ComponentLoadContext) -> dg.Definitions:  # noqa: ARG002  # Dagster's signature
-        """Assets, job, sensors, and the resource if the component has its own."""
+        """Assets, job, sensors, and the resource if the component makes its own."""
         options = self._options(self.name, mirror=self.importer)
         mirror = artifact_mirror(
             importer=self.importer,

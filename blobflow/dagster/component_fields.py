@@ -1,7 +1,7 @@
-"""The fields of the components as YAML gives them: models for the schema, and resolvers that make values of them.
+"""The fields of the components in YAML: models for the schema, and resolvers that turn them into values.
 
 `{{ partition_key }}` in the settings of a backend is filled in when a step runs. A secret is written as
-`{{ env.NAME }}` and becomes a `dg.EnvVar`: the process that needs it reads it, and nothing renders it.
+`{{ env.NAME }}` and becomes a `dg.EnvVar`: only the process that needs it reads it, and it is never rendered.
 """
 
 import re
@@ -28,12 +28,12 @@ from blobflow.fields import check_names
 from blobflow.stores.base import key_segment
 
 EXPORTERS: Final[Mapping[str, type[BaseModel]]] = {name: backend_classes(name)[0] for name in BACKENDS}
-"""What `kind` of an exporter may be; the fields of the class are its settings."""
+"""Values of `kind` for exporters; the fields of the class are its settings."""
 IMPORTERS: Final[Mapping[str, type[BaseModel]]] = {name: backend_classes(name)[1] for name in BACKENDS}
-"""What `kind` of an importer may be."""
+"""Values of `kind` for importers; the fields of the class are its settings."""
 
 Template: Any = Annotated[str, Field(pattern=r"\{\{.*\}\}")]
-"""In the place of any value: `{{ ... }}`. The pattern keeps typing errors out of it."""
+"""A template in place of any value: `{{ ... }}`. The pattern rejects other strings, such as misspelled values."""
 _SECRETS: Final = ("access_key_id", "secret_access_key", "session_token", "leases")
 _ENVIRONMENT: Final = re.compile(r"\{\{\s*env\.([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
 
@@ -41,7 +41,7 @@ _ENVIRONMENT: Final = re.compile(r"\{\{\s*env\.([A-Za-z_][A-Za-z0-9_]*)\s*\}\}")
 def _settings_of(
     source: type[BaseModel], more: Mapping[str, Any] | None = None, *, skip: Sequence[str] = ()
 ) -> type[BaseModel]:
-    """The fields of `source` as YAML gives them: a value, or a template that makes one. And `more` fields."""
+    """A model of `source` for YAML: each field takes a value or a template. `more` fields are added."""
     fields: dict[str, Any] = {}
     for name, field in source.model_fields.items():
         if name in skip:
@@ -61,7 +61,7 @@ def _settings_of(
 
 @dataclass(frozen=True)
 class _PerPartition:
-    """A function of the partition key that returns a backend, and knows its kind beforehand."""
+    """A function from partition key to backend; the kind is known before it is called."""
 
     kind: str
     make: Callable[[Mapping[str, str]], Any]
@@ -73,14 +73,14 @@ class _PerPartition:
 def backend_resolver(
     field: str, kinds: Mapping[str, type[BaseModel]], partitioned: Callable[[Any], bool]
 ) -> dg.Resolver:
-    """Makes the backend that the YAML field describes: at once, or for each partition when it is known."""
+    """A resolver that makes the backend of the YAML field: at once, or per partition when a step runs."""
 
     def resolve(context: dg.ResolutionContext, attributes: Any) -> Any:
         context, settings = context.at_path(field), getattr(attributes, field)
         if isinstance(settings, str):
             made = context.resolve_value(settings)
             if isinstance(made, str):
-                raise ResolutionException(f"{field}: a mapping with a kind, or a template that makes an {field}")
+                raise ResolutionException(f"{field}: give a mapping with a kind, or a template that returns an {field}")
             return made
         backend = kinds[settings.kind]
         given = settings.model_dump(exclude_unset=True, exclude={"kind"})
@@ -97,14 +97,18 @@ def backend_resolver(
         return _PerPartition(settings.kind, make) if per_partition else make({})
 
     models = [
-        _settings_of(backend, {"kind": (Literal[kind], Field(description="What is read or written."))})
+        _settings_of(backend, {"kind": (Literal[kind], Field(description="Kind of the source or target."))})
         for kind, backend in kinds.items()
     ]
     return dg.Resolver.from_model(resolve, model_field_type=reduce(or_, models))
 
 
 def _check_names(field: str, value: Any, known: set[str]) -> None:
-    """Refuse a template that names what there is not: Dagster would put nothing in its place, and export `/data/`."""
+    """Refuse a template with an unknown name. Dagster would render it as an empty string, and export `/data/`.
+
+    Raises:
+        ResolutionException: a template uses a name that is not in `known`.
+    """
     from jinja2 import Environment, meta  # only components that have templates need it
 
     if isinstance(value, str):
@@ -125,14 +129,14 @@ def _check_names(field: str, value: Any, known: set[str]) -> None:
 def _require_absolute(field: str, path: object) -> None:
     if not expanded(str(path)).is_absolute():
         raise ResolutionException(
-            f"{field}: {str(path)!r} is relative, and the processes of Dagster have no directory in common."
+            f"{field}: {str(path)!r} is relative, and Dagster's processes do not share a working directory."
             " Give an absolute path, for example '{{ context.project_root }}/...'."
         )
 
 
 # -------------------------------------------------------------------------------------------------------------- store
 
-_FROM_ENVIRONMENT: Final = "As '{{ env.NAME }}' only: the variable is read by the steps, and written down nowhere."
+_FROM_ENVIRONMENT: Final = "Only as '{{ env.NAME }}': steps read the variable, and its value is never stored."
 
 _Profile = _settings_of(ChunkProfile)
 _STORE: Final = BlobflowResource.model_fields
@@ -142,14 +146,16 @@ StoreSettings = _settings_of(
         "url": (str | None, Field(default=None, description=_STORE["store"].description)),
         "profile": (
             Literal["datacenter", "tactical", "edge"] | _Profile | Template,
-            Field(default="tactical", description=f"{_STORE['profile'].description} Or a profile of your own."),
+            Field(
+                default="tactical", description=f"{_STORE['profile'].description} Or a mapping with custom settings."
+            ),
         ),
         **{name: (str | None, Field(default=None, description=_FROM_ENVIRONMENT)) for name in _SECRETS},
         "leases": (
             str | None,
             Field(
                 default=None,
-                description="SQLAlchemy URL of a database that keeps the leases of rounds; by default the store keeps"
+                description="SQLAlchemy URL of a database that keeps the leases of rounds. By default the store keeps"
                 f" them, which needs conditional writes. {_FROM_ENVIRONMENT}",
             ),
         ),
@@ -159,7 +165,7 @@ StoreSettings = _settings_of(
 
 
 def resolve_store(context: dg.ResolutionContext, value: Any) -> Any:
-    """A resource of a URL or of settings; a template may give a resource that Python made."""
+    """The resource made from a URL or from settings; a template may return a resource made in Python."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -170,7 +176,7 @@ def resolve_store(context: dg.ResolutionContext, value: Any) -> Any:
     else:
         settings = value.model_dump(exclude_unset=True)
         given = {
-            # Only strings can wait for the run; the profile is one of three words.
+            # An EnvVar is read in the run, which only strings can wait for; the profile must be known now.
             name: (name != "profile" and _from_environment(setting))
             or (_refused(name) if name in _SECRETS else context.resolve_value(setting))
             for name, setting in settings.items()
@@ -194,7 +200,7 @@ def _from_environment(value: object) -> dg.EnvVar | None:
 
 def _refused(name: str) -> Any:
     # No source position and no value: both would show the secret.
-    raise ResolutionException(f"store.{name}: write '{{{{ env.NAME }}}}'. A secret has no place in a file.")
+    raise ResolutionException(f"store.{name}: write '{{{{ env.NAME }}}}'. A secret must not be written in a file.")
 
 
 # --------------------------------------------------------------------------------------------- partitions and schedule
@@ -204,7 +210,7 @@ class DynamicPartitions(dg.Model):
     """Partitions that are added while the deployment runs, by a sensor or in the UI."""
 
     type: Literal["dynamic"]
-    name: str = Field(description="Of the set of partitions; assets with the same name share them.")
+    name: str = Field(description="Name of the set of partitions; assets with the same name share it.")
 
 
 def resolve_partitions(context: dg.ResolutionContext, value: Any) -> dg.PartitionsDefinition | None:
@@ -215,11 +221,15 @@ def resolve_partitions(context: dg.ResolutionContext, value: Any) -> dg.Partitio
 
 
 class ExportSchedule(dg.Model):
-    """When export rounds begin."""
+    """Times at which export rounds begin."""
 
-    cron_schedule: str = Field(description="For example '0 * * * *'.")
-    execution_timezone: str | None = Field(default=None, description="Of the cron string, e.g. Europe/Berlin; UTC.")
-    running: bool = Field(default=False, description="Runs from the start; otherwise it is switched on in the UI.")
+    cron_schedule: str = Field(description="Cron string, for example '0 * * * *'.")
+    execution_timezone: str | None = Field(
+        default=None, description="Time zone of the cron string, such as Europe/Berlin; by default UTC."
+    )
+    running: bool = Field(
+        default=False, description="Whether the schedule runs from the start; otherwise turn it on in the UI."
+    )
 
 
 def resolve_schedule(context: dg.ResolutionContext, value: Any) -> Any:
@@ -230,13 +240,15 @@ def resolve_schedule(context: dg.ResolutionContext, value: Any) -> Any:
 
 
 class MirrorFreshness(dg.Model):
-    """How old the mirror may be."""
+    """Age limits of the mirror."""
 
-    fail_after_hours: float = Field(description="After which it counts as stale.")
-    warn_after_hours: float | None = Field(default=None, description="After which there is a warning; less than that.")
+    fail_after_hours: float = Field(description="Hours after which the mirror counts as stale.")
+    warn_after_hours: float | None = Field(
+        default=None, description="Hours after which there is a warning; less than fail_after_hours."
+    )
 
     def policy(self) -> dg.FreshnessPolicy:
-        """As Dagster takes it."""
+        """The same limits as Dagster's freshness policy."""
         return dg.FreshnessPolicy.time_window(
             fail_window=timedelta(hours=self.fail_after_hours),
             warn_window=None if self.warn_after_hours is None else timedelta(hours=self.warn_after_hours),
@@ -255,10 +267,9 @@ def resolve_freshness(context: dg.ResolutionContext, value: Any) -> dg.Freshness
 
 @cache
 def without_unknown_fields(model: type[BaseModel]) -> type[BaseModel]:
-    """`model` with one clear error for a field that there is not, at whatever depth.
+    """`model`, which also refuses an unknown field at any depth with one clear error.
 
-    Pydantic refuses it too, but with an error for every kind of exporter that there is, and with the value, which may
-    be a secret.
+    Pydantic refuses it too, but with an error for every kind of exporter, and with the value, which may be a secret.
     """
 
     class Known(model):
@@ -278,14 +289,14 @@ def _check_fields(where: tuple[str, ...], model: type[BaseModel], given: Any) ->
     """Check the names of a mapping, and of the mappings in it, against the models of their fields.
 
     Raises:
-        ValidationError: with the place, so that Dagster names file and line.
+        ValidationError: a field is unknown. It names the place, from which Dagster derives file and line.
     """
     if not isinstance(given, Mapping):
         return
     try:
         check_names(".".join(where) or "the component", model.model_fields, given)
     except UsageError as error:
-        # Of a type that pydantic has, or else Dagster cannot repeat it.
+        # The type must be one of pydantic's, or Dagster cannot raise the error again.
         place = InitErrorDetails(
             type="value_error", loc=(*where, str(error.field)), input=None, ctx={"error": error.message}
         )
@@ -306,7 +317,7 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _may_be(model: type[BaseModel], given: Any) -> bool:
-    """Whether the mapping does not say that it is of another kind."""
+    """Whether `given` is a mapping whose `kind` or `type` fits the model."""
     if not isinstance(given, Mapping):
         return False
     words = ((name, field.annotation) for name, field in model.model_fields.items() if name in ("kind", "type"))

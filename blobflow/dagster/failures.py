@@ -1,4 +1,4 @@
-"""From the core's errors to Dagster's: what may pass is retried, the rest fails at once and says what to do."""
+"""Translates the core's errors into Dagster's: temporary errors are retried, others fail at once with a hint."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,14 +14,14 @@ from blobflow.errors import BlobflowError, TemporaryError, Value
 DEFAULT_RETRY_POLICY: Final = dg.RetryPolicy(
     max_retries=3, delay=10, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS
 )
-"""Of every step and job, unless its user names another one. The store repeats requests for two minutes before a step
-fails, so that three more attempts outlive most outages."""
+"""Retry policy of every step and job, unless the user gives another. The store repeats requests for two minutes before
+a step fails, so three more attempts outlive most outages."""
 MAX_WAIT_S: Final = 300.0
-"""The longest that a step waits for its next attempt, whatever the store asks for."""
+"""Most seconds that a step waits for its next attempt, even if the store asks for more."""
 
 
 SILENT_S: float = SILENCE_S
-"""Seconds without progress before a step's log says what it waits for."""
+"""Seconds without progress after which a step logs what it waits for."""
 
 
 def as_dagster_error(
@@ -31,12 +31,12 @@ def as_dagster_error(
     retry_policy: dg.RetryPolicy | None,
     facts: Mapping[str, Any] | None = None,
 ) -> dg.Failure | dg.RetryRequested:
-    """What a step raises in the place of `error`.
+    """The exception that a step raises in place of `error`: a retry if that may help, otherwise a failure.
 
     Args:
         retry_number: Retries of this step so far.
-        retry_policy: How often a passing error is tried again, and how long to wait.
-        facts: More metadata: how far the step had come.
+        retry_policy: Number of retries after temporary errors, and the delays between them.
+        facts: More metadata, such as the step's progress.
     """
     if error.retryable and retry_policy is not None and retry_number < retry_policy.max_retries:
         asked = error.retry_after_s if isinstance(error, TemporaryError) else None
@@ -48,12 +48,12 @@ def as_dagster_error(
 
 
 def as_field(name: str, value: Value | None) -> str:
-    """A setting of an error's message or hint (`blobflow.errors.setting`) as a field of a component or resource."""
+    """The name of a setting (`blobflow.errors.setting`) in messages and hints: a field of a component or resource."""
     return name if value is None else f"{name}: {value}"
 
 
 def error_metadata(error: BlobflowError) -> dict[str, Any]:
-    """The error's kind, hint and fields."""
+    """The error's type, hint and fields as metadata."""
     facts = error.to_dict(as_field)
     facts.pop("message")
     known = {md.ERROR: facts.pop("type"), md.HINT: facts.pop("hint")}
@@ -68,11 +68,11 @@ def dagster_errors(
     *,
     fence: RunFence | None = None,
 ) -> Iterator[None]:
-    """Raises the core's errors as Dagster's, and stops a step that is not wanted any more.
+    """Raises the core's errors as Dagster's, and stops a step whose run is over or being terminated.
 
     Args:
-        facts: How far the step had come.
-        fence: Of the step's run; a new one by default.
+        facts: Returns more metadata for a failure, such as the step's progress.
+        fence: Fence of the step's run; a new one by default.
     """
     with waits_logged(context.log), stopped_for_good(fence or RunFence(context.instance, context.run_id), facts):
         try:
@@ -88,9 +88,9 @@ def dagster_errors(
 
 @contextmanager
 def waits_logged(log: dg.DagsterLogManager) -> Iterator[None]:
-    """While a store does not answer, or every attempt fails, the step's log says so: what, where, why and for how long.
+    """Logs waits on the step's log: while a store does not answer or every attempt fails, with place, reason and time.
 
-    Retries are on standard error only, which does not appear in the log of a run.
+    Retries are otherwise logged on standard error only, which does not appear in the log of a run.
     """
     with reporting_waits(lambda wait: log.warning("step.waits %s", wait), silence_s=SILENT_S):
         yield
@@ -100,7 +100,7 @@ def waits_logged(log: dg.DagsterLogManager) -> Iterator[None]:
 def io_manager_errors(fence: RunFence, facts: Callable[[], Mapping[str, Any]] = dict) -> Iterator[None]:
     """`dagster_errors` for an IO manager, which does not see the step's retry policy.
 
-    What may pass is a failure to which Dagster applies that policy; other errors fail the step at once.
+    A temporary error becomes a failure to which Dagster applies that policy. Other errors fail the step at once.
     """
     with stopped_for_good(fence, facts):
         try:
@@ -114,10 +114,10 @@ def io_manager_errors(fence: RunFence, facts: Callable[[], Mapping[str, Any]] = 
 
 @contextmanager
 def stopped_for_good(fence: RunFence, facts: Callable[[], Mapping[str, Any]] = dict) -> Iterator[None]:
-    """Fails a step whose run is over or being terminated in a way that no policy retries.
+    """Fails a step whose run is over or being terminated, in a way that no policy retries.
 
-    Dagster retries a step that was interrupted, and whatever else it raised, also while its run is being terminated.
-    So the run is looked at before the block, which may be such a retry, and at everything that the block raises.
+    Dagster retries a step after an interrupt or any other exception, even while its run is being terminated. So the
+    run's status is checked before the block, which may be such a retry, and after every exception from the block.
     """
     try:
         fence.check(now=True)

@@ -1,10 +1,10 @@
-"""A step that outlives its run, or whose run is being terminated, stops by itself.
+"""Stops a step that outlives its run, or whose run is being terminated.
 
-When a run worker is killed, its step processes live on, beside the retry that takes their place. They can do no harm
-to what is stored (parts are idempotent, publishing is conditional, a ref is never moved back), but they cost bandwidth
-and hold locks. And when a run is terminated, Dagster turns the interrupt of a step that has a retry policy into a
-retry, which under the in-process executor runs to the end. So a step checks its run's status when it begins, now and
-then, and when it was interrupted.
+When a run worker is killed, its step processes continue, beside the retry that replaces them. They cannot harm stored
+data: parts are idempotent, publishing is conditional, and a ref never moves back. But they cost bandwidth and hold
+locks. When a run is terminated, Dagster turns the interrupt of a step with a retry policy into a retry. Under the
+in-process executor, that retry runs to the end. So a step checks its run's status at its start, every few seconds, and
+after an interrupt.
 """
 
 import logging
@@ -21,33 +21,34 @@ from blobflow.errors import BlobflowError
 log = logging.getLogger(__name__)
 
 INTERVAL_S: Final = 3.0
-"""Seconds between two looks at the run's status: 3 ms each, and soon enough after a crash."""
+"""Seconds between two checks of the run's status. Each takes 3 ms, and a crash is noticed soon enough."""
 
 
 class StepOrphaned(BlobflowError):
     """The run of this step is over or being terminated, or its run worker died.
 
-    Of no group: it says nothing of the artifact that the step was at.
+    It belongs to no error group: it says nothing about the artifact that the step worked on.
 
     Attributes:
-        run_id: The run.
-        reason: Why the step stops.
+        run_id: Id of the run.
+        reason: Reason for which the step stops.
     """
 
-    hint: str = "nothing is lost: what was moved is kept, and the next attempt continues there"
+    hint: str = "nothing is lost: moved data is kept, and the next attempt continues there"
     run_id: str
     reason: str
 
 
 class RunFence:
-    """Tells a step when to stop.
+    """Raises in a step that must stop, because its run is over, being terminated, or without its worker.
 
     Args:
-        instance: Where the run is kept; None: of a step that belongs to no run.
-        run_id: None: likewise; then it never stops.
-        interval_s: Seconds between two looks; by default `INTERVAL_S`.
+        instance: Instance that keeps the run; None for a step without a run, which never stops.
+        run_id: Id of the run; None for a step without a run, which never stops.
+        interval_s: Seconds between two checks of the run's status; by default `INTERVAL_S`.
         clock: Seconds, monotonic.
-        parent_alive: Whether the process that started this one still lives; None: of a process that has no such.
+        parent_alive: Returns whether the process that started this one still lives; by default the parent of a
+            process that multiprocessing started.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class RunFence:
         self._clock = clock
         self._looked_at = clock()
         if parent_alive is None and (parent := multiprocessing.parent_process()) is not None:
-            # Not os.getppid: a step that was started by a fork server is not a child of its run worker.
+            # Not os.getppid: if a fork server starts the step, the step is not a child of its run worker.
             parent_alive = parent.is_alive
         self._parent_alive = parent_alive
         self._ended: StepOrphaned | None = None
@@ -74,10 +75,10 @@ class RunFence:
         return f"<RunFence of {self._run_id} {'closed' if self._ended else 'open'}>"
 
     def check(self, *, now: bool = False) -> None:
-        """Return if the step is still wanted. Looks at most every `interval_s` seconds, unless `now`.
+        """Return if the step may go on. Reads the run's status at most every `interval_s` seconds, unless `now`.
 
         Raises:
-            StepOrphaned: it is not. Once raised, raised ever after.
+            StepOrphaned: the step must stop. All later calls raise it as well.
         """
         if self._instance is None or self._run_id is None:
             return
@@ -96,7 +97,7 @@ class RunFence:
             raise self._ended
 
     def _reason(self, instance: dg.DagsterInstance, run_id: str) -> str:
-        """Why this step is not wanted any more; empty if it is."""
+        """Reason for which this step must stop; empty if it may go on."""
         run = instance.get_run_by_id(run_id)
         if run is not None and run.is_finished:
             return f"run {run_id} is over ({run.status.value})"
@@ -105,13 +106,13 @@ class RunFence:
         if self._parent_alive is not None and not self._parent_alive():
             if _is_step_worker(instance, run_id):
                 return f"the worker of run {run_id} is gone"
-            # A run worker whose code server went away does its work to the end.
+            # This is a run worker whose code server is gone: it works on to the end.
             self._parent_alive = None
         return ""
 
 
 def _is_step_worker(instance: dg.DagsterInstance, run_id: str) -> bool:
-    """Whether this process runs one step for a run worker, and is not the run worker itself."""
+    """Whether this process runs a single step for a run worker, rather than being the run worker."""
     started = instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_WORKER_STARTED)
     return any(_pid(entry.dagster_event) == str(os.getpid()) for entry in started)
 

@@ -1,4 +1,4 @@
-"""What the steps hand to each other: small values that any IO manager can keep. No payload ever passes here."""
+"""Handles that steps pass to each other: small values that any IO manager can keep, never the payload."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,25 +14,25 @@ PIN: Final = {
     "digest": dg.Field(
         dg.Noneable(str),
         default_value=None,
-        description="Refuse every artifact but this one (sha256:...), whatever the store says.",
+        description="Accept only this artifact (sha256:...), whatever the ref in the store names.",
     )
 }
-"""Run config of the first step of a download."""
+"""Config of the first step of a download."""
 
 
 @dataclass(frozen=True)
 class SnapshotHandle:
-    """An artifact on the disk of the machine that exported it, or of which only the store has the content."""
+    """An exported artifact: on the disk of the machine that exported it, or only in the store."""
 
     key: str
-    """Where it belongs in the store."""
+    """Key of the artifact in the store."""
     scratch: str | None
-    """The directory that is removed once the artifact is verified in the store; None: only the store has it."""
+    """Directory that is removed once the artifact is verified in the store; None if only the store has the content."""
     manifest_json: bytes
     round_number: int | None = None
-    """Of the export round; a ref that a later round has moved is left alone. None: nothing keeps leases."""
+    """Number of the export round; a ref that a later round has moved is left alone. None without a lease store."""
     generation: int | None = None
-    """Of the round's lease, in whose record its completion is written. None: nothing keeps leases."""
+    """Generation of the round's lease, whose record gets the round's completion. None without a lease store."""
 
     @property
     def path(self) -> Path:
@@ -47,7 +47,7 @@ class SnapshotHandle:
 
 @dataclass(frozen=True)
 class UploadHandle:
-    """An artifact that was brought into the store and awaits its verification."""
+    """An uploaded artifact that is not verified yet."""
 
     key: str
     digest: str
@@ -57,11 +57,11 @@ class UploadHandle:
     round_number: int | None = None
     generation: int | None = None
     cursor: JsonValue = None
-    """Of the exported snapshot, which may be later than that of equal content in the store."""
+    """Cursor of the exported snapshot; it may be later than that of equal content in the store."""
 
     @classmethod
     def of(cls, snapshot: SnapshotHandle, digest: str, status: str, metadata: dict[str, Any]) -> "UploadHandle":
-        """That of `snapshot`, which is in the store as the artifact `digest`."""
+        """The handle of `snapshot` after its upload as the artifact `digest`."""
         return cls(
             snapshot.key,
             digest,
@@ -85,7 +85,7 @@ class RemoteHandle:
 
 @dataclass(frozen=True)
 class StagedHandle:
-    """An artifact that is on the importer's disk, or alive there already."""
+    """An artifact on the importer's disk, or already imported there."""
 
     key: str
     digest: str
@@ -95,22 +95,22 @@ class StagedHandle:
 
 @dataclass(frozen=True)
 class MirrorHandle:
-    """A mirror that is alive. The value of the asset `[name, "mirror"]`."""
+    """An imported mirror. The value of the asset `[name, "mirror"]`."""
 
     path: str
     digest: str
 
 
 def check_pinned(digest: str | None, remote: RemoteHandle) -> None:
-    """Return if the artifact is `digest`, or if that is None.
+    """Return if `digest` is None or the artifact's digest.
 
     Raises:
-        DigestMismatch: it is another one, which a process that can write to the store may have put there.
+        DigestMismatch: it is another artifact. Any process that can write to the store may have put it there.
     """
     if digest is not None and digest != remote.digest:
         raise DigestMismatch(
             f"{remote.key!r} is the artifact {remote.digest}, not {digest}",
-            hint="give the digest that you trust, or look at who wrote to the store",
+            hint="give the digest that you trust, or find out who wrote to the store",
             what=remote.key,
             expected=digest,
             actual=remote.digest,

@@ -1,12 +1,12 @@
-"""What steps hand to each other, kept in the store: for workers that share nothing else.
+"""Keeps the handles that steps pass to each other in the store, for workers that share nothing else.
 
 ```python
 blobflow = BlobflowResource(store="s3://backups/orders", scratch_dir="/mnt/shared/blobflow")
 resources = {"blobflow": blobflow, "io_manager": HandoffIOManager(blobflow=blobflow)}
 ```
 
-The handles of pipelines are small (a key, a digest, an upload id), and so is what is written here: JSON of at most
-8 MiB, never a pickle, because whoever can write to the store must not be able to run code on the workers.
+The handles of pipelines are small: a key, a digest, an upload id. They are written as JSON of at most 8 MiB, never as
+a pickle: write access to the store must not be enough to run code on the workers.
 """
 
 import base64
@@ -46,26 +46,26 @@ _KINDS: Final = {
 class HandoffIOManager(Configured, dg.ConfigurableIOManager):
     """Keeps the handles of pipelines, and plain JSON values, as small objects in the store.
 
-    To be the default IO manager (`io_manager`) of a code location whose steps run on several machines; assets of other
-    kinds then name one of their own (`io_manager_key`). What an asset handed on lasts; what other steps of a run did is
-    needed only while that run may be retried: `gc_job` removes it from `<prefix>/runs/` a month later.
+    Make it the default IO manager (`io_manager`) of a code location whose steps run on several machines. Assets of
+    other kinds then name another one (`io_manager_key`). Values of assets are kept. Values of other steps are needed
+    only while their run may be retried; `gc_job` removes them from `<prefix>/runs/` a month later.
     """
 
     blobflow: dg.ResourceDependency[BlobflowResource]
-    prefix: str = Field(default="handoff", description="What the keys begin with, after the prefix of the store.")
+    prefix: str = Field(default="handoff", description="Prefix of the keys, after the prefix of the store.")
 
     _fence: RunFence = PrivateAttr(default_factory=lambda: RunFence(None, None))
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Learn which run this is."""
+        """Remember the run, so that its steps can be stopped."""
         self._fence = RunFence(context.instance, context.run.run_id if context.run is not None else None)
 
     def handle_output(self, context: dg.OutputContext, obj: object) -> None:
         """Write a value.
 
         Raises:
-            dg.Failure: saying what to do, for example with what is neither a handle nor JSON; retries are allowed
-                where they may help.
+            dg.Failure: with a hint, for example for a value that is neither a handle nor JSON. Retries are allowed
+                if they may help.
         """
         with waits_logged(context.log), io_manager_errors(self._fence):
             data = json.dumps(pack(obj)).encode()
@@ -79,10 +79,11 @@ class HandoffIOManager(Configured, dg.ConfigurableIOManager):
             context.add_output_metadata({"blobflow/handoff": f"{store.url}/{key}"})
 
     def load_input(self, context: dg.InputContext) -> Any:
-        """Read a value; of several partitions, a dict by partition key.
+        """Read a value, or for several partitions a dict by partition key.
 
         Raises:
-            dg.Failure: it was never written, or is not a handle of this version; it is retried where that may help.
+            dg.Failure: the value was never written, or is not a handle of this version. Retries are allowed if they
+                may help.
         """
         with waits_logged(context.log), io_manager_errors(self._fence):
             return self._load(context)
@@ -95,14 +96,14 @@ class HandoffIOManager(Configured, dg.ConfigurableIOManager):
                 loaded[partition] = unpack(json.loads(store.get(key, max_bytes=MAX_BYTES).data))
             except ObjectNotFound as error:
                 raise UsageError(
-                    f"nothing was handed on as {key!r} in {store.url}",
-                    hint="materialize what comes before with this IO manager",
+                    f"there is no value {key!r} in {store.url}",
+                    hint="materialize the upstream asset or step with this IO manager",
                     key=key,
                 ) from error
         return next(iter(loaded.values())) if len(loaded) == 1 else loaded
 
     def _keys(self, context: dg.InputContext | dg.OutputContext) -> dict[str | None, str]:
-        """The keys of a value by partition; None for what has no partitions."""
+        """The keys of a value by partition; the partition is None if there are no partitions."""
         if not context.has_asset_key:
             return {None: "/".join([self.prefix, "runs", *map(key_segment, context.get_identifier())]) + ".json"}
         asset = "/".join([self.prefix, "assets", *map(key_segment, context.asset_key.path)])
@@ -112,14 +113,14 @@ class HandoffIOManager(Configured, dg.ConfigurableIOManager):
 
 
 def pack(value: Any) -> Any:
-    """Plain JSON for a handle; what JSON does not know is an object with one name that begins with `$`.
+    """Plain JSON for a handle; values that JSON lacks become objects with one name that begins with `$`.
 
     Raises:
         UsageError: the value is neither a handle nor JSON.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, dg.MetadataValue):  # before tuples, of which some are made
+    if isinstance(value, dg.MetadataValue):  # before tuples, because some are tuples
         return {"$metadata": dg.serialize_value(cast("Any", value))}
     if isinstance(value, list | tuple):
         return [pack(each) for each in value]
@@ -129,16 +130,14 @@ def pack(value: Any) -> Any:
         return {name: pack(each) for name, each in value.items()}
     if (name := type(value).__name__) in _KINDS:
         return {f"${name}": {field.name: pack(getattr(value, field.name)) for field in fields(_KINDS[name])}}
-    raise UsageError(
-        f"a {type(value).__name__} cannot be handed on as JSON", hint="give its asset its own io_manager_key"
-    )
+    raise UsageError(f"a {type(value).__name__} cannot be stored as JSON", hint="give its asset its own io_manager_key")
 
 
 def unpack(value: Any) -> Any:
     """The inverse of `pack`.
 
     Raises:
-        UsageError: a handle that this version does not know.
+        UsageError: the value is a handle that this version does not know.
     """
     if isinstance(value, list):
         return [unpack(each) for each in value]
@@ -156,5 +155,5 @@ def unpack(value: Any) -> Any:
         return _KINDS[name[1:]](**{field: unpack(each) for field, each in content.items()})
     except (KeyError, TypeError) as error:
         raise UsageError(
-            f"{name[1:]!r} was handed on by another version of blobflow", hint="materialize it again"
+            f"{name[1:]!r} was stored by another version of blobflow", hint="materialize it again"
         ) from error

@@ -1,4 +1,4 @@
-"""`ArtifactIOManager`: an asset returns a directory, its consumer gets a verified copy of it. Nothing is pickled.
+"""`ArtifactIOManager`: an asset returns a directory, and its consumer gets a verified copy. Nothing is pickled.
 
 ```python
 @dg.asset(io_manager_key="artifacts")
@@ -16,10 +16,10 @@ defs = dg.Definitions(
 )
 ```
 
-Every content has a key of its own, so that nothing is ever overwritten, and a ref names the newest. Of an asset these
-are `<asset key>[/<partition>]/<content digest>.tar` and `<asset key>[/<partition>]/latest`, as in a pipeline. Outputs
-of ops belong to their run, as they do with Dagster's own IO managers: `runs/<run id>/<step>/<output>/latest`. Their
-contents do not (`ops/<step>/<output>/...`), so that a new run continues the upload of a killed one.
+Each content has a separate key, so nothing is ever overwritten, and a ref names the newest. For an asset these are
+`<asset key>[/<partition>]/<content digest>.tar` and `<asset key>[/<partition>]/latest`, as in a pipeline. Refs of op
+outputs belong to their run, as with Dagster's own IO managers: `runs/<run id>/<step>/<output>/latest`. Their contents
+do not (`ops/<step>/<output>/...`), so a new run continues the upload of a killed one.
 """
 
 import types
@@ -57,12 +57,12 @@ _PARTITION_TAGS: Final = (
     "dagster/asset_partition_range_start",
     "dagster/asset_partition_range_end",
 )
-"""Of a run: its partition, or the ends of its range of them."""
+"""Tags of a run that name its partition, or the ends of its partition range."""
 
 
 @dataclass(frozen=True)
 class ArtifactRef:
-    """An artifact in the store, named but not fetched. Plain data: it goes through JSON, config and tags."""
+    """Names an artifact in the store without fetching it. Plain data: it fits in JSON, config and tags."""
 
     key: str
     digest: str
@@ -77,55 +77,57 @@ Stored: TypeAlias = Path | ArtifactRef
 
 
 class NotMaterialized(ArtifactNotFound):
-    """No ref names the value that is to be loaded; `key` is the ref."""
+    """No ref names the value to load; `key` is the missing ref."""
 
 
 class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
     """Keeps directories that assets and ops return as artifacts in a store, and hands verified copies to consumers.
 
-    | a step returns | stored is |
+    | a step returns | what is stored |
     |---|---|
     | `Path` of a directory | its content; the directory stays where it is, and is not needed afterwards |
-    | `Path` of an artifact directory (`blobflow export`) | that very artifact |
-    | `ArtifactRef` | nothing: the ref is moved to an artifact that is in the store already |
+    | `Path` of an artifact directory (`blobflow export`) | that artifact, unchanged |
+    | `ArtifactRef` | nothing: the ref is moved to an artifact that is already in the store |
     | a dict of these by partition key | one for each partition of the run |
 
-    | an input is annotated | it is |
+    | annotation of an input | what the step gets |
     |---|---|
-    | `Path`, or not at all | a directory in the local cache, every byte verified; for reading |
+    | `Path`, or none | a directory in the local cache, every byte verified; for reading |
     | `ArtifactRef` | the key and digest of the artifact; nothing is fetched |
     | `dict[str, Path]`, `dict[str, ArtifactRef]` | one for each partition |
 
-    Anything else is refused. A store that fails, and whatever else may pass, fails the step in a way that its own
-    `RetryPolicy` may retry; other errors fail it for good. Each attempt, in whatever run, moves only what is missing.
+    Anything else is refused. After a temporary error, such as a store that fails, the step's `RetryPolicy` may retry
+    the step; other errors are final. Each attempt, in any run, moves only the missing bytes.
     """
 
     blobflow: dg.ResourceDependency[BlobflowResource]
     ref: str = Field(default="latest", description="Last segment of the ref that names the newest artifact.")
     exclude: list[str] = Field(
         default=[],
-        description="Patterns of what is left out, as in a .gitignore file: `*.tmp` and `cache/` anywhere, `/logs/*`"
-        " from the directory itself. What matched nothing is a warning in the log.",
+        description="Patterns of paths to leave out, as in a .gitignore file: `*.tmp` and `cache/` match anywhere,"
+        " `/logs/*` matches from the directory's root. A pattern that matches nothing is named in the log.",
     )
     symlinks: Literal["refuse", "skip", "follow"] = Field(
-        default="refuse", description="`follow` follows links to what is inside the directory only."
+        default="refuse",
+        description="`refuse` fails on a symlink, `skip` leaves it out, `follow` follows it if its target is inside the"
+        " directory.",
     )
     verify_mode: Literal["shallow", "auto", "deep"] = Field(
         default="shallow",
-        description="Of what was uploaded, before the ref names it: `shallow` compares sizes, manifests and the store's"
-        " own checksum (`attested`, or `unproven` where it has none), `deep` reads every byte back (`proven`), `auto`"
-        " does so where the store attests no checksum. Consumers verify every byte in any case.",
+        description="Verification of an upload, before the ref names it. `shallow` compares sizes, manifests and the"
+        " store's checksum (`attested`, or `unproven` without a checksum). `deep` reads every byte back (`proven`)."
+        " `auto` is deep unless the store attests a checksum. Consumers always verify every byte.",
     )
     cache_max_bytes: int | None = Field(
         default=CACHE_BYTES,
         ge=0,
-        description="Bytes of inputs that are kept in the scratch directory. Before a download, those go that no step"
-        " uses, the one that was used longest ago first. None: all are kept.",
+        description="Bytes of inputs to keep in the scratch directory. Before a download, inputs that no step uses are"
+        " removed, least recently used first. None keeps all.",
     )
     cache_check: Literal["stamp", "sha256"] = Field(
         default="stamp",
-        description="How an input is looked at before it is used again: `stamp` compares names, sizes, times and"
-        " inodes of all files with those of the verified tree, `sha256` also reads every byte.",
+        description="Check of a cached input before it is used again. `stamp` compares names, sizes, times and inodes"
+        " of all files with those of the verified tree; `sha256` also reads every byte.",
     )
 
     @field_validator("exclude")
@@ -139,7 +141,11 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
     _cache: ArtifactCache | None = PrivateAttr(default=None)
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Learn which run this is; refuse it if its partitions cannot be keys, before they are computed."""
+        """Remember the run, and refuse it before any work if its partitions cannot be keys.
+
+        Raises:
+            dg.Failure: a partition key cannot be part of a key in the store.
+        """
         tags = context.run.tags if context.run is not None else {}
         for tag in _PARTITION_TAGS:
             if (partition := tags.get(tag)) is not None:
@@ -149,9 +155,9 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         self._run_id = context.run.run_id if context.run is not None else None
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:  # noqa: ARG002  # Dagster's signature
-        """Give the inputs back: other runs may make room in the cache.
+        """Release the inputs, so that other runs may evict them from the cache.
 
-        Outside of a run (a notebook, `load_asset_value`) nobody knows how long they are used: until the process ends.
+        Outside of a run (a notebook, `load_asset_value`) they stay in use until the process ends.
         """
         if self._cache is not None and self._run_id is not None:
             self._cache.close()
@@ -159,10 +165,10 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
     # Outputs
 
     def handle_output(self, context: dg.OutputContext, obj: object) -> None:
-        """Bring what the step returned into the store, and let the ref name it.
+        """Store the value that the step returned, and move the ref to it.
 
         Raises:
-            dg.Failure: saying what to do; retries are allowed where they may help.
+            dg.Failure: with a hint; retries are allowed if they may help.
         """
         what = _name_output(context)
         journal = self._journal(context)
@@ -191,8 +197,8 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         value: Stored,
         journal: StepJournal | None,
     ) -> dict[str, Any]:
-        """Store a value, prove that it is whole, and move the ref to it; the facts for the materialization."""
-        # Before the value is looked at: of two steps that publish at once, the one that began later has the newer.
+        """Store a value, verify it, and move the ref to it; return the facts for the materialization."""
+        # Before the value is read: if two steps publish at once, the one that began later has the newer value.
         token = take_token(store, location.name, ref=location.ref, leases=leases if location.lasts else None)
         if isinstance(value, ArtifactRef):
             facts: dict[str, Any] = {md.STATUS: "referenced", md.BYTES_SENT: 0, md.BYTES_RESUMED: 0}
@@ -237,8 +243,8 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         directory: Path,
         journal: StepJournal | None,
     ) -> tuple[VerifyResult, dict[str, Any]]:
-        """Bring a directory into the store under the key of its content, and verify what is there then."""
-        check_readable(store)  # not only after everything was hashed
+        """Upload a directory under the key of its content, and verify the artifact in the store."""
+        check_readable(store)  # first, because hashing everything takes long
         with self._as_artifact(context, directory, journal) as (artifact, facts):
             result = upload(
                 store,
@@ -272,7 +278,7 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         return proven, facts
 
     def _verification(self, context: dg.OutputContext, journal: StepJournal | None) -> dict[str, Any]:
-        """How what was stored is verified."""
+        """The arguments with which a stored artifact is verified."""
         return {
             "mode": self.verify_mode,
             "profile": self.blobflow.get_profile(),
@@ -283,7 +289,7 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
     def _as_artifact(
         self, context: dg.OutputContext, directory: Path, journal: StepJournal | None
     ) -> Iterator[tuple[Artifact, dict[str, Any]]]:
-        """The directory as an artifact that refers to its files, and what the export has to tell."""
+        """Yields the directory as an artifact that refers to its files, and the metadata of the export."""
         if Artifact.is_artifact(directory):
             yield Artifact.open(directory), {}
             return
@@ -293,7 +299,8 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
                 scratch / "artifact",
                 exclude=self.exclude,
                 symlinks=self.symlinks,
-                # A retry writes its files anew; with their times the payload would not be the one whose parts are sent.
+                # A retry of the step writes its files again. New times would change the payload, and parts that are
+                # already sent would not fit.
                 mtimes="drop",
                 on_progress=journal.watch("export") if journal else ProgressLog(context.log.info, "export").bytes,
             )
@@ -308,20 +315,20 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
     # Inputs
 
     def load_input(self, context: dg.InputContext) -> Stored | dict[str, Stored]:
-        """What the ref names, in the shape that the annotation of the input asks for.
+        """The artifact that the ref names, in the form that the input's annotation asks for.
 
-        Paths are for reading: other steps may read the same files. They stay where they are until the step (with the
-        in-process executor: the run) ends.
+        Paths are for reading: other steps may read the same files. They stay valid until the step ends, or with the
+        in-process executor until the run ends.
 
         Raises:
-            dg.Failure: saying what to do; retries are allowed where they may help.
+            dg.Failure: with a hint; retries are allowed if they may help.
         """
         what = _name_input(context)
         journal = self._journal(context)
         with waits_logged(context.log), self._errors(journal):
             annotation = context.dagster_type.typing_type
             if not context.has_asset_key and get_origin(annotation) is list:
-                # Of outputs that are collected in one input; each of them is loaded by a call of its own.
+                # Several outputs are collected in one input; each is loaded by a separate call.
                 (annotation,) = get_args(annotation)
             kind, many = _wanted(what, annotation)
             if not context.has_asset_key or not context.has_asset_partitions:
@@ -341,7 +348,7 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
                 try:
                     loaded[key] = self._load(context, what, key, kind, journal)
                 except NotMaterialized as missing:
-                    # As with Dagster's own IO managers.
+                    # The same metadata key as for Dagster's own IO managers.
                     if not context.definition_metadata.get("allow_missing_partitions"):
                         raise
                     context.log.warning("input.missing partition=%s reason=%r", key, missing.message)
@@ -361,7 +368,7 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
         if named is None:
             raise NotMaterialized(
                 f"{what} is not in {store.url}: there is no ref {location.ref!r}",
-                hint="materialize it with this IO manager; or, if something else has put it there, name its ref in the"
+                hint="materialize it with this IO manager; or, if something else stores it, name its ref in the"
                 f" metadata {md.REF!r} of the asset or of the input",
                 key=location.ref,
             )
@@ -390,13 +397,13 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
     # Both
 
     def _journal(self, context: dg.InputContext | dg.OutputContext) -> StepJournal | None:
-        """The journal of the step's transfers; none outside of a run."""
+        """The journal of the step's transfers; None outside of a run."""
         if self._instance is None or self._run_id is None:
             return None
         return transfer_journal(context, instance=self._instance, run_id=self._run_id)
 
     def _errors(self, journal: StepJournal | None) -> AbstractContextManager[None]:
-        """Raises the core's errors as Dagster's, with how far the step had come."""
+        """Raises the core's errors as Dagster's, with the step's progress as metadata."""
         if journal is None:
             return io_manager_errors(RunFence(None, None))
         return io_manager_errors(journal.fence, journal.metadata)
@@ -421,13 +428,13 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
 
 @dataclass(frozen=True)
 class _Location:
-    """Where a value lives in the store."""
+    """Place of a value in the store."""
 
     name: str
-    """What the keys of its contents begin with."""
+    """Prefix of the keys of its contents."""
     ref: str
     lasts: bool
-    """Whether run after run moves the ref; the ref of an op's output belongs to one run."""
+    """Whether each run moves the same ref; the ref of an op's output belongs to one run."""
 
 
 def _given_ref(context: dg.InputContext | dg.OutputContext) -> str | None:
@@ -455,7 +462,11 @@ def _name_input(context: dg.InputContext) -> str:
 
 
 def _values_by_partition(context: dg.OutputContext, what: str, obj: object) -> dict[str | None, Stored]:
-    """What the step returned for each partition of the run; None stands for an output without partitions."""
+    """The returned values by partition of the run; the key is None for an output without partitions.
+
+    Raises:
+        UsageError: the partitions are not those of the run, or a value cannot be stored.
+    """
     if not context.has_asset_key or not context.has_asset_partitions:
         return {None: _checked(what, obj)}
     keys = context.asset_partition_keys
@@ -482,18 +493,22 @@ def _checked(what: str, value: object) -> Stored:
         if value.is_dir():
             return value
         raise UsageError(
-            f"{what} returned {value}, which is {'no directory' if value.exists() else 'not there'}",
-            hint="return a directory; a single file goes into a directory of its own",
+            f"{what} returned {value}, which {'is not a directory' if value.exists() else 'does not exist'}",
+            hint="return a directory; put a single file into a separate directory",
             path=str(value),
         )
     hint = "return the pathlib.Path of a directory, or an ArtifactRef; or give the asset another io_manager_key"
     if value is None:
-        hint = "annotate the step with `-> None` if it returns nothing to be kept; else " + hint
-    raise UsageError(f"{what} returned {type(value).__name__}, which ArtifactIOManager does not keep", hint=hint)
+        hint = "annotate the step with `-> None` if it returns nothing to store; otherwise " + hint
+    raise UsageError(f"{what} returned {type(value).__name__}, which ArtifactIOManager does not store", hint=hint)
 
 
 def _wanted(what: str, annotation: Any) -> tuple[type[Stored], bool | None]:
-    """What an input is to be made of, and whether a dict of them is wanted; None: nothing is said about that."""
+    """The type of an input's values, and whether the input is a dict of them; None if the annotation leaves it open.
+
+    Raises:
+        UsageError: an input cannot have this annotation.
+    """
     if get_origin(annotation) in (Union, types.UnionType):
         others = [one for one in get_args(annotation) if one is not types.NoneType]
         annotation = others[0] if len(others) == 1 else annotation
@@ -518,7 +533,10 @@ def _progress(
 
 
 def _facts_of_many(published: Mapping[str | None, Mapping[str, Any]]) -> dict[str, Any]:
-    """Dagster shows the same metadata with every partition of a run: what the run moved, and a table of them all."""
+    """Metadata of a run with several partitions: the bytes that it moved, and a table of all partitions.
+
+    Dagster shows the same metadata with each partition of the run.
+    """
     columns = {"key": md.KEY, "digest": md.ARTIFACT_DIGEST, "status": md.STATUS, "bytes": md.SIZE}
     rows = [
         dg.TableRecord({"partition": partition or "", **{name: facts[label] for name, label in columns.items()}})

@@ -1,4 +1,4 @@
-"""What an operator wants done now and then: garbage collection, retention, and the probe as a job and as checks."""
+"""Maintenance in Dagster: garbage collection and retention as jobs, and the probe as a job and as checks."""
 
 import re
 import time
@@ -20,11 +20,12 @@ from blobflow.stores.probe import Finding, ProbedStore, ProbeReport, probe
 from blobflow.transport.catalog import REF_SUFFIX
 
 CORRECTNESS: Final = ("create_only", "compare_and_swap", "reads_ranges")
-"""Guarantees without which two rounds may run at once and the last writer of a key wins, or nothing can be kept at all.
-Without the others, transfers are slower or start over after a crash, and verifications read more."""
+"""Guarantees that correctness needs. Without them, two rounds may run at once and the last writer of a key wins, or
+nothing can be stored at all. Without the others, transfers are slower or restart after a crash, and verifications read
+more."""
 
 RUNS_AGE_S: Final = 30 * 24 * 3600.0
-"""Seconds after which a failed run is not started again from where it stopped."""
+"""Seconds after which a failed run is no longer continued from where it stopped."""
 
 _ROWS: Final = 100
 _UNFINISHED: Final = [
@@ -35,39 +36,39 @@ _UNFINISHED: Final = [
 _RUN_ID: Final = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 
 
-# No bounds in these classes: Dagster would find a value out of bounds where it retries, while what checks the bounds
-# anyway says that trying again is of no use.
+# No bounds in these classes: Dagster would check them where it retries. The core checks the bounds as well, and its
+# errors are not retried.
 
 
 class GcConfig(KnownFields, dg.Config):
-    """What to collect; see `blobflow gc`."""
+    """Run config of garbage collection; see `blobflow gc`."""
 
-    prefix: str = Field(default="", description="Of the keys, a plain string.")
+    prefix: str = Field(default="", description="Prefix of the keys, a plain string.")
     older_than_s: float = Field(
-        default=DEFAULT_AGE_S, description="Seconds without a sign of life. 0: all that nobody works on now."
+        default=DEFAULT_AGE_S, description="Seconds without activity. 0 collects everything that is not in use now."
     )
-    payloads: bool = Field(default=False, description="Also remove payloads whose manifest never came.")
+    payloads: bool = Field(default=False, description="Also remove payloads without a manifest.")
     runs_older_than_s: float = Field(
         default=RUNS_AGE_S,
-        description="Seconds after which what the steps of a finished run handed to each other goes; until then the run"
-        " can be started again from where it failed.",
+        description="Seconds after which values that steps of a finished run passed to each other are removed. Until"
+        " then the run can be continued from where it failed.",
     )
-    dry_run: bool = Field(default=False, description="Show what would go, change nothing.")
+    dry_run: bool = Field(default=False, description="Show what would be removed, and change nothing.")
 
 
 class RetentionConfig(KnownFields, dg.Config):
-    """What to keep; see `blobflow prune`."""
+    """Run config of retention; see `blobflow prune`."""
 
-    prefix: str = Field(default="", description="Of the keys, a plain string.")
-    keep_last: int | None = Field(default=None, description="Artifacts of each directory.")
-    keep_within_s: float | None = Field(default=None, description="Seconds; what is younger is kept.")
-    dry_run: bool = Field(default=False, description="Show what would go, change nothing.")
+    prefix: str = Field(default="", description="Prefix of the keys, a plain string.")
+    keep_last: int | None = Field(default=None, description="Number of artifacts to keep in each directory.")
+    keep_within_s: float | None = Field(default=None, description="Seconds; younger artifacts are kept.")
+    dry_run: bool = Field(default=False, description="Show what would be removed, and change nothing.")
 
 
 class ProbeConfig(KnownFields, dg.Config):
-    """How to probe; see `blobflow probe`."""
+    """Run config of the probe; see `blobflow probe`."""
 
-    fresh: bool = Field(default=True, description="Try everything out again, whatever was found before.")
+    fresh: bool = Field(default=True, description="Probe again, and ignore an earlier report.")
 
 
 def gc_job(
@@ -81,24 +82,25 @@ def gc_job(
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
     resource_key: str = "blobflow",
 ) -> dg.JobDefinition:
-    """A job that removes what killed uploads, probes and finished runs left in the store; safe at any time.
+    """A job that removes leftovers of killed uploads, probes and finished runs from the store; safe at any time.
 
     Run it once a day: `dg.ScheduleDefinition(job=gc_job(), cron_schedule="0 3 * * *")`. The arguments are defaults that
     the Launchpad can change; there is also `dry_run`.
 
     Args:
-        name: Of the job.
-        prefix: Of the keys, a plain string.
-        older_than_s: Seconds without a sign of life.
-        payloads: Also remove payloads whose manifest never came.
-        runs_older_than_s: Seconds after which what steps of finished runs handed to each other goes: the values of
-            `HandoffIOManager`, and the refs of `ArtifactIOManager` for outputs of ops, whatever `prefix` says.
+        name: Name of the job.
+        prefix: Prefix of the keys, a plain string.
+        older_than_s: Seconds without activity.
+        payloads: Also remove payloads without a manifest.
+        runs_older_than_s: Seconds after which values that steps of finished runs passed to each other are removed.
+            These are the values of `HandoffIOManager`, and the refs of `ArtifactIOManager` for outputs of ops. `prefix`
+            does not apply to them.
         handoff: The `prefix` of the `HandoffIOManager`.
-        retry_policy: For what could not be removed at the moment.
-        resource_key: Under which the `BlobflowResource` is found.
+        retry_policy: Retries if an object cannot be removed at the moment.
+        resource_key: Key of the `BlobflowResource` among the resources.
 
     Raises:
-        UsageError: an age below 0.
+        UsageError: an age is below 0.
     """
     check_age(older_than_s)
     check_age(runs_older_than_s)
@@ -118,7 +120,7 @@ def gc_job(
 
     @dg.job(
         name=name,
-        description="Removes what killed uploads, probes and finished runs left in the store.",
+        description="Removes leftovers of killed uploads, probes and finished runs from the store.",
         config=dg.RunConfig(ops={node: defaults}),
     )
     def gc() -> None:
@@ -128,7 +130,7 @@ def gc_job(
 
 
 def _collect(context: dg.OpExecutionContext, store: Store, config: GcConfig, handoff: str) -> None:
-    """Remove what nobody needs, and show what it was.
+    """Remove leftovers, and show them as metadata.
 
     Raises:
         StoreUnavailable: something could not be removed.
@@ -184,7 +186,7 @@ def retention_job(
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
     resource_key: str = "blobflow",
 ) -> dg.JobDefinition:
-    """A job that removes old artifacts: those that no rule keeps and no ref names. Safe next to transfers.
+    """A job that removes artifacts that no rule keeps and no ref names. It is safe beside transfers.
 
     ```python
     keep = retention_job(prefix="orders/", keep_last=14, keep_within_s=30 * 24 * 3600)
@@ -194,15 +196,15 @@ def retention_job(
     The arguments are defaults that the Launchpad can change; there is also `dry_run`.
 
     Args:
-        name: Of the job.
-        prefix: Of the keys, a plain string.
-        keep_last: Artifacts that are kept of each directory, which of a pipeline means: of each partition.
-        keep_within_s: Seconds; what is younger is kept.
-        retry_policy: For what could not be removed at the moment.
-        resource_key: Under which the `BlobflowResource` is found.
+        name: Name of the job.
+        prefix: Prefix of the keys, a plain string.
+        keep_last: Number of artifacts to keep in each directory. A pipeline has a directory for each partition.
+        keep_within_s: Seconds; younger artifacts are kept.
+        retry_policy: Retries if an object cannot be removed at the moment.
+        resource_key: Key of the `BlobflowResource` among the resources.
 
     Raises:
-        UsageError: neither rule is given, or one that would keep nothing.
+        UsageError: no rule is given, or a rule would keep nothing.
     """
     check_rules(keep_last, keep_within_s)
     node = f"{name}__prune"
@@ -256,9 +258,10 @@ def retention_job(
 
 
 def _defaulting_to(config: dg.Config) -> Any:
-    """The class of `config` with its values as defaults.
+    """The class of `config`, with its values as defaults.
 
-    The job's own configuration is what the Launchpad shows; a run that is given some of it would lose the rest.
+    The Launchpad shows the job's configuration. Without these defaults, a run that is given a part of it would lose
+    the rest.
     """
     fields: dict[str, Any] = {}
     for name, field in type(config).model_fields.items():
@@ -271,20 +274,20 @@ def _defaulting_to(config: dg.Config) -> Any:
 def _runs_handed_on(
     instance: dg.DagsterInstance, store: Store, handoff: str, older_than_s: float
 ) -> dict[str, list[str]]:
-    """The keys of what steps handed to each other, by run, for runs that will not be started again."""
+    """The keys of values that steps passed to each other, by run, for runs that will not be continued."""
     under_way = {run.root_run_id or run.run_id for run in instance.get_runs(dg.RunsFilter(statuses=_UNFINISHED))}
     before = time.time() - older_than_s
     found: dict[str, list[str]] = {}
     values, refs = r"[^/]+\.json", "[^/]+/[^/]+" + re.escape(REF_SUFFIX)
     for prefix, what in ((f"{handoff}/runs/", values), ("runs/", refs)):
-        # Not whatever lies there: a pipeline may be called `runs`.
+        # Not every key there: a pipeline may be named `runs`.
         pattern = re.compile(f"{re.escape(prefix)}({_RUN_ID})/(?:[^/]+/)+{what}")
         for meta in store.list(prefix):
             named = pattern.fullmatch(meta.key)
             if named and meta.last_modified is not None and meta.last_modified.timestamp() <= before:
                 found.setdefault(named[1], []).append(meta.key)
     for run_id in list(found):
-        run = instance.get_run_by_id(run_id)  # None: deleted, or of another Dagster; then its age has to do
+        run = instance.get_run_by_id(run_id)  # None: deleted, or of another Dagster; then only its age counts
         if ((run.root_run_id if run else None) or run_id) in under_way:
             del found[run_id]  # a retry may still read it
     return found
@@ -293,8 +296,8 @@ def _runs_handed_on(
 def _raise_if_any(failed: Sequence[str]) -> None:
     if failed:
         raise StoreUnavailable(
-            f"{len(failed)} of the keys could not be removed, for example {failed[0]!r}",
-            hint="run the job again; what was removed is removed",
+            f"{len(failed)} keys could not be removed, for example {failed[0]!r}",
+            hint="run the job again; it continues with the keys that are left",
             operation="delete",
             key=failed[0],
         )
@@ -308,14 +311,14 @@ def probe_job(
 ) -> dg.JobDefinition:
     """A job that probes the store's server again.
 
-    For the day on which the server was updated, or something was put in front of it. The run shows the findings as a
-    table. Its report lies in the store: where it misses an ability, other users and machines look again for themselves.
-    It needs the rights of an upload.
+    Run it after the server was updated, or after something was put in front of it. The run shows the findings as a
+    table. The report is stored in the store. If it lacks a capability, other users and machines probe again. The job
+    needs the permissions of an upload.
 
     Args:
-        name: Of the job.
-        retry_policy: For errors that pass.
-        resource_key: Under which the `BlobflowResource` is found.
+        name: Name of the job.
+        retry_policy: Retries after temporary errors.
+        resource_key: Key of the `BlobflowResource` among the resources.
     """
 
     @dg.op(name=f"{name}__probe", required_resource_keys={resource_key}, retry_policy=retry_policy)
@@ -330,7 +333,7 @@ def probe_job(
             lost = [name for name, finding in report.findings.items() if not finding.holds]
             context.log.info("probe.done store=%s software=%s lost=%s", report.store, report.software, ",".join(lost))
 
-    @dg.job(name=name, description="Tries out what the store's server can do, and shows it.")
+    @dg.job(name=name, description="Probes which capabilities the store's server has, and shows them.")
     def probe_the_store() -> None:
         probe_store()
 
@@ -345,25 +348,26 @@ def probe_check(
     retry_policy: dg.RetryPolicy | None = DEFAULT_RETRY_POLICY,
     resource_key: str = "blobflow",
 ) -> dg.AssetChecksDefinition:
-    """Checks of an asset, one for each guarantee of its store: does it hold, and what was seen of it?
+    """Asset checks, one for each guarantee of the store: whether it holds, and the evidence.
 
-    What this user found on this machine in the last 30 days is shown, which costs one request; else it is tried out.
+    If this user probed on this machine in the last 30 days, the checks show that report, which costs one request.
+    Otherwise they probe.
 
     Args:
-        asset: The asset that shows them: `pipeline.remote`, for example.
-        errors: Guarantees whose loss is an error; that of the others is a warning. The names are those of the fields
+        asset: The asset that shows the checks: `pipeline.remote`, for example.
+        errors: Guarantees whose loss is an error; the loss of others is a warning. The names are those of the fields
             of `ProbeReport`.
-        name: Of the op.
-        retry_policy: For errors that pass.
-        resource_key: Under which the `BlobflowResource` is found.
+        name: Name of the op.
+        retry_policy: Retries after temporary errors.
+        resource_key: Key of the `BlobflowResource` among the resources.
 
     Raises:
-        UsageError: `errors` names no guarantee.
+        UsageError: a name in `errors` is not a guarantee.
     """
     guarantees = ProbeReport.guarantees()
     unknown = sorted(set(errors) - guarantees.keys())
     if unknown:
-        raise UsageError(f"{unknown[0]!r} is no guarantee", hint=f"there are: {', '.join(guarantees)}")
+        raise UsageError(f"{unknown[0]!r} is not a guarantee", hint=f"the guarantees are: {', '.join(guarantees)}")
 
     key = asset.key if isinstance(asset, dg.AssetSpec) else asset
 
@@ -377,7 +381,7 @@ def probe_check(
         with dagster_errors(context.op_execution_context, retry_policy):
             report = _report(getattr(context.resources, resource_key).get_store(), fresh=False)
         for guarantee in guarantees:
-            # What was not tried would not have been relied upon either way.
+            # A guarantee that was not tried passes, because nothing relies on it.
             finding = report.findings.get(guarantee, _NOT_TRIED)
             yield dg.AssetCheckResult(
                 passed=finding.holds,
@@ -394,7 +398,7 @@ _NOT_TRIED: Final = Finding(holds=True, evidence="not tried: nothing depends on 
 
 
 def _report(store: Store, *, fresh: bool) -> ProbeReport:
-    """What a store can do; a store that is not a server is tried out each time."""
+    """The probe report of a store; a store that is not a server is probed each time."""
     return store.report(fresh=fresh) if isinstance(store, ProbedStore) else probe(store)
 
 

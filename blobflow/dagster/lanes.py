@@ -1,18 +1,18 @@
-"""Two of the five steps in lanes: graphs of a few steps, fixed when the code location loads, in the place of one op.
+"""Upload and download in lanes: each is a graph of a few steps instead of one op, fixed when the code location loads.
 
 Each lane moves every K-th part.
 
-| graph | nodes | what the last one proves |
+| graph | nodes | what the last node proves |
 |---|---|---|
 | upload | plan, lane_0 ... lane_K-1, commit | every part is in the store, and together they are the payload |
 | download | plan, lane_0 ... lane_K-1, assemble | the same of the files, by their checksums |
 
-Any executor may spread the lanes over machines. They are steps like any other: each is retried by itself, and a retry
-from failure runs the lanes again that did not end. (Steps that are mapped over a dynamic output are not: those that had
-not started when the run died are skipped in the retry, and the run succeeds without them.)
+Any executor may spread the lanes over machines. Lanes are ordinary steps: each is retried separately, and a retry from
+failure runs the unfinished lanes again. Steps mapped over a dynamic output would not do: steps that had not started
+when the run died are skipped in the retry, and the run succeeds without them.
 
-What the lanes hand to the last step is for people to read: an executor may lose it (Dask's does, all of it). What the
-last step goes by is the ticket, the store and the disk.
+The outputs of the lanes are only for people to read: an executor may lose them (Dask's loses all). The last step relies
+on the ticket, the store and the disk.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,7 +42,7 @@ from blobflow.uploads.progress import transfer_id
 
 @dataclass(frozen=True)
 class LaneHandle:
-    """What a lane did, and in which run."""
+    """The result of a lane, and the run that it belongs to."""
 
     lane: int
     run_id: str
@@ -128,7 +128,7 @@ def commit_upload_lanes(
     ticket: UploadTicket,
     sent: list[LaneHandle],
 ) -> UploadHandle:
-    """Prove that all parts are in the store, and publish the artifact."""
+    """Check that all parts are in the store, and publish the artifact."""
     with open_step(context, spec, blobflow) as step:
         store, journal = step.store, step.journal
         metadata = snapshot_facts(store, snapshot)
@@ -147,7 +147,7 @@ def commit_upload_lanes(
             metadata[md.BYTES_SENT] += sent_again
         else:
             metadata.pop(md.BYTES_RESUMED, None)
-        metadata.pop(md.PARTS, None)  # how the last step saw them: all done
+        metadata.pop(md.PARTS, None)  # the last step found all parts done, which says nothing
         context.log.info(
             "upload.done status=%s key=%s lanes=%d told=%d bytes_sent=%s bytes_resumed=%s",
             *(status, snapshot.key, spec.lanes, len(sent)),
@@ -199,7 +199,7 @@ def download_graph(spec: PipelineSpec, waits: Sequence[str]) -> dg.GraphDefiniti
 def begin_download_lanes(
     context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource
 ) -> tuple[RemoteHandle, DownloadTicket]:
-    """The artifact that the mirror is to show, and the download that its lanes share."""
+    """The artifact that the mirror must show, and the download that its lanes share."""
     with open_step(context, spec, blobflow) as step:
         remote = find_remote(step)
         importer = step.importer
@@ -223,7 +223,7 @@ def begin_download_lanes(
 def download_lane(
     context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource, ticket: DownloadTicket, lane: int
 ) -> LaneHandle:
-    """Land the parts of one lane."""
+    """Fetch the parts of one lane."""
     with open_step(context, spec, blobflow) as step:
         importer = step.importer
         if not ticket.parts or shown(importer, ticket.artifact_digest):
@@ -239,7 +239,7 @@ def assemble_download(
     remote: RemoteHandle,
     landed: list[LaneHandle],
 ) -> StagedHandle:
-    """Fetch what is missing, verify what the lanes landed, and make the artifact of it."""
+    """Fetch missing parts, verify the parts that the lanes fetched, and assemble the artifact."""
     with open_step(context, spec, blobflow) as step:
         metadata = stage(step, remote.key, remote.digest)
         if not shown(step.importer, remote.digest):
@@ -278,7 +278,7 @@ def _slowest(lanes: Sequence[LaneHandle]) -> float:
 
 
 def _lane_facts(context: dg.OpExecutionContext, lanes: Sequence[LaneHandle], moved_key: str) -> dict[str, Any]:
-    """What the lanes moved in this run; a lane that ended in an earlier one is what was found done."""
+    """Metadata of what the lanes moved in this run; lanes of earlier runs count as found done."""
     moved = sum(lane.bytes_moved for lane in lanes if lane.run_id == context.run_id)
     found = sum(lane.bytes_resumed + lane.bytes_moved for lane in lanes) - moved
     rows = [

@@ -1,11 +1,11 @@
-"""`layer_assets`: the directories of containers as assets, each a layer in the store; and their restores.
+"""`layer_assets`: the directories of containers as assets, each a layer in the store; and a job that restores them.
 
 | asset | materialized means |
 |---|---|
 | `[*key_prefix, container]` | the directory, as it was then, is a complete layer, and the container's ref names it |
 
-A sync that found nothing to send materializes as well, and says so: `blobflow/status` is `unchanged` or `shared`. The
-data version is the digest of the content, so what depends on the asset sees changes alone.
+A sync that found nothing to send materializes as well; its `blobflow/status` is `unchanged` or `shared`. The data
+version is the digest of the content, so downstream assets see only real changes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,11 +28,11 @@ from blobflow.layers.names import CONTAINERS
 
 
 class LayerRestoreConfig(KnownFields, dg.Config):
-    """What to restore, and where; see `blobflow layer restore`."""
+    """Run config of a restore: which layer, and where to; see `blobflow layer restore`."""
 
-    container: str = Field(description="Whose layer.")
-    path: str = Field(description="Absolute path of the directory that it becomes.")
-    overwrite: bool = Field(default=False, description="Replace any directory there, whatever is in it.")
+    container: str = Field(description="Container whose layer is restored.")
+    path: str = Field(description="Absolute path of the directory to restore to.")
+    overwrite: bool = Field(default=False, description="Replace a directory at the path, whatever it contains.")
 
 
 def layer_assets(
@@ -52,27 +52,29 @@ def layer_assets(
 ) -> list[dg.AssetsDefinition]:
     """An asset for each container, whose materialization syncs its directory as a layer.
 
-    What a killed step had sent is continued by whichever run comes next, on any machine that has the directory. Two
-    containers of the same content share one upload; if they sync at the same time, one of them is retried.
+    After a killed step, the next run continues the upload, on any machine that has the directory. Two containers with
+    the same content share one upload; if they sync at the same time, one of them is retried.
 
     Args:
         containers: Directories by the names of their containers.
-        key_prefix: Of the assets' keys, before the container's name.
-        level: Of zstd; 3 by default.
-        exclude, symlinks: As those of `DirectoryExporter`.
+        key_prefix: Prefix of the assets' keys, before the container's name.
+        level: Compression level of zstd; 3 by default.
+        exclude, symlinks: The same as in `DirectoryExporter`.
         state: SQLAlchemy URL of a database that machines share, for example Dagster's own.
-        home: Directory for the stat cache and, without `state`, the state; by default that of the user.
-        retry_policy: Errors that pass are retried, others fail the step at once.
-        pool: Concurrency pool of which a sync takes a slot.
+        home: Directory for the stat cache and, without `state`, the state; by default the user's.
+        retry_policy: Retries after temporary errors; other errors fail the step at once.
+        pool: Concurrency pool; each sync takes a slot.
         deps: Assets that a container's sync waits for, by container.
-        resource_key: Under which the `BlobflowResource` is found.
+        resource_key: Key of the `BlobflowResource` among the resources.
 
     Raises:
-        UsageError: `deps` names a container that there is none of, or a pattern of `exclude` can never match.
+        UsageError: `deps` names an unknown container, or a pattern of `exclude` can never match.
     """
     if unknown := sorted((deps or {}).keys() - containers.keys()):
-        raise UsageError(f"deps of {unknown[0]!r}, which is no container", hint=f"there are {', '.join(containers)}")
-    ExcludePatterns(exclude)  # refused here, not in every run
+        raise UsageError(
+            f"deps names {unknown[0]!r}, which is not a container", hint=f"the containers are {', '.join(containers)}"
+        )
+    ExcludePatterns(exclude)  # refuses a pattern now, not in every run
     check_choice("symlinks", symlinks, Symlinks)
     options: dict[str, Any] = {"exclude": tuple(exclude), "symlinks": symlinks, "state": state, "home": home}
     if level is not None:
@@ -132,14 +134,14 @@ def layer_restore_job(
     pool: str | None = None,
     resource_key: str = "blobflow",
 ) -> dg.JobDefinition:
-    """A job that restores a container's layer from the store; container and path are given when it is started.
+    """A job that restores a container's layer from the store; its run config names container and path.
 
     Args:
-        name: Of the job.
-        state, home: As those of `layer_assets`.
-        retry_policy: For errors that pass; what has landed is not fetched again.
-        pool: Concurrency pool of which a restore takes a slot.
-        resource_key: Under which the `BlobflowResource` is found.
+        name: Name of the job.
+        state, home: The same as in `layer_assets`.
+        retry_policy: Retries after temporary errors; a retry does not fetch again what is on the disk.
+        pool: Concurrency pool; each restore takes a slot.
+        resource_key: Key of the `BlobflowResource` among the resources.
     """
     options: dict[str, Any] = {"state": state, "home": home}
 
@@ -152,7 +154,7 @@ def layer_restore_job(
                 *(result.status, config.container, result.path, result.bytes_received, result.bytes_resumed),
             )
             if result.kept:
-                context.log.warning("layer.kept path=%s: somebody wrote to it at the last moment", result.kept)
+                context.log.warning("layer.kept path=%s: another process wrote to it at the last moment", result.kept)
             context.add_output_metadata(
                 {
                     **journal.metadata(),
@@ -166,7 +168,7 @@ def layer_restore_job(
                 }
             )
 
-    @dg.job(name=name, description="Brings the layer of a container to life as a directory.")
+    @dg.job(name=name, description="Restores the layer of a container as a directory.")
     def restore() -> None:
         restore_layer()
 
@@ -180,7 +182,7 @@ def _layers(
     retry_policy: dg.RetryPolicy | None,
     options: Mapping[str, Any],
 ):
-    """Gives the layers of the resource's store, and the step's journal; raises the core's errors as Dagster's."""
+    """Yields the layers of the resource's store, and the step's journal; raises the core's errors as Dagster's."""
     from blobflow.layers import LayerSync  # zstd and SQL are needed in steps only
 
     with step_journal(context, retry_policy) as journal:

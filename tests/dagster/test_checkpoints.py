@@ -100,7 +100,7 @@ def test_an_output_that_does_not_tell_its_instance_is_refused():
     """Without the instance no earlier checkpoint could be found, so the mistake is told at once."""
     with (
         dg.build_output_context() as context,
-        pytest.raises(UsageError, match="does not tell its Dagster instance") as refusal,
+        pytest.raises(UsageError, match="does not have the Dagster instance") as refusal,
     ):
         transfer_journal(context)
     assert "setup_for_execution" in refusal.value.hint

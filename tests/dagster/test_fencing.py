@@ -89,7 +89,7 @@ def test_a_step_stops_when_its_run_is_over(how: str, ephemeral: dg.DagsterInstan
     with pytest.raises(StepOrphaned, match=f"run {run.run_id} is over") as stopped:
         fence.check(now=True)
     assert not stopped.value.retryable
-    assert "what was moved is kept" in stopped.value.hint
+    assert "moved data is kept" in stopped.value.hint
     with pytest.raises(StepOrphaned):
         fence.check()
 

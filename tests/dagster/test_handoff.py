@@ -101,7 +101,7 @@ def test_what_was_never_handed_on_is_named(tmp_path: Path):
     manager = HandoffIOManager(blobflow=BlobflowResource(store=str(tmp_path)))
     with (
         dg.build_input_context(asset_key=["orders", "remote"]) as context,
-        pytest.raises(dg.Failure, match=r"nothing was handed on as 'handoff/assets/orders/remote\.json'") as answer,
+        pytest.raises(dg.Failure, match=r"there is no value 'handoff/assets/orders/remote\.json'") as answer,
     ):
         manager.load_input(context)
     assert "materialize" in str(answer.value.metadata["blobflow/hint"].value)

@@ -297,8 +297,8 @@ def test_the_same_content_moves_nothing(place: Place):
         (lambda place: str(place.source), "returned str", "pathlib.Path"),
         (lambda _: {"a": 1}, "returned dict", "another io_manager_key"),
         (lambda _: b"payload", "returned bytes", "another io_manager_key"),
-        (lambda place: place.source / "big.bin", "which is no directory", "a directory of its own"),
-        (lambda place: place.home / "nowhere", "which is not there", "return a directory"),
+        (lambda place: place.source / "big.bin", "which is not a directory", "a separate directory"),
+        (lambda place: place.home / "nowhere", "which does not exist", "return a directory"),
     ],
     ids=["None", "str", "dict", "bytes", "file", "nowhere"],
 )

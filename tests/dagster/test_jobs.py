@@ -419,5 +419,5 @@ def test_a_lost_guarantee_of_correctness_is_an_error(s3_place: Place, monkeypatc
 
 def test_only_guarantees_can_be_errors():
     """A name that is none is refused when the code location is loaded."""
-    with pytest.raises(UsageError, match="'software' is no guarantee"):
+    with pytest.raises(UsageError, match="'software' is not a guarantee"):
         probe_check(SNAPSHOT, errors=["software"])
