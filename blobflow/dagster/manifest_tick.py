@@ -1,8 +1,8 @@
-"""One tick of a manifest sensor: a walk through what the store lists and what Dagster knows, side by side.
+"""One tick of a manifest sensor: compares the artifacts that the store lists with those that Dagster knows.
 
-Dagster's event log is the journal: the last event of an artifact says what is known of it. The cursor only says where
-the walk through the keys stands. So a tick that was killed anywhere is simply evaluated again: what it recorded is not
-recorded twice, and the next tick requests the runs that it did not come to request.
+Dagster's event log is the journal: the last event of an artifact holds what is known about it. The cursor holds only
+the position in the keys. So a killed tick is simply evaluated again: what it recorded is not recorded twice, and the
+next tick requests the runs that it did not request.
 """
 
 import threading
@@ -35,26 +35,26 @@ from blobflow.stores import ObjectMeta, Store, StoredObject
 from blobflow.transport import MANIFEST_SUFFIX, read_manifest_bytes
 
 BUDGET_S: Final = 20.0
-"""Of one tick: the sensor's work, and the time that Dagster will need to record its result. A tick stays below 30 s,
-even if recording takes half as long again as before."""
+"""Seconds for one tick: the sensor's work, and the time that Dagster needs to record its result. A tick stays below
+30 s, even if recording takes half as long again as before."""
 _RECORD_S: Final = 0.1
-"""For an event, where nothing was measured lately: so a first tick reports about 150 artifacts, on any machine."""
+"""Assumed seconds to record an event, without recent measurements. A first tick so reports about 150 artifacts."""
 _RUN_S: Final = 0.2
 _PARTITION_SHARE: Final = 0.3
-"""What a partition costs, measured in asset events: it is looked up, and added together with the others."""
+"""Cost of a partition in asset events. A partition is looked up, and added together with the others."""
 _MEASURED: Final = 100
 _FEWEST_MEASURED: Final = 8
 
 PATIENCE_S: Final = 5.0
-"""A store that is down for longer is asked again by the next tick."""
+"""Seconds for which a request is repeated. If the store is down for longer, the next tick tries again."""
 _BATCH: Final = 32
 _READERS: Final = 8
 _NAMED: Final = 5
 """Artifacts that a message names; the log names all."""
 _QUOTED: Final = 200
-"""Characters of what a manifest says: anybody may have written it, and it may have a megabyte."""
+"""Characters quoted from a manifest. It is untrusted, and may have a megabyte."""
 _ANY: Final = "any"
-"""In the place of a digest: it does not matter whether the artifact was verified."""
+"""Stands for any digest: the artifact need not be verified."""
 DATA_VERSION: Final = "dagster/data_version"
 _RUN_KEY: Final = "dagster/run_key"
 _SENSOR_NAME: Final = "dagster/sensor_name"
@@ -63,12 +63,12 @@ _NOT_IN_PARTITION_KEYS: Final = "..."
 
 
 def open_store(context: dg.SensorEvaluationContext, resource_key: str) -> Store:
-    """The store, for a tick that waits only a few seconds for it."""
+    """The store, opened for a tick, which waits only a few seconds for it."""
     return getattr(context.resources, resource_key).get_store(patience_s=PATIENCE_S)
 
 
 def described(error: BlobflowError) -> str:
-    """An error in one line: what failed and what to do."""
+    """An error's message and hint in one line."""
     return f"{error.message}. Hint: {error.hint}" if error.hint else error.message
 
 
@@ -116,17 +116,17 @@ class PublishedArtifact:
 
 @dataclass(frozen=True)
 class ManifestWalk:
-    """The settings of one manifest sensor, which its ticks share."""
+    """Settings of one manifest sensor, shared by its ticks."""
 
     sensor_name: str
     prefix: str
     asset_key: dg.AssetKey
     partitions_def: dg.DynamicPartitionsDefinition
     max_runs: int
-    """0: no runs."""
+    """Most runs that one tick requests; 0 for none."""
     page_size: int
     ref: str | None
-    """Last segment of the refs that name what was verified; None: everything is reported."""
+    """Last segment of the refs that name verified artifacts; None reports every artifact."""
 
     @property
     def partitions_name(self) -> str:
@@ -134,12 +134,12 @@ class ManifestWalk:
 
 
 class _Cursor(NamedTuple):
-    """Where the sensor stands: at most 930 bytes, as a key has at most 900."""
+    """Position of the sensor: at most 930 bytes, because a key has at most 900."""
 
     recorded: int
-    """Storage id of the asset's last event when the last tick began; whatever came after it may want a run."""
+    """Storage id of the asset's last event when the last tick began; later events may need a run."""
     position: str
-    """The object that the walk reached; empty: it starts over."""
+    """Key of the object that the walk reached; empty to start over."""
 
     @classmethod
     def parse(cls, text: str | None) -> "_Cursor":
@@ -153,7 +153,7 @@ class _Cursor(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What the last event says of an artifact."""
+    """Facts about an artifact in its last event."""
 
     digest: str | None
     e_tag: str | None
@@ -164,18 +164,18 @@ class _NotVerifiedError(RefusedError):
 
 
 class _Step(NamedTuple):
-    """A step of the walk: an object that is listed, or a partition whose artifact is not."""
+    """A step of the walk: a listed object, or a partition whose artifact is not listed."""
 
     at: str
-    """The object's key, or the one that is missing."""
+    """Key of the object, or of the missing manifest."""
     key: str | None
-    """The artifact's; None: the object is not a manifest."""
+    """Key of the artifact; None if the object is not a manifest."""
     e_tag: str | None
-    """None: not listed."""
+    """ETag of the object; None if it is not listed."""
 
 
 class ManifestTick:
-    """One evaluation of a manifest sensor: a walk through what is listed and what is known, side by side."""
+    """One evaluation of a manifest sensor, which compares the listed with the known artifacts."""
 
     def __init__(self, context: dg.SensorEvaluationContext, store: Store, walk: ManifestWalk) -> None:
         self._context = context
@@ -200,7 +200,7 @@ class ManifestTick:
         self._trouble: BlobflowError | None = None
 
     def run(self) -> dg.SensorResult:
-        """What Dagster is to record, and the next cursor."""
+        """The events, partitions and runs that Dagster must record, and the next cursor."""
         recorded = self._last_recorded()
         self._record_s = self._measured_record_s()
         if self._sensor.max_runs:
@@ -210,7 +210,7 @@ class ManifestTick:
         try:
             self._walk(readers)
         finally:
-            # Not waited for: of a store that hangs, a request may take longer than Dagster waits for the tick.
+            # Without waiting: if the store hangs, a request may take longer than Dagster waits for the tick.
             readers.shutdown(wait=False, cancel_futures=True)
         if self._gone and not self._anything_listed():
             self._gone.clear()
@@ -230,7 +230,7 @@ class ManifestTick:
 
     def _summary(self) -> str:
         parts = [
-            f"{self._looked} artifacts below {self._sensor.prefix!r} looked at",
+            f"{self._looked} artifacts below {self._sensor.prefix!r} checked",
             f"{len(self._events)} new or replaced",
             f"{len(self._gone)} gone",
         ]
@@ -247,22 +247,22 @@ class ManifestTick:
     # The time
 
     def _to_record_s(self) -> float:
-        """What Dagster will need to record what was found so far."""
+        """Seconds that Dagster will need to record the result so far."""
         events = len(self._events) + len(self._gone) + _PARTITION_SHARE * len(self._added)
         return events * self._record_s + len(self._runs) * self._run_s
 
     def _left_s(self) -> float:
-        """Of the budget."""
+        """Seconds left of the budget."""
         return BUDGET_S - (monotonic() - self._began) - self._to_record_s()
 
     def _measured_record_s(self) -> float:
-        """What it took to record an event of the last tick."""
+        """Seconds to record an event of the last tick."""
         of_last_tick = dg.AssetRecordsFilter(self._sensor.asset_key, after_storage_id=self._cursor.recorded or None)
         records = self._context.instance.fetch_materializations(of_last_tick, limit=_MEASURED).records
         return _pace([record.timestamp for record in records], _RECORD_S)
 
     def _measured_run_s(self) -> float:
-        """What it took to create a run of one of the last ticks."""
+        """Seconds to create a run of one of the last ticks."""
         ours = dg.RunsFilter(tags={_SENSOR_NAME: self._sensor.sensor_name})
         records = self._context.instance.get_run_records(ours, limit=_MEASURED)
         return _pace([record.create_timestamp.timestamp() for record in records], _RUN_S)
@@ -270,7 +270,7 @@ class ManifestTick:
     # The walk
 
     def _walk(self, readers: ThreadPoolExecutor) -> None:
-        """Go on from the cursor until the page is full, the time is over, or the end is reached."""
+        """Continue from the cursor until the page is full, the budget is used, or the end is reached."""
         batch: list[_Step] = []
         listing = self._store.list(self._sensor.prefix, start_after=self._position or None)
         try:
@@ -294,17 +294,17 @@ class ManifestTick:
                 self._position = ""
 
     def _missing_candidates(self) -> list[str]:
-        """The manifests of the known artifacts after the position, in the order of a listing."""
+        """Keys of the known artifacts' manifests after the position, in the order of a listing."""
         start = self._position.encode()
         manifests = (key + MANIFEST_SUFFIX for key in self._partitions)
         return sorted((at for at in manifests if at.encode() > start), key=str.encode)
 
     def _settle(self, batch: Sequence[_Step], readers: ThreadPoolExecutor) -> bool:
-        """Take up what is new in a batch, in order. False: the walk stops after the position."""
+        """Handle the news in a batch, in order; return False if the walk must stop after the position."""
         left_s, before_s = self._left_s(), self._to_record_s()
         known = self._known([step.key for step in batch if step.key is not None])
         read = {step.at: readers.submit(self._read, step) for step in batch if self._is_news(step, known)}
-        # The last batch of a tick may have no time left, and gets some: every tick gets on.
+        # The last batch of a tick gets some time even if none is left, so that every tick makes progress.
         deadline = monotonic() + max(PATIENCE_S, left_s)
         for step in batch:
             if step.at in read:
@@ -312,7 +312,7 @@ class ManifestTick:
                 if isinstance(outcome, TemporaryError) and not isinstance(outcome, ReplacementInProgress):
                     self._trouble = outcome
                     for pending in read.values():
-                        pending.cancel()  # of a store that is down, each would use up the patience
+                        pending.cancel()  # if the store is down, each would use up the patience
                     return False
                 if not self._take_up(str(step.key), outcome, known.get(str(step.key))):
                     return False
@@ -327,7 +327,7 @@ class ManifestTick:
 
     def _read(self, step: _Step) -> StoredObject | BlobflowError:
         try:
-            # What is gone is reported without a ref.
+            # A missing artifact is reported without a ref.
             if step.e_tag is not None and not self._digests_named(str(step.key)):
                 return _NotVerifiedError(f"no ref names {step.key!r}", key=step.key)
             return self._store.get(step.at, max_bytes=MAX_MANIFEST_BYTES)
@@ -341,7 +341,7 @@ class ManifestTick:
             return error
 
     def _digests_named(self, key: str) -> set[str]:
-        """The artifacts that were verified under a key; what is announced as published counts as well.
+        """Digests of the artifacts that were verified under a key; `_ANY` if published artifacts are announced.
 
         Raises:
             BlobflowError: a ref cannot be read.
@@ -353,7 +353,7 @@ class ManifestTick:
         return {digest for directory in directories for digest in self._named(directory).get(key, ())}
 
     def _named(self, directory: str) -> dict[str, set[str]]:
-        """The digests by the keys that the ref in a directory names or has named; it is read once in a tick."""
+        """Digests by key that the ref in a directory names or has named; the ref is read once in a tick."""
         with self._lock:
             named = self._named_in.get(directory)
             is_mine = named is None
@@ -366,12 +366,12 @@ class ManifestTick:
                 for entry in state.entries() if state else ():
                     found.setdefault(entry.key, set()).add(entry.manifest_sha256)
                 named.set_result(found)
-            except BaseException as error:  # noqa: BLE001 - it is raised below, to all that wait
+            except BaseException as error:  # noqa: BLE001 - raised below, in all waiting threads
                 named.set_exception(error)
         return named.result()
 
     def _take_up(self, key: str, outcome: StoredObject | BlobflowError, known: _Known | None) -> bool:
-        """False: it wants a run, and this tick may request no more of them."""
+        """Handle one outcome; return False if it needs a run and this tick may request no more."""
         if isinstance(outcome, ReplacementInProgress):
             return True
         if isinstance(outcome, _NotVerifiedError):
@@ -391,7 +391,7 @@ class ManifestTick:
                 return True
             if _NOT_IN_PARTITION_KEYS in key:
                 raise ArtifactInvalid(
-                    f"Dagster takes no partition key with {_NOT_IN_PARTITION_KEYS!r}", key=key, what="key"
+                    f"Dagster does not accept a partition key with {_NOT_IN_PARTITION_KEYS!r}", key=key, what="key"
                 )
         except BlobflowError as error:
             reason = error.message[:_QUOTED]
@@ -412,13 +412,13 @@ class ManifestTick:
             self._added.append(key)
 
     def _anything_listed(self) -> bool:
-        """Whether the store shows anything at all; a disk that is not mounted looks as if everything were gone."""
+        """Whether the store lists anything at all; on a disk that is not mounted, everything seems to be gone."""
         try:
             if next(self._store.list(self._sensor.prefix), None) is not None:
                 return True
             self._trouble = ArtifactNotFound(
-                f"nothing at all is listed, so nothing of the {len(self._gone)} artifacts is taken for gone",
-                hint="see that the store is the right one and mounted; partitions can be removed in Dagster's UI",
+                f"the store lists nothing at all, so the {len(self._gone)} missing artifacts are not reported as gone",
+                hint="check that the store is the right one and mounted; partitions can be removed in Dagster's UI",
             )
         except TemporaryError as error:
             self._trouble = error
@@ -431,7 +431,7 @@ class ManifestTick:
         return max((record.storage_id for record in records), default=0)
 
     def _known(self, keys: Sequence[str]) -> dict[str, _Known]:
-        """What the last events of these artifacts say."""
+        """Facts about these artifacts from their last events."""
         known: dict[str, _Known] = {}
         wanted = set(keys)
         page: str | None = None
@@ -462,9 +462,9 @@ class ManifestTick:
         return True
 
     def _request_forgotten_runs(self) -> None:
-        """Request what a killed tick did not come to: it recorded its events, at most as many as this one may request.
+        """Request the runs that a killed tick recorded events for but did not request.
 
-        Of the events that the last complete tick recorded, the runs are there.
+        There are at most as many as this tick may request. Runs for the events of the last complete tick exist.
         """
         later = dg.AssetRecordsFilter(self._sensor.asset_key, after_storage_id=self._cursor.recorded or None)
         records = self._context.instance.fetch_materializations(later, limit=self._sensor.max_runs).records
@@ -486,21 +486,21 @@ def _outcome(read: "Future[StoredObject | BlobflowError]", at: str, deadline: fl
     try:
         return read.result(timeout=max(0.0, deadline - monotonic()))
     except NotInTime:
-        hint = "see why the store is slow"
+        hint = "find out why the store is slow"
         return StoreUnavailable(f"{at!r} was not read in time", hint=hint, operation="get", key=at)
 
 
 def _pace(timestamps: Iterable[float], assumed_s: float) -> float:
-    """Seconds from one record to the next, as the slower ones of them took; `assumed_s` where there are too few.
+    """Seconds from one record to the next, as the upper quartile; `assumed_s` if there are too few records.
 
-    Not the mean: between two ticks, or while the daemon was down, there is a gap that says nothing.
+    Not the mean: the gap between two ticks, or while the daemon was down, says nothing.
     """
     gaps = [later - earlier for earlier, later in pairwise(sorted(timestamps))]
     return quantiles(gaps, n=4)[-1] if len(gaps) >= _FEWEST_MEASURED else assumed_s
 
 
 def _side_by_side(listing: Iterable[ObjectMeta], known: Sequence[str]) -> Iterator[_Step]:
-    """What is listed, and in between, where it would be listed, what is known and is not."""
+    """Listed objects and known but unlisted manifests, merged in the order of the listing."""
     missing = iter(known)
     next_known = next(missing, None)
     for meta in listing:
@@ -510,7 +510,7 @@ def _side_by_side(listing: Iterable[ObjectMeta], known: Sequence[str]) -> Iterat
         if next_known == meta.key:
             next_known = next(missing, None)
         key = meta.key.removesuffix(MANIFEST_SUFFIX)
-        # Not `.manifest.json` alone: what ends up there is not an artifact's.
+        # A name that is only `.manifest.json` does not belong to an artifact.
         is_manifest = key != meta.key and bool(key) and not key.endswith("/")
         yield _Step(meta.key, key if is_manifest else None, meta.e_tag)
     while next_known is not None:

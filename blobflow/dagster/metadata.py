@@ -1,4 +1,4 @@
-"""The metadata keys. Numbers keep their labels from run to run, because Dagster plots what has a constant label."""
+"""The metadata keys. Numbers keep their keys from run to run, because Dagster plots the values of a constant key."""
 
 import heapq
 from typing import TYPE_CHECKING, Any, Final, Union
@@ -19,23 +19,23 @@ URI: Final = "dagster/uri"
 ROW_COUNT: Final = "dagster/row_count"
 
 STATUS: Final = "blobflow/status"
-"""What the step did: `exported`, `uploaded`, `healed`, `imported`, `unchanged`, or `skipped`."""
+"""Result of the step: `exported`, `uploaded`, `healed`, `imported`, `unchanged`, or `skipped`."""
 ARTIFACT_DIGEST: Final = "blobflow/artifact_digest"
 CONTENT_DIGEST: Final = "blobflow/content_digest"
 KEY: Final = "blobflow/key"
 ROUND: Final = "blobflow/round"
 """Number of the export round that made a snapshot."""
 DAMAGE: Final = "blobflow/damage"
-"""What was wrong with an artifact that was healed."""
+"""Damage of an artifact that was healed."""
 REASON: Final = "blobflow/reason"
-"""Why nothing was done."""
+"""Reason for which nothing was done."""
 REF: Final = "blobflow/ref"
 GENERATION: Final = "blobflow/generation"
-"""Of the ref; it counts how often the ref was moved."""
+"""Generation of the ref; it counts how often the ref was moved."""
 MANIFEST_E_TAG: Final = "blobflow/manifest_e_tag"
-"""Of the sibling manifest; while a listing shows it, the artifact is the same."""
+"""ETag of the sibling manifest; while a listing shows it, the artifact is the same."""
 ANNOUNCED: Final = "blobflow/announced"
-"""`verified`: a ref names or has named it. `published`: it is complete, and perhaps not verified yet."""
+"""`verified`: a ref names or has named the artifact. `published`: it is complete, but may not be verified yet."""
 BACKEND: Final = "blobflow/backend"
 CREATED_AT: Final = "blobflow/created_at"
 CURSOR: Final = "blobflow/cursor"
@@ -47,39 +47,39 @@ EXCLUDE_UNMATCHED: Final = "blobflow/exclude_unmatched"
 """Exclude patterns that matched nothing."""
 SYMLINKS_SKIPPED: Final = "blobflow/symlinks_skipped"
 LEFT_OUT: Final = "blobflow/left_out"
-"""Paths that are none of the source's content: `_delta_log/` of a Parquet dataset."""
+"""Paths that are not part of the source's content, such as `_delta_log/` of a Parquet dataset."""
 SCRATCH: Final = "blobflow/scratch"
 MIRROR_PATH: Final = "blobflow/mirror_path"
 MIRROR_STATUS: Final = "blobflow/mirror_status"
 SNAPSHOT: Final = "blobflow/snapshot"
-"""Source, database, position and digest of what is arriving at a receiver."""
+"""Source, database, position and digest of the snapshot that is arriving at a receiver."""
 
 LAYER_DIGEST: Final = "blobflow/layer_digest"
 TAR_SIZE: Final = "blobflow/tar_bytes"
 CODEC: Final = "blobflow/codec"
 FILES_READ: Final = "blobflow/files_read"
-"""To know whether a directory changed; the others were known by their stats."""
+"""Number of files read to detect changes; the stats of the others were enough."""
 SYNC_SECONDS: Final = "blobflow/sync_seconds"
 
 BYTES_SENT: Final = "blobflow/bytes_sent"
 BYTES_RECEIVED: Final = "blobflow/bytes_received"
 BYTES_DONE: Final = "blobflow/bytes_done"
 BYTES_RESUMED: Final = "blobflow/resumed_from_bytes"
-"""What earlier attempts, in whatever run, had moved already."""
+"""Bytes that earlier attempts, in any run, had already moved."""
 PERCENT: Final = "blobflow/percent"
 PARTS_DONE: Final = "blobflow/parts_done"
 PARTS: Final = "blobflow/parts"
 LANES: Final = "blobflow/lanes"
 RETRIES: Final = "blobflow/retries"
-"""Earlier attempts at the same transfer, in whatever run."""
+"""Number of earlier attempts at the same transfer, in any run."""
 CONTINUES: Final = "blobflow/continues"
-"""The run of the attempt before."""
+"""Run of the previous attempt."""
 CHECKPOINT: Final = "blobflow/checkpoint"
 THROUGHPUT: Final = "blobflow/throughput_mb_per_s"
 CHECKPOINTS: Final = "blobflow/checkpoints_saved"
 VERIFY_MODE: Final = "blobflow/verify_mode"
 PROOF: Final = "blobflow/proof"
-"""What is known after a verification: `attested`, `unproven`, `sampled` or `proven`."""
+"""Strength of a verification: `attested`, `unproven`, `sampled` or `proven`."""
 BYTES_VERIFIED: Final = "blobflow/bytes_verified"
 
 EXPORT_SECONDS: Final = "blobflow/export_seconds"
@@ -95,27 +95,27 @@ GC_INTENTS: Final = "blobflow/gc_intents"
 GC_TRIALS: Final = "blobflow/gc_trials"
 GC_PAYLOADS: Final = "blobflow/gc_payloads"
 GC_RUNS: Final = "blobflow/gc_runs"
-"""Runs of which what their steps handed on was removed."""
+"""Number of runs whose values, passed between steps, were removed."""
 GC_FOUND: Final = "blobflow/gc_found"
 
 PRUNE_DRY_RUN: Final = "blobflow/prune_dry_run"
 PRUNE_REMOVED: Final = "blobflow/prune_removed"
 PRUNE_KEPT: Final = "blobflow/prune_kept"
 PRUNE_NAMED: Final = "blobflow/prune_named"
-"""Artifacts that were kept only because a ref names them."""
+"""Number of artifacts kept only because a ref names them."""
 PRUNE_FOUND: Final = "blobflow/prune_found"
 
 BATCH_RESULTS: Final = "blobflow/batch_results"
 """Path of the table of results."""
 BATCH_EXECUTED: Final = "blobflow/batch_executed"
-"""Operations that this run executed; those that earlier ones had done are resumed."""
+"""Number of operations that this run executed; operations done by earlier runs count as resumed."""
 BATCH_RESUMED: Final = "blobflow/batch_resumed"
 BATCH_DONE: Final = "blobflow/batch_done"
 BATCH_ABSENT: Final = "blobflow/batch_absent"
 BATCH_FAILED: Final = "blobflow/batch_failed"
 BATCH_FAILURES: Final = "blobflow/batch_failures"
 BATCH_KIND: Final = "blobflow/batch_operations/"
-"""Before the kind of an operation."""
+"""Prefix of the key; the kind of an operation follows."""
 BATCH_SECONDS: Final = "blobflow/batch_seconds"
 
 FINDINGS: Final = "blobflow/probe_findings"
@@ -125,25 +125,25 @@ PROBED_AT: Final = "blobflow/probed_at"
 ERROR: Final = "blobflow/error"
 HINT: Final = "blobflow/hint"
 ERROR_FIELD: Final = "blobflow/error/"
-"""Before the name of a field of the error."""
+"""Prefix of the key; the name of a field of the error follows."""
 
 _ROWS: Final = 20
 
 
 def throughput(bytes_moved: int, seconds: float) -> dict[str, float]:
-    """Megabytes (10^6) per second; nothing where nothing moved."""
+    """Megabytes (10^6 bytes) per second; empty if nothing moved."""
     return {THROUGHPUT: round(bytes_moved / 1e6 / seconds, 3)} if bytes_moved and seconds > 0 else {}
 
 
 def cursor(value: JsonValue) -> dict[str, Any]:
-    """Where in the source's history a snapshot stands; nothing for sources that have no history."""
+    """The snapshot's position in the source's history; empty for sources without a history."""
     if value is None:
         return {}
     return {CURSOR: dg.MetadataValue.json(value) if isinstance(value, dict | list) else value}
 
 
 def left_out(result: Union[ExportResult, "LayerSyncResult"], log: dg.DagsterLogManager) -> dict[str, Any]:
-    """What an export left out; a pattern that left nothing out is named in the log as well."""
+    """Counts and paths of what an export left out; a pattern that matched nothing is also named in the log."""
     facts: dict[str, Any] = {EXCLUDED: result.excluded, SYMLINKS_SKIPPED: result.symlinks_skipped}
     for pattern in result.unmatched:
         log.info("exclude.unmatched pattern=%r", pattern)
@@ -164,7 +164,7 @@ def largest_members(artifact: Artifact) -> dict[str, Any]:
 
 
 def healing(healed: Healed | None) -> dict[str, Any]:
-    """What was wrong with an artifact and what its repair sent; nothing if it was whole."""
+    """Damage of an artifact and the bytes that its repair sent; empty if the artifact was intact."""
     if healed is None:
         return {}
     return {
@@ -176,7 +176,7 @@ def healing(healed: Healed | None) -> dict[str, Any]:
 
 
 def parts_table(record: TransferRecord) -> dict[str, Any]:
-    """A table of what was found done and what was moved, in parts and bytes."""
+    """A table of the parts and bytes that were found done, and of those that were moved."""
     moved = record.parts_done - record.parts_resumed
     rows = [
         ("found done", record.parts_resumed, record.bytes_resumed),

@@ -1,13 +1,13 @@
-"""`artifact_mirror`: the mirror side alone, for a deployment that brings to life what another one publishes.
+"""`artifact_mirror`: only the mirror, for a deployment that imports the artifacts of another deployment.
 
 | asset | materialized by | means |
 |---|---|---|
 | `["mirrors", name, "remote"]` | a sensor; external | the store has a new artifact |
 | `["mirrors", name, "mirror"]` | the nodes download, import | the target shows it |
 
-The two deployments share nothing but the store. If they are code locations of one deployment after all, the assets of
-the pipeline are `[name, ...]`, and so are others than these; each further mirror of the same pipeline needs a
-different `key_prefix`.
+The two deployments share only the store. If they are code locations of one deployment after all, the keys do not
+collide, because the pipeline's assets are `[name, ...]`. Each further mirror of the same pipeline needs a different
+`key_prefix`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,27 +24,27 @@ from blobflow.dagster.spec import BlobflowAssetProps, BlobflowTranslator, Import
 from blobflow.fields import check_choice
 
 MIRRORS: Final = ("mirrors",)
-"""What the keys of mirrors begin with, so that they are not those of the pipeline that they follow."""
+"""Prefix of the keys of mirrors, so that they differ from the keys of the pipeline that they follow."""
 
 _DESCRIPTION: Final = "An artifact that another deployment published in the store."
 
 
 @dataclass(frozen=True)
 class ArtifactMirror:
-    """The Dagster definitions of one mirror, to be taken together (`definitions`) or one by one."""
+    """The Dagster definitions of one mirror, to use together (`definitions`) or one by one."""
 
     name: str
     remote: dg.AssetSpec
-    """External: a sensor reports it."""
+    """The external asset; a sensor reports it."""
     mirror: dg.AssetsDefinition
     job: Any
     sensors: list[dg.SensorDefinition]
     resources: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """More that it brings along: its own `BlobflowResource`, if it has one."""
+    """Further resources of the mirror, such as that of a received mirror."""
 
     @cached_property
     def definitions(self) -> dg.Definitions:
-        """All of it but a `BlobflowResource` that is the code location's to configure."""
+        """All definitions except a `BlobflowResource` that the code location must configure."""
         return dg.Definitions(
             assets=[self.remote, self.mirror],
             jobs=[self.job],
@@ -70,27 +70,28 @@ def artifact_mirror(
     running: bool = False,
     resource_key: str = "blobflow",
 ) -> ArtifactMirror:
-    """A mirror of what the pipeline `name` of another deployment publishes in the store.
+    """A mirror of the artifacts that the pipeline `name` of another deployment publishes in the store.
 
-    With a ref, the mirror shows what the ref `<name>/<ref>` names, and a `ref_sensor` starts a run whenever it moves.
-    Without one (None), every artifact below `<name>/` is a partition with its own mirror: a `manifest_sensor`
-    reports them, and an automation condition makes the runs, one backfill for all that is new.
+    With a ref, the mirror shows the artifact that `<name>/<ref>` names, and a `ref_sensor` starts a run whenever the
+    ref moves. Without a ref (None), every artifact below `<name>/` is a partition with its own mirror. A
+    `manifest_sensor` reports them, and an automation condition requests the runs, as one backfill for all news.
 
     Args:
-        name: Of the publishing pipeline: what its keys begin with.
-        importer: Of the target; without a ref it may be a function of the partition key, which is the artifact's key.
-        key_prefix: Of the assets' keys, before the name, which the pipeline's own assets begin with. A key that a
-            translator gives stays as it is.
-        announce: Without a ref: which artifacts the sensor reports; see `manifest_sensor`.
-        digest: Refuse every artifact but this one (`sha256:...`), whoever writes to the store. A single run is held to
-            one by the config `digest` of its first step.
-        lanes: Among how many steps each download is divided; see `artifact_pipeline`.
-        freshness_policy: Of the mirror. With a ref it is materialized when the ref moves, so the window is the longest
-            time for which the source may stay the same.
-        pool: Concurrency pool of which downloads take a slot.
-        minimum_interval_seconds: Between two looks into the store.
-        running: The sensors run from the start; otherwise they are switched on in the UI.
-        resource_key: Under which the `BlobflowResource` is found.
+        name: Name of the publishing pipeline; its keys begin with it.
+        importer: Importer of the target. Without a ref it may be a function of the partition key, which is the
+            artifact's key.
+        key_prefix: Prefix of the assets' keys, before the name. The pipeline's own assets begin with the name. A key
+            from a translator stays as it is.
+        announce: Without a ref, the artifacts that the sensor reports; see `manifest_sensor`.
+        digest: Accept only this artifact (`sha256:...`), whoever writes to the store. To accept only one artifact in a
+            single run, set the config `digest` of its first step.
+        lanes: Number of steps that share each download; see `artifact_pipeline`.
+        freshness_policy: Freshness policy of the mirror. With a ref the mirror is materialized when the ref moves, so
+            the window is the longest time for which the source may stay the same.
+        pool: Concurrency pool; each download takes a slot.
+        minimum_interval_seconds: Seconds between two checks of the store.
+        running: Whether the sensors run from the start; otherwise turn them on in the UI.
+        resource_key: Key of the `BlobflowResource` among the resources.
     """
     check_choice("announce", announce, Announce)
     partitions = artifact_partitions(name) if ref is None else None
@@ -136,13 +137,13 @@ def artifact_mirror(
 
 
 def mirror_condition() -> dg.AutomationCondition[Any]:
-    """A mirror that follows: run for every artifact that it has not brought to life, and whenever one is replaced.
+    """An automation condition that requests a run for every artifact that is not imported yet or was replaced.
 
-    It differs from `AutomationCondition.eager()` in two ways. Artifacts that were there before the condition was first
-    evaluated count as well, so a mirror that is set up late catches up, in one backfill. And no partition is too old:
-    an artifact that was exported late for an early day is followed, too.
+    It differs from `AutomationCondition.eager()` in two ways. First, artifacts older than the condition's first
+    evaluation count as well, so a mirror that is set up late catches up in one backfill. Second, no partition is too
+    old: an artifact that was exported late for an early day is imported, too.
 
-    A run that failed is not requested again before its artifact changes: that is the retries' business.
+    A failed run is not requested again before its artifact changes; retries are for that.
     """
     condition = dg.AutomationCondition
     is_due = condition.missing().newly_true() | condition.any_deps_updated()
@@ -157,7 +158,7 @@ def mirror_condition() -> dg.AutomationCondition[Any]:
 
 @dataclass(frozen=True)
 class _MirrorTranslator(BlobflowTranslator):
-    """Gives the assets their prefix and the mirror the condition under which it follows, unless they have others."""
+    """Adds the key prefix to the assets and `mirror_condition` to the mirror, unless `inner` set others."""
 
     inner: BlobflowTranslator
     key_prefix: tuple[str, ...]

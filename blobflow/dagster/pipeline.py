@@ -2,13 +2,13 @@
 
 | asset | nodes | materialized means |
 |---|---|---|
-| `[name, "snapshot"]` | export | an artifact lies in the scratch directory |
-| `[name, "remote"]` | upload, verify | the artifact is whole in the store, and the ref names it |
+| `[name, "snapshot"]` | export | an artifact is in the scratch directory |
+| `[name, "remote"]` | upload, verify | the artifact is complete in the store, and the ref names it |
 | `[name, "mirror"]` | download, import | the target shows the artifact |
 
 With `lanes`, upload and download are graphs of several steps (`blobflow.dagster.lanes`).
 
-All three carry the artifact's digest as their data version. What the nodes do is in `blobflow.dagster.steps`.
+The data version of all three is the artifact's digest. The code of the nodes is in `blobflow.dagster.steps`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,19 +37,19 @@ from blobflow.transport import VerifyMode
 
 @dataclass(frozen=True)
 class ArtifactPipeline:
-    """The Dagster definitions of one pipeline, to be taken together (`definitions`) or one by one."""
+    """The Dagster definitions of one pipeline, to use together (`definitions`) or one by one."""
 
     name: str
     snapshot: dg.AssetsDefinition
     remote: dg.AssetsDefinition
     mirror: dg.AssetsDefinition
     job: Any
-    """Materializes all three: what `dg.define_asset_job` returns."""
+    """Job that materializes all three assets, made by `dg.define_asset_job`."""
     schedules: Sequence[dg.ScheduleDefinition] = field(default=())
 
     @property
     def assets(self) -> list[dg.AssetsDefinition]:
-        """Snapshot, remote, mirror."""
+        """The assets snapshot, remote and mirror, in this order."""
         return [self.snapshot, self.remote, self.mirror]
 
     @property
@@ -58,7 +58,7 @@ class ArtifactPipeline:
 
     @cached_property
     def definitions(self) -> dg.Definitions:
-        """All of it but the resource, which is the code location's to configure."""
+        """All definitions except the resource, which the code location must configure."""
         return dg.Definitions(assets=self.assets, jobs=self.jobs, schedules=self.schedules)
 
 
@@ -82,39 +82,39 @@ def artifact_pipeline(
     max_silence_s: float = DEFAULT_SILENCE_S,
     resource_key: str = "blobflow",
 ) -> ArtifactPipeline:
-    """Assets that take snapshots of a source, keep them in a store, and bring them to life at a target.
+    """Assets that take snapshots of a source, keep them in a store, and import them at a target.
 
-    The artifact goes to `<name>/<content digest>.tar`, and once it is verified, the ref `<name>/<ref>` names it. With
-    partitions, `<name>/<partition>` stands for `<name>`. What is unchanged is neither sent, fetched nor imported
-    again; what lies in the store is verified in every run.
+    The artifact goes to `<name>/<content digest>.tar`. After its verification, the ref `<name>/<ref>` names it. With
+    partitions, `<name>/<partition>` replaces `<name>`. Unchanged content is not sent, fetched or imported again, but
+    the artifact in the store is verified in every run.
 
     Args:
-        name: Letters, digits and `_`.
-        exporter: Of the source; or a function of the partition key that returns one.
-        importer: Of the target; or a function of the partition key. A fixed importer of a partitioned pipeline shows
-            the partition that was materialized last.
-        lanes: Among how many steps each upload and download is divided, for executors that spread them over machines.
-            All of them have to see the scratch directory, and the lanes of a download the target as well. One step
-            is as fast on one machine, which it can fill by itself.
+        name: Name of the pipeline: letters, digits and `_`.
+        exporter: Exporter of the source, or a function of the partition key that returns one.
+        importer: Importer of the target, or a function of the partition key that returns one. With partitions, a
+            fixed importer shows the partition that was materialized last.
+        lanes: Number of steps that share each upload and download, for executors that spread steps over machines.
+            All of them must see the scratch directory, and the lanes of a download the target as well. On one machine,
+            a single step is as fast.
         schedule: Cron string; see `export_schedule`.
-        ref: None: no ref is moved.
-        verify_mode: `deep` reads every byte (`proven`), `shallow` compares sizes, manifests and the store's own
-            checksum (`attested`, or `unproven` where it has none), `auto` is deep except where the store attests a
-            checksum. The check `verified` says which of these words is true.
+        ref: Last segment of the ref that moves to each verified artifact; None for no ref.
+        verify_mode: `deep` reads every byte (`proven`). `shallow` compares sizes, manifests and the store's checksum
+            (`attested`, or `unproven` without a checksum). `auto` is deep unless the store attests a checksum. The
+            check `verified` reports which of these words applies.
         deps: Assets that the export waits for.
-        freshness_policy: Of the mirror: how old it may be before the UI and alerts say so. It is materialized in every
-            run, also where the content has not changed.
-        group_name: Of the three assets; by default `name`.
-        translator: Decides keys, groups, descriptions, tags and so on.
-        retry_policy: For every step. Errors that pass (a store that is down, a busy round) are retried, others fail
-            the step at once.
-        pool: Concurrency pool of which uploads and downloads take a slot.
-        ttl_s: Seconds without a sign of life of an export after which another run may take its round over.
+        freshness_policy: Freshness policy of the mirror. The mirror is materialized in every run, even if the content
+            has not changed.
+        group_name: Group of the three assets; by default `name`.
+        translator: Chooses keys, groups, descriptions, tags and so on.
+        retry_policy: Retries of every step after temporary errors, such as a store that is down or a busy round. Other
+            errors fail the step at once.
+        pool: Concurrency pool; each upload and download takes a slot.
+        ttl_s: Seconds without a heartbeat of an export after which another run may take over its round.
         max_silence_s: Seconds without progress of an export after which its round is no longer held.
-        resource_key: Under which the `BlobflowResource` is found.
+        resource_key: Key of the `BlobflowResource` among the resources.
 
     Raises:
-        UsageError: an argument makes no sense; the message says which.
+        UsageError: an argument is invalid; the message names it.
     """
     spec = PipelineSpec(
         name=name,
@@ -139,12 +139,12 @@ def artifact_pipeline(
 
 
 def build_pipeline(spec: PipelineSpec) -> ArtifactPipeline:
-    """The Dagster definitions of a pipeline that is given as a value; see `artifact_pipeline`."""
+    """The Dagster definitions of the pipeline that `spec` describes; see `artifact_pipeline`."""
     snapshot, remote, mirror = snapshot_asset(spec), remote_asset(spec), mirror_asset(spec)
     job = dg.define_asset_job(
         f"{spec.name}_job",
         selection=dg.AssetSelection.assets(snapshot, remote, mirror),
-        description=f"Exports {spec.name}, keeps it in the store, and brings the mirror up to date.",
+        description=f"Exports {spec.name}, uploads it to the store, and updates the mirror.",
     )
     return ArtifactPipeline(spec.name, snapshot, remote, mirror, job)
 
@@ -157,18 +157,18 @@ def export_schedule(
     execution_timezone: str | None = None,
     default_status: dg.DefaultScheduleStatus = dg.DefaultScheduleStatus.STOPPED,
 ) -> dg.ScheduleDefinition:
-    """A schedule of export rounds, each brought all the way to the mirror.
+    """A schedule of runs that export, upload and update the mirror.
 
-    Of a pipeline that is partitioned by time, a tick materializes the last partition that is over, unless an earlier
-    tick has requested it: the run key is the partition. What failed is started again by retries, or by hand.
+    If the pipeline is partitioned by time, a tick materializes the last complete partition, unless an earlier tick has
+    requested it: the run key is the partition. Failed runs are started again by retries, or by hand.
 
     Args:
-        cron_schedule: For example `0 * * * *`.
-        name: By default `<pipeline>_schedule`.
-        execution_timezone: Of the cron string; by default that of the partitions, else UTC.
+        cron_schedule: Cron string, for example `0 * * * *`.
+        name: Name of the schedule; by default `<pipeline>_schedule`.
+        execution_timezone: Time zone of the cron string; by default that of the partitions, otherwise UTC.
 
     Raises:
-        UsageError: the pipeline is partitioned by something else than time, so that a time names no partition.
+        UsageError: the pipeline has partitions that are not time windows, so a time does not name a partition.
     """
     name = name or f"{pipeline.name}_schedule"
     partitions = pipeline.snapshot.partitions_def
@@ -182,7 +182,7 @@ def export_schedule(
         )
     if not isinstance(partitions, dg.TimeWindowPartitionsDefinition):
         raise UsageError(
-            f"a schedule cannot tell which partition of {pipeline.name!r} is due",
+            f"a schedule does not know which partition of {pipeline.name!r} is due",
             hint="write a schedule or a sensor that requests runs of the pipeline's job with a partition_key",
         )
 
@@ -190,7 +190,7 @@ def export_schedule(
         name=name,
         job=pipeline.job,
         cron_schedule=cron_schedule,
-        # A day in Tokyo is over at 15:00 UTC: "0 1 * * *" means an hour after it is over, there.
+        # A day in Tokyo is over at 15:00 UTC: "0 1 * * *" must mean an hour after that.
         execution_timezone=execution_timezone or partitions.timezone,
         default_status=default_status,
     )
@@ -203,13 +203,13 @@ def export_schedule(
 
 
 def snapshot_asset(spec: PipelineSpec) -> dg.AssetsDefinition:
-    """The asset of exported snapshots, with the node export."""
+    """The asset of exported snapshots; its node is export."""
     ins = _waits(spec.snapshot)
 
     @step_op(spec, "export", waits=ins, out={"result": dg.Out(is_required=False)})
     def export(context: dg.OpExecutionContext):
         result = export_snapshot(context, spec, resource_of(context, spec))
-        if result is not None:  # without an output, Dagster skips what comes after
+        if result is not None:  # without an output, Dagster skips the steps after it
             yield result
 
     def snapshot(**after: Any):
@@ -219,14 +219,14 @@ def snapshot_asset(spec: PipelineSpec) -> dg.AssetsDefinition:
 
 
 def remote_asset(spec: PipelineSpec) -> dg.AssetsDefinition:
-    """The asset of artifacts in the store, with the nodes upload and verify."""
+    """The asset of artifacts in the store; its nodes are upload and verify."""
     ins = _waits(spec.remote, snapshot=spec.snapshot.key)
     check_spec = dg.AssetCheckSpec(
         CHECK_NAME,
         asset=spec.remote.key,
         blocking=True,
-        description="Nothing is wrong with the artifact in the store, as far as it was looked at: the evaluation says"
-        " whether it is proven, sampled, attested or unproven.",
+        description="The verification found no damage in the stored artifact. The evaluation reports whether it is"
+        " proven, sampled, attested or unproven.",
     )
 
     @step_op(spec, "upload", waits=ins, pool=True)
@@ -247,7 +247,7 @@ def remote_asset(spec: PipelineSpec) -> dg.AssetsDefinition:
 
 
 def mirror_asset(spec: PipelineSpec) -> dg.AssetsDefinition:
-    """The asset of the mirror, with the nodes download and import."""
+    """The asset of the mirror; its nodes are download and import."""
     ins = _waits(spec.mirror, remote=spec.remote.key)
 
     @step_op(spec, "download", waits=ins, pool=True, config_schema=PIN)
@@ -261,20 +261,20 @@ def mirror_asset(spec: PipelineSpec) -> dg.AssetsDefinition:
     downloading = download if spec.lanes == 1 else download_graph(spec, list(ins))
 
     def mirror(**after: Any):
-        # `import` is a word of Python's, which Dagster does not allow as a name.
+        # `import` is a Python keyword, which Dagster does not allow as a name.
         return import_.alias("import_")(downloading.alias("download")(**after))
 
     return _graph_asset(spec, spec.mirror, mirror, ins)
 
 
 def _waits(spec: dg.AssetSpec, **follows: dg.AssetKey) -> dict[str, dg.AssetIn]:
-    """The inputs of an asset: none carries data.
+    """The inputs of an asset, which carry no data.
 
-    A value in Dagster's storage would decide instead of the store (see `blobflow.dagster.upstream`). Each has a name of
-    its own, because an asset with a blocking check is two sources, and Dagster takes no list of such.
+    A value in Dagster's storage would decide instead of the store (see `blobflow.dagster.upstream`). Each input has a
+    separate name, because an asset with a blocking check is two sources, and Dagster accepts no list of such assets.
 
     Args:
-        follows: The asset before it in the pipeline.
+        follows: The previous asset in the pipeline, by the name of its input.
     """
     before = {name: dg.AssetIn(key, dagster_type=dg.Nothing) for name, key in follows.items()}
     after = {
@@ -292,7 +292,7 @@ def _graph_asset(
     *,
     check_specs: Sequence[dg.AssetCheckSpec] = (),
 ) -> dg.AssetsDefinition:
-    """The graph asset that `compose` describes, looking like `asset`."""
+    """The graph asset that `compose` describes, with the attributes of `asset`."""
     decorate = dg.graph_asset(key=asset.key, ins=ins, partitions_def=spec.partitions_def, check_specs=list(check_specs))
     return decorate(compose).map_asset_specs(
         lambda own: asset.replace_attributes(

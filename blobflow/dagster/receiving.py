@@ -1,12 +1,12 @@
-"""`received_mirror`: a mirror of what is pushed to a receiver, for targets that cannot reach the store.
+"""`received_mirror`: a mirror of snapshots that are pushed to a receiver, for targets that cannot reach the store.
 
 | asset | materialized by | means |
 |---|---|---|
-| `["mirrors", name, "remote"]` | a sensor; external | a new snapshot arrived, whole |
+| `["mirrors", name, "remote"]` | a sensor; external | a new snapshot arrived completely |
 | `["mirrors", name, "mirror"]` | the nodes download, import | the target shows it, and the receiver says `Following` |
 
-The receiver (`blobflow mirror serve`) is a separate process, which works on while this deployment is down. What the
-two share is the receiver's directory.
+The receiver (`blobflow mirror serve`) is a separate process, which continues while this deployment is down. The two
+share the receiver's directory.
 """
 
 from collections.abc import Sequence
@@ -30,18 +30,18 @@ from blobflow.mirror import Bootstrapping, ReceivedStore, SnapshotId, read_snaps
 from blobflow.stores import Reader, Store
 
 KEEP_SNAPSHOTS: Final = 2
-"""The one that is shown, and the one before, to go back to."""
+"""The imported snapshot, and the previous one, to go back to."""
 
 
 class ReceiverResource(TransferResource):
-    """The artifacts in a receiver's directory, in the place of a `BlobflowResource`: to be read, and without keys."""
+    """Read access to the artifacts in a receiver's directory, in place of a `BlobflowResource`; it needs no keys."""
 
-    directory: str = Field(description="Of `blobflow mirror serve`; an absolute path.")
-    database: str | None = Field(default=None, description="Only the snapshots of this one.")
-    shown_as: str | None = Field(default=None, description="What its keys begin with instead of its name.")
+    directory: str = Field(description="Directory of `blobflow mirror serve`; an absolute path.")
+    database: str | None = Field(default=None, description="Read only the snapshots of this database.")
+    shown_as: str | None = Field(default=None, description="Prefix of the database's keys, instead of its name.")
 
     def get_store(self, *, patience_s: float = DEFAULT_PATIENCE_S) -> Reader:
-        """The store; `patience_s` is of no use to files."""
+        """The store; `patience_s` has no effect on files."""
         del patience_s
         return ReceivedStore(self.directory, database=self.database, shown_as=self.shown_as)
 
@@ -67,31 +67,36 @@ def received_mirror(
 ) -> ArtifactMirror:
     """A mirror that shows the newest snapshot of a database that was pushed to a receiver.
 
-    A sensor starts a run whenever the newest complete snapshot is another one. The run proves every member by its
-    SHA-256, imports it and notes `Following` with the cursor in the receiver's journal, where `blobflow mirror status`
-    shows it; a snapshot without a cursor is followed from its position. Of a snapshot that is still arriving, a second
-    sensor reports how far it is, as observations of the mirror.
+    A sensor starts a run whenever another snapshot becomes the newest complete one. The run proves every member by its
+    SHA-256, imports the snapshot, and records `Following` with the cursor in the receiver's journal, for
+    `blobflow mirror status`. A snapshot without a cursor is followed from its position. A second sensor reports the
+    progress of a snapshot that is still arriving, as observations of the mirror.
 
     Args:
-        name: Of the two assets' prefix: letters, digits and `_`.
-        directory: The receiver's. Sensors and steps run on its machine.
-        importer: Of the target.
-        key_prefix: Of the assets' keys, as that of `artifact_mirror`.
-        database: What the senders call it; by default `name`.
-        source: Only what comes from there. By default from anywhere, and positions of all sources are compared.
-        keep_snapshots: Received artifacts of the same source that stay after an import, the imported one included.
-        pool: Concurrency pool of which the reading takes a slot.
-        minimum_interval_seconds: Between two looks into the directory.
-        running: The sensors run from the start; otherwise they are switched on in the UI.
+        name: Name in the two assets' keys: letters, digits and `_`.
+        directory: Directory of the receiver. Sensors and steps run on its machine.
+        importer: Importer of the target.
+        key_prefix: Prefix of the assets' keys, as in `artifact_mirror`.
+        database: Name of the database as its senders give it; by default `name`.
+        source: Accept only snapshots from this source. By default all sources count, and their positions are compared.
+        keep_snapshots: Number of received artifacts of the same source to keep after an import, including the imported
+            one.
+        pool: Concurrency pool; each read of a snapshot takes a slot.
+        minimum_interval_seconds: Seconds between two checks of the directory.
+        running: Whether the sensors run from the start; otherwise turn them on in the UI.
 
     Raises:
-        UsageError: an argument makes no sense.
+        UsageError: an argument is invalid.
     """
     directory = expanded(directory)
     if not directory.is_absolute():
-        raise UsageError(f"{str(directory)!r} is relative", hint="sensors and steps have no directory in common")
+        raise UsageError(
+            f"{str(directory)!r} is relative", hint="give an absolute path: sensors and steps do not share a directory"
+        )
     if keep_snapshots < 1:
-        raise UsageError(f"keep_snapshots={keep_snapshots}", hint="the snapshot that is shown stays")
+        raise UsageError(
+            f"keep_snapshots={keep_snapshots}", hint="give 1 or more: the imported snapshot is always kept"
+        )
     database = database or name
     SnapshotId(source or "any", database, 0, f"sha256:{'0' * 64}").checked()
     resource_key = f"{name}_receiver"
@@ -121,7 +126,7 @@ def received_mirror(
 
 @dataclass(frozen=True)
 class _FollowingImporter:
-    """An importer that reports to the receiver what it brought to life."""
+    """An importer that reports its imports to the receiver."""
 
     inner: Importer
     directory: Path
@@ -153,7 +158,7 @@ class _FollowingImporter:
         store = ReceivedStore(self.directory, **self.view)
         if key is None:
             return result
-        # A kill before this line is made good by the next attempt, which finds the import done.
+        # After a kill before this line, the next attempt finds the import done and gets here.
         cursor = store.follow(key, result.cursor)
         store.prune(key, self.keep)
         return replace(result, cursor=cursor)
@@ -172,7 +177,7 @@ def _arrivals_sensor(
 
     @dg.sensor(
         name=f"{name}_arrivals_sensor",
-        description=f"Tells how much of the snapshots of {database!r} has arrived in {directory}.",
+        description=f"Reports how much of the newest snapshot of {database!r} has arrived in {directory}.",
         minimum_interval_seconds=minimum_interval_seconds,
         default_status=dg.DefaultSensorStatus.RUNNING if running else dg.DefaultSensorStatus.STOPPED,
     )
@@ -182,7 +187,7 @@ def _arrivals_sensor(
             for snapshot, status in read_snapshots(directory).items()
             if snapshot.database == database and source in (None, snapshot.source)
         }
-        # Only the newest: it is what the mirror will show.
+        # Only the newest: the mirror will show it.
         newest = max(snapshots, key=lambda snapshot: snapshot.position, default=None)
         status = snapshots[newest] if newest else None
         if newest is None or not isinstance(status, Bootstrapping):
@@ -192,7 +197,7 @@ def _arrivals_sensor(
             return dg.SensorResult(skip_reason=f"{newest}: nothing new", cursor=seen)
         observation = dg.AssetObservation(
             mirror,
-            description=f"{newest}: {status.bytes_done} of {status.bytes_total} bytes are there",
+            description=f"{newest}: {status.bytes_done} of {status.bytes_total} bytes have arrived",
             metadata={
                 md.MIRROR_STATUS: "Bootstrapping",
                 md.BYTES_DONE: status.bytes_done,
@@ -203,7 +208,7 @@ def _arrivals_sensor(
             },
         )
         return dg.SensorResult(
-            asset_events=[observation], skip_reason=f"{newest}: {status.bytes_done} bytes are there", cursor=seen
+            asset_events=[observation], skip_reason=f"{newest}: {status.bytes_done} bytes have arrived", cursor=seen
         )
 
     return arrivals

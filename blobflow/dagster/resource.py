@@ -1,4 +1,4 @@
-"""The resource: where artifacts are stored and how they are moved there."""
+"""The resource: the store of artifacts, and the settings of transfers."""
 
 import os
 from collections.abc import Mapping
@@ -21,41 +21,43 @@ SCRATCH_DIR: Final = "blobflow/scratch"
 
 
 class Configured(KnownFields):
-    """What Dagster configures: a field that there is not is refused when it is given, also for the launchpad.
+    """Base of classes that Dagster configures: refuses unknown fields, also for the Launchpad.
 
-    Dagster itself drops what it does not know.
+    Dagster itself drops unknown fields.
     """
 
     @classmethod
     def configure_at_launch(cls, **given: Any) -> Any:
-        """As Dagster's: a resource of which the launchpad gives the rest.
+        """The same as Dagster's: a resource whose other fields the Launchpad gives.
 
         Raises:
-            UsageError: naming a field that there is not.
+            UsageError: a field is unknown; the message names it.
         """
         check_names(cls.__name__, cls.model_fields, given)
-        # Dagster's class is beside this one.
+        # The method belongs to Dagster's class, the next base of each subclass.
         return super().configure_at_launch(**given)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ProfileConfig(dg.Config, ChunkProfile):
-    """A transfer profile of your own; the fields of `ChunkProfile`."""
+    """A custom transfer profile, with the fields of `ChunkProfile`."""
 
 
 class TransferResource(Configured, dg.ConfigurableResource):
-    """What every resource of ours has: a transfer profile, a scratch directory, and what was opened and is closed."""
+    """Base of the resources: a transfer profile, a scratch directory, and stores that are closed with the resource."""
 
     profile: Literal["datacenter", "tactical", "edge"] = Field(
         default="tactical",
-        description="32 MiB chunks for fast networks, 8 MiB for most, 1 MiB and patience for broken links.",
+        description="datacenter: 32 MiB chunks, for fast networks. tactical: 8 MiB, for most networks. edge: 1 MiB and"
+        " long timeouts, for unreliable links.",
     )
     custom_profile: ProfileConfig | None = Field(
-        default=None, description="Chunk size (bytes), checkpoint interval (chunks) and more, instead of `profile`."
+        default=None,
+        description="Custom settings instead of `profile`: chunk size (bytes), checkpoint interval (chunks) and more.",
     )
     scratch_dir: str | None = Field(
         default=None,
-        description="Absolute path for what lives between two steps of a run; by default in the Dagster instance's"
-        " storage. The steps of one asset need to see the same directory.",
+        description="Absolute path for files that are needed between two steps of a run; by default in the Dagster"
+        " instance's storage. All steps of an asset must see the same directory.",
     )
 
     _instance_storage: Path | None = PrivateAttr(default=None)
@@ -70,7 +72,7 @@ class TransferResource(Configured, dg.ConfigurableResource):
         return self
 
     def setup_for_execution(self, context: dg.InitResourceContext) -> None:
-        """Learn where the Dagster instance keeps its files."""
+        """Remember the directory of the Dagster instance's storage."""
         if context.instance is not None:
             self._instance_storage = Path(context.instance.storage_directory())
 
@@ -86,7 +88,7 @@ class TransferResource(Configured, dg.ConfigurableResource):
         return ChunkProfile.named(self.profile)
 
     def scratch_path(self, *names: str) -> Path:
-        """A path of that name for local files that are needed until the end of a run; it need not exist yet."""
+        """A path for local files that are needed until the end of a run; it may not exist yet."""
         root = Path(self.scratch_dir) if self.scratch_dir else self._instance_path(SCRATCH_DIR)
         return expanded(root).absolute().joinpath(*names)
 
@@ -95,7 +97,7 @@ class TransferResource(Configured, dg.ConfigurableResource):
             home = os.environ.get("DAGSTER_HOME")
             if not home:
                 raise UsageError(
-                    "outside of a run the Dagster instance's storage is not known",
+                    "outside of a run, the storage of the Dagster instance is unknown",
                     hint="give `store` and `scratch_dir`, or set DAGSTER_HOME",
                 )
             return Path(home, "storage", name)
@@ -105,26 +107,30 @@ class TransferResource(Configured, dg.ConfigurableResource):
 class BlobflowResource(TransferResource):
     """A store and a transfer profile.
 
-    Give secrets as `dg.EnvVar(...)`: Dagster then shows the name of the variable and never its value. Without keys
-    the usual places are searched (environment, shared configuration files, the machine's role).
+    Give secrets as `dg.EnvVar(...)`: Dagster then shows the name of the variable and never its value. Without keys,
+    they are taken from the usual places: the environment, shared configuration files, or the machine's role.
     """
 
     store: str | None = Field(
         default=None,
         description="URL of the store (s3://bucket/prefix, an fsspec URL) or an absolute path; by default a directory"
-        " in the Dagster instance's storage. Never with credentials in it.",
+        " in the Dagster instance's storage. It must not contain credentials.",
     )
-    endpoint_url: str | None = Field(default=None, description="Of an S3 server that is not AWS.")
-    region: str | None = Field(default=None, description="Of the bucket.")
-    access_key_id: str | None = Field(default=None, description="Together with the secret, or not at all.")
-    secret_access_key: str | None = Field(default=None, description="As dg.EnvVar(...).")
-    session_token: str | None = Field(default=None, description="As dg.EnvVar(...); of temporary credentials.")
+    endpoint_url: str | None = Field(default=None, description="URL of an S3 server other than AWS.")
+    region: str | None = Field(default=None, description="Region of the bucket.")
+    access_key_id: str | None = Field(
+        default=None, description="Access key id of S3; give it together with secret_access_key, or neither."
+    )
+    secret_access_key: str | None = Field(default=None, description="Secret access key of S3, as dg.EnvVar(...).")
+    session_token: str | None = Field(
+        default=None, description="Session token of temporary credentials, as dg.EnvVar(...)."
+    )
     s3: dg.ResourceDependency[Any] = None  # pyright: ignore[reportAssignmentType]
-    """A dagster-aws `S3Resource` to take endpoint, region and keys from. Typed loosely: its import costs seconds."""
+    """A dagster-aws `S3Resource` that gives endpoint, region and keys. Its type is `Any`: its import costs seconds."""
     leases: str | None = Field(
         default=None,
-        description="SQLAlchemy URL of a database that keeps the leases of rounds, as dg.EnvVar(...) if there is a"
-        " password in it; by default the store keeps them, which needs conditional writes.",
+        description="SQLAlchemy URL of a database that keeps the leases of rounds; give it as dg.EnvVar(...) if it"
+        " contains a password. By default the store keeps them, which needs conditional writes.",
     )
 
     def __repr__(self) -> str:
@@ -133,13 +139,13 @@ class BlobflowResource(TransferResource):
     __str__ = __repr__
 
     def get_store(self, *, patience_s: float = DEFAULT_PATIENCE_S) -> Store:
-        """The store; nothing is sent yet. It is closed with the resource: at the end of the step or run.
+        """The store, without any request yet. It is closed with the resource, at the end of the step or run.
 
         Args:
-            patience_s: Seconds for which a call that fails for a passing reason is repeated.
+            patience_s: Seconds for which a call is repeated after temporary errors.
 
         Raises:
-            UsageError: naming the setting that is wrong.
+            UsageError: a setting is wrong; the message names it.
         """
         url = self.store or self._instance_path(STORE_DIR)
         store = open_store(url, patience_s=patience_s, **self._s3_options())
@@ -147,7 +153,7 @@ class BlobflowResource(TransferResource):
         return store
 
     def get_leases(self, store: Store) -> LeaseStore | None:
-        """What keeps the leases of rounds that are published in `store`; None where nothing can. Closed as the store.
+        """The lease store of rounds published in `store`; None if there is none. It is closed with the resource.
 
         Raises:
             StoreConfigurationError: `leases` is not the URL of a database, or its driver is not installed.

@@ -1,9 +1,9 @@
-"""The scratch directories of export rounds, each called after its run: the artifact, a note, and who needs it.
+"""The scratch directories of export rounds. Each is named after its run.
 
 | entry | means |
 |---|---|
-| `artifact/` | what the export writes |
-| `round.json` | the export has ended; of which round it is |
+| `artifact/` | the artifact that the export writes |
+| `round.json` | the export has ended; the file holds its round |
 | `run-<id>` | that run needs the directory |
 """
 
@@ -27,7 +27,7 @@ _USER_MARK: Final = "run-"
 
 @dataclass(frozen=True)
 class Exported:
-    """An artifact whose export has ended, and its round; None: nothing keeps leases."""
+    """An artifact whose export has ended, and its round; the numbers are None without a lease store."""
 
     artifact: Artifact
     round_number: int | None
@@ -35,14 +35,14 @@ class Exported:
 
 
 def leave_note(scratch: Path, round_number: int | None, generation: int | None) -> None:
-    """Say that the export into a scratch directory has ended, and of which round it is."""
+    """Record that the export into a scratch directory has ended, and its round."""
     made = scratch / f"{_NOTE}.new"
     made.write_text(json.dumps({"round_number": round_number, "generation": generation}))
     os.replace(made, scratch / _NOTE)
 
 
 def read_exported(scratch: Path) -> Exported | None:
-    """What lies in a scratch directory; None if its export has not ended."""
+    """The export in a scratch directory; None if it has not ended."""
     try:
         note = json.loads((scratch / _NOTE).read_bytes())
         return Exported(Artifact.open(scratch / ARTIFACT), note["round_number"], note["generation"])
@@ -51,7 +51,7 @@ def read_exported(scratch: Path) -> Exported | None:
 
 
 def newest_first(root: Path) -> list[Path]:
-    """The scratch directories whose export has ended."""
+    """The scratch directories whose export has ended, the latest first."""
 
     def ended_at(scratch: Path) -> float:
         try:
@@ -63,7 +63,7 @@ def newest_first(root: Path) -> list[Path]:
 
 
 def artifact_in(scratch: str | None) -> Artifact | None:
-    """The artifact that lies in a scratch directory, if any does."""
+    """The artifact in a scratch directory; None if there is none."""
     if scratch is None:
         return None
     try:
@@ -73,7 +73,7 @@ def artifact_in(scratch: str | None) -> Artifact | None:
 
 
 def mark_used(scratch: Path, context: dg.OpExecutionContext) -> None:
-    """Say that this run needs the directory, so that no other run takes it for abandoned."""
+    """Record that this run needs the directory, so that no other run removes it."""
     with writing(scratch), PrivateDirectory.at(scratch) as directory:
         os.close(directory.open(f"{_USER_MARK}{context.run_id}", os.O_WRONLY | os.O_CREAT))
 
@@ -93,10 +93,10 @@ def discard(scratch: Path, context: dg.OpExecutionContext) -> None:
 
 
 def discard_all(root: Path, context: dg.OpExecutionContext) -> None:
-    """Remove what earlier rounds, and earlier attempts of this step, left.
+    """Remove the scratch directories of earlier rounds, and of earlier attempts of this step.
 
-    A failed run keeps its artifact for its retry only until a newer round begins: published after that, an old
-    snapshot would take the place of a newer one.
+    A failed run keeps its artifact for a retry only until a newer round begins. If it were published later, an old
+    snapshot would replace a newer one.
     """
     for scratch in root.iterdir() if root.is_dir() else ():
         discard(scratch, context)

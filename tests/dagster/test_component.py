@@ -277,7 +277,7 @@ def test_the_resource_may_be_the_code_locations(place, written):
         ),
         ({"store": {"url": "s3://bucket", "profile": "fast"}}, "profile"),
         ({"store": {"url": "s3://bucket", "profile": {"chunk_size": 0}}}, "greater than 0"),
-        ({"max_retries": -1}, "a number of retries"),
+        ({"max_retries": -1}, "max_retries must be 0 or more"),
         ({"translation": {"partitions_def": {"type": "daily", "start_date": "2026-01-01"}}}, "has partitions"),
         ({"partitions_def": {"type": "static", "partition_keys": ["eu"]}, "schedule": "0 * * * *"}, "which partition"),
     ],

@@ -59,7 +59,7 @@ def test_outside_of_a_run_dagster_home_counts(monkeypatch, tmp_path):
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
     assert BlobflowResource().scratch_path() == tmp_path / "storage" / "blobflow" / "scratch"
     monkeypatch.delenv("DAGSTER_HOME")
-    with pytest.raises(UsageError, match="storage is not known") as refusal:
+    with pytest.raises(UsageError, match="storage of the Dagster instance is unknown") as refusal:
         BlobflowResource().get_store()
     assert "scratch_dir" in refusal.value.hint
     assert BlobflowResource(scratch_dir=str(tmp_path)).scratch_path("x") == tmp_path / "x"

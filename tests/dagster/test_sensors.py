@@ -306,7 +306,7 @@ def test_what_is_known_is_neither_told_nor_fetched_again(daemon: Daemon):
     FaultyResource.script(lambda _: None)
     result = daemon.tick()
     assert (result.asset_events, result.dynamic_partitions_requests, result.run_requests) == ([], [], [])
-    assert result.skip_message == "5 artifacts below 'orders/' looked at; 0 new or replaced; 0 gone"
+    assert result.skip_message == "5 artifacts below 'orders/' checked; 0 new or replaced; 0 gone"
     assert FaultyResource.count("get") == 0
 
 
@@ -409,7 +409,7 @@ def test_a_store_that_shows_nothing_takes_nothing_away(daemon: Daemon):
     daemon.tick()
     (daemon.home / "store").rename(daemon.home / "unmounted")
     result = daemon.tick()
-    assert "nothing at all is listed" in result.skip_message
+    assert "the store lists nothing at all" in result.skip_message
     assert len(daemon.partitions()) == 3
 
 
