@@ -1,11 +1,11 @@
-"""Sensors that follow a store: what appears there becomes asset events, partitions and, where asked for, runs.
+"""Sensors that follow a store: new artifacts become asset events, partitions and, if wanted, runs.
 
 | sensor | follows | reports |
 |---|---|---|
 | `manifest_sensor` | every verified artifact below a prefix | an event and a dynamic partition for each |
 | `ref_sensor` | one ref, e.g. `orders/latest` | an event whenever it is moved |
 
-A tick of the first is in `blobflow.dagster.manifest_tick`.
+The code of a `manifest_sensor`'s tick is in `blobflow.dagster.manifest_tick`.
 """
 
 import re
@@ -30,20 +30,20 @@ from blobflow.fields import check_choice
 from blobflow.transport import read_manifest_bytes
 
 Announce: TypeAlias = Literal["verified", "published"]
-"""Which artifacts a sensor reports: those that a ref names or has named, or all that are complete."""
+"""Artifacts that a sensor reports: those that a ref names or has named, or all complete ones."""
 
 Target: TypeAlias = Any
-"""What `dg.sensor` takes as its `target`: a job, assets, or a selection of assets."""
+"""A `target` of `dg.sensor`: a job, assets, or a selection of assets."""
 
 PAGE_SIZE: Final = 950
-"""Artifacts that one tick looks at. Dagster needs 10 ms to record one, so 10,000 new artifacts are 12 ticks."""
+"""Artifacts that one tick checks. Dagster needs 10 ms to record one, so 10,000 new artifacts take 12 ticks."""
 LARGEST_PAGE: Final = 1000
 MAX_RUNS: Final = 50
-"""Dagster starts about six a second."""
+"""Most runs that one tick requests. Dagster starts about six a second."""
 
 
 def artifact_partitions(name: str) -> dg.DynamicPartitionsDefinition:
-    """The partitions of a pipeline's artifacts, one for each key in the store. They are `manifest_sensor`'s to keep."""
+    """The partitions of a pipeline's artifacts, one for each key in the store. `manifest_sensor` maintains them."""
     return dg.DynamicPartitionsDefinition(name=f"{name}_artifacts")
 
 
@@ -64,41 +64,42 @@ def manifest_sensor(
 ) -> dg.SensorDefinition:
     """A sensor that reports the verified artifacts below a prefix, whichever process uploaded them.
 
-    A pipeline moves its ref to an artifact when it has verified it. So what the ref names, or is known to have named
-    before (it remembers 20 places), is verified; it is looked for in the directory of the artifact's key and in those
-    above. With `announce="published"` the sensor reports every complete artifact: also one whose verification is
-    still under way, or has failed, and those that no ref ever names.
+    A pipeline moves its ref to an artifact after verifying it. So an artifact is verified if the ref names it, or has
+    named it before (a ref remembers 20 places). The sensor reads the refs in the directory of the artifact's key and in
+    those above. With `announce="published"` it reports every complete artifact, even if its verification is still under
+    way or has failed, or if no ref ever names it.
 
-    Each tick looks at one page of the keys; after the last page the walk starts over. So the sensor finds what is new,
-    wherever its key sorts, what was replaced and what is gone. N artifacts take N / `page_size` ticks.
+    Each tick checks one page of the keys; after the last page, the walk starts over. So the sensor finds new, replaced
+    and removed artifacts, wherever their keys sort. N artifacts take N / `page_size` ticks.
 
     | in the store | in Dagster |
     |---|---|
     | a new artifact | a materialization of the external asset, and a partition: its key |
-    | one that no ref has named yet | nothing, unless `announce="published"`; the next round looks again |
+    | one that no ref has named yet | nothing, unless `announce="published"`; the next walk checks again |
     | another artifact under the same key | a materialization |
     | an artifact that is gone | the partition is removed; its events stay |
-    | a manifest that cannot be read | nothing; the tick's message and log name it, and the next round tries again |
+    | a manifest that cannot be read | nothing; the tick's message and log name it, and the next walk tries again |
 
-    With `target`, new and replaced artifacts also get a run, with the run key `<key>@<digest>`. Many are better left to
-    the mirror's automation condition, see `mirror_condition`, which makes one backfill of them.
+    With `target`, new and replaced artifacts also get a run, with the run key `<key>@<digest>`. If there are many,
+    prefer the mirror's automation condition (`mirror_condition`), which makes one backfill of them.
 
     Args:
-        name: The pipeline's; the sensor is called `<name>_manifest_sensor`.
-        prefix: Of the keys, a plain string; by default `<name>/`.
-        asset_key: The external asset; by default `[name, "remote"]`.
-        partitions_def: By default `artifact_partitions(name)`. Nothing else should change them.
-        target: A job or assets with the same partitions, to be run for each artifact. None: no runs.
-        max_runs: Runs requested per tick, at most 50. The artifacts after them wait for the next tick.
-        page_size: Artifacts looked at per tick, at most 1,000; fewer if to look at them and to record what is new
-            would take longer than 20 s, as quickly as Dagster recorded the last ones.
-        announce: `verified`: what the ref names or has named. `published`: all.
-        ref: Last segment of the refs that are moved after a verification, as the `ref` of `artifact_pipeline`.
-        minimum_interval_seconds: Between ticks.
-        resource_key: Under which the `BlobflowResource` is found.
+        name: Name of the pipeline; the sensor's name is `<name>_manifest_sensor`.
+        prefix: Prefix of the keys, a plain string; by default `<name>/`.
+        asset_key: Key of the external asset; by default `[name, "remote"]`.
+        partitions_def: Partitions that the sensor maintains; by default `artifact_partitions(name)`. Nothing else
+            should change them.
+        target: A job or assets with the same partitions, run for each artifact; None for no runs.
+        max_runs: Most runs that a tick requests, at most 50. Further artifacts wait for the next tick.
+        page_size: Most artifacts that a tick checks, at most 1,000. A tick checks fewer if the checks and the records
+            would take longer than 20 s, judged by the speed of Dagster's last records.
+        announce: `verified` reports artifacts that the ref names or has named; `published` reports all.
+        ref: Last segment of the refs that move after a verification, the same as `ref` of `artifact_pipeline`.
+        minimum_interval_seconds: Seconds between two ticks.
+        resource_key: Key of the `BlobflowResource` among the resources.
 
     Raises:
-        UsageError: a limit, or `announce`, makes no sense.
+        UsageError: a limit, or `announce`, is invalid.
     """
     check_choice("announce", announce, Announce)
     for what, limit, highest in (("page_size", page_size, LARGEST_PAGE), ("max_runs", max_runs, MAX_RUNS)):
@@ -117,7 +118,7 @@ def manifest_sensor(
 
     @dg.sensor(
         name=walk.sensor_name,
-        description=f"Tells of the {which} below {walk.prefix!r}.",
+        description=f"Reports the {which} below {walk.prefix!r}.",
         target=target,
         required_resource_keys={resource_key},
         minimum_interval_seconds=minimum_interval_seconds,
@@ -145,19 +146,19 @@ def ref_sensor(
     default_status: dg.DefaultSensorStatus = dg.DefaultSensorStatus.STOPPED,
     resource_key: str = "blobflow",
 ) -> dg.SensorDefinition:
-    """A sensor that reports when the ref `<name>/<ref>` was moved; it makes one small request per tick.
+    """A sensor that reports moves of the ref `<name>/<ref>`; it makes one small request per tick.
 
-    That is how a mirror follows an exporter that lives in another Dagster deployment: every move is a materialization
-    of the external asset, and with `target` a run, with the run key `<name>/<ref>@<generation>@<digest>`. Of several
-    moves between two ticks only the last one counts.
+    A mirror follows an exporter in another Dagster deployment in this way. Every move becomes a materialization of the
+    external asset, and with `target` a run with the run key `<name>/<ref>@<generation>@<digest>`. If the ref moves
+    several times between two ticks, only the last move counts.
 
     Args:
-        name: The pipeline's; the sensor is called `<name>_<ref>_sensor`; every other character than a letter or
+        name: Name of the pipeline. The sensor's name is `<name>_<ref>_sensor`; every character that is not a letter or
             digit becomes `_`.
-        asset_key: The external asset; by default `[name, "remote"]`.
-        target: A job or assets without partitions. None: no runs; the mirror's automation condition makes them.
-        minimum_interval_seconds: Between ticks.
-        resource_key: Under which the `BlobflowResource` is found.
+        asset_key: Key of the external asset; by default `[name, "remote"]`.
+        target: A job or assets without partitions. None for no runs, if the mirror's automation condition makes them.
+        minimum_interval_seconds: Seconds between two ticks.
+        resource_key: Key of the `BlobflowResource` among the resources.
     """
     sensor_name = re.sub(r"\W", "_", f"{name}_{ref}_sensor", flags=re.ASCII)
     followed = f"{name}/{ref}"
@@ -165,7 +166,7 @@ def ref_sensor(
 
     @dg.sensor(
         name=sensor_name,
-        description=f"Tells when {followed!r} was moved.",
+        description=f"Reports moves of the ref {followed!r}.",
         target=target,
         required_resource_keys={resource_key},
         minimum_interval_seconds=minimum_interval_seconds,
@@ -215,7 +216,7 @@ def _nothing(context: dg.SensorEvaluationContext, reason: str) -> dg.SensorResul
 
 
 def _latest_version(instance: dg.DagsterInstance, asset_key: dg.AssetKey) -> tuple[Any, Any] | None:
-    """Generation and digest of the asset's last event."""
+    """Generation and digest in the asset's last event; None if it has no such event."""
     for record in instance.fetch_materializations(asset_key, limit=1).records:
         made = record.asset_materialization
         if made is not None and md.GENERATION in made.metadata:

@@ -1,4 +1,4 @@
-"""`PipelineSpec`: what is decided about a pipeline, as one value; and the translator, for the looks of its assets."""
+"""`PipelineSpec`: the settings of a pipeline as one value; and the translator, which describes its assets."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -26,18 +26,18 @@ Stage = Literal["snapshot", "remote", "mirror"]
 _DESCRIPTIONS: dict[Stage, str] = {
     "snapshot": "One consistent artifact of the source: every file read once, manifest and index written.",
     "remote": "The artifact in the store: sent, verified there, and named by the ref.",
-    "mirror": "The artifact brought to life at its target: fetched, every member verified, swapped in at once.",
+    "mirror": "The artifact imported at its target: fetched, every member verified, swapped in at once.",
 }
 
 
 @dataclass(frozen=True)
 class BlobflowAssetProps:
-    """What a translator knows of an asset."""
+    """Facts about an asset that a translator may use."""
 
     pipeline: str
     stage: Stage
     backend: str | None
-    """Of the exporter (snapshot) or the importer (mirror), e.g. `directory`, where it is known beforehand."""
+    """Kind of the exporter (snapshot) or importer (mirror), such as `directory`; None if it is not known yet."""
 
 
 class BlobflowTranslator:
@@ -65,17 +65,17 @@ class BlobflowTranslator:
 
 @dataclass(frozen=True)
 class PipelineSpec:
-    """A pipeline as plain values: `build_pipeline` makes its definitions, and the step functions work by it.
+    """A pipeline as plain values: `build_pipeline` makes its definitions, and the step functions read it.
 
-    The fields are the arguments of `artifact_pipeline`, and two cases more.
+    The fields are the arguments of `artifact_pipeline`, with two additions.
 
     Args:
-        exporter: None: another deployment publishes the artifacts, and this one has only the mirror. Its partitions,
-            if any, are the keys of artifacts in the store.
-        digest: The only artifact that the mirror may show.
+        exporter: None if another deployment publishes the artifacts and this one has only the mirror. The partitions,
+            if any, are then the keys of artifacts in the store.
+        digest: The only artifact that the mirror may show; None for any.
 
     Raises:
-        UsageError: a value makes no sense; the message says which.
+        UsageError: a value is invalid; the message names it.
     """
 
     name: str
@@ -109,17 +109,17 @@ class PipelineSpec:
 
     @cached_property
     def snapshot(self) -> dg.AssetSpec:
-        """How the asset of exported snapshots looks."""
+        """The asset spec of exported snapshots."""
         return self._asset("snapshot", self.exporter).merge_attributes(deps=self.deps)
 
     @cached_property
     def remote(self) -> dg.AssetSpec:
-        """How the asset of artifacts in the store looks."""
+        """The asset spec of artifacts in the store."""
         return self._asset("remote", None)
 
     @cached_property
     def mirror(self) -> dg.AssetSpec:
-        """How the asset of the mirror looks."""
+        """The asset spec of the mirror."""
         spec = self._asset("mirror", self.importer)
         if self.freshness_policy is not None:
             spec = spec.replace_attributes(freshness_policy=self.freshness_policy)
@@ -139,7 +139,7 @@ def step_op(
     Args:
         waits: Names of inputs without data.
         pool: Whether the step takes a slot of the pipeline's pool.
-        options: Of `dg.op`.
+        options: Further options of `dg.op`.
     """
     return dg.op(
         name=f"{spec.name}__{node}",

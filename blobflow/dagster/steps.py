@@ -71,7 +71,7 @@ Backend = TypeVar("Backend", Exporter, Importer)
 
 @dataclass(frozen=True)
 class Step:
-    """A step at work: what its pipeline is, for the partition of this run, and where it reports."""
+    """A running step: its context, its pipeline for the partition of this run, and its journal."""
 
     context: dg.OpExecutionContext
     spec: PipelineSpec
@@ -95,7 +95,7 @@ class Step:
 
     @property
     def prefix(self) -> str:
-        """What keys, lease and ref begin with."""
+        """Prefix of the keys, the lease and the ref."""
         return self.spec.name if self.partition is None else f"{self.spec.name}/{key_segment(self.partition)}"
 
     @property
@@ -105,7 +105,7 @@ class Step:
 
     @property
     def scratch_root(self) -> Path:
-        """The directory of the rounds' scratch directories, which are called after their runs."""
+        """The directory of the rounds' scratch directories, which are named after their runs."""
         segment = _UNPARTITIONED if self.partition is None else key_segment(self.partition)
         return self.blobflow.scratch_path(self.spec.name, segment)
 
@@ -131,8 +131,8 @@ class Step:
 
     @property
     def upstream(self) -> Upstream:
-        """Where the step finds its input."""
-        # A mirror alone that has partitions: each is an artifact's key.
+        """The places in which the step looks for its input."""
+        # If there is only a mirror, with partitions, each partition is an artifact's key.
         key = self.partition if self.spec.exporter is None else None
         return Upstream(self.context, self.store, self.prefix, self.ref, key)
 
@@ -144,7 +144,7 @@ class Step:
 
 @contextmanager
 def open_step(context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource) -> Iterator[Step]:
-    """Gives the step, and raises the core's errors as Dagster's."""
+    """Yields the step; raises the core's errors as Dagster's."""
     with step_journal(context, spec.retry_policy) as journal:
         yield Step(context, spec, blobflow, journal)
 
@@ -155,9 +155,9 @@ def open_step(context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: Blob
 def export_snapshot(
     context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource
 ) -> dg.MaterializeResult[SnapshotHandle] | None:
-    """Export the source into this run's scratch directory; None if another run exports it at this moment.
+    """Export the source into this run's scratch directory; return None if another run is exporting it.
 
-    The step has no output then, and Dagster skips the steps after it.
+    In that case the step has no output, and Dagster skips the steps after it.
     """
     with open_step(context, spec, blobflow) as step:
         store = step.store
@@ -179,7 +179,7 @@ def export_snapshot(
         return dg.MaterializeResult(
             asset_key=spec.snapshot.key,
             value=snapshot,
-            # Content that the store has keeps the identity that it has there.
+            # Content that is already in the store keeps its digest there.
             data_version=dg.DataVersion(stored or artifact.digest),
             metadata={
                 md.STATUS: status,
@@ -200,7 +200,7 @@ def export_snapshot(
 
 
 def _exported(step: Step, held: ExportRound) -> tuple[ExportResult, SnapshotHandle]:
-    """Export while the round is held; a failure removes the scratch directory and gives the round up."""
+    """Export while the round is held; a failure removes the scratch directory and releases the round."""
     scratch = step.scratch_root / step.context.run_id
     progress = step.journal.watch("export")
     try:
@@ -229,14 +229,14 @@ def _skip_export(step: Step) -> None:
     """Report that another run exports the same snapshot.
 
     Raises:
-        TransferBusy: a process that is no run exports it.
+        TransferBusy: a process outside of Dagster's runs exports it.
     """
     asset = step.spec.snapshot.key
     other = _run_that_exports(step.context, asset)
     if other is None:
         raise TransferBusy(
             f"another process is exporting {step.prefix!r} at this moment",
-            hint="let it end; this run takes the round over if it does not",
+            hint="wait until it ends; if it does not, this run takes over the round",
             key=step.prefix,
         )
     reason = f"nothing to do: run {other} is exporting {step.prefix!r} at this moment"
@@ -246,7 +246,7 @@ def _skip_export(step: Step) -> None:
 
 
 def _run_that_exports(context: dg.OpExecutionContext, snapshot: dg.AssetKey) -> str | None:
-    """Another run that is under way and makes the same snapshot; not one that this run continues."""
+    """The id of another run under way that makes the same snapshot, except runs that this one continues; or None."""
     own = lineage(context)
     partition = context.partition_key if context.has_partition_key else None
     under_way = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED])
@@ -263,7 +263,7 @@ def _run_that_exports(context: dg.OpExecutionContext, snapshot: dg.AssetKey) -> 
 
 
 def upload_snapshot(context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource) -> UploadHandle:
-    """Bring the newest snapshot into the store, under the key of its content."""
+    """Upload the newest snapshot to the store, under the key of its content."""
     with open_step(context, spec, blobflow) as step:
         store, journal = step.store, step.journal
         snapshot = find_snapshot(step)
@@ -288,20 +288,20 @@ def upload_snapshot(context: dg.OpExecutionContext, spec: PipelineSpec, blobflow
 
 
 def find_snapshot(step: Step) -> SnapshotHandle:
-    """The snapshot that is to be brought into the store."""
+    """The snapshot to upload."""
     return step.upstream.snapshot(step.spec.snapshot.key, step.scratch_root)
 
 
 def digest_if_gone(step: Step, snapshot: SnapshotHandle) -> str | None:
-    """The digest under which the store has a snapshot that is not on the disk any more; None if it is on the disk.
+    """None if the snapshot is on the disk, otherwise the digest of the artifact with its content in the store.
 
     Raises:
-        ArtifactNotFound: neither has it.
+        ArtifactNotFound: the content is neither on the disk nor in the store.
     """
     if snapshot.scratch and Artifact.is_artifact(snapshot.path):
         rounds.mark_used(Path(snapshot.scratch), step.context)
         return None
-    # It was removed after an earlier verification, and only this asset is materialized again.
+    # An earlier verification removed it, and now only this asset is materialized again.
     digest = stored_digest(step.store, snapshot.key, snapshot.manifest)
     if digest is None:
         raise snapshot_is_gone(step.store, step.spec.snapshot.key, snapshot.key, snapshot.scratch)
@@ -318,7 +318,7 @@ def stored_digest(store: Store, key: str, manifest: Manifest) -> str | None:
 
 
 def snapshot_facts(store: Store, snapshot: SnapshotHandle) -> dict[str, Any]:
-    """Metadata of the remote that the snapshot alone decides."""
+    """The metadata of the remote that depends only on the snapshot."""
     manifest = snapshot.manifest
     return {
         md.URI: f"{store.url}/{snapshot.key}",
@@ -336,9 +336,9 @@ def snapshot_facts(store: Store, snapshot: SnapshotHandle) -> dict[str, Any]:
 def verify_remote(
     context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource, uploaded: UploadHandle
 ) -> Iterator[dg.AssetCheckResult | dg.MaterializeResult[RemoteHandle]]:
-    """Prove that the artifact in the store is whole, let the ref name it, and remove the snapshot from the disk.
+    """Verify the artifact in the store, move the ref to it, and remove the snapshot from the disk.
 
-    A damaged artifact whose content is on the disk is uploaded again.
+    If the artifact is damaged and its content is still on the disk, it is uploaded again.
     """
     with open_step(context, spec, blobflow) as step:
         store = step.store
@@ -346,13 +346,13 @@ def verify_remote(
         try:
             result, healed = _proven(step, uploaded, at_hand)
         except PermissionMissing:
-            raise  # it says nothing of the artifact
+            raise  # it says nothing about the artifact
         except (IntegrityError, RefusedError, NotFoundError) as error:
             if at_hand is None:
                 error.advise(
                     f"{error.hint + '; or ' if error.hint else ''}materialize {spec.snapshot.key.to_user_string()} and"
-                    f" {spec.remote.key.to_user_string()} in one run, which heals it if the source still has this"
-                    " content"
+                    f" {spec.remote.key.to_user_string()} in one run, which heals the artifact if the source still has"
+                    " this content"
                 )
             yield _failed_check(spec, error)
             raise
@@ -439,7 +439,7 @@ def _complete_round(step: Step, token: RoundToken, cursor: JsonValue) -> None:
 
 
 def download_remote(context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource) -> StagedHandle:
-    """Land the artifact that the mirror is to show where its importer takes it from."""
+    """Download the artifact that the mirror must show into the importer's staging directory."""
     with open_step(context, spec, blobflow) as step:
         remote = find_remote(step)
         metadata = stage(step, remote.key, remote.digest)
@@ -450,10 +450,10 @@ def download_remote(context: dg.OpExecutionContext, spec: PipelineSpec, blobflow
 def import_mirror(
     context: dg.OpExecutionContext, spec: PipelineSpec, blobflow: BlobflowResource, staged: StagedHandle
 ) -> dg.MaterializeResult[MirrorHandle]:
-    """Bring the artifact to life at the target, unless a later round's artifact lives there."""
+    """Import the artifact at the target, unless the target already shows a later round's artifact."""
     with open_step(context, spec, blobflow) as step:
         metadata = staged.metadata
-        # An import that was killed may have moved the artifact away; or this step runs on another machine.
+        # A killed import may have moved the artifact away, or this step may run on another machine.
         landed = _land(step, staged.key, staged.digest)
         if landed.status != "unchanged":
             metadata = _download_facts(step, landed)
@@ -492,10 +492,10 @@ def import_mirror(
 
 
 def find_remote(step: Step) -> RemoteHandle:
-    """The artifact that the mirror is to show.
+    """The artifact that the mirror must show.
 
     Raises:
-        DigestMismatch: it is not the one that the pipeline, or the run's configuration, allows.
+        DigestMismatch: the pipeline, or the run's config, allows only another artifact.
     """
     remote = step.upstream.remote(step.spec.remote.key)
     check_pinned(step.spec.digest, remote)
@@ -504,7 +504,7 @@ def find_remote(step: Step) -> RemoteHandle:
 
 
 def stage(step: Step, key: str, digest: str) -> dict[str, Any]:
-    """Land an artifact where the importer takes it from, unless it is there or alive; gives metadata."""
+    """Download an artifact for the importer, unless it is there or imported already; return the metadata."""
     landed = _land(step, key, digest)
     if landed.status == "unchanged":
         step.journal.done(transfer_id(step.store, key, digest, "download"))
@@ -533,7 +533,7 @@ def _download_facts(step: Step, result: DownloadResult) -> dict[str, Any]:
 
 @contextmanager
 def _about(store: Store, key: str) -> Iterator[None]:
-    """Has every error of the core say which artifact it is about: a damaged member knows only its own name."""
+    """Adds store and key to every error of the core; the error of a damaged member names only the member."""
     try:
         yield
     except BlobflowError as error:

@@ -1,19 +1,19 @@
-"""What a step works on: found where it lies, not handed over by Dagster's storage.
+"""Finds the input of a step on the disk or in the store, not in Dagster's storage.
 
-The assets of a pipeline depend on each other without data, so that each of them can be materialized alone, with a new
-DAGSTER_HOME, on a new machine, as long as the store is full.
+The assets of a pipeline depend on each other without data. So each can be materialized alone, with a new DAGSTER_HOME
+or on a new machine, if the store has the artifacts.
 
 | wanted | looked for, in this order |
 |---|---|
 | a snapshot | the scratch directory of this run, and of the runs that it continues |
-| | in the store, what those runs materialized: their scratch directory may be gone after a verification |
+| | the store, for artifacts that those runs materialized: a verification may have removed their scratch directory |
 | | the newest scratch directory of another run, unless a later round has moved the ref |
-| | in the store, what the ref names |
-| an artifact in the store | what the ref names |
-| | without a ref: what this run materialized, else what was published last |
+| | the store, for the artifact that the ref names |
+| an artifact in the store | the artifact that the ref names |
+| | without a ref: the artifact that this run materialized, otherwise the one that was published last |
 
-A run whose export ended falls back to what the ref names only if a later round has moved it. Otherwise, a scratch
-directory that its steps do not share would be taken for "nothing new", night after night.
+If a run's export ended, the run falls back to the ref's artifact only if a later round has moved the ref. Otherwise, if
+its steps do not share the scratch directory, the fallback would look like "nothing new" in every run.
 """
 
 import re
@@ -33,18 +33,18 @@ from blobflow.stores import Store
 from blobflow.transport import list_artifacts, read_manifest_file
 
 _MAX_RUNS: Final = 100
-"""Materializations among which those of this run are looked for: of runs of the same partition at the same time."""
+"""Latest materializations that are searched for those of this run; others are of concurrent runs of the partition."""
 _CONTENT_KEY: Final = re.compile(r"[0-9a-f]{16}-[0-9a-f]{8}\.tar")
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """Where the artifacts of one pipeline, or of one of its partitions, are found.
+    """Finds the artifacts of one pipeline, or of one of its partitions.
 
     Args:
-        prefix: Of keys and of the ref.
-        ref: None: no ref names the newest.
-        key: Of the only artifact that there is; None: it is not known before.
+        prefix: Prefix of the keys and the ref.
+        ref: Ref that names the newest artifact; None if there is none.
+        key: Key of the only artifact, if it is fixed; None to look for the newest.
     """
 
     context: dg.OpExecutionContext
@@ -54,15 +54,15 @@ class Upstream:
     key: str | None = None
 
     def snapshot(self, asset: dg.AssetKey, rounds: Path) -> SnapshotHandle:
-        """The newest snapshot: on the disk, or of content that is in the store.
+        """The newest snapshot, on the disk or in the store.
 
         Args:
-            asset: Of the snapshots.
+            asset: Key of the snapshot asset.
             rounds: Directory of the scratch directories.
 
         Raises:
-            ArtifactNotFound: it is nowhere.
-            DigestMismatch: the store has something else than what the ref names.
+            ArtifactNotFound: there is no snapshot on the disk or in the store.
+            DigestMismatch: the stored artifact is not the one that the ref names.
         """
         runs = lineage(self.context)
         for run_id in runs:
@@ -80,13 +80,13 @@ class Upstream:
         return self._named_snapshot(asset, named)
 
     def remote(self, asset: dg.AssetKey) -> RemoteHandle:
-        """The artifact that a mirror is to show.
+        """The artifact that a mirror must show.
 
         Args:
-            asset: Of the artifacts in the store.
+            asset: Key of the asset of artifacts in the store.
 
         Raises:
-            NotFoundError: no ref names one, or there is none.
+            NotFoundError: the ref or the artifact does not exist.
         """
         if self.key is not None:
             return RemoteHandle(self.key, read_manifest_file(self.store, self.key).digest)
@@ -95,8 +95,8 @@ class Upstream:
             if named is None:
                 raise NotFoundError(
                     f"there is no ref {self.ref!r} in {self.store.url}",
-                    hint=f"materialize {asset.to_user_string()}, or look at the deployment that publishes it, and at"
-                    " the url of the store",
+                    hint=f"materialize {asset.to_user_string()}, or check the deployment that publishes it, and the URL"
+                    " of the store",
                     key=self.ref,
                 )
             return RemoteHandle(named.key, named.manifest_sha256, named.round_number or None)
@@ -138,12 +138,12 @@ class Upstream:
             stored = read_manifest_file(self.store, key)
         except ArtifactNotFound as error:
             raise ArtifactNotFound(
-                f"no exported artifact is at hand, and {key!r} is not in {self.store.url}", hint=hint, key=key
+                f"no exported artifact is on the disk, and {key!r} is not in {self.store.url}", hint=hint, key=key
             ) from error
         if named and stored.digest != named.manifest_sha256:
             raise DigestMismatch(
                 f"{key!r} is the artifact {stored.digest}, but ref {self.ref!r} names {named.manifest_sha256}",
-                hint=f"look at who wrote to the store; then {hint}",
+                hint=f"find out who wrote to the store; then {hint}",
                 what=key,
                 expected=named.manifest_sha256,
                 actual=stored.digest,
@@ -169,7 +169,7 @@ class Upstream:
         return max(found)[1]
 
     def _materialized(self, asset: dg.AssetKey, runs: list[str]) -> "_Made | None":
-        """What this run, or the next one before it, materialized of an asset."""
+        """The materialization of an asset by this run, or by the latest run that it continues."""
         partitions = [self.context.partition_key] if self.context.has_partition_key else None
         wanted = dg.AssetRecordsFilter(asset_key=asset, asset_partitions=partitions)
         found: dict[str, dict[str, Any]] = {}
@@ -186,7 +186,7 @@ class Upstream:
 
 @dataclass(frozen=True)
 class _Made:
-    """What the log of a run says of a materialization."""
+    """Facts about a materialization from the log of its run."""
 
     run_id: str
     key: str
@@ -200,7 +200,7 @@ def snapshot_is_gone(store: Store, asset: dg.AssetKey, key: str, scratch: str | 
     return ArtifactNotFound(
         f"the exported artifact is not {where} any more, and {key!r} is not in {store.url}",
         hint=f"materialize {asset.to_user_string()} again; if the steps of this run are on several machines, give"
-        " the resource a scratch_dir that all of them see",
+        " the resource a scratch_dir that they all share",
         path=scratch,
         key=key,
     )

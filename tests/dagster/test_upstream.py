@@ -138,7 +138,7 @@ def test_a_scratch_directory_that_steps_do_not_share_is_never_taken_for_nothing_
     step, message, told = failure(result)
     assert step == ("orders__remote.upload" if lanes == 1 else "orders__remote.upload.plan")
     assert "exported artifact is not in" in message
-    assert "scratch_dir that all of them see" in told[md.HINT]
+    assert "scratch_dir that they all share" in told[md.HINT]
 
 
 def test_a_store_that_has_nothing_is_named(place: Place):
