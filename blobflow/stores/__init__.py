@@ -1,4 +1,4 @@
-"""Stores: local directory, S3 and its relatives, any other fsspec file system."""
+"""Stores: a local directory, S3 and its relatives, or any other fsspec file system."""
 
 from __future__ import annotations
 

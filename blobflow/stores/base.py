@@ -1,9 +1,9 @@
-"""The Store protocol: where objects live, in the field's own vocabulary.
+"""The Store protocol: the place of objects, with the usual operations of object stores.
 
-A store holds immutable byte strings under keys. Every method is synchronous, thread-safe and makes one attempt;
-`blobflow.stores.retry.RetryingStore` repeats the attempts that failed for a passing reason. What each method
-promises when it is called again after a crash or a lost answer stands in its docstring, and the contract suite in
-`blobflow.testing.StoreContract` holds every implementation to it.
+A store holds immutable byte strings under keys. Every method is synchronous and thread-safe, and makes one attempt.
+`blobflow.stores.retry.RetryingStore` repeats attempts after temporary errors. Each method's docstring says whether it
+may be called again after a crash or a lost response. The contract suite `blobflow.testing.StoreContract` tests these
+promises for every implementation.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from blobflow.checksum import Buffer, crc32c
 from blobflow.errors import InvalidKey, ObjectNotFound, Unsupported
 
 MAX_KEY_BYTES = 900
-"""S3 allows 1,024 bytes; what is left is for the store's prefix and our own suffixes."""
+"""S3 allows 1,024 bytes; the rest is for the store's prefix and our suffixes."""
 
 RESERVED_SEGMENT = ".blobflow"
-"""The local store keeps its uploads and locks below this name."""
+"""Directory in which the local store keeps its uploads and locks."""
 
 
 class PutMode(Enum):
-    """When a put may replace what is there."""
+    """Condition under which a put stores its object."""
 
     OVERWRITE = "overwrite"
+    """Always; an existing object is replaced."""
     CREATE = "create"
-    """Only if the key is absent."""
+    """Only if the key has no object."""
     UPDATE = "update"
     """Only if the object still has the given e_tag (compare-and-swap)."""
 
 
 class ObjectMeta(NamedTuple):
-    """What a store says of an object without its bytes."""
+    """The description of an object in its store, without the bytes."""
 
     key: str
     size: int
@@ -45,13 +46,13 @@ class ObjectMeta(NamedTuple):
     """Changes whenever the object is replaced, even by equal bytes in some stores. Opaque."""
     last_modified: datetime | None = None
     crc32c: int | None = None
-    """Of the whole object, as the store tells it; whether that may be believed, `Capabilities.attests_crc32c` says."""
+    """CRC32C of the whole object as the store reports it; reliable only with `Capabilities.attests_crc32c`."""
     metadata: Mapping[str, str] | None = None
-    """What was put along with the bytes, where the store keeps such; names in lower case."""
+    """Metadata that was put with the bytes, if the store keeps it; names are in lower case."""
 
 
 class StoredObject(NamedTuple):
-    """A small object, whole."""
+    """A small object: all of its bytes and its description."""
 
     data: bytes
     meta: ObjectMeta
@@ -76,35 +77,36 @@ class UploadMeta(NamedTuple):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a store can do; plans are made from it."""
+    """Capabilities and limits of a store, from which plans are made."""
 
     multipart: bool = True
-    """Parts in any order from any process, and resume by upload id."""
+    """Uploads take parts in any order from any process, and continue by upload id."""
     conditional: bool = True
     """PutMode.CREATE and PutMode.UPDATE are atomic between processes."""
     min_part_size: int = 1
-    """Bytes; the last part may be smaller."""
+    """Fewest bytes of a part; the last part may be smaller."""
     max_part_size: int = 5 * 1024**3
+    """Most bytes of a part."""
     max_parts: int = 10_000
     max_put_size: int | None = None
-    """Bytes of an object that is put in a single request; None: no limit that is known."""
+    """Most bytes of an object in a single put request; None if no limit is known."""
     max_object_size: int | None = None
-    """Bytes of any object, as its provider says; None: as many as `max_parts` of `max_part_size` have."""
+    """Most bytes of any object, from the provider's documentation; None: `max_parts` times `max_part_size`."""
     ranges: bool = True
-    """A range of an object can be read. Without, nothing that is sent can be read back as artifacts are."""
+    """A range of an object can be read. Artifacts cannot be read from a store without it."""
     attests_crc32c: bool = False
-    """The CRC32C that `head` tells was computed by the store itself, from the bytes that it keeps."""
+    """The store itself computed the CRC32C that `head` reports, from the bytes that it keeps."""
 
 
 def check_readable(store: Reader) -> None:
-    """Refuse to send to a store from which nobody could read it; asking for its capabilities may send requests.
+    """Refuse to send to a store that cannot be read in ranges. To find that out, requests may be sent.
 
     Raises:
-        Unsupported: its server ignores ranges.
+        Unsupported: the store's server ignores ranges.
     """
     if not store.capabilities().ranges:
         raise Unsupported(
-            f"{store.url} cannot be read in ranges: what is sent there could not be verified or fetched",
+            f"{store.url} cannot be read in ranges: data sent there could not be verified or fetched",
             hint="`blobflow probe` shows what the server does; use another server, or another way to this one",
             store=store.url,
             capability="ranged GET",
@@ -112,10 +114,10 @@ def check_readable(store: Reader) -> None:
 
 
 def check_put_size(store: Store, key: str, size: int) -> None:
-    """Refuse an object that its store can only take in a single request, and that is too large for one.
+    """Refuse an object that needs a single request, but is too large for one.
 
     Raises:
-        Unsupported: naming both sizes.
+        Unsupported: the object is too large; the message gives both sizes.
     """
     limit = store.capabilities().max_put_size
     if limit is not None and size > limit:
@@ -130,10 +132,10 @@ def check_put_size(store: Store, key: str, size: int) -> None:
 
 
 def check_object_size(store: Store, key: str, size: int) -> None:
-    """Refuse an object that is larger than its store takes any, before a byte of it is sent.
+    """Refuse an object that is too large for its store, before any byte is sent.
 
     Raises:
-        Unsupported: naming both sizes.
+        Unsupported: the object is too large; the message gives both sizes.
     """
     limit = store.capabilities().max_object_size
     if limit is not None and size > limit:
@@ -147,16 +149,16 @@ def check_object_size(store: Store, key: str, size: int) -> None:
 
 
 class Body:
-    """Bytes on their way into a store: their number, their CRC32C, and the means to produce them again.
+    """Bytes to send to a store: their size, their CRC32C, and a function that produces them again.
 
-    Each attempt iterates anew, so that a retry never sends the rest of a half-read stream.
+    Each attempt iterates from the start, so a retry never sends the rest of a half-read stream.
 
     Args:
         size: Total bytes.
-        chunks: Gives the bytes from the start at every call, in buffers that are valid until the next one.
-        crc32c: Checksum of all of them, if it is known beforehand.
-        md5: Likewise; sent along by stores that can.
-        metadata: Names and values to keep with the object. A store that cannot refuses it with `Unsupported`.
+        chunks: Returns all bytes from the start at every call. Each buffer is valid until the next one.
+        crc32c: CRC32C of all bytes, if it is known beforehand.
+        md5: MD5 of all bytes, if it is known beforehand; sent by stores that support it.
+        metadata: Names and values to keep with the object. A store without metadata refuses it with `Unsupported`.
     """
 
     __slots__ = ("_chunks", "crc32c", "md5", "metadata", "size")
@@ -178,7 +180,7 @@ class Body:
 
     @classmethod
     def of(cls, data: Buffer, *, metadata: Mapping[str, str] | None = None) -> Body:
-        """A body that lies in memory."""
+        """A body of bytes in memory."""
         return cls(len(data), lambda: (data,), crc32c(data), metadata=metadata)
 
     def __iter__(self) -> Iterator[Buffer]:
@@ -189,10 +191,10 @@ class Body:
 
 
 def plain(body: Buffer | Body, store: Store) -> Body:
-    """`body` for a store that keeps nothing but bytes.
+    """`body` as a `Body`, for a store that keeps only bytes.
 
     Raises:
-        Unsupported: it has metadata.
+        Unsupported: `body` has metadata.
     """
     content = body if isinstance(body, Body) else Body.of(body)
     if content.metadata:
@@ -212,14 +214,14 @@ def key_segment(name: str) -> str:
 
 
 _PLAIN_KEY = re.compile("[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}(?:/[A-Za-z0-9_-][A-Za-z0-9._-]{0,254})*")
-"""Most keys: nothing in them can be wrong but their length."""
+"""Matches most keys; if it matches, only the length can be wrong."""
 
 
 def check_key(key: str) -> str:
-    """`key` itself, if it is one: relative, `/`-separated, no empty, `.`, `..` or reserved segments.
+    """`key` itself, if it is valid: relative, `/`-separated, no empty, `.`, `..` or reserved segments.
 
     Raises:
-        InvalidKey: naming the rule that is broken.
+        InvalidKey: the key is invalid; the message names the broken rule.
     """
 
     def refuse(reason: str) -> InvalidKey:
@@ -262,25 +264,25 @@ def is_key(path: str) -> bool:
 
 
 class Reader(ABC):
-    """A place that objects are read from. Keys are relative to its URL, prefix included.
+    """A place from which objects are read. Keys are relative to its URL, including the prefix.
 
-    Methods raise `ObjectNotFound`, `PreconditionFailed`, `NoSuchUpload`, `StoreUnavailable` (and its kinds),
-    `TimedOut`, `StoreConfigurationError`, `InvalidKey`; nothing of the client library underneath escapes.
+    Methods raise `ObjectNotFound`, `PreconditionFailed`, `NoSuchUpload`, `StoreUnavailable` (and its subclasses),
+    `TimedOut`, `StoreConfigurationError` and `InvalidKey`. They never raise exceptions of a client library.
     """
 
     url: str
-    """For people and metadata; never with credentials."""
+    """URL for people and metadata; never with credentials."""
 
     @abstractmethod
     def capabilities(self) -> Capabilities:
-        """What the store can do. The first call may send requests, where that has to be found out first."""
+        """The store's capabilities. The first call may send requests to find them out."""
 
     @abstractmethod
     def get(self, key: str, *, max_bytes: int) -> StoredObject:
-        """A small object whole.
+        """A small object, with all of its bytes.
 
         Raises:
-            ObjectTooLarge: it has more than `max_bytes`; at most one chunk beyond that was read.
+            ObjectTooLarge: the object has more than `max_bytes`. At most one chunk beyond that was read.
         """
 
     @abstractmethod
@@ -288,7 +290,7 @@ class Reader(ABC):
         """Fill `buffer` with the object's bytes from `offset`.
 
         Args:
-            e_tag: Pins the object: another one under the same key is refused.
+            e_tag: Entity tag that the object must have, or None for any object.
 
         Raises:
             ObjectChanged: the object no longer has `e_tag`.
@@ -297,7 +299,7 @@ class Reader(ABC):
 
     @abstractmethod
     def head(self, key: str) -> ObjectMeta:
-        """What the store says of the object."""
+        """The object's description, without its bytes."""
 
     @abstractmethod
     def list(self, prefix: str = "", *, start_after: str | None = None) -> Iterator[ObjectMeta]:
@@ -330,9 +332,9 @@ class Reader(ABC):
 
 
 class Multipart(ABC):
-    """Objects made of parts, which any process may send in any order.
+    """Uploads of objects in parts, which any process may send in any order.
 
-    In a store without `Capabilities.multipart` all of these raise `Unsupported`.
+    In a store without `Capabilities.multipart`, all these methods raise `Unsupported`.
     """
 
     @abstractmethod
@@ -349,7 +351,7 @@ class Multipart(ABC):
         The id is valid in every process until complete or abort. Nothing is visible under the key before complete.
 
         Args:
-            private: As for `put`.
+            private: The same as for `put`.
         """
 
     @abstractmethod
@@ -357,15 +359,15 @@ class Multipart(ABC):
         """Store part `part_number` (from 1). A part sent again replaces the earlier one.
 
         Raises:
-            NoSuchUpload: completed, aborted or expired.
+            NoSuchUpload: the upload was completed or aborted, or has expired.
         """
 
     @abstractmethod
     def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
-        """All parts the store has, by number, from all pages.
+        """All parts that the store has, by number, from all pages.
 
         Raises:
-            NoSuchUpload: completed, aborted or expired.
+            NoSuchUpload: the upload was completed or aborted, or has expired.
         """
 
     @abstractmethod
@@ -374,18 +376,18 @@ class Multipart(ABC):
 
     @abstractmethod
     def complete_multipart(self, key: str, upload_id: str, parts: Sequence[PartMeta]) -> ObjectMeta:
-        """Make the object out of `parts` (dense from 1), replacing what the key held.
+        """Make the object out of `parts` (numbered from 1 without gaps); it replaces an existing object of the key.
 
-        After a lost answer the upload is gone: the caller settles `NoSuchUpload` by looking at the object.
+        After a lost response the upload is gone. The caller then checks the object to settle `NoSuchUpload`.
 
         Raises:
-            NoSuchUpload: completed, aborted or expired.
+            NoSuchUpload: the upload was completed or aborted, or has expired.
             UploadIncomplete: the store does not hold these parts.
         """
 
     @abstractmethod
     def abort_multipart(self, key: str, upload_id: str) -> None:
-        """Drop the upload and its parts; unknown is not an error."""
+        """Drop the upload and its parts; an unknown upload is not an error."""
 
 
 class PutOptions(TypedDict, total=False):
@@ -398,9 +400,9 @@ class PutOptions(TypedDict, total=False):
 
 
 class Store(Reader, Multipart):
-    """A place for objects: what reads, what writes a whole object, and multipart uploads.
+    """A place for objects: reads, writes of whole objects, and multipart uploads.
 
-    What only some stores can do besides is in `blobflow.stores.optional`.
+    Features that only some stores have are in `blobflow.stores.optional`.
     """
 
     @abstractmethod
@@ -414,21 +416,21 @@ class Store(Reader, Multipart):
         content_type: str = "application/octet-stream",
         private: bool = False,
     ) -> ObjectMeta:
-        """Store `body` whole or not at all; once it returns, the object is durable and visible.
+        """Store all of `body` or nothing. When it returns, the object is durable and visible.
 
         Args:
-            e_tag: With `PutMode.UPDATE`, the entity tag the object must still have.
-            private: Where objects are files: nobody but their owner reads it. A bucket has its own rules.
+            e_tag: With `PutMode.UPDATE`, the entity tag that the object must still have.
+            private: If objects are files, only their owner may read this one. A bucket has its own rules.
 
         Raises:
-            PreconditionFailed: the object exists (CREATE), or is another or absent (UPDATE).
-            Unsupported: a conditional mode on a store without `Capabilities.conditional`.
+            PreconditionFailed: with CREATE, the object exists. With UPDATE, it was replaced or does not exist.
+            Unsupported: the mode is conditional, and the store lacks `Capabilities.conditional`.
         """
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove the object; absent is not an error."""
+        """Remove the object; a missing object is not an error."""
 
     @abstractmethod
     def copy(self, source: str, target: str) -> ObjectMeta:
-        """Copy within the store without moving the bytes through this process where the store can."""
+        """Copy within the store; if the store can, the bytes do not pass through this process."""

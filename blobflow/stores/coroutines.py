@@ -1,6 +1,6 @@
-"""The wrappers of stores, for coroutines: retries and limits that wait without holding a thread up.
+"""The wrappers of stores for coroutines: retries and limits that wait without blocking a thread.
 
-A module of its own because the import of asyncio takes longer than a small command should.
+They are a separate module because the import of asyncio takes too long for small commands.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 
 class RetryingCoroutines(Coroutines):
-    """`RetryingStore` for coroutines; it counts where the store counts."""
+    """`RetryingStore` for coroutines; it adds to the counters of the store."""
 
     def __init__(self, inner: Coroutines, store: RetryingStore) -> None:
         self._inner = inner
@@ -117,12 +117,12 @@ class LimitedCoroutines(Coroutines):
             try:
                 await free
             except asyncio.CancelledError:
-                if not free.cancelled():  # told, and gone: the next one is told instead
+                if not free.cancelled():  # it got a free place, but is cancelled: wake the next one
                     self._requests.wake()
                 raise
 
     def _told(self, loop: asyncio.AbstractEventLoop, free: asyncio.Future[None]) -> None:
-        """A place is free; called by any thread."""
+        """Report a free place to `free`; may be called by any thread."""
 
         def tell() -> None:
             if free.cancelled():
@@ -132,5 +132,5 @@ class LimitedCoroutines(Coroutines):
 
         try:
             loop.call_soon_threadsafe(tell)
-        except RuntimeError:  # the loop is closed: nobody waits there any more
+        except RuntimeError:  # the loop is closed, so nothing waits there any more
             self._requests.wake()

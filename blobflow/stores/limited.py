@@ -1,4 +1,4 @@
-"""A store whose payload requests keep to limits that the stores of a process share."""
+"""A store whose payload requests obey limits that the stores of a process share."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from blobflow.stores.wrapping import WrappingStore
 
 
 class LimitedStore(WrappingStore, HasCoroutines):
-    """Makes payload requests wait for a place among those in flight, and for bandwidth.
+    """Makes payload requests wait for a free place among the requests in flight, and for bandwidth.
 
-    It belongs below `RetryingStore`: every attempt is counted, and one that waits to be repeated holds no place. An
-    endpoint that says `SlowDown` gets half as many requests at a time until it stops saying so.
+    It belongs below `RetryingStore`: every attempt counts, and an attempt that waits for its retry holds no place. An
+    endpoint that answers `SlowDown` gets half as many requests at a time, until it stops.
 
     Args:
         store: The store that makes the attempts.
-        requests: Payload requests in flight; shared by the stores of one endpoint.
-        bandwidth: Of payloads in both directions; None: no limit.
+        requests: Limit of payload requests in flight; shared by the stores of one endpoint.
+        bandwidth: Limit of payload bytes in both directions; None for no limit.
     """
 
     def __init__(self, store: Store, *, requests: AdaptiveLimit, bandwidth: Bandwidth | None = None) -> None:
@@ -49,7 +49,7 @@ class LimitedStore(WrappingStore, HasCoroutines):
         with self._place(0):
             found = self.store.get(key, max_bytes=max_bytes)
         if self.bandwidth is not None:
-            self.bandwidth.take(len(found.data))  # its size is known only now: those after it wait
+            self.bandwidth.take(len(found.data))  # the size is known only now, so later requests wait for it
         return found
 
     @override

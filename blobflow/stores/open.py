@@ -1,4 +1,4 @@
-"""From a URL to a store."""
+"""`open_store`: opens the store at a URL."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ def open_store(
     max_requests: int = 64,
     **options: Any,
 ) -> Store:
-    """The store at `url`, with retries; nothing is sent or made yet.
+    """The store at `url`, with retries. It sends no request and creates nothing yet.
 
-    What a server can do is found out when it is first relied upon (`blobflow.stores.probe`).
+    The capabilities of a server are probed when they are first needed (`blobflow.stores.probe`).
 
     | url | store | options |
     |---|---|---|
     | `s3://bucket/prefix` | S3 and its relatives | fields of `blobflow.stores.s3.options.S3Options` |
-    | `file:///absolute/path`, or a path | local directory, made by the first write | none |
+    | `file:///absolute/path`, or a path | local directory, created by the first write | none |
     | `memory://prefix` | this process's memory, for experiments | none |
-    | another fsspec URL (`gs://`, `az://`, `sftp://` ...) | through fsspec, without resume | that file system's own |
+    | another fsspec URL (`gs://`, `az://`, `sftp://` ...) | through fsspec, without resume | those of the file system |
 
     Args:
-        patience_s: Seconds for which a call that fails for a passing reason is repeated.
-        bandwidth_bytes_per_s: Of payloads, in both directions together; shared by all stores of the process that are
-            opened with the same figure. None: no limit.
-        max_requests: Payload requests in flight to one S3 endpoint, over all stores of the process; fewer while the
-            endpoint says SlowDown.
-        options: See the table; None means not given. Credentials belong here, or into the usual places of the client
-            library, but never into the URL, which appears in logs and metadata.
+        patience_s: Seconds for which a call is repeated after temporary errors.
+        bandwidth_bytes_per_s: Limit of payload bytes per second, both directions together. All stores of the process
+            that are opened with the same figure share it. None for no limit.
+        max_requests: Most payload requests in flight to one S3 endpoint, over all stores of the process; fewer while
+            the endpoint answers SlowDown.
+        options: See the table; None means not given. Give credentials here, or in the usual places of the client
+            library, but never in the URL, which appears in logs and metadata.
 
     Raises:
-        InvalidStoreUrl: not a store URL; the message shows no credentials.
-        UsageError: an option this kind of store does not know, by name.
+        InvalidStoreUrl: `url` is not a store URL; the message shows no credentials.
+        UsageError: this kind of store does not have an option; the message names it.
     """
     given = {name: value for name, value in options.items() if value is not None}
     store = _open(os.fspath(url), given)
@@ -113,7 +113,7 @@ def _open_s3(url: str, rest: str, options: dict[str, Any]) -> Store:
     try:
         return S3Store(S3Options(bucket=bucket, prefix=prefix.strip("/"), **options))
     except ValidationError as refusal:
-        # Not `from refusal`, and without the inputs: a credential may be among them.
+        # Not `from refusal`, and without the inputs, because they may contain a credential.
         reasons = [
             f"{'.'.join(map(str, error['loc'])) or 'options'}: {error['msg']}"
             for error in refusal.errors(include_url=False, include_input=False, include_context=False)
@@ -138,11 +138,15 @@ def _file_path(url: str, rest: str) -> str:
 
 
 def _refuse_secrets(scheme: str, rest: str) -> None:
-    """Refuse what may be a credential, or hide one, before any message can show the URL."""
+    """Refuse a URL that may contain a credential, before any message can show it.
+
+    Raises:
+        InvalidStoreUrl: the URL has a query, a fragment or credentials.
+    """
     shown = f"{scheme}://..."
     if "?" in rest or "#" in rest:
         raise _invalid(shown, "it has a query or a fragment", hint="give options by name, not in the URL")
-    # A secret key may contain slashes, so that the '@' behind it need not lie in the host part.
+    # A secret key may contain slashes, so the '@' after it may be outside of the host part.
     if re.match(r"[^/]*:.*@", rest, re.DOTALL) or (scheme == "s3" and "@" in rest.partition("/")[0]):
         raise _invalid(
             shown,
@@ -152,7 +156,7 @@ def _refuse_secrets(scheme: str, rest: str) -> None:
 
 
 def _hidden(url: str) -> str:
-    """What may be shown of a URL that is none: nothing in front of an `@`."""
+    """The part of an invalid URL that may be shown: nothing before an `@`, and no query."""
     _, at, rest = url.rpartition("@")
     return f"...{at}{rest.partition('?')[0]}" if at else url.partition("?")[0]
 

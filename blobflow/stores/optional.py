@@ -1,8 +1,8 @@
-"""What only some stores know or can do, and how to ask any store for it.
+"""Features that only some stores have, and functions that use them with any store.
 
-Each class here is a feature that a store may have besides those of `blobflow.stores.base.Store`. The functions ask a
-store for its feature, and answer for a store that lacks it. Wrappers pass these calls on like all others; only
-`coroutines` is a wrapper's own, so that no wrapper is bypassed unseen.
+Each class here is a feature that a store may have in addition to `blobflow.stores.base.Store`. The functions use the
+feature, and return a default for a store that lacks it. Wrappers pass these calls on like all others. Only
+`coroutines` must be implemented by each wrapper, so that a wrapper is never bypassed by accident.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ class Server(NamedTuple):
     endpoint: str = ""
     """Scheme and host; never with credentials."""
     software: str = ""
-    """Its name by its own account, once it has answered."""
+    """Name that the server gives itself; empty before its first response."""
 
 
 class ObjectAddress(NamedTuple):
-    """The place of an object on its server, which another store of that server may be asked to copy from."""
+    """The place of an object on its server, from which another store of that server may copy."""
 
     server: str
-    """Scheme and host, whatever the bucket; never with credentials."""
+    """Scheme and host, without the bucket; never with credentials."""
     identity: str
-    """Whose requests these are; servers let different people read different things."""
+    """Identity that sends the requests; identities may have different permissions."""
     path: str
 
 
@@ -44,7 +44,7 @@ class HasServer(ABC):
 
     @abstractmethod
     def address_of(self, key: str) -> ObjectAddress | None:
-        """The object's place on the server; None where only this very store can copy it."""
+        """The object's place on the server; None if only this store can copy it."""
 
     @abstractmethod
     def copy_from(self, address: ObjectAddress, meta: ObjectMeta, target: str) -> ObjectMeta:
@@ -52,7 +52,7 @@ class HasServer(ABC):
 
 
 class HasClock(ABC):
-    """A store that knows the time by the clock of its server or file system."""
+    """A store that knows the time of its server's or file system's clock."""
 
     @abstractmethod
     def server_time_s(self) -> float | None:
@@ -60,18 +60,18 @@ class HasClock(ABC):
 
 
 class HasRoom(ABC):
-    """A store that knows how much more it can take."""
+    """A store that knows its free space."""
 
     @abstractmethod
     def free_bytes(self) -> int | None:
-        """Bytes; None where that is unknown."""
+        """Bytes of free space; None if unknown."""
 
 
 class Coroutines(ABC):
-    """Small objects of a store, whole, for the coroutines of one event loop: many requests at a time in one thread.
+    """Reads and writes small objects of a store in the coroutines of one event loop: many requests in one thread.
 
-    Each method promises what the method of that name of `Store` does. A call that is cancelled leaves open whether
-    it happened.
+    Each method keeps the promises of the `Store` method with the same name. A cancelled call may or may not have
+    taken effect.
     """
 
     @abstractmethod
@@ -88,7 +88,7 @@ class Coroutines(ABC):
 
     @abstractmethod
     async def close(self) -> None:
-        """Release connections, in the event loop they belong to. The store itself remains open."""
+        """Release connections, in the event loop that they belong to. The store itself remains open."""
 
 
 class HasCoroutines(ABC):
@@ -96,32 +96,33 @@ class HasCoroutines(ABC):
 
     @abstractmethod
     def coroutines(self) -> Coroutines | None:
-        """The same store for one event loop; None where threads have to do."""
+        """The same store for one event loop; None if threads must be used."""
 
 
 def server_of(store: Reader) -> Server:
-    """The server of a store; an empty one where there is none."""
+    """The server of a store; an empty `Server` for a store without one."""
     return store.server if isinstance(store, HasServer) else Server()
 
 
 def server_time_s(store: Reader) -> float | None:
     """The server's clock as Unix time; None until a response carried one, and for stores without a clock.
 
-    No request is sent: it is the time of the last response, and what has passed since. Servers tell it to the second.
+    No request is sent: the result is the time of the last response plus the seconds since then. Servers report whole
+    seconds.
     """
     return store.server_time_s() if isinstance(store, HasClock) else None
 
 
 def free_bytes(store: Reader) -> int | None:
-    """Bytes that a store has room for; None where that is unknown."""
+    """Bytes of free space in a store; None if unknown."""
     return store.free_bytes() if isinstance(store, HasRoom) else None
 
 
 def check_room_for(store: Store, size: int) -> None:
-    """Refuse to send more bytes than a store has room for, before the first one.
+    """Refuse to send more bytes than a store has room for, before any byte is sent.
 
     Raises:
-        DiskTooSmall: naming both numbers.
+        DiskTooSmall: the free space is too small; the message gives both numbers.
     """
     free = free_bytes(store)
     if free is not None and size > free:
@@ -129,24 +130,24 @@ def check_room_for(store: Store, size: int) -> None:
 
 
 def coroutines_of(store: Store) -> Coroutines | None:
-    """The same store for one event loop; None where there is no such way, and threads have to do."""
+    """The same store for one event loop; None if threads must be used."""
     return store.coroutines() if isinstance(store, HasCoroutines) else None
 
 
 def address_of(store: Reader, key: str) -> ObjectAddress | None:
-    """The place of an object on its server; None where only this very store can copy it."""
+    """The place of an object on its server; None if only this store can copy it."""
     return store.address_of(key) if isinstance(store, HasServer) else None
 
 
 def copy_from(store: Store, address: ObjectAddress, meta: ObjectMeta, target: str) -> ObjectMeta:
-    """Copy an object of another store, which has the same server and identity.
+    """Copy an object of another store that has the same server and identity.
 
     Args:
         store: The store to copy into.
-        meta: What the other store says of the object; its entity tag pins it.
+        meta: The object's description in the other store; its entity tag pins the object.
 
     Raises:
-        Unsupported: this store has no such server.
+        Unsupported: this store is not on that server.
     """
     if isinstance(store, HasServer):
         return store.copy_from(address, meta, target)
@@ -154,7 +155,7 @@ def copy_from(store: Store, address: ObjectAddress, meta: ObjectMeta, target: st
 
 
 def cannot_copy(store: Reader, address: ObjectAddress) -> Unsupported:
-    """The error of a store that has no such server."""
+    """The error of a store that is not on the object's server."""
     return Unsupported(
         f"{store.url} cannot copy from {address.path}", store=store.url, capability="copies by its server"
     )

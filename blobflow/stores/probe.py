@@ -1,10 +1,10 @@
-"""The probe: what a server can really do, tried out by this user and remembered outside of the store.
+"""The probe: finds out which capabilities a server really has, and keeps the result outside of the store.
 
-Servers that speak S3 differ where it hurts: some replace an object that a conditional put should have spared, some
-repeat a checksum that they were told and never computed. None of them says so. So the first plan for a server is made
-after a probe of about seventy small requests. What did not show is not relied upon. What was found is remembered in a
-directory of this user (`blobflow.stores.probe_memory`); a report in the store says it to others, who do not believe it
-but look for themselves. Why it is done this way: docs/design/005-probe.md.
+S3 servers differ in ways that matter. Some replace an object that a conditional put should have kept; some repeat a
+checksum that the client sent and never compute it. They do not report this. So the first plan for a server is made
+after a probe of about seventy small requests, and only capabilities that it has shown are relied upon. The result is
+kept in a directory of this user (`blobflow.stores.probe_memory`). A report in the store shows it to other users, who do
+not trust it but probe themselves. The reasons are in docs/design/005-probe.md.
 """
 
 from __future__ import annotations
@@ -50,25 +50,25 @@ _log = logging.getLogger(__name__)
 
 REPORT_KEY: Final = "blobflow-probe.json"
 TRIAL_PREFIX: Final = "blobflow-probe/"
-"""Below it every probe uses names of its own, and removes them; what a killed one left is `gc`'s."""
+"""Prefix of the keys of probes. Each probe uses unique keys and removes them; `gc` removes those of killed probes."""
 MAX_AGE_S: Final = 30 * 24 * 3600.0
-"""Servers are updated, and change their minds."""
+"""Seconds for which a report is valid. Servers are updated, and their behavior changes."""
 MAX_STUBBORN_AGE_S: Final = 600.0
-"""Of a report that was made while the server failed now and then: the next one may find more."""
+"""Seconds for which a report is valid if the server failed now and then; the next one may find more."""
 PATIENCE_S: Final = 20.0
-"""For all trials of a probe that fail for a passing reason; an attempt that is silent ends at its idle timeout."""
+"""Seconds for the retries of all trials of a probe together. An attempt without a response ends at its idle timeout."""
 
 _MAX_REPORTS_BYTES: Final = 256 * 1024
 _MAX_REPORTS: Final = 16
-"""One server may have several names (from inside, from outside), and each has its report."""
+"""Most reports in a store. A server may have several names (internal, external), each with a report."""
 _ONE_PAGE: Final = 1000
-"""Parts that a listing without a second page tells."""
+"""Parts that a listing without a second page reports."""
 
 _T = TypeVar("_T")
 
 
 _ABOUT: Final = frozenset({"store", "endpoint", "software", "probed_at", "stubborn"})
-"""The fields of a report that are no findings."""
+"""The fields of a report that are not findings."""
 
 
 class Finding(BaseModel):
@@ -81,7 +81,7 @@ class Finding(BaseModel):
 
 
 class ProbeReport(BaseModel):
-    """What a server can do; a finding that does not hold is not relied upon."""
+    """The findings of a probe; a capability whose finding does not hold is not relied upon."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -110,12 +110,12 @@ class ProbeReport(BaseModel):
 
     @classmethod
     def guarantees(cls) -> dict[str, str]:
-        """The names of all findings, and what each of them means."""
+        """The names of all findings, with the meaning of each."""
         return {name: field.description or "" for name, field in cls.model_fields.items() if name not in _ABOUT}
 
     @property
     def findings(self) -> dict[str, Finding]:
-        """All that were tried, by name."""
+        """All findings that were tried, by name."""
         found = ((name, getattr(self, name)) for name in self.guarantees())
         return {name: finding for name, finding in found if finding is not None}
 
@@ -125,10 +125,10 @@ class ProbeReport(BaseModel):
         return finding is not None and finding.holds
 
     def apply(self, declared: Capabilities) -> Capabilities:
-        """What plans may rely upon: of the declared capabilities those that hold, and what was found beyond them."""
+        """The capabilities that plans may rely on: the declared ones that hold, and further ones that were found."""
         return replace(
             declared,
-            # Parts that nobody lists can be neither proven nor taken up again.
+            # Without a list of parts, an upload can be neither verified nor continued.
             multipart=declared.multipart and self.multipart.holds and self.lists_parts.holds,
             conditional=declared.conditional and self.create_only.holds and self.compare_and_swap.holds,
             max_parts=declared.max_parts if self.pages_parts.holds else min(declared.max_parts, _ONE_PAGE),
@@ -137,13 +137,13 @@ class ProbeReport(BaseModel):
         )
 
     def is_good(self, now_s: float) -> bool:
-        """Whether it is neither too old nor from the future."""
+        """Whether the report is neither too old nor from the future."""
         age_s = now_s - self.probed_at.timestamp()
         return abs(age_s) <= (MAX_STUBBORN_AGE_S if self.stubborn else MAX_AGE_S)
 
 
 class _Reports(BaseModel):
-    """The object in the store."""
+    """The object in the store that holds the reports."""
 
     format: Literal["blobflow.probe/2"] = "blobflow.probe/2"
     reports: tuple[ProbeReport, ...]
@@ -160,8 +160,9 @@ def probe(store: Store, *, now: Callable[[], float] = time.time, **retrying: Any
         retrying: See `RetryingStore`.
 
     Raises:
-        StoreConfigurationError: these credentials may not do what has to be tried; nothing is known then.
-        TemporaryError: the store failed for a passing reason; nothing is known then.
+        StoreConfigurationError: the credentials do not allow the trials, or the store's settings are wrong. There is
+            no report then.
+        TemporaryError: the store failed temporarily. There is no report then.
     """
     trial = _Trial(store.store if isinstance(store, RetryingStore) else store, retrying)
     try:
@@ -182,17 +183,17 @@ def probe(store: Store, *, now: Callable[[], float] = time.time, **retrying: Any
 class ProbedStore(RetryingStore):
     """A retrying store whose capabilities a probe finds out when they are first asked for.
 
-    What this user found before is used for 30 days, after a look at the report in the store, which costs one GET per
-    process. Whoever only reads, or uploads what is there already, does not ask at all. Credentials that may not try
-    things out get the capabilities that need no probe. Two threads or processes may probe at the same
-    time: they find the same.
+    An earlier report of this user is used for 30 days, after a check of the report in the store, which costs one GET
+    per process. A process that only reads, or finds its uploads already stored, does not ask for capabilities at all.
+    Credentials that do not allow a probe get only the capabilities that need none. Two threads or processes may probe
+    at the same time: they find the same.
 
     A report in the store can have been put there by anybody who may write to it. It is never believed; but a newer one
     that misses an ability makes this process probe again.
 
     Args:
         store: The store that makes the attempts.
-        memory: What this user found before; by default in the user's cache directory.
+        memory: Earlier reports of this user; by default in the user's cache directory.
         now: Seconds since the epoch.
         retrying: See `RetryingStore`.
     """
@@ -257,7 +258,7 @@ class ProbedStore(RetryingStore):
         return f"{self.server.endpoint} {self.url}"
 
     def _remembered(self) -> ProbeReport | None:
-        """What this user found of this server and bucket."""
+        """This user's valid report about this server and bucket; None if there is none."""
         data = self._memory.recall(self._place)
         if data is None:
             return None
@@ -281,14 +282,14 @@ class ProbedStore(RetryingStore):
         )
 
     def _told(self) -> tuple[ProbeReport, ...]:
-        """The reports in the store, of whomever."""
+        """The reports in the store, written by any user."""
         try:
             data = self._plain.get(REPORT_KEY, max_bytes=_MAX_REPORTS_BYTES).data
             return _Reports.model_validate_json(data).reports
         except (ObjectNotFound, ValidationError, ObjectTooLarge):
             return ()
         except StoreConfigurationError as error:
-            if not _is_forbidden(error):  # without the right to list, what is absent looks forbidden
+            if not _is_forbidden(error):  # without permission to list, a missing object is reported as forbidden
                 raise
             return ()
 
@@ -312,7 +313,7 @@ class ProbedStore(RetryingStore):
 
 
 def _is_forbidden(error: BlobflowError) -> bool:
-    """Whether it is about what these credentials may do, and says nothing of the server."""
+    """Whether the error is about the permissions of the credentials, and says nothing about the server."""
     return isinstance(error, StoreConfigurationError) and error.code == "AccessDenied"
 
 
@@ -321,7 +322,7 @@ _SECOND: Final = b"second of the two"
 
 
 class _Once(WrappingStore):
-    """A request that hangs for a whole idle timeout is not repeated: that is long enough for a trial."""
+    """Does not repeat a request that hangs for a whole idle timeout, which is long enough for a trial."""
 
     @override
     def _call(self, operation: str, key: str, attempt: Callable[[], _T]) -> _T:
@@ -341,7 +342,7 @@ class _ListsPartsByPage(Protocol):
 
 
 class _PagesOfOne(WrappingStore):
-    """Lists one part per page, where the store has pages: to find out whether they end."""
+    """Lists one part per page, if the store has pages, to find out whether the pages end."""
 
     @override
     def list_parts(self, key: str, upload_id: str) -> list[PartMeta]:
@@ -354,11 +355,11 @@ class _PagesOfOne(WrappingStore):
 
 
 class _Silent(TemporaryError):
-    """No byte came for a whole idle timeout."""
+    """No byte arrived during a whole idle timeout."""
 
 
 class _Trial:
-    """The requests of one probe, and what they left."""
+    """The requests of one probe, and the objects and uploads that it must remove."""
 
     def __init__(self, store: Store, retrying: Mapping[str, Any]) -> None:
         self._plain_store = store
@@ -371,15 +372,15 @@ class _Trial:
         self._keys: list[str] = []
         self._uploads: list[tuple[str, str]] = []
         self._begun_unseen = False
-        """Whether an upload may have begun whose id nobody knows."""
+        """Whether an upload may have begun whose id is unknown."""
         self.stubborn = False
 
     def _patient(self, store: Store | None = None) -> Store:
         return RetryingStore(store or self._once, patience_s=self._patience_s, **self._retrying)
 
     def run(self) -> dict[str, Finding]:
-        """All findings, by the names they have in the report."""
-        # What fails here (no such bucket, wrong keys) fails everywhere, and is no finding.
+        """All findings, by their names in the report."""
+        # An error here (no such bucket, wrong keys) would fail everywhere, and is not a finding.
         self._plain = self._key("plain")
         self._store.put(self._plain, _FIRST)
         refuses_wrong = self._finding(self._refuses_wrong_crc32c)
@@ -395,13 +396,13 @@ class _Trial:
             "reads_ranges": reads_ranges,
             "pins_ranges": self._finding(self._pins_ranges) if reads_ranges.holds else reads_ranges,
             "refuses_wrong_crc32c": refuses_wrong,
-            # A server that lets wrong checksums in has them in its answers.
+            # A server that accepts wrong checksums also reports them.
             "attests_crc32c": self._finding(self._attests_crc32c) if refuses_wrong.holds else refuses_wrong,
         }
         return found if refuses_wrong.holds else found | {"refuses_wrong_md5": self._finding(self._refuses_wrong_md5)}
 
     def clean_up(self) -> None:
-        """Remove everything; failing at that must hide neither the report nor the error that is on its way."""
+        """Remove everything. A failure here must hide neither the report nor an error of the probe."""
         self._patience_s = 0.0
         self._store = self._patient()
         uploads = self._uploads
@@ -427,9 +428,9 @@ class _Trial:
         except _No as no:
             return Finding(holds=False, evidence=str(no))
         except SlowDown:
-            raise  # says nothing but that the server has too much to do
+            raise  # says only that the server is overloaded
         except TemporaryError as error:
-            # Is it this request only that fails? The others need not wait for it again.
+            # If only this request fails, the others need not wait for it again.
             self._patience_s = max(0.0, self._patience_s - (self._clock() - began))
             self._store.get(self._plain, max_bytes=len(_FIRST))
             self._store = self._patient()
@@ -553,7 +554,7 @@ class _Trial:
         raise _No("the range of another object was given")
 
     def _refuses_wrong_crc32c(self) -> str:
-        # The right MD5 goes along, so that it is the server who finds out, whatever the store does by itself.
+        # The right MD5 is sent along, so that the server must detect the error, and not the store's client.
         wrong = Body(len(_FIRST), lambda: (_FIRST,), crc32c(_FIRST) ^ 1, md5=_md5(_FIRST))
         return self._refuses("CRC32C", wrong)
 
@@ -579,7 +580,7 @@ class _Trial:
         raise _No(f"a part with a wrong {checksum} was accepted")
 
     def _attests_crc32c(self) -> str:
-        """Complete says a wrong CRC32C of the whole; a server that computes it refuses, or tells the right one."""
+        """Complete with a wrong CRC32C of the whole; a server that computes it refuses, or reports the right one."""
         key = self._key("attest")
         right = crc32c(_FIRST)
         upload_id = self._begin(key)
@@ -600,7 +601,7 @@ class _Trial:
 
 
 def _kind(error: BlobflowError) -> str:
-    """Not its message: nobody knows what a server writes there."""
+    """The error's type and status, without its message, in which a server may write anything."""
     status = error.status if isinstance(error, StoreUnavailable | StoreConfigurationError) else None
     return type(error).__name__ if status is None else f"{type(error).__name__}, status {status}"
 

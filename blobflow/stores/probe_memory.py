@@ -1,7 +1,7 @@
-"""What this user's probes found, remembered in a private directory of the machine.
+"""Results of this user's probes, kept in a private directory of the machine.
 
-It lies outside of every store, because it decides whom to believe: in a bucket anybody who may write there could say
-that the server keeps promises that it does not keep.
+They are kept outside of every store, because uploads rely on them. In a bucket, anybody with write access could claim
+capabilities that the server does not have.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _MAX_BYTES: Final = 64 * 1024
 
 
 class ProbeMemory:
-    """A file for each place, in `$XDG_CACHE_HOME/blobflow/probes`, by default below `~/.cache`.
+    """Keeps a file for each place in `$XDG_CACHE_HOME/blobflow/probes`, by default below `~/.cache`.
 
-    The directory has to belong to this user and be closed to others; otherwise nothing is remembered, nor believed.
-    An empty memory costs a probe, so nothing that goes wrong here is an error.
+    The directory must belong to this user and be closed to others; otherwise nothing is written or read. A failure
+    here is never an error, because it costs only a probe.
     """
 
     def __init__(self, cache: Path | None = None) -> None:
         self._cache = cache
 
     def recall(self, place: str) -> bytes | None:
-        """What was kept for `place`."""
+        """The data kept for `place`; None if there is none."""
         try:
             with self._opened(make=False) as directory:
                 descriptor = directory.open(_name(place), os.O_RDONLY)
@@ -47,7 +47,7 @@ class ProbeMemory:
         return None
 
     def keep(self, place: str, data: bytes) -> None:
-        """Remember `data` for `place`, in the place of what was kept before."""
+        """Keep `data` for `place`; it replaces earlier data."""
         name, temporary = _name(place), f".{uuid.uuid4().hex}"
         try:
             with self._opened(make=True) as directory:
@@ -67,7 +67,7 @@ class ProbeMemory:
         """The open directory.
 
         Raises:
-            OSError, BlobflowError: there is none that can be used.
+            OSError, BlobflowError: the directory cannot be used.
         """
         cache = self._cache or _user_cache()
         with (
@@ -78,13 +78,13 @@ class ProbeMemory:
         status = os.fstat(directory.descriptor)
         if status.st_uid != os.geteuid() or status.st_mode & 0o077:
             directory.close()
-            raise PermissionError(f"{directory.path} belongs to others, too")
+            raise PermissionError(f"{directory.path} belongs to another user, or is open to others")
         return directory
 
 
 def _user_cache() -> Path:
     given = os.environ.get("XDG_CACHE_HOME", "")
-    if given.startswith("/"):  # relative ones are to be ignored: https://specifications.freedesktop.org/basedir-spec
+    if given.startswith("/"):  # a relative path must be ignored: https://specifications.freedesktop.org/basedir-spec
         return Path(given)
     try:
         return Path.home() / ".cache"

@@ -1,4 +1,4 @@
-"""A store that repeats what failed for a passing reason."""
+"""A store that repeats calls after temporary errors."""
 
 from __future__ import annotations
 
@@ -32,34 +32,33 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _READ_BACK_BYTES = 2 * 1024 * 1024
-"""Conditional writes are manifests, refs and leases; all of them are below this size."""
+"""Most bytes that are read back. Conditional writes are manifests, refs and leases, which are all smaller."""
 
 
 class RetryingStore(WrappingStore, HasCoroutines):
-    """Repeats the calls of `store` that failed with `StoreUnavailable`, `SlowDown` or `TimedOut`; any store fits in.
+    """Repeats calls of any `store` that failed with `StoreUnavailable`, `SlowDown` or `TimedOut`.
 
-    When is the rule of `blobflow.backoff`. A call fails when its patience ends, with the error of its last attempt;
-    `ObjectChanged` and all other errors pass through at once.
+    `blobflow.backoff` decides the waits. A call fails when its patience ends, with the error of its last attempt.
+    `ObjectChanged` and all other errors are raised at once.
 
-    A conditional put may meet its own success: the first attempt arrived, its answer was lost, and the second one is
-    refused. Then the object is read back, and equal bytes count as success. Two writers who put equal bytes cannot be
-    told apart that way, so whoever takes part in a race writes something of its own into the object. An object above
-    2 MiB is not read back; the refusal stands.
+    A conditional put may be refused because of its own success: the first attempt arrived, its response was lost, and
+    the second attempt is refused. Then the object is read back, and equal bytes count as success. This cannot
+    distinguish two writers of equal bytes, so each writer in a race must write something unique into the object. An
+    object above 2 MiB is not read back; the put is refused.
 
-    `complete_multipart` may answer `NoSuchUpload` for the same reason; the transport settles that by looking at the
-    object.
+    `complete_multipart` may raise `NoSuchUpload` for the same reason; the transport then checks the object.
 
     Args:
         store: The store that makes the attempts.
         patience_s: Seconds from the first failure of a call to its last attempt.
-        sleep: Waits that many seconds.
-        clock: Monotonic seconds.
+        sleep: Waits the given seconds.
+        clock: Seconds, monotonic.
 
     Attributes:
-        retries: Attempts repeated so far, over all calls.
-        slow_downs: Those among them that the store answered with SlowDown.
-        patience_s: As given.
-        clock: Monotonic seconds.
+        retries: Number of attempts repeated so far, over all calls.
+        slow_downs: Number of repeated attempts that the store answered with SlowDown.
+        patience_s: The argument of this name.
+        clock: The argument of this name.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class RetryingStore(WrappingStore, HasCoroutines):
             return arrived
 
     def _read_back(self, key: str, body: Body) -> ObjectMeta | None:
-        """The object under `key`, if its bytes are those of `body`."""
+        """The description of the object under `key` if its bytes equal `body`; otherwise None."""
         if body.size > _READ_BACK_BYTES:
             return None
         try:
@@ -126,7 +125,7 @@ class RetryingStore(WrappingStore, HasCoroutines):
             try:
                 return next(rest, None)
             except BaseException:
-                rest = None  # a generator that raised is at its end: the next attempt begins after the last key
+                rest = None  # a generator ends when it raises, so the next attempt begins after the last key
                 raise
 
         while (meta := self._call("list", prefix, following)) is not None:
@@ -158,18 +157,18 @@ class RetryingStore(WrappingStore, HasCoroutines):
         return RetryingCoroutines(inner, self)
 
     def place(self) -> str:
-        """The store as people are told of it: its URL, and the server where that does not say it."""
+        """The store in messages: its URL, and its server's endpoint if there is one."""
         try:
             endpoint = self.server.endpoint
-        except BlobflowError:  # it is configured wrongly, as the call itself says
+        except BlobflowError:  # the configuration is wrong, which the call itself reports
             endpoint = ""
         return f"{self.url} at {endpoint}" if endpoint else self.url
 
     def wait_s(self, backoff: Backoff, operation: str, key: str, error: BlobflowError) -> float:
-        """Seconds until a call that failed with `error` is repeated, which is counted and logged.
+        """Seconds until a call that failed with `error` is repeated; the retry is counted and logged.
 
         Raises:
-            `error` itself, located, where it is not repeated.
+            `error` itself, with the store's place added, if the call is not repeated.
         """
         error.locate(self.url, self.place())
         if not isinstance(error, StoreUnavailable | TimedOut):

@@ -1,4 +1,4 @@
-"""A store around another store: what retries, limits and faults have in common."""
+"""A store that wraps another store: the base of retries, limits and faults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 
 class WrappingStore(Store, HasServer, HasClock, HasRoom):
-    """Passes every call on to `store`; each goes through `_call`, which a subclass may do more with.
+    """Passes every call on to `store`; most go through `_call`, which a subclass may override.
 
     Attributes:
         store: The wrapped store.

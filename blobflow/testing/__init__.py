@@ -1,4 +1,4 @@
-"""Tools for your own tests: the contracts of stores and backends, a store with faults, directory trees as literals.
+"""Tools for your tests: the contracts of stores and backends, a store with faults, directory trees as literals.
 
 Nothing here imports pytest, so the package may be imported anywhere.
 """
