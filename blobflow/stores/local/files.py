@@ -1,4 +1,4 @@
-"""Files of the local store: what they say of an object, and the errors of the operating system as ours."""
+"""Files of the local store: object descriptions from file status, and errors of the operating system as blobflow's."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def part_meta(part_number: int, size: int, checksum: int) -> PartMeta:
 
 
 def object_meta(key: str, status: os.stat_result) -> ObjectMeta:
-    """What a file's status says of the object."""
+    """The description of an object, from its file's status."""
     return ObjectMeta(key, status.st_size, e_tag_of(status), utc_of(status.st_mtime_ns))
 
 
 def utc_of(nanoseconds: int) -> datetime | None:
-    """The time of that many nanoseconds since the epoch; None where it is no date."""
+    """The time of `nanoseconds` since the epoch; None if it is not a valid date."""
     return utc_time(nanoseconds / 1e9)
 
 
 def create_file(directory: PrivateDirectory, name: str, content: bytes, mode: int | None = None) -> None:
-    """Make a file, durable but for its name."""
+    """Make a file; its content is durable, but not yet its name."""
     fd = directory.open(name, _CREATE, mode)
     try:
         write_all(fd, content, 0)
@@ -62,10 +62,10 @@ def create_file(directory: PrivateDirectory, name: str, content: bytes, mode: in
 
 
 def check_pin(key: str, fd: int, e_tag: str | None) -> None:
-    """Refuse a file that has not the entity tag `e_tag`, if that is given.
+    """Refuse a file whose entity tag is not `e_tag`, if that is given.
 
     Raises:
-        ObjectChanged: it is another one.
+        ObjectChanged: the file has another entity tag.
     """
     if e_tag is not None and (actual := e_tag_of(os.fstat(fd))) != e_tag:
         raise changed(key, e_tag, actual)
@@ -75,7 +75,7 @@ def read_into(key: str, fd: int, offset: int, buffer: memoryview) -> None:
     """Fill `buffer` with the bytes of a file from `offset`.
 
     Raises:
-        SizeMismatch: the file ends before.
+        SizeMismatch: the file ends before the buffer is full.
     """
     filled = 0
     while filled < len(buffer):
@@ -92,7 +92,7 @@ def read_into(key: str, fd: int, offset: int, buffer: memoryview) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """`mkdir -p` whose names are durable.
+    """Make a directory and its missing parents, with durable names.
 
     Raises:
         StoreConfigurationError: no directory can be made there, now or later.
@@ -135,14 +135,14 @@ def changed(key: str, expected: str, actual: str | None) -> ObjectChanged:
 
 
 def no_such_upload(key: str, upload_id: str) -> NoSuchUpload:
-    """The error of an upload that is not there."""
+    """The error of an upload that does not exist."""
     return NoSuchUpload(
         f"no upload {upload_id!r} of {key!r}: completed, aborted or expired", key=key, upload_id=upload_id
     )
 
 
 def size_mismatch(key: str, expected: int, actual: int) -> SizeMismatch:
-    """The error of a body with another size than it said."""
+    """The error of a body that does not have its declared size."""
     return SizeMismatch(
         f"the body for {key!r} has {actual} bytes or more instead of {expected}"
         if actual > expected
@@ -155,6 +155,6 @@ def size_mismatch(key: str, expected: int, actual: int) -> SizeMismatch:
 
 
 def translated(operation: str, key: str, offset: int | None = None) -> AbstractContextManager[None]:
-    """Turn the operating system's errors into the store's, naming operation, key and offset."""
+    """Turns the operating system's errors into the store's, with operation, key and offset."""
     where = f"{key!r}" if offset is None else f"{key!r} at {offset}"
     return storing(f"{operation} {where}", operation=operation, key=key, offset=offset)

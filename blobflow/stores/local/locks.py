@@ -1,4 +1,4 @@
-"""The locks of the local store: one writer per key, and a process that is stopped with the lock stops nobody for long.
+"""The locks of the local store: one writer per key, and a stopped holder blocks others only for a short time.
 
 A key's lock is an exclusive flock of one of 256 files; the key's CRC32C selects the file.
 
@@ -6,16 +6,17 @@ A key's lock is an exclusive flock of one of 256 files; the key's CRC32C selects
 |---|---|
 | opens the lock file and takes its flock | a free lock |
 | writes its note: the temporary file that it will rename, or that it has none | a free lock with an old note |
-| checks that the lock file still has its name; if not, begins again | the same |
+| checks that the lock file still has its name; if not, starts over | the same |
 | renames its temporary file | a finished write |
-| overwrites its note and gives the flock back | a free lock |
+| overwrites its note and releases the flock | a free lock |
 
-Whoever has waited for two seconds breaks the lock: it puts a new file, which it has locked, in the place of the old
-one, and then removes the temporary file that the note names. The stopped holder has nothing left to rename when it goes
-on, so it publishes nothing. The order makes that safe: a holder that has written its note and still finds its lock file
-in place is seen by everyone who breaks the lock later.
+A process that has waited for two seconds breaks the lock. It replaces the lock file with a new one, which it has
+locked, and then removes the temporary file that the note names. When the stopped holder continues, it has nothing left
+to rename, so it publishes nothing. The order makes this safe: if a holder has written its note and still finds its lock
+file in place, every process that breaks the lock later reads the note.
 
-A holder without a temporary file (it deletes) cannot be disarmed, so nobody who wants the same key breaks its lock.
+A holder without a temporary file (it deletes) cannot be stopped in this way. So processes that want the same key do not
+break its lock.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 POLL_S: Final = 0.02
 BREAK_AFTER_S: Final = 2.0
-"""Longer than a sync usually takes. Breaking the lock of a holder that is only slow costs it a retry, nothing else."""
+"""Longer than a sync usually takes. If the holder is only slow, breaking its lock costs it only a retry."""
 
 _NO_NOTE: Final = b" " * 32
 _IS_TEMPORARY: Final = re.compile(rb"[0-9a-f]{32}")
@@ -50,11 +51,11 @@ class KeyLocks:
     """The locks that all writers of a store share, in this process and in others.
 
     Args:
-        own: Opens one of the store's own directories, `locks` or `tmp`.
-        url: The store, for the log.
-        patience_s: How long to wait for a holder whose lock is not broken.
-        clock: Monotonic seconds.
-        sleep: Waits that many seconds.
+        own: Opens one of the store's private directories, `locks` or `tmp`.
+        url: URL of the store, for the log.
+        patience_s: Seconds to wait for a holder whose lock is not broken.
+        clock: Seconds, monotonic.
+        sleep: Waits the given seconds.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class KeyLocks:
         """Hold the lock of `key`.
 
         Args:
-            temporary: Name of the file in `tmp` that the holder will rename. Without one, the lock is not broken by
-                those who want the same key.
+            temporary: Name of the file in `tmp` that the holder will rename. Without one, processes that want the same
+                key do not break the lock.
 
         Raises:
-            TransferBusy: somebody holds it for this key without such a file, and does not let go.
+            TransferBusy: another process holds the lock for this key without such a file, and does not release it.
         """
         name = lock_name(key)
         with self._own("locks") as locks:
@@ -89,7 +90,7 @@ class KeyLocks:
             try:
                 while True:
                     os.pwrite(fd, temporary.encode() or _unbreakable(key), 0)
-                    # After the note: if the lock was not broken by now, whoever breaks it later reads the note.
+                    # After the note: if the lock is not broken yet, a process that breaks it later reads the note.
                     if locks.names_file(name, fd):
                         break
                     unlock_and_close(fd)
@@ -98,16 +99,16 @@ class KeyLocks:
                 yield
             finally:
                 if fd >= 0:
-                    # A process that is stopped before it has written its own note is not to be taken for this holder.
+                    # A process that is stopped before it writes its note must not be mistaken for this holder.
                     with suppress(OSError):
                         os.pwrite(fd, _NO_NOTE, 0)
                     unlock_and_close(fd)
 
     def wait_for(self, fd: int, key: str) -> None:
-        """Wait for the exclusive lock of an open file, but not for ever: a stopped process may hold it.
+        """Wait for the exclusive lock of an open file, but not forever: a stopped process may hold it.
 
         Raises:
-            TransferBusy: it was not free within the patience.
+            TransferBusy: the lock did not become free within `patience_s`.
         """
         deadline = self._clock() + self._patience_s
         while not try_lock(fd):
@@ -116,7 +117,7 @@ class KeyLocks:
             self._sleep(POLL_S)
 
     def _take(self, key: str, locks: PrivateDirectory, name: str) -> int:
-        """A descriptor of the lock file that holds its lock; the file may have been replaced meanwhile."""
+        """A descriptor of the lock file, which is locked; the file may have been replaced meanwhile."""
         started, pause_s = self._clock(), POLL_S / 16
         while True:
             fd = locks.open(name, os.O_RDWR | os.O_CREAT)
@@ -141,7 +142,7 @@ class KeyLocks:
             unlock_and_close(fd)
 
     def _break(self, key: str, held: int, locks: PrivateDirectory, name: str) -> int | None:
-        """Put a new lock file, locked, in the place of the one that a sleeper holds; None: another one was quicker."""
+        """Replace the lock file of a stopped holder with a new, locked one; None if another process was faster."""
         with _exclusive(locks, "breaking"), self._own("tmp") as tmp:
             if not locks.names_file(name, held):
                 return None
@@ -152,7 +153,7 @@ class KeyLocks:
                 tmp.rename(fresh, name, locks)
                 note = os.pread(held, len(_NO_NOTE), 0)
                 _log.warning("store.lock_broken url=%s lock=%s", self._url, name)
-                if note == _unbreakable(key):  # the holder is another one by now
+                if note == _unbreakable(key):  # another process holds the lock by now
                     self.wait_for(held, key)
                 elif _IS_TEMPORARY.fullmatch(note):
                     tmp.unlink(note.decode())

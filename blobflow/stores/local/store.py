@@ -4,17 +4,17 @@
 |---|---|
 | `<root>/<key>` | an object, whole and durable from the moment its name appears |
 | `<root>/.blobflow/tmp/` | files and directories that have no name yet; swept after a day |
-| `<root>/.blobflow/locks/00..ff` | lock files; a key's lock is the one its CRC32C selects; a holder's note is in it |
-| `<root>/.blobflow/locks/breaking` | held by whoever replaces the lock file of a process that was stopped |
+| `<root>/.blobflow/locks/00..ff` | lock files; a key's CRC32C selects its lock; each has its holder's note |
+| `<root>/.blobflow/locks/breaking` | held by a process that replaces the lock file of a stopped process |
 | `<root>/.blobflow/uploads/<upload_id>/upload.json` | key, part size, time; its flock guards `payload` |
-| `.../payload` | the object to be: part n lies at (n - 1) * part_size |
-| `.../parts.jsonl` | journal of acknowledged parts, the last record of a number wins |
+| `.../payload` | the future object: part n begins at (n - 1) * part_size |
+| `.../parts.jsonl` | journal of acknowledged parts; the last record of a number wins |
 
 Three rules make it safe between processes and through crashes:
 
-1. Bytes are on disk before a name or a journal record speaks of them.
-2. Whoever replaces or removes an object holds the key's flock; a reader needs no lock, because files are replaced
-   and never written in place.
+1. Bytes are on disk before a name or a journal record refers to them.
+2. A process that replaces or removes an object holds the key's flock. A reader needs no lock, because files are
+   replaced and never written in place.
 3. Locks are taken in one order: upload, part, key.
 
 Paths are walked directory by directory through descriptors without following symbolic links, so a key never leads
@@ -91,16 +91,16 @@ _log = logging.getLogger(__name__)
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-"""O_NONBLOCK: to open a FIFO that somebody left in the directory must not hang; it means nothing for files."""
+"""O_NONBLOCK: opening a FIFO that is in the directory must not hang. The flag has no effect on files."""
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 
 _MAX_INTENT_BYTES = 64 * 1024
 _MKDIR_ATTEMPTS = 32
-"""Each one lost means that another process deleted the last neighbour in the same instant."""
+"""An attempt fails only if another process deletes the last neighbour at the same instant."""
 _SWEEP_AFTER_S = 24 * 3600.0
-"""Far above what the slowest writer needs between two writes to the same temporary file."""
+"""Far longer than the slowest writer needs between two writes to the same temporary file."""
 _STRAGGLER_PATIENCE_S = 30.0
-"""How long complete waits for a part that another process is still writing."""
+"""Seconds that complete waits for a part that another process is still writing."""
 
 _NO_OBJECT_ERRNOS = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.ENXIO})
 
@@ -109,16 +109,16 @@ class LocalStore(Store, HasClock, HasRoom):
     """Objects as plain files below `root`; the embedded default.
 
     Threads and processes of one machine may use the same root at the same time, through any number of store
-    objects. `root` is made by the first write.
+    objects. The first write makes `root`.
 
-    Entity tags are inode, modification time and size: a file that somebody replaces or edits by hand counts as
-    another object. `ObjectMeta.crc32c` stays None, because nobody watches over the files.
+    Entity tags are inode, modification time and size, so a file that is replaced or edited by hand counts as another
+    object. `ObjectMeta.crc32c` stays None, because files may change without the store.
 
     Args:
         root: The directory; relative paths and `~` are resolved now.
-        now_ns: Nanoseconds since the epoch; entity tags and the age of leftovers come from it.
-        straggler_patience_s: How long `complete_multipart` waits for a part that is still being written by another
-            process before it raises `TransferBusy`.
+        now_ns: Nanoseconds since the epoch; used for entity tags and for the age of leftovers.
+        straggler_patience_s: Seconds that `complete_multipart` waits for a part that another process is still writing,
+            before it raises `TransferBusy`.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class LocalStore(Store, HasClock, HasRoom):
         with translated("copy", source):
             source_fd = self._open_object(source)
         try:
-            with translated("copy", source):  # not readable by more people than the source is
+            with translated("copy", source):  # the copy must not be readable by more users than the source
                 mode = os.fstat(source_fd).st_mode & object_mode(private=False)
             with self._temporary("copy", target, mode) as (name, fd):
                 with translated("copy", target):
@@ -275,7 +275,7 @@ class LocalStore(Store, HasClock, HasRoom):
                 create_file(fresh, "parts.jsonl", b"")
                 fresh.below("part-locks", make=True).close()
                 fresh.sync()
-            # The upload exists from this rename on, with everything that belongs to it.
+            # From this rename on, the upload exists with all of its files.
             tmp.rename(upload_id, upload_id, uploads)
             uploads.sync()
         return upload_id
@@ -321,9 +321,9 @@ class LocalStore(Store, HasClock, HasRoom):
 
     @override
     def complete_multipart(self, key: str, upload_id: str, parts: Sequence[PartMeta]) -> ObjectMeta:
-        # The order is what a crash at any point leaves whole: until the rename the upload still has its journal and
-        # every byte the journal vouches for; after it the object is finished, and a directory without payload is no
-        # upload any more.
+        # The order keeps everything intact after a crash at any point. Until the rename, the upload has its journal and
+        # every byte that the journal records. After it the object is finished, and a directory without payload is not
+        # an upload any more.
         with self._upload("complete_multipart", key, upload_id, "alone") as upload:
             held = upload.parts()
             size = check_parts(key, parts, held, upload.part_size)
@@ -341,13 +341,13 @@ class LocalStore(Store, HasClock, HasRoom):
         try:
             self._drop_upload(upload_id)
         except OSError as error:
-            # The object is there all the same; what stays of the upload is swept later.
+            # The object is complete all the same; the rest of the upload is swept later.
             _log.warning("store.upload_stays key=%s upload_id=%s error=%s", key, upload_id, error)
         return meta
 
     @override
     def abort_multipart(self, key: str, upload_id: str) -> None:
-        # Without the upload's lock: who still writes a part writes into files that have no name any more.
+        # Without the upload's lock: a process that still writes a part writes to files without a name.
         with translated("abort_multipart", key):
             intent = self._read_intent(upload_id)
             if intent is not None and intent["key"] == key:
@@ -356,9 +356,9 @@ class LocalStore(Store, HasClock, HasRoom):
     # Finding
 
     def _open_directory(self, segments: Sequence[str], *, make: bool = False) -> int:
-        """A descriptor of the directory, walked from the root without following symbolic links.
+        """A descriptor of the directory, opened from the root without following symbolic links.
 
-        With `make`, missing directories are made, and the names of all of them are durable on return.
+        With `make`, missing directories are made, and all their names are durable on return.
         """
         fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -366,7 +366,7 @@ class LocalStore(Store, HasClock, HasRoom):
                 if make:
                     with suppress(FileExistsError):
                         os.mkdir(segment, dir_fd=fd)
-                    # Also if it was there: the process that made it may not have got to this line yet.
+                    # Even if it existed: the process that made it may not have reached this line yet.
                     os.fsync(fd)
                 child = os.open(segment, _DIRECTORY, dir_fd=fd)
                 os.close(fd)
@@ -380,7 +380,7 @@ class LocalStore(Store, HasClock, HasRoom):
         """A descriptor of the object's file.
 
         Raises:
-            ObjectNotFound: nothing there, or something that is no regular file.
+            ObjectNotFound: there is nothing, or something other than a regular file.
         """
         segments = key.split("/")
         try:
@@ -449,10 +449,10 @@ class LocalStore(Store, HasClock, HasRoom):
 
     @contextmanager
     def _temporary(self, operation: str, key: str, mode: int = 0o600) -> Generator[tuple[str, int]]:
-        """A new file without a name in the store, gone at the end unless it was renamed.
+        """A new file without a name in the store; it is removed at the end unless it was renamed.
 
         Args:
-            mode: Of the file, before the umask.
+            mode: Mode of the file, before the umask.
         """
         name = uuid.uuid4().hex
         with ExitStack() as stack:
@@ -469,7 +469,7 @@ class LocalStore(Store, HasClock, HasRoom):
     def _write(self, operation: str, key: str, fd: int, offset: int, body: Body) -> int:
         """Write all of `body` at `offset` and return its CRC32C.
 
-        Errors of the body's own iterator pass through untranslated: they are the source's, not the store's.
+        Errors of the body's iterator are not translated: they belong to the source, not to the store.
         """
         end = offset + body.size
         position = offset
@@ -514,9 +514,8 @@ class LocalStore(Store, HasClock, HasRoom):
     def _stamp(self, fd: int) -> None:
         """Set the modification time that goes into the entity tag.
 
-        The kernel's own time stands still for a tick (up to 10 ms). Within one tick a file can be replaced twice and
-        get the first inode back: same inode, same size, same time, other bytes. The clock's nanoseconds tell them
-        apart.
+        The kernel's time stands still for a tick (up to 10 ms). Within one tick, a file can be replaced twice and get
+        the first inode back: same inode, same size, same time, other bytes. The clock's nanoseconds distinguish them.
         """
         now = self._now_ns()
         os.utime(fd, ns=(now, now))
@@ -533,7 +532,7 @@ class LocalStore(Store, HasClock, HasRoom):
                 try:
                     parent = self._open_directory(segments[:-1], make=True)
                 except FileNotFoundError:
-                    continue  # a delete took away a directory that was empty still
+                    continue  # a delete removed a directory that was still empty
                 except OSError as error:
                     if error.errno in (errno.ENOTDIR, errno.ELOOP):
                         raise conflict(key, "a part of its path is no directory") from None
@@ -544,13 +543,13 @@ class LocalStore(Store, HasClock, HasRoom):
                         os.link(name, segments[-1], src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
                     else:
                         os.rename(name, segments[-1], src_dir_fd=source, dst_dir_fd=parent)
-                    # Within the lock: who is refused by this object may rely on it.
+                    # Within the lock: a process that is refused because of this object may rely on it.
                     os.fsync(parent)
                     return
                 except FileNotFoundError:
                     os.stat(name, dir_fd=source, follow_symlinks=False)  # raises if it is the source that is gone
                 except FileExistsError:
-                    # Somebody who holds no lock of ours made the file.
+                    # Another program, without the lock, made the file.
                     raise lost(key, None, None) from None
                 finally:
                     os.close(parent)
@@ -559,7 +558,7 @@ class LocalStore(Store, HasClock, HasRoom):
             )
 
     def _admit(self, key: str, parent: int, leaf: str, mode: PutMode, e_tag: str | None) -> None:
-        """Whether the mode allows the write, given what is there now. The caller holds the key's lock."""
+        """Return if the mode allows the write over the existing object. The caller holds the key's lock."""
         try:
             status = os.stat(leaf, dir_fd=parent, follow_symlinks=False)
         except FileNotFoundError:
@@ -567,7 +566,7 @@ class LocalStore(Store, HasClock, HasRoom):
                 raise lost(key, e_tag, None) from None
             return
         if stat.S_ISDIR(status.st_mode):
-            # A writer that died between mkdir and link leaves an empty directory, and that is no object.
+            # A writer that died between mkdir and link leaves an empty directory, which is not an object.
             try:
                 os.rmdir(leaf, dir_fd=parent)
             except OSError as error:
@@ -599,14 +598,14 @@ class LocalStore(Store, HasClock, HasRoom):
 
     @contextmanager
     def _own(self, name: str, *, make: bool = True) -> Generator[PrivateDirectory]:
-        """One of the store's own directories: `tmp`, `locks` or `uploads`.
+        """One of the store's private directories: `tmp`, `locks` or `uploads`.
 
         Args:
-            make: Make what is missing, the store included, and sweep once per store object.
+            make: Make missing directories, including the store's, and sweep once per store object.
 
         Raises:
-            RefusedError: a link or another user's directory lies in its place.
-            FileNotFoundError: it is missing and was not to be made.
+            RefusedError: in its place is a link or another user's directory.
+            FileNotFoundError: the directory is missing, and `make` is false.
         """
         if make:
             make_directory(self.root)
@@ -621,21 +620,21 @@ class LocalStore(Store, HasClock, HasRoom):
                 try:
                     self._sweep()
                 except OSError as error:
-                    # Leftovers that stay are no reason to refuse what was asked for.
+                    # Leftovers that cannot be removed must not fail the operation.
                     _log.warning("store.not_swept url=%s error=%s", self.url, error)
             yield own
 
     def _sweep(self) -> None:
-        """Remove what dead processes left: old temporary files, and uploads without payload."""
+        """Remove leftovers of dead processes: old temporary files, and uploads without payload."""
         oldest = self._now_ns() / 1e9 - _SWEEP_AFTER_S
         with self._own("tmp") as tmp, self._own("uploads") as uploads:
             for name, status in tmp.entries():
                 if status.st_mtime <= oldest:
-                    with suppress(OSError):  # another process is quicker, or something in it is not ours to remove
+                    with suppress(OSError):  # another process was faster, or a file in it cannot be removed
                         tmp.remove(name)
                         _log.info("store.swept name=%s", name)
             for upload_id in filter(is_upload_id, uploads.names()):
-                # Nothing puts a payload back, so a directory without one is dead whoever may still have it open.
+                # A payload never comes back, so a directory without one is dead even if a process has it open.
                 with suppress(FileNotFoundError, RefusedError):
                     with uploads.below(upload_id) as upload:
                         dead = not upload.has("payload")
@@ -663,7 +662,7 @@ class LocalStore(Store, HasClock, HasRoom):
         except FileNotFoundError:
             return None
         except ArtifactInvalid as error:
-            # It was whole when the upload began, so it was damaged since; nobody can take the upload up any more.
+            # The file was complete when the upload began, so it was damaged later; the upload cannot be continued.
             _log.warning("store.upload_damaged upload_id=%s error=%s", upload_id, error)
             self._drop_upload(upload_id)
             return None
@@ -675,7 +674,7 @@ class LocalStore(Store, HasClock, HasRoom):
 
     def _drop_upload(self, upload_id: str) -> None:
         self._journals.pop(upload_id, None)
-        # Renamed first, so that the upload goes at once and not file by file.
+        # The rename comes first, so that the upload disappears at once and not file by file.
         doomed = f"{upload_id}-{uuid.uuid4().hex}"
         with self._own("uploads") as uploads, self._own("tmp") as tmp, suppress(FileNotFoundError):
             uploads.rename(upload_id, doomed, tmp)
@@ -686,10 +685,10 @@ class LocalStore(Store, HasClock, HasRoom):
     def _replace_part(
         self, upload: OpenUpload, held: PartMeta, payload: int, journal: int, offset: int, body: Body
     ) -> PartMeta:
-        """Write a part that was acknowledged before; until all of `body` has arrived the earlier bytes stay.
+        """Write a part that was acknowledged before; the earlier bytes stay until all of `body` has arrived.
 
-        A process that was given up for dead sends parts again that its successor has sent: the same bytes, for which
-        the record may stand all the time. Other bytes take the record back first, because it must not vouch for a
+        A process that was believed dead may send parts that its successor has already sent. Usually these are the same
+        bytes, and the record stays valid. If they differ, the record is revoked first, because it must not cover a
         mixture.
         """
         with self._temporary("put_part", upload.key) as (_, fd):
@@ -706,7 +705,8 @@ class LocalStore(Store, HasClock, HasRoom):
     ) -> Generator[OpenUpload]:
         """The upload, under its shared or exclusive lock.
 
-        Part writers share the lock and complete excludes them: else a straggler could write into the finished object.
+        Part writers share the lock, and complete excludes them. Otherwise a late writer could write into the finished
+        object.
         """
         check_key(key)
         if not is_upload_id(upload_id):

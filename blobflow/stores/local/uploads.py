@@ -24,7 +24,7 @@ _MAX_PARTS = 10_000
 
 
 class JournalState(NamedTuple):
-    """What a journal said up to byte `read_to`; replaced as a whole, because threads share it."""
+    """The parts in a journal up to byte `read_to`; never changed in place, because threads share it."""
 
     parts: dict[int, PartMeta]
     read_to: int
@@ -41,14 +41,14 @@ class OpenUpload:
     journals: dict[str, JournalState]
 
     def parts(self) -> dict[int, PartMeta]:
-        """The acknowledged parts by number, those of other processes included."""
+        """The acknowledged parts by number, including those of other processes."""
         with translated("list_parts", self.key):
             try:
                 journal = os.fdopen(self.directory.open("parts.jsonl", os.O_RDONLY), "rb")
             except FileNotFoundError:
                 raise no_such_upload(self.key, self.upload_id) from None
             with journal:
-                # Every reading appends to a copy of what an earlier one left, from where that one ended.
+                # Each read starts where an earlier one ended, with a copy of its parts.
                 state = self.journals.get(self.upload_id, JournalState({}, 0))
                 parts, read_to = dict(state.parts), state.read_to
                 for end, line in whole_lines(journal, state.read_to, longest=_READ_BYTES):
@@ -59,7 +59,7 @@ class OpenUpload:
 
     @contextmanager
     def part_lock(self, part_number: int) -> Generator[None]:
-        """Hold off other writers of the same part, so that its bytes are those of one of them."""
+        """Lock a part against other writers, so that all of its bytes come from one of them."""
         with translated("put_part", self.key):
             try:
                 with self.directory.below("part-locks") as locks:
@@ -90,16 +90,16 @@ class OpenUpload:
 
     @staticmethod
     def append(journal: int, part_number: int, size: int | None, checksum: int | None) -> None:
-        """Record a part durably; `size` None takes an earlier record back."""
+        """Record a part durably; `size` None revokes an earlier record."""
         append_lines(journal, [json.dumps({"part": part_number, "size": size, "crc32c": checksum})])
         os.fdatasync(journal)
 
 
 def read_upload_intent(data: bytes) -> dict[str, Any]:
-    """The contents of `upload.json`, of which `created` is a time.
+    """The contents of `upload.json`; `created` is a datetime.
 
     Raises:
-        ArtifactInvalid: it is damaged.
+        ArtifactInvalid: the file is damaged.
     """
     intent: dict[str, Any] = read_object(data, "upload.json")
     key, part_size = intent.get("key"), intent.get("part_size")
@@ -121,7 +121,7 @@ def _replay(parts: dict[int, PartMeta], line: bytes) -> None:
         return  # empty, or the torn record of a process that died: that part was not acknowledged
     number, size, checksum = (record.get(name) for name in ("part", "size", "crc32c"))
     if not isinstance(number, int) or not 1 <= number <= _MAX_PARTS:
-        return  # damaged, as everything that does not fit: that part is sent again
+        return  # the record is damaged, so the part is sent again
     if size is None or not (isinstance(size, int) and isinstance(checksum, int)):
         parts.pop(number, None)
     else:
@@ -129,10 +129,10 @@ def _replay(parts: dict[int, PartMeta], line: bytes) -> None:
 
 
 def check_parts(key: str, parts: Sequence[PartMeta], held: dict[int, PartMeta], part_size: int) -> int:
-    """The size of the object that `parts` make.
+    """The size of the object made of `parts`.
 
     Raises:
-        UploadIncomplete: they are not dense from 1, not what the journal says, or leave holes in the payload.
+        UploadIncomplete: the parts have gaps in their numbers, differ from the journal, or leave holes in the payload.
     """
 
     def incomplete(reason: str) -> UploadIncomplete:
@@ -155,5 +155,5 @@ def check_parts(key: str, parts: Sequence[PartMeta], held: dict[int, PartMeta], 
 
 
 def is_upload_id(upload_id: str) -> bool:
-    """Whether it has the form of one."""
+    """Whether the text has the form of an upload id."""
     return re.fullmatch(r"[0-9a-f]{32}", upload_id) is not None
