@@ -28,7 +28,7 @@ __all__ = ["main", "run"]
 _M_ARENA_MAX = -8
 """malloc.h: the number of heaps that threads may have."""
 _M_MMAP_THRESHOLD = -3
-"""malloc.h: from how many bytes on a block is none of a heap's; a number that is set does not grow by itself."""
+"""malloc.h: blocks of at least this size stay outside of the heaps. Setting it also stops its automatic growth."""
 _LARGE_BYTES = 128 * 1024
 
 
@@ -53,7 +53,7 @@ def _have_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            # A path that is not valid Unicode must not be what makes a report fail.
+            # A path that is not valid Unicode must not make a report fail.
             stream.reconfigure(errors="backslashreplace")
     sys.stderr = cast("TextIO", Tolerant(sys.stderr))
 
@@ -82,7 +82,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         return _run(arguments, settings)
     except OutputLost as lost:
-        # Whoever reads our output may have seen enough.
+        # The reader of our output may have seen enough.
         if not isinstance(lost.__cause__, BrokenPipeError):
             settings.complain(f"standard output cannot be written: {lost}")
         return 1
@@ -121,7 +121,7 @@ def _unexpected(error: Exception, settings: Settings) -> int:
 
 
 class _Stopped(BaseException):
-    """A signal asks the process to end. No Exception, as KeyboardInterrupt is none: nothing takes it for a failure."""
+    """A signal asks the process to end. It is not an Exception, so no handler takes it for a failure."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

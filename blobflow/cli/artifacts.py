@@ -76,7 +76,7 @@ def _exporter(source: Path, backend: str, options: dict[str, Any]) -> Exporter:
     kind, _ = core.backend_classes(backend)
     for name in options:
         if name not in kind.model_fields:
-            raise click.UsageError(f"--{name.replace('_', '-')} is no option for --from {backend}")
+            raise click.UsageError(f"--{name.replace('_', '-')} does not apply to --from {backend}")
     return kind(path=source, **options)
 
 
@@ -190,7 +190,7 @@ def _sent(
     heal: bool,
     on_progress: OnProgress,
 ) -> tuple[UploadResult, str]:
-    """Upload an artifact; what that did, and in one word. With `heal`, what was there already is proven first."""
+    """Upload an artifact; the result, and its status. With `heal`, content that was there already is verified first."""
     result = core.upload(store, key, artifact, profile=profile, overwrite=overwrite, on_progress=on_progress)
     if not heal or result.status != "unchanged":
         return result, result.status

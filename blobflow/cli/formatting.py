@@ -69,7 +69,7 @@ def left_out_facts(result: ExportResult | LayerSyncResult | None) -> dict[str, A
 
 
 def left_out(facts: dict[str, Any]) -> list[str]:
-    """Lines about `left_out_facts`, if there is something to say."""
+    """Lines about `left_out_facts`; empty if nothing was left out."""
     counts = [f"{facts['excluded']} excluded"] * bool(facts["excluded"])
     counts += [f"{facts['symlinks_skipped']} symbolic links"] * bool(facts["symlinks_skipped"])
     counts += map(printable, facts["left_out"])
@@ -78,12 +78,12 @@ def left_out(facts: dict[str, Any]) -> list[str]:
 
 
 def from_before(count: int) -> str:
-    """The part of a sentence about what an earlier attempt had moved."""
+    """The part of a sentence about the bytes that an earlier attempt moved."""
     return f", {human_size(count)} were there from before," if count else ""
 
 
 def printable(text: str) -> str:
-    """`text` on one line and without what a terminal would obey: names and manifests may come from a stranger."""
+    """`text` on one line, without control sequences for the terminal: a stranger may have chosen the names."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -36,7 +36,7 @@ FILE: Final = click.Path(exists=True, dir_okay=False)
 
 
 _SHOWN: Final = frozenset({"listed", "found", "probed", "empty", "bootstrapping", "following"})
-"""Of documents that are all that their command makes."""
+"""Statuses of documents that are the only result of their command."""
 
 
 @dataclass
@@ -58,13 +58,13 @@ class Settings:
     """Whether the command continues where it stopped when it is run again."""
 
     def transfer_profile(self) -> ChunkProfile:
-        """The named profile, with what was given beside it."""
+        """The named profile, with the options that change it."""
         given = {"chunk_size": self.chunk_size, "workers": self.workers}
         changes = {name: value for name, value in given.items() if value is not None}
         return core.ChunkProfile.named(self.profile).model_copy(update=changes)
 
     def for_one_of_two(self, store: str, endpoint_url: str | None = None, region: str | None = None) -> Settings:
-        """These settings for a store that is used beside another: what only S3 knows is kept from all others."""
+        """These settings for a store that is used beside another; options for S3 apply only to stores on S3."""
         if not _is_s3(store):
             return replace(self, store=store, endpoint_url=endpoint_url, region=region, content_md5=False)
         return replace(self, store=store, endpoint_url=endpoint_url or self.endpoint_url, region=region or self.region)
@@ -132,7 +132,7 @@ class Settings:
             click.echo(f"Error: {printable(message)}", err=True)
 
     def stopped(self, number: signal.Signals) -> int:
-        """Report the signal that ended the command; the exit code that says so."""
+        """The exit code for the signal that ended the command, which is also reported."""
         hint = TemporaryError.hint if self.resumes else ""
         self.fail({"type": "Interrupted", "message": f"stopped by {number.name}", "hint": hint})
         return 128 + number
@@ -150,7 +150,7 @@ class _LogLines(logging.Handler):
 
 
 def _show_log(verbose: int) -> None:
-    # This package's own log alone: what a client library logs may hold what it signs.
+    # Only this package's log: the logs of client libraries may contain what they sign.
     handler = _LogLines()
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     package = logging.getLogger("blobflow")
@@ -206,7 +206,7 @@ class SampleType(click.ParamType[tuple[int, int]]):
         slices = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", str(value))
         number, count = map(int, slices.groups()) if slices else (0, 0)
         if not 1 <= number <= count:
-            self.fail(f"{value!r} is no sample: N/T is the Nth of T slices, for example 1/7", param, ctx)
+            self.fail(f"{value!r} is not a sample: N/T is the Nth of T slices, for example 1/7", param, ctx)
         return number, count
 
 

@@ -1,4 +1,4 @@
-"""Pushes snapshots to a remote receiver, and continues where it stands after broken connections and crashes."""
+"""Pushes snapshots to a remote receiver, and continues at its offset after broken connections and crashes."""
 
 from __future__ import annotations
 

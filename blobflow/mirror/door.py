@@ -23,7 +23,7 @@ from blobflow.config import KIB
 log = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES: Final = 16 * KIB
-"""Of a request; a sender's has about 400. The parser may get one piece more that the system has read: 256 KiB."""
+"""Largest head of a request; a sender's has about 400 bytes. The parser may get one more piece of a read: 256 KiB."""
 HEAD_TIMEOUT_S: Final = 10.0
 MAX_CONNECTIONS: Final = 256
 _TOO_LARGE: Final = b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"

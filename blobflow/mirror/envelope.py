@@ -21,7 +21,7 @@ from blobflow.untrusted import quoted
 MAGIC: Final = b"BFMS"
 VERSION: Final = 1
 MAX_PAYLOAD_BYTES: Final = 16 * MIB
-"""Of one frame: what a receiver has to hold in memory for each connection."""
+"""Largest payload of one frame: a receiver holds this much in memory for each connection."""
 
 _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
@@ -40,10 +40,10 @@ class SnapshotId(NamedTuple):
     position: int
     """Where in the source's history it was taken (a log sequence number, a time); 0 to 2**64 - 1, greater is newer."""
     digest: str
-    """`sha256:...`: of the artifact's manifest, or of the bytes themselves."""
+    """`sha256:...` of the artifact's manifest, or of the bytes if the snapshot is a file."""
 
     def checked(self) -> SnapshotId:
-        """Itself.
+        """This id, if it is well-formed.
 
         Raises:
             RefusedError: a part of it is not well-formed; both names become names of files.
@@ -227,5 +227,5 @@ def _names(data: bytes) -> tuple[str, str]:
     first = 1 + data[0] if data else 0
     source, second = data[1:first], data[first:]
     if not second or len(second) != 1 + second[0]:
-        raise IntegrityError("the names in a frame are not as long as they say")
+        raise IntegrityError("the names in a frame do not have their declared length")
     return source.decode("latin-1"), second[1:].decode("latin-1")

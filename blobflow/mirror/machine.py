@@ -2,19 +2,19 @@
 
     state, envelope -> `receive` -> state, actions
 
-The actions are performed in order; only then the new state counts. If one fails, for whatever reason, the state is
-forgotten and `restore` makes it again from the disk. So there is one way to recover, the same after a full disk, a bug
-and a power cut, and it costs at most what came after the last checkpoint.
+The actions are performed in order; only then the new state counts. If one fails, for any reason, the state is dropped
+and `restore` makes it again from the disk. So there is one way to recover, after a full disk, a bug or
+a power cut. It costs at most the bytes after the last checkpoint.
 
-| a chunk | is |
+| chunk | result |
 |---|---|
-| that continues at the offset reached | appended |
-| at offset 0 | a new beginning, unless it is the very chunk that lies there |
-| that was taken already: same offset, length, checksum | acknowledged again; the last 64 and the first are known |
-| at another offset | refused, with the offset that is expected |
-| whose bytes are not those of its CRC32C | refused: one bad chunk costs one chunk |
-| that passes the declared size, or is the last one and does not reach it | refused |
-| of a snapshot that is complete | acknowledged: a complete snapshot never changes |
+| continues at the offset reached | appended |
+| at offset 0 | starts the snapshot again, unless the same chunk is already there |
+| already received: same offset, length, checksum | acknowledged again; the first chunk and the last 64 are remembered |
+| at another offset | refused, with the expected offset |
+| its bytes do not match its CRC32C | refused: one bad chunk costs one chunk |
+| goes past the declared size, or is the last one and ends before it | refused |
+| belongs to a complete snapshot | acknowledged: a complete snapshot never changes |
 
 A refusal changes nothing.
 """

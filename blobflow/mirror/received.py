@@ -1,11 +1,11 @@
-"""A receiver's directory as a store, so that everything that reads artifacts can read what was pushed.
+"""A receiver's directory as a store, so that everything that reads artifacts can read pushed snapshots.
 
 | key | is |
 |---|---|
 | `<database>/<stem>` | the payload of a complete snapshot that is an artifact |
 | `<database>/<stem>.manifest.json` | its manifest, which is the beginning of the payload |
 | `<database>/latest.ref.json` | a ref to the artifact with the greatest position |
-| `<database>/<source>/latest.ref.json` | the same among those of one source |
+| `<database>/<source>/latest.ref.json` | a ref to the artifact of one source with the greatest position |
 
 The stem is that of the receiver's files, so keys sort by position. The store is trusted no more than any other: a
 reader compares each member with its digest.
@@ -37,7 +37,7 @@ LATEST: Final = "latest"
 
 _HEADER: Final = 512
 _SIZE_FIELD: Final = slice(124, 135)
-"""Of a tar header (docs/format.md): eleven octal digits."""
+"""Size field of a tar header (docs/format.md): eleven octal digits."""
 
 
 class _Offered(NamedTuple):
@@ -83,13 +83,13 @@ class ReceivedStore(Reader):
         return self._offered(key).received.id
 
     def follow(self, key: str, cursor: JsonValue) -> JsonValue:
-        """Note durably that the artifact under `key` was imported: the snapshot is `Following` from now on.
+        """Record durably that the artifact under `key` was imported: the snapshot is `Following` from now on.
 
         Args:
-            cursor: Where the mirror stands; by default at the position of the snapshot.
+            cursor: Position of the mirror; by default that of the snapshot.
 
         Returns:
-            The cursor that was noted.
+            The recorded cursor.
         """
         received = self._offered(key).received
         status = Following(received.id.position if cursor is None else cursor)

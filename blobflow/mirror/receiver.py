@@ -1,12 +1,12 @@
 """The receiver of pushes: for each snapshot a state machine, its files, and one lock.
 
     <data_dir>/recv_snapshots/.lock                            one receiver at a time
-    <data_dir>/recv_snapshots/<database>/<stem>.journal        what is vouched for: docs/mirror.md, "On disk"
-    <data_dir>/recv_snapshots/<database>/<stem>.partial        what arrived so far
-    <data_dir>/recv_snapshots/<database>/<stem>.snapshot       the same file, once it is whole
+    <data_dir>/recv_snapshots/<database>/<stem>.journal        the durable bytes: docs/mirror.md, "On disk"
+    <data_dir>/recv_snapshots/<database>/<stem>.partial        the bytes that arrived so far
+    <data_dir>/recv_snapshots/<database>/<stem>.snapshot       the same file, once it is complete
 
 The stem is the position, in 20 digits, and the beginning of a hash of the snapshot's whole id: snapshots of one
-database lie beside each other, in the order of their positions, and none replaces another.
+database are stored beside each other, in the order of their positions, and none replaces another.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _Slot:
     users: int = 0
     """Threads that hold the lock or wait for it. A slot that nobody uses and that has no state is dropped."""
     state: SessionState | None = None
-    """None: what lies on disk decides."""
+    """None: the state on disk decides."""
     poison: str = ""
 
 
@@ -97,7 +97,7 @@ class MirrorReceiver:
 
     Raises:
         TransferBusy: another receiver uses the directory.
-        RefusedError: in the place of its directory lies a link, or another user's directory.
+        RefusedError: its directory is a link, or belongs to another user.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class MirrorReceiver:
     def handle(self, envelope: SnapshotEnvelope) -> Pending | Committed:
         """Accept one chunk; see the table in `blobflow.mirror.machine`. It is written when this returns.
 
-        Blocks for as long as the disk takes: call it in a thread, not in an event loop.
+        Blocks until the disk has the bytes: call it in a thread, not in an event loop.
 
         Raises:
             OffsetRegressionError: continue at its `expected`.
@@ -462,15 +462,15 @@ class _Files:
         return max(times)
 
     def follow(self, snapshot: SnapshotId, cursor: Cursor) -> Step:
-        """Note that a complete snapshot was imported. Other processes may do the same at the same time."""
+        """Record that a complete snapshot was imported. Other processes may do the same at the same time."""
         with suppress(FileNotFoundError), self._own() as own, _file(own, self.journal, os.O_RDONLY) as journal:
             lock(journal)
-            # Without repair: what is not complete is the receiver's, which may be writing to it.
+            # Without repair: an incomplete snapshot belongs to the receiver, which may be writing to it.
             step = machine.follow(self.restore(snapshot, repair=False), cursor)
             for action in step.actions:
                 self.perform(action)
             return step
-        return machine.follow(SessionState(snapshot), cursor)  # which says that it is not there
+        return machine.follow(SessionState(snapshot), cursor)  # raises: the snapshot is not there
 
     def remove(self) -> None:
         """Remove a complete snapshot, then its journal, by which a repeated call finds it."""
@@ -537,7 +537,7 @@ class _Files:
 
 @contextmanager
 def _directory_of(received: Path, database: str | None = None, *, make: bool = False) -> Generator[PrivateDirectory]:
-    """The private directory of all received snapshots, or of one database; `received` lies where a user said."""
+    """The private directory of all received snapshots, or of one database; a user chose the place of `received`."""
     if make:
         make_directories(received.parent, 0o700)
     above = os.open(received.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -51,7 +51,7 @@ MIN_TOKEN_CHARACTERS: Final = 16
 _MAX_PUSHES: Final = 16
 _MAX_SENDERS_BYTES: Final = 1 << 20
 _TIMER_SHARE: Final = 0.1
-"""Of the idle timeout, by which silence may be noticed early."""
+"""Share of the idle timeout by which silence may be noticed early."""
 _STATUS: Final[tuple[tuple[type[BlobflowError], int], ...]] = (
     (ObjectTooLarge, 413),
     (OffsetRegressionError, 409),
@@ -208,7 +208,7 @@ class _Api:
     def _sender_of(self, request: Request) -> Sender | None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         digest, found = _digest(given.strip()), None
-        # Digests have one length, so that the comparison tells nothing of the token's; and all are compared.
+        # All digests have the same length and all are compared, so the time reveals nothing about a token.
         for known, sender in self._senders:
             if hmac.compare_digest(digest, known) and scheme.lower() == "bearer":
                 found = sender

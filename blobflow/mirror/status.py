@@ -1,4 +1,4 @@
-"""What a mirror shows, where it stands, and whether it is behind; read from its directory by any process."""
+"""What a mirror shows, its position, and whether it is behind; any process may read it from the directory."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _BLOCK_BYTES: Final = 512
 
 @dataclass(frozen=True)
 class MirrorStatus:
-    """What a mirror shows and where it stands."""
+    """What a mirror shows, and its position."""
 
     path: Path
     state: Literal["empty", "bootstrapping", "following"]
     """`bootstrapping`: nothing is shown yet, and something is arriving; `following`: an artifact was imported."""
     backend: str | None = None
     artifact_digest: str | None = None
-    """Of the artifact that is shown, or that the shown data began with."""
+    """Digest of the artifact that is shown, or that the shown data began with."""
     key: str | None = None
-    """Under which it was published; None if the mirror does not know."""
+    """Key under which it was published; None if the mirror does not know."""
     cursor: JsonValue = None
-    """Where in the source's history the mirror stands."""
+    """Position of the mirror in the source's history."""
     created_at: datetime | None = None
     """When the artifact was made."""
     imported_at: datetime | None = None

@@ -1,6 +1,6 @@
-"""Bring a mirror up to date: is it current, else download, import and record.
+"""Bring a mirror up to date: download, import and record, unless it is current.
 
-| step | skipped where |
+| step | skipped if |
 |---|---|
 | download into the importer's staging (`stage_artifact`) | the mirror shows the artifact, or it has landed already |
 | refuse to replace a newer artifact by an older one | no ref is given |
@@ -25,7 +25,7 @@ from blobflow.uploads.progress import OnProgress, OnRecord
 
 @dataclass(frozen=True)
 class MirrorUpdate:
-    """What an update downloaded and what it imported; each is `unchanged` where there was nothing to do."""
+    """What an update downloaded and imported; each is `unchanged` if there was nothing to do."""
 
     download: DownloadResult
     imported: ImportResult
@@ -49,9 +49,8 @@ def stage_artifact(
 ) -> DownloadResult:
     """Download the artifact into the importer's staging, so that the import is a rename.
 
-    No request is made if the mirror shows the artifact or if it lies in the staging already; the result is then
-    `unchanged`, and its path says where the artifact is. What an earlier process or some lanes have landed of it is
-    not fetched again.
+    No request is made if the mirror shows the artifact or the staging has it already. The result is then `unchanged`,
+    and its path says where the artifact is. Bytes that an earlier process or lanes have landed are not fetched again.
 
     Args:
         digest: The artifact (`sha256:...`) that `key` must hold.
@@ -100,7 +99,7 @@ def update_mirror(
     Args:
         ref: The full name of the ref that the mirror follows, e.g. `orders/latest`. A mirror that shows what the ref
             names does not go back to the artifact of an earlier round.
-        round_number: The round that made the artifact; None: it is not known, and nothing is refused.
+        round_number: The round that made the artifact; None if it is not known: then nothing is refused.
         on_progress: See `download`.
         on_checkpoint: See `download`.
         on_import: Called with the bytes imported and the bytes in total.
@@ -121,7 +120,7 @@ def update_mirror(
 
 
 def _landed(importer: Importer, digest: str) -> Artifact | None:
-    """The artifact in the importer's staging, where it lies whole; the import verifies its members."""
+    """The complete artifact in the importer's staging; the import verifies its members."""
     staging = importer.staging(digest)
     if not Artifact.is_artifact(staging):
         return None
@@ -130,7 +129,7 @@ def _landed(importer: Importer, digest: str) -> Artifact | None:
 
 
 def _check_newer(store: Reader, ref: str, digest: str, round_number: int | None, importer: Importer) -> None:
-    """Return unless the mirror shows what the ref names, and the artifact is that of an earlier round.
+    """Return unless the mirror shows what the ref names and the artifact is from an earlier round.
 
     Raises:
         LeaseLost: it would go back.

@@ -284,10 +284,10 @@ def test_a_log_is_pushed_and_brought_to_life(call: Call, tmp_path: Path):
 def test_what_does_not_fit_a_backend_is_refused_before_a_byte_moves(call: Call, source: Path, tmp_path: Path):
     """Options of another backend, an artifact of another one, one that is an artifact already."""
     wrong = call("push", source, "k", "--cursor-query", "SELECT 1")
-    assert (wrong.code, "--cursor-query is no option for --from directory" in wrong.err) == (2, True)
+    assert (wrong.code, "--cursor-query does not apply to --from directory" in wrong.err) == (2, True)
     database(tmp_path / "db", 1)
     wrong = call("export", tmp_path / "db", tmp_path / "a", "--from", "sqlite", "--exclude", "x")
-    assert (wrong.code, "--exclude is no option for --from sqlite" in wrong.err) == (2, True)
+    assert (wrong.code, "--exclude does not apply to --from sqlite" in wrong.err) == (2, True)
     call("push", source, "k")
     other = call("pull", "k", "--import", "sqlite", tmp_path / "mirror")
     assert (other.code, "--import directory TARGET" in other.err) == (5, True)

@@ -1,10 +1,10 @@
-"""Clients of a store, each used by one call at a time, and every call of theirs bounded in time.
+"""Clients of a store: each is used by one call at a time, and every call has a time limit.
 
-Many client libraries (paramiko, ftplib) are not made for threads: two calls on one connection wait for each other for
-ever, or get each other's answers. So a call takes a client out of a pool, alone, and puts it back. A client that failed
-in the middle of something is closed and never used again: nobody knows what is still on its way in its connection.
+Many client libraries (paramiko, ftplib) are not thread-safe: two calls on one connection wait for each other forever,
+or get each other's responses. So a call takes a client out of a pool, alone, and puts it back. A client that failed in
+the middle of a call is closed and never used again, because its connection may still carry parts of that call.
 
-Each client has a thread of its own, in which the library's calls run: a call that never returns can be given up.
+The library's calls run in a separate thread for each client, so that a call that never returns can be given up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from blobflow.forks import reset_after_fork_of
 _T = TypeVar("_T")
 
 SLOWEST_BYTES_PER_S = 16 * 1024
-"""A library does not say how far it is. What it moves at less than this, per call, counts as silence."""
+"""A library does not report progress. A call that moves less than this counts as silent."""
 
 
 class Silence(Exception):
@@ -33,13 +33,13 @@ class Client:
     """One connection, made by `connect` in the thread that all calls then run in.
 
     Args:
-        connect: Makes the library's own object.
+        connect: Makes the library's object.
         idle_timeout_s: Longest silence of a call.
-        threaded: False for what never waits for anybody: calls then run in the caller's thread, and without a bound.
+        threaded: False for libraries that never wait: calls then run in the caller's thread, without a time limit.
 
     Attributes:
-        broken: Whether nobody may use it again.
-        raised: What the library raised since the client was taken out of its pool.
+        broken: Whether it must not be used again.
+        raised: The library's errors since the client was taken out of its pool.
     """
 
     def __init__(self, connect: Callable[[], Any], idle_timeout_s: float, *, threaded: bool = True) -> None:
@@ -124,7 +124,7 @@ class ClientPool:
     """Clients for one call each; as many as there are calls at a time, kept for the next ones.
 
     Args:
-        connect: Makes the library's own object.
+        connect: Makes the library's object.
         idle_timeout_s: Longest silence of a call.
         threaded: See `Client`.
     """
@@ -137,7 +137,7 @@ class ClientPool:
         reset_after_fork_of(self)
 
     def reset_after_fork(self) -> None:
-        """See `ResettableAfterFork`: a child makes connections of its own."""
+        """See `ResettableAfterFork`: a child makes new connections."""
         self._lock = threading.Lock()
         self._idle: list[Client] = []
 

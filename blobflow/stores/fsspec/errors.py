@@ -1,17 +1,17 @@
 """Errors of fsspec's file systems and of the client libraries below them, in this package's words.
 
-No library is imported here: its errors are known by their names, and by the status that they carry.
+No library is imported here: its errors are recognised by their names, and by their status.
 
 | what happened | error | again? |
 |---|---|---|
 | wrong password or key, 401, 403, permission denied | `StoreConfigurationError` | no |
 | an option is missing, misspelt, or has a value that the library refuses | `UsageError` | no |
 | other refusals: HTTP 4xx, FTP 5yz, certificates | `StoreConfigurationError` | no |
-| 408, 423, 429, 5xx, FTP 4yz, broken connections, all that nobody knows | `StoreUnavailable`, `SlowDown` | yes |
+| 408, 423, 429, 5xx, FTP 4yz, broken connections, unknown errors | `StoreUnavailable`, `SlowDown` | yes |
 | silence | `TimedOut` | yes |
 
-The text of a foreign error may quote URLs and headers, and with them credentials. It is shown only for errors that come
-before anything was sent, without the values of the options, and at most 200 characters of it.
+The text of a foreign error may quote URLs and headers, and with them credentials. It is shown only for errors from
+before the first request, without the values of the options, and at most 200 characters of it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PACKAGES = {
     "ssh": "paramiko",
     "webdav": "webdav4[fsspec]",
 }
-"""What brings a scheme; fsspec itself knows some of them only once they are installed."""
+"""The package for each scheme; fsspec itself knows some schemes only once their package is installed."""
 
 _CREDENTIALS = frozenset(
     {
@@ -174,10 +174,10 @@ def known_options(implementation: type[Any]) -> set[str]:
 
 
 def check_options(scheme: str, implementation: type[Any], options: Mapping[str, Any]) -> None:
-    """Refuse an option that looks like a misspelt one; most file systems swallow those.
+    """Refuse an option that looks misspelt; most file systems ignore such options.
 
-    Some hand what they do not know to a library, whose names nobody can list. So an unknown name passes unless it is
-    nearly a known one, or all are known.
+    Some pass unknown options to a library, and its names cannot be listed. So an unknown name passes unless it is
+    nearly a known one, or all names are known.
 
     Raises:
         UsageError: with the nearest name.
@@ -206,7 +206,7 @@ def _clients_of(implementation: type[Any]) -> list[Any]:
 
 
 def _sftp_own(temppath: str, host_key_policy: str) -> None:
-    """Its options that do not stand in its signature."""
+    """Its options that are not in its signature."""
 
 
 def _parameters(makes: Any) -> set[str]:
@@ -221,7 +221,7 @@ def _variables(scheme: str, names: str) -> list[str]:
 
 
 def _by_kind(error: Exception, what: str, about: _About) -> BlobflowError | None:
-    """The error by what every library has in common; None if it says nothing of the kind."""
+    """The error by facts that all libraries share; None if there are none."""
     status = _status(error)
     names = {kind.__name__ for each in _chain(error) for kind in type(each).__mro__}
     text = str(error)

@@ -1,7 +1,7 @@
 """Any other fsspec file system as a store: whole objects, without resume.
 
-What fsspec cannot promise is not promised here: there are no multipart uploads, and conditional writes exist for
-`memory://` alone, where one process is all there is. Durability is the file system's own.
+It promises no more than fsspec can: there are no multipart uploads, and only `memory://` has conditional writes,
+because it serves one process. Durability is that of the file system.
 
 An object appears at once and whole. On object stores fsspec does that when the file is closed; elsewhere the bytes go
 to `<root>/.blobflow/tmp/` first and are moved from there.
@@ -78,7 +78,7 @@ _ANSWERS = (BlobflowError, FileNotFoundError, FileExistsError, IsADirectoryError
 _E_TAG_FIELDS = ("ETag", "etag", "e_tag")
 _TIME_FIELDS = ("LastModified", "last_modified", "mtime", "updated", "modified", "modify", "created")
 _FACT_FIELDS = ("ino", "unique")
-"""What distinguishes a file from the one that it replaced, where there is no entity tag."""
+"""Fields that distinguish a file from the one that it replaced, if there is no entity tag."""
 
 
 def _aiohttp_timeout(seconds: float) -> Any:
@@ -101,7 +101,7 @@ _IDLE_OPTIONS: dict[str, Callable[[float], dict[str, Any]]] = {
         ("az", "abfs", "abfss", "adl"), lambda s: {"connection_timeout": int(s) or 1, "read_timeout": int(s) or 1}
     ),
 }
-"""How to tell a library to give up on silence. Whatever it does, `Client.run` gives its calls up."""
+"""Options that make a library give up on silence. In any case, `Client.run` gives its calls up."""
 
 _T = TypeVar("_T")
 
@@ -351,7 +351,7 @@ class FsspecStore(Store):
 
     @contextmanager
     def _target(self, client: Client, key: str) -> Generator[str]:
-        """A path to write to; what was written appears under the key when the block ends well."""
+        """A path to write to; the file appears under the key when the block ends without an error."""
         final = self._path(key)
         if self._appears_on_close or self._memory:
             yield final
@@ -385,16 +385,16 @@ class FsspecStore(Store):
         return self._webdav and (";" in key or "?" in key)
 
     def _publish(self, client: Client, temporary: str, final: str) -> None:
-        """Rename, over what is there."""
+        """Rename, and replace an existing file."""
         fs = client.connection
         if self._webdav:
-            # By itself it copies and deletes, and not onto what is there.
+            # Its own move copies and deletes, and does not replace an existing file.
             client.run(fs.client.move, temporary, final, overwrite=True)
             return
         try:
             client.run(fs.mv, temporary, final)
         except FileExistsError:
-            # A file system without replacing renames: what is there goes out of the way, and comes back on failure.
+            # A file system without replacing renames: the old file is moved away, and comes back on failure.
             aside = self._temporary()
             client.run(fs.mv, final, aside)
             try:
@@ -440,7 +440,7 @@ class FsspecStore(Store):
             raise
 
     def _discard(self, client: Client, key: str, handle: Any) -> None:
-        """Let go of a half-written file. Closing it would publish what is there so far."""
+        """Drop a half-written file. Closing it would publish its incomplete content."""
         try:
             if self._appears_on_close or self._webdav:
                 client.run(handle.discard)
@@ -467,13 +467,13 @@ class FsspecStore(Store):
     # Reading
 
     def _look(self, operation: str, key: str, action: Callable[[Client], _T], offset: int | None = None) -> _T:
-        """What `action` finds. That there is nothing is believed of a fresh connection alone.
+        """The result of `action`. "Not found" counts only if a fresh connection confirms it.
 
-        A connection that mixes its answers up says "not found" of what is there.
+        A connection that mixes up its responses reports existing objects as "not found".
 
         Raises:
-            ObjectNotFound: nothing is there, twice.
-            StoreConfigurationError: not even the container is there.
+            ObjectNotFound: nothing was found, twice.
+            StoreConfigurationError: the container does not exist either.
         """
         try:
             return self._act(operation, key, action, offset)
@@ -516,7 +516,7 @@ class FsspecStore(Store):
 
     @contextmanager
     def _container_named(self, operation: str, key: str) -> Generator[None]:
-        """What cannot be written because not even the container is there says so."""
+        """Name the missing container if that is why something cannot be written."""
         try:
             yield
         except BlobflowError as error:
@@ -549,7 +549,7 @@ class FsspecStore(Store):
         return self._root
 
     def _path(self, key: str) -> str:
-        """Where `key` lies.
+        """The path of `key`.
 
         Raises:
             InvalidKey: the file system would make another name of it.
@@ -568,7 +568,7 @@ class FsspecStore(Store):
 
     @contextmanager
     def _client(self, operation: str, key: str, offset: int | None = None, *, fresh: bool = False) -> Generator[Client]:
-        """A client for one call; what its library raises comes out in this package's words.
+        """A client for one call; its library's errors are raised as this package's errors.
 
         Other errors, such as those of a body's own iterator, pass through.
         """
@@ -613,7 +613,7 @@ class FsspecStore(Store):
 
 
 def _stream(operation: str, key: str, body: Body, write: Callable[[Buffer], object]) -> None:
-    """Hand all of `body` to `write`, and prove that it was what it said.
+    """Pass all of `body` to `write`, and check its size and checksum.
 
     Errors of the body's own iterator pass through: they are the source's, not the store's.
     """
@@ -646,9 +646,9 @@ def _stream(operation: str, key: str, body: Body, write: Callable[[Buffer], obje
 
 
 def _quote_paths(client: Any) -> None:
-    """Have WebDAV's client make URLs of paths as they are.
+    """Make WebDAV's client use paths in URLs unchanged.
 
-    By itself it takes `#`, `?` and `%` for parts of the URL; and some servers cut what they get at a `;`.
+    Without this it treats `#`, `?` and `%` as parts of the URL. Some servers also cut paths at a `;`.
     """
     join: Callable[..., Any] = client.join_url
 
@@ -691,7 +691,7 @@ def _meta(key: str, info: dict[str, Any]) -> ObjectMeta:
 
 
 def _time(value: Any) -> datetime | None:
-    """A moment as fsspec's file systems tell it: aware datetimes, naive ones in UTC, seconds, or FTP's digits."""
+    """A time as fsspec's file systems report it: aware datetimes, naive ones in UTC, seconds, or FTP's digits."""
     if isinstance(value, datetime):
         return bounded_time(value)
     if isinstance(value, int | float):
