@@ -269,7 +269,7 @@ class ArtifactIOManager(Configured, dg.ConfigurableIOManager):
                 artifact,
                 expected_digest=result.artifact_digest,
                 on_damage=lambda found: context.log.warning(
-                    "output.damaged key=%s error=%r: its content is at hand and is uploaded again",
+                    "output.damaged key=%s error=%r: its content is on the disk and is uploaded again",
                     *(result.key, found.message),
                 ),
                 **self._verification(context, journal),

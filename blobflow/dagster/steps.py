@@ -393,7 +393,7 @@ def _proven(step: Step, uploaded: UploadHandle, at_hand: Artifact | None) -> tup
             mode=step.spec.verify_mode,
             expected_digest=uploaded.digest,
             on_damage=lambda found: step.log.warning(
-                "verify.damaged key=%s error=%r: its content is at hand and is uploaded again",
+                "verify.damaged key=%s error=%r: its content is on the disk and is uploaded again",
                 *(uploaded.key, found.message),
             ),
             **step.transfer,

@@ -93,19 +93,20 @@ class ProbeReport(BaseModel):
     compare_and_swap: Finding = Field(description="A put replaces the object with the given e_tag, and no other.")
     multipart: Finding = Field(description="Parts become an object when, and only when, they are completed.")
     lists_parts: Finding = Field(description="The parts of an upload under way are listed.")
-    pages_parts: Finding = Field(description="A listing of parts in pages tells each part once, and ends.")
+    pages_parts: Finding = Field(description="A listing of parts in pages reports each part once, and ends.")
     aborts_uploads: Finding = Field(description="An aborted upload is gone, and its parts with it.")
     reads_ranges: Finding = Field(description="A range of an object is given, and not the whole object.")
     pins_ranges: Finding = Field(description="A range of an object that was replaced is refused.")
     refuses_wrong_crc32c: Finding = Field(description="Bytes that do not have the declared CRC32C are refused.")
-    attests_crc32c: Finding = Field(description="The CRC32C that HEAD tells was computed by the server itself.")
+    attests_crc32c: Finding = Field(description="The CRC32C that HEAD reports was computed by the server itself.")
     refuses_wrong_md5: Finding | None = Field(
         default=None,
-        description="Bytes that do not have the declared MD5 are refused; tried only where CRC32C is no help.",
+        description="Bytes that do not have the declared MD5 are refused; tried only if refuses_wrong_crc32c does not"
+        " hold.",
     )
 
     stubborn: bool = Field(
-        default=False, description="A trial failed for a passing reason, so the report is good for ten minutes only."
+        default=False, description="A trial failed temporarily, so the report is valid for only ten minutes."
     )
 
     @classmethod
@@ -152,7 +153,7 @@ class _Reports(BaseModel):
 def probe(store: Store, *, now: Callable[[], float] = time.time, **retrying: Any) -> ProbeReport:
     """Try out what `store` can do. Everything that is written for it has unique names and is removed at the end.
 
-    A trial that fails for a passing reason is repeated, for at most 20 s in all trials together. If the server still
+    A trial that fails temporarily is repeated, for at most 20 s in all trials together. If the server still
     answers other requests then, it costs that ability only.
 
     Args:
@@ -594,10 +595,10 @@ class _Trial:
         self._uploads.remove((key, upload_id))
         told = self._store.head(key).crc32c
         if told is None:
-            raise _No("HEAD tells no CRC32C of the whole object")
+            raise _No("HEAD reports no CRC32C of the whole object")
         if told != right:
             raise _No("HEAD repeats a wrong CRC32C")
-        return f"a wrong CRC32C of the whole was {outcome}, HEAD tells the right one"
+        return f"a wrong CRC32C of the whole was {outcome}, HEAD reports the right one"
 
 
 def _kind(error: BlobflowError) -> str:

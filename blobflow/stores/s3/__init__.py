@@ -1,4 +1,4 @@
-"""The S3 store: AWS and every server that speaks its language (Ceph, MinIO, R2 ...)."""
+"""The S3 store: AWS and every server that speaks the S3 protocol (Ceph, MinIO, R2 ...)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Small objects of an S3 bucket, by the coroutines of one event loop.
+"""Small objects of an S3 bucket, read and written by the coroutines of one event loop.
 
-Requests and errors are those of `blobflow.stores.s3.requests`; only the connections are others.
+Requests and errors are those of `blobflow.stores.s3.requests`; only the connections are separate.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from blobflow.stores.s3.requests import S3Requests
 
 
 class S3Coroutines(Coroutines):
-    """See `Coroutines`. Every call is one attempt, signed for itself."""
+    """See `Coroutines`. Every call is one attempt, with a new signature."""
 
     def __init__(self, store: S3Requests) -> None:
         self._store = store

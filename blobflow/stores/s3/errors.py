@@ -1,6 +1,6 @@
-"""What went wrong with a request to S3, said in this project's errors.
+"""Translates the errors of requests to S3 into blobflow's.
 
-Foreign exceptions end here: refusals of the server, failures of the wire, and what botocore raises where it looks for
+Foreign exceptions end here: refusals of the server, failures of connections, and errors of botocore's search for
 credentials and addresses.
 """
 # botocore has no types
@@ -52,7 +52,7 @@ class RequestContext:
     offset: int | None = None
     upload_id: str | None = None
     e_tag: str | None = None
-    """The entity tag that was asked for."""
+    """The entity tag that the request demands."""
     conditional: bool = False
     """A conditional write: a missing or another object is an answer, not an error."""
 
@@ -67,7 +67,7 @@ class RequestContext:
 
 
 class S3Error(Exception):
-    """An answer that says no."""
+    """A response that refuses the request."""
 
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str], region: str = "") -> None:
         super().__init__(f"{status} {code}: {message}")
@@ -162,7 +162,7 @@ class _Refused(_About):
 
 
 def translate(error: Exception, call: RequestContext) -> BlobflowError:
-    """The error of ours that says what an error of botocore, of the wire or of the server means."""
+    """The blobflow error for an error of botocore, of the connection or of the server."""
     about: _About = {"operation": call.operation, "key": call.key, "offset": call.offset}
     refusal = S3Error.by(error)
     if refusal is not None:
@@ -187,7 +187,7 @@ def translate(error: Exception, call: RequestContext) -> BlobflowError:
             **about,
         )
     if isinstance(reason, botocore.exceptions.CredentialRetrievalError):
-        # What a credential process wrote may hold a secret, so it is not repeated.
+        # The output of a credential process may hold a secret, so it is not repeated.
         provider = cast("Any", reason).kwargs.get("provider", "their provider")
         return StoreUnavailable(
             f"{call}: no credentials from {provider}",
@@ -266,12 +266,12 @@ def refuses_checksums(error: BaseException | None) -> bool:
 
 
 def changed(key: str, expected: str | None, actual: str | None) -> ObjectChanged:
-    """The object that was asked for by its entity tag is another one now."""
+    """The error of an object that no longer has the demanded entity tag."""
     return ObjectChanged(f"{key!r} was replaced while it was read", key=key, expected=expected, actual=actual)
 
 
 def cut_short(call: RequestContext, received: int, wanted: int | None) -> StoreUnavailable:
-    """The body of an answer ended early."""
+    """The error of a response whose body ended early."""
     return StoreUnavailable(
         f"{call}: the answer ended after {received} of {'an unknown number of' if wanted is None else wanted} bytes",
         operation=call.operation,
@@ -281,5 +281,5 @@ def cut_short(call: RequestContext, received: int, wanted: int | None) -> StoreU
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """The number of seconds in a Retry-After header; its other form, a date, is of no use between two clocks."""
+    """The number of seconds in a Retry-After header; a date is ignored, because it depends on two clocks."""
     return float(retry_after) if retry_after is not None and retry_after.strip().isdecimal() else None

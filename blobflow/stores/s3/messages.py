@@ -1,4 +1,4 @@
-"""What the head of a request to S3 says of an object, and what the head of an answer does."""
+"""Headers of S3 requests and responses that describe an object."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from blobflow.stores.s3.xml import quoted, read_crc32c, read_time, write_crc32c
 def stored(
     call: RequestContext, headers: Mapping[str, str], data: bytes, size: int | None, max_bytes: int
 ) -> StoredObject:
-    """The object in the answer to a GET.
+    """The object in the response to a GET.
 
     Args:
-        data: Its body, or more than `max_bytes` of it; nothing where `size` says that already.
-        size: What the server announced, if it did.
+        data: The body, or more than `max_bytes` of it; empty if `size` is already too large.
+        size: Size that the server announced; None if it announced none.
 
     Raises:
         ObjectTooLarge: see `Store.get`.
-        StoreUnavailable: the answer ended early.
+        StoreUnavailable: the response ended early.
     """
     key = call.key or ""
     if len(data) > max_bytes or (size is not None and size > max_bytes):
@@ -36,10 +36,10 @@ def stored(
 
 
 def put_result(call: RequestContext, body: Body, answered: Mapping[str, str]) -> ObjectMeta:
-    """What the answer to a PUT says of the object.
+    """The description of the object in the response to a PUT.
 
     Raises:
-        StoreUnavailable: it does not say enough.
+        StoreUnavailable: the response lacks a part of the description.
     """
     key = call.key or ""
     if not answered.get("etag"):
@@ -65,7 +65,7 @@ def put_headers(body: Body, content_type: str = "application/octet-stream") -> d
 
 
 def is_intact(body: Body, headers: Mapping[str, str]) -> bool:
-    """Whether a body, read once more, has the checksums that its headers tell: else it was not damaged on the way."""
+    """Whether a body, read once more, still has the checksums of its headers. If so, it was damaged on the way."""
     crc, md5 = digests(body, with_md5="Content-MD5" in headers)
     actual = {"x-amz-checksum-crc32c": write_crc32c(crc), "Content-MD5": _base64(md5)}
     return all(headers.get(name, value) == value for name, value in actual.items())
@@ -77,7 +77,7 @@ def damaged(call: RequestContext) -> StoreUnavailable:
 
 
 def with_checksums(headers: Mapping[str, str], body: Body, crc: int | None, md5: bytes | None) -> dict[str, str]:
-    """`headers`, and those that tell the length and the checksums of a body."""
+    """`headers`, with the length and the checksums of a body added."""
     given = {**headers, "Content-Length": str(body.size)}
     if md5 is not None:
         given["Content-MD5"] = _base64(md5)
@@ -87,14 +87,14 @@ def with_checksums(headers: Mapping[str, str], body: Body, crc: int | None, md5:
 
 
 def object_meta(key: str, size: int, headers: Mapping[str, str]) -> ObjectMeta:
-    """What the head of an answer says of an object."""
+    """The description of an object in the headers of a response."""
     metadata = {n.removeprefix("x-amz-meta-"): v for n, v in headers.items() if n.startswith("x-amz-meta-")}
     modified = read_time(headers.get("last-modified"))
     return ObjectMeta(key, size, quoted(headers.get("etag", "")), modified, whole_crc32c(headers), metadata or None)
 
 
 def whole_crc32c(headers: Mapping[str, str]) -> int | None:
-    """The CRC32C of the whole object, if the head of an answer has it."""
+    """The CRC32C of the whole object, if the headers of a response have it."""
     whole = headers.get("x-amz-checksum-type") != "COMPOSITE"
     return read_crc32c(headers.get("x-amz-checksum-crc32c")) if whole else None
 

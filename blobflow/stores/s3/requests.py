@@ -1,4 +1,4 @@
-"""One request to a bucket: how it is made, which errors it has, and what the next one learns from them."""
+"""Sends one request to a bucket, translates its errors, and remembers what they say for the next request."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 PATIENCE_S = 900.0
-"""Complete and copy answer when the server is done with gigabytes, which may take minutes without a byte."""
+"""Seconds without a byte for complete and copy. They answer after the server has processed gigabytes."""
 
 _SKEW_S = 60.0
 """Less is not why a request is refused: S3 takes a quarter of an hour."""
@@ -78,7 +78,7 @@ class S3Requests:
         self.close()
 
     def close(self) -> None:
-        """Release connections; the next call connects anew."""
+        """Release connections; the next call connects again."""
         access, self._access = self._access, None
         if access is not None:
             access.close()
@@ -90,7 +90,7 @@ class S3Requests:
         return self._prefix + key
 
     def _relative(self, full: str) -> str | None:
-        """The key behind the prefix, or None if somebody put something there that is no key."""
+        """The key without the prefix; None if it is not a valid key."""
         try:
             return check_key(full.removeprefix(self._prefix)) if full.startswith(self._prefix) else None
         except InvalidKey:
@@ -131,13 +131,13 @@ class S3Requests:
         idempotent: bool = True,
         patient: bool = False,
     ) -> Generator[Response, None, None]:
-        """One request; gives the answer if it is a success. All errors come out as ours.
+        """Send one request, and return a successful response. All errors are blobflow's.
 
         Args:
-            full_key: With the prefix; empty for the bucket itself.
+            full_key: Key with the prefix; empty for the bucket itself.
             payload: See `S3Endpoint.signed`.
-            idempotent: It may be sent again unseen where a connection turns out to be dead.
-            patient: The server may be silent for minutes.
+            idempotent: Whether it may be sent again without notice if a connection turns out to be dead.
+            patient: Whether the server may be silent for minutes.
         """
         access = self.connected()
         target = access.target(full_key) + _written(query or {})
@@ -299,24 +299,24 @@ class S3Requests:
         return crc, md5 if hashing else body.md5
 
     def heard(self, headers: Mapping[str, str]) -> None:
-        """Remember what the server says of itself in every answer."""
+        """Remember the server's name and clock from the headers of a response."""
         self._software = headers.get("server", self._software)
         self._answered = (headers.get("date", ""), time.monotonic())
 
     def failed(self, error: Exception, call: RequestContext, access: S3Endpoint | None = None) -> BlobflowError:
-        """Our error for one of the wire, of the server or of botocore.
+        """The blobflow error for an error of the connection, of the server or of botocore.
 
-        Stale credentials are dropped, another region and the server's clock are taken up: the next attempt, which the
-        error asks for, is made with what was learned.
+        Stale credentials are dropped, and another region or the server's clock is remembered. The error asks for the
+        next attempt, which uses them.
 
         Args:
-            access: What the refused request was sent by.
+            access: The endpoint by which the refused request was sent.
         """
         refusal = S3Error.by(error)
         if refusal is not None and refusal.code in STALE_CREDENTIALS:
             if self.options.explicit:
                 return StoreConfigurationError(f"{call}: {refusal}", hint=HINTS["ExpiredToken"], status=refusal.status)
-            self.close()  # not for good: the next call connects anew, with new credentials from the chain
+            self.close()  # not for good: the next call connects again, with new credentials from the chain
         if refusal is not None and access is not None and (learned := self._learn(refusal, access)):
             return StoreUnavailable(
                 f"{call}: {refusal}; {learned}", operation=call.operation, key=call.key, status=refusal.status

@@ -1,9 +1,9 @@
-"""The S3 store: AWS and everything that speaks its language (Ceph, MinIO, R2 ...).
+"""The S3 store: AWS and every server that speaks the S3 protocol (Ceph, MinIO, R2 ...).
 
-What S3 is asked, and what its answers mean. Where it is, who is asking and how that is signed is in
-`blobflow.stores.s3.endpoint`, one request and its errors in `blobflow.stores.s3.requests`, the connections in
-`blobflow.http.client`, the documents in `blobflow.stores.s3.xml`; there is
-no client library's client. Every call is one attempt, signed for itself.
+This module makes the requests and interprets the responses. Addresses, credentials and signatures are in
+`blobflow.stores.s3.endpoint`, a single request and its errors in `blobflow.stores.s3.requests`, the connections in
+`blobflow.http.client`, and the documents in `blobflow.stores.s3.xml`. No client of a client library is used. Every call
+is one attempt, with a new signature.
 
 Checksums: every body goes out with its CRC32C in a header, never with a trailer, and unsigned otherwise; an upload is
 created with a CRC32C of the full object and completed with the combination of its parts. A server that refuses one of
@@ -95,8 +95,8 @@ _EMPTY = {"Content-Length": "0"}
 class S3Store(S3Requests, Store, HasServer, HasClock, HasCoroutines):
     """Objects in a bucket, below a prefix.
 
-    Threads share a store. A forked child makes connections of its own at its first call.
-    Nothing is sent before the first call, so wrong credentials show there.
+    Threads share a store. A forked child makes new connections at its first call. Nothing is sent before the first
+    call, so wrong credentials are reported there.
     """
 
     def __init__(self, options: S3Options) -> None:
@@ -426,7 +426,7 @@ class S3Store(S3Requests, Store, HasServer, HasClock, HasCoroutines):
             )
             found.update((part.part_number, part) for part in page.entries)
             newest = max(found, default=0)
-            # A full page is not believed to be the last one: a server that forgets IsTruncated would cost data.
+            # A full page may not be the last one, even without IsTruncated: if a server forgets it, data would be lost.
             if not page.truncated and len(page.entries) < page_size:
                 return [found[number] for number in sorted(found)]
             if newest <= last:
@@ -449,7 +449,7 @@ class S3Store(S3Requests, Store, HasServer, HasClock, HasCoroutines):
                     found[entry.key, entry.upload_id] = UploadMeta(key, entry.upload_id, entry.initiated)
             if page.next_markers is None:
                 return [found[name] for name in sorted(found)]
-            if page.next_markers in seen:  # a page of nothing but foreign uploads is no standstill
+            if page.next_markers in seen:  # a page with only foreign uploads still makes progress
                 raise self._not_understood(RequestContext("list uploads", prefix or None), "the list stands still")
             seen.add(page.next_markers)
             query["key-marker"], query["upload-id-marker"] = page.next_markers
@@ -530,7 +530,7 @@ class S3Store(S3Requests, Store, HasServer, HasClock, HasCoroutines):
         )
 
     def _has_parts(self, key: str, upload_id: str) -> bool:
-        """Whether an upload that was aborted still has parts; a server that lists none is taken at its word."""
+        """Whether an aborted upload still has listed parts; False if the server does not list parts."""
         try:
             return bool(self.list_parts(key, upload_id))
         except Unsupported:

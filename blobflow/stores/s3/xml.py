@@ -1,7 +1,7 @@
 """The XML documents of S3, written and read; bytes in, checked values out.
 
-What is read comes from a server that nobody vouches for: a document with a DOCTYPE is refused, so that there are no
-entities to expand, and the caller bounds its size. Names are those of
+Documents come from an untrusted server. A document with a DOCTYPE is refused, so that there are no entities to expand,
+and the caller bounds its size. Names are those of
 https://docs.aws.amazon.com/AmazonS3/latest/API/API_Operations_Amazon_Simple_Storage_Service.html.
 """
 
@@ -216,7 +216,7 @@ def read_crc32c(value: str | None) -> int | None:
 
 @lru_cache(maxsize=64)  # objects that are written together have the same
 def read_time(value: str | None) -> datetime | None:
-    """A time as bodies (ISO 8601) or headers (RFC 9110) have it; None if it is neither, or no time that can be told."""
+    """The time in a body (ISO 8601) or header (RFC 9110); None if it has neither form, or cannot be represented."""
     iso = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d{1,9})?(?:Z|[+-]00:?00)", (value or "").strip())
     try:
         if iso is None:
@@ -277,7 +277,7 @@ _ENDED_EARLY = frozenset(
 
 
 class _Bounds:
-    """Builds the tree as long as it is of a size that an answer may have."""
+    """Builds the tree, and stops if it is larger than a response may be."""
 
     def __init__(self, builder: TreeBuilder) -> None:
         self._builder = builder
