@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
@@ -255,6 +256,8 @@ def download(
     profile = profile or ChunkProfile()
     dest = Path(dest).absolute()
     remote = RemoteArtifact.open(store, key, expected_digest)
+    size = remote.payload.size
+    result = partial(DownloadResult, key=key, path=dest, artifact_digest=remote.digest, manifest=remote.manifest)
     stage = Stage(dest, remote.digest)
     try:
         stage.check_destination()
@@ -262,15 +265,12 @@ def download(
         if not _holds(dest, remote.digest):
             raise
         stage.sweep()
-        found = ("unchanged", key, dest, remote.digest, remote.manifest)
-        return DownloadResult(*found, bytes_total=remote.payload.size, seconds=time.monotonic() - started)
+        return result("unchanged", bytes_total=size, seconds=time.monotonic() - started)
     layout = remote.open_layout()
     with stage.held():
         if stage.is_moving:
             stage.publish()
-            size, seconds = remote.payload.size, time.monotonic() - started
-            found = ("downloaded", key, dest, remote.digest, remote.manifest)
-            return DownloadResult(*found, bytes_total=size, bytes_resumed=size, seconds=seconds)
+            return result("downloaded", bytes_total=size, bytes_resumed=size, seconds=time.monotonic() - started)
         if stage.part_size is None:
             stage.begin(profile.chunk_size)
         plan = landing_plan(layout, stage)
@@ -281,15 +281,8 @@ def download(
             land_parts(remote, landing, plan.numbers, progress, workers=profile.workers)
             landing.finish(remote.head, remote.manifest_file, remote.index_bytes, progress.tick)
     progress.done()
-    return DownloadResult(
-        status="downloaded",
-        key=key,
-        path=dest,
-        artifact_digest=remote.digest,
-        manifest=remote.manifest,
-        bytes_received=progress.bytes_moved + len(remote.head),
-        **progress.counters(started),
-    )
+    received = progress.bytes_moved + len(remote.head)
+    return result("downloaded", bytes_received=received, **progress.counters(started))
 
 
 def landing_plan(layout: TarMap, stage: Stage) -> TransferPlan:
