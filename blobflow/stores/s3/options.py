@@ -19,7 +19,7 @@ _LARGEST_OBJECTS: Final = {
     "digitaloceanspaces.com": 5 * _TIB,
     "wasabisys.com": 5 * _TIB,
 }
-"""Bytes of the largest object by domain, as the providers' own pages say; AWS takes 10,000 parts of 5 GiB."""
+"""Bytes of the largest object by domain, according to the providers' pages; AWS takes 10,000 parts of 5 GiB."""
 
 
 def largest_object(endpoint_url: str | None) -> int | None:
@@ -43,7 +43,9 @@ class S3Options(BaseModel):
     region: str | None = Field(default=None, description="Default: the chain's, then us-east-1.")
     access_key_id: str | None = Field(default=None, repr=False, description="Together with the secret, or not at all.")
     secret_access_key: SecretStr | None = Field(default=None, repr=False, description="Belongs to the access key id.")
-    session_token: SecretStr | None = Field(default=None, repr=False, description="Of temporary credentials.")
+    session_token: SecretStr | None = Field(
+        default=None, repr=False, description="Session token of temporary credentials."
+    )
     anonymous: bool = Field(default=False, description="Sign nothing, for public buckets.")
     addressing_style: Literal["auto", "path", "virtual"] = Field(
         default="auto",
@@ -54,7 +56,7 @@ class S3Options(BaseModel):
     verify: bool | str = Field(default=True, description="Check TLS certificates; a path names a CA bundle.")
     content_md5: bool = Field(
         default=False,
-        description="Send the MD5 of every object and part along. For servers that ignore CRC32C, as the probe tells; "
+        description="Also send the MD5 of every object and part. For servers that ignore CRC32C (see the probe); "
         "costs a second reading of the source and 1.5 s of processor time per GiB.",
     )
     max_object_size: int | None = Field(
@@ -108,5 +110,5 @@ class S3Options(BaseModel):
 
     @property
     def explicit(self) -> bool:
-        """Whether everything stands here and nothing is taken from the environment."""
+        """Whether all settings are here and nothing is taken from the environment."""
         return self.anonymous or self.access_key_id is not None

@@ -1,7 +1,7 @@
-"""Signature version 4, as botocore computes it for S3, for a tenth of the time.
+"""Signature version 4, as botocore computes it for S3, in a tenth of the time.
 
-Where thousands of small requests go out in a second, signing is most of what they cost. The rules are on
-https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html; a test holds its signatures against those
+For thousands of small requests per second, signing is most of the cost. The rules are on
+https://docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-header-based-auth.html; a test compares the signatures with those
 of botocore.
 """
 
@@ -38,7 +38,7 @@ class Signer:
         self._service = service
         self._region = region
         self._key: tuple[str, str, str, bytes] = ("", "", "", b"")
-        """Day, access key, secret key, and what follows from them; replaced as a whole, so threads need no lock."""
+        """Day, access key, secret key, and their derived values; replaced as a whole, so threads need no lock."""
 
     def sign(
         self, method: str, target: str, headers: Mapping[str, str], payload: str, keys: Keys, now: datetime
@@ -46,9 +46,9 @@ class Signer:
         """`headers` and those that sign them.
 
         Args:
-            target: Path and query as they stand on the request line.
+            target: Path and query as they are on the request line.
             payload: SHA-256 of the body in hex, or the word for an unsigned one.
-            now: In UTC.
+            now: The time, in UTC.
         """
         moment = f"{now.year:04}{now.month:02}{now.day:02}T{now.hour:02}{now.minute:02}{now.second:02}Z"
         day = moment[:8]
