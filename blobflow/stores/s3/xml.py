@@ -233,9 +233,9 @@ def read_time(value: str | None) -> datetime | None:
 def _read(document: bytes, *known: str) -> Element:
     """The root of a result.
 
-    Its name is not held against it, as botocore does not either: servers invent some. But a page of something in
-    between must not be taken for an empty listing, so a root with a strange name has to contain one of the elements
-    `known` to the operation.
+    Any name is accepted, as in botocore, because some servers invent names. But a page from something in between must
+    not be taken for an empty listing. So a root with a strange name must contain one of the elements `known` to the
+    operation.
     """
     builder = TreeBuilder()
     parser = expat.ParserCreate("UTF-8")  # whatever a declaration says: S3 writes nothing else
