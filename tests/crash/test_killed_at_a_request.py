@@ -167,6 +167,7 @@ def test_a_terminated_push_saves_the_checksums_of_its_parts(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # three commands for each request of a push
 def test_a_push_may_die_at_any_request(strict: StrictS3, freight: Make, tmp_path: Path):
     """Whatever request was the last one that the server got, the next push ends with the whole artifact."""
     cargo = freight(6 * MIB, 2)

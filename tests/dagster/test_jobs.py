@@ -337,7 +337,7 @@ def at_bucket(place: Place, s3: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_probe_job_shows_what_the_server_can_do(s3_place: Place):
     """A table of findings in the run, what was found is renewed for this user, and the store has a report."""
     told = output(run(s3_place, probe_job()))
-    rows = {record.data["ability"]: record.data["holds"] for record in told[md.FINDINGS].records}
+    rows = {record.data["capability"]: record.data["holds"] for record in told[md.FINDINGS].records}
     assert (rows["create only"], rows["refuses wrong crc32c"]) == ("yes", "no")
     store = probed(s3_place)
     first = store.report().probed_at
