@@ -329,7 +329,8 @@ def probe_job(
                 (name.replace("_", " "), "yes" if finding.holds else "no", finding.evidence)
                 for name, finding in report.findings.items()
             ]
-            context.add_output_metadata({**_about(report), md.FINDINGS: _table(("capability", "holds", "evidence"), rows)})
+            findings = _table(("capability", "holds", "evidence"), rows)
+            context.add_output_metadata({**_about(report), md.FINDINGS: findings})
             lost = [name for name, finding in report.findings.items() if not finding.holds]
             context.log.info("probe.done store=%s software=%s lost=%s", report.store, report.software, ",".join(lost))
 
