@@ -7,7 +7,6 @@ import inspect
 import pickle
 import re
 import sys
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -30,6 +29,7 @@ from blobflow.errors import (
     UsageError,
     field_names,
     rebuilt,
+    required_fields,
     setting,
 )
 
@@ -57,7 +57,7 @@ def value_for(kind: type[BlobflowError], name: str) -> Any:
 
 
 def required(kind: type[BlobflowError]) -> set[str]:
-    return {field.name for field in fields(kind) if field.default is MISSING} - {"message"}
+    return required_fields(kind)
 
 
 def declares(kind: type[BlobflowError], name: str) -> type:

@@ -19,7 +19,7 @@ import pytest
 from botocore.credentials import ReadOnlyCredentials
 from hypothesis import given, settings, strategies as st
 
-from blobflow.stores.s3.endpoint import Address, S3Endpoint, plain_address, prepared_address
+from blobflow.stores.s3.endpoint import Address, S3Endpoint, from_variables, plain_address, prepared_address
 from blobflow.stores.s3.options import S3Options
 from blobflow.stores.s3.signing import Signer
 from tests.servers import service_model_read_once
@@ -180,6 +180,63 @@ def test_explicit_keys_need_no_session() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["http://127.0.0.1:1"]
+
+
+@pytest.mark.parametrize("options", [{}, {"region": "eu-north-1"}, {"endpoint_url": "https://option.test"}])
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"AWS_SESSION_TOKEN": "token"},
+        {"AWS_SESSION_TOKEN": "token", "AWS_SECURITY_TOKEN": "older"},
+        {"AWS_REGION": "eu-west-9"},
+        {"AWS_REGION": "eu-west-9", "AWS_DEFAULT_REGION": "eu-west-8"},
+        {"AWS_ENDPOINT_URL_S3": "https://other.test", "AWS_USE_DUALSTACK_ENDPOINT": "true"},
+        {"AWS_CA_BUNDLE": "/no/such/bundle"},
+    ],
+)
+def test_variables_mean_the_same_with_and_without_a_session(
+    environment: pytest.MonkeyPatch,
+    patched_time: Callable[[str], None],
+    tmp_path: Path,
+    variables: dict[str, str],
+    options: dict[str, Any],
+) -> None:
+    """Where no file says anything, the variables are read without a session, and mean what they mean with one."""
+    patched_time("2026-11-21T12:00:00")
+    environment.setenv("AWS_ENDPOINT_URL", "http://variable.test")
+    for name, value in variables.items():
+        environment.setenv(name, value)
+
+    def opened() -> object:
+        try:
+            access = S3Endpoint(S3Options.model_validate({"bucket": "bucket"} | options))
+        except OSError as error:
+            return type(error)
+        return access.endpoint, access.target("k"), access.signed("GET", "/bucket/k", {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blobflow.stores.s3.endpoint._session", lambda _: pytest.fail("a session was made"))
+        alone = opened()
+        (tmp_path / "config").write_text("")
+        with pytest.raises(pytest.fail.Exception, match="a session was made"):
+            opened()
+    assert alone == opened()
+
+
+@pytest.mark.parametrize(
+    "name", ["AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CREDENTIAL_EXPIRATION", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS"]
+)
+def test_variables_that_say_where_to_look_are_left_to_botocore(environment: pytest.MonkeyPatch, name: str) -> None:
+    """A profile, keys that expire, an endpoint that does not count, a missing key: then the session decides."""
+    options = S3Options(bucket="bucket")
+    environment.setenv("AWS_ENDPOINT_URL", "http://variable.test")
+    assert from_variables(options).explicit
+    environment.setenv(name, "x")
+    assert from_variables(options) is options
+    environment.delenv(name)
+    environment.delenv("AWS_SECRET_ACCESS_KEY")
+    assert from_variables(options) is options
 
 
 @pytest.mark.parametrize(
