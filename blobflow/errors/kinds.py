@@ -21,7 +21,7 @@ class _Declared(Exception):
     """Gives each subclass a constructor: its annotations are keyword-only arguments and typed attributes.
 
     A field without a default must be given. Type checkers see the fields as read-only. It is not a real dataclass,
-    because making sixty of those would take a fifth of the start of the command line.
+    because sixty of those take about 10 ms to make, at every start of the command line.
     """
 
     field_defaults: ClassVar[dict[str, Any]] = {}

@@ -194,7 +194,7 @@ def _credentials(options: S3Options, session: Any) -> Any:
 
 
 def _session(options: S3Options) -> Any:
-    import botocore.session  # takes 0.1 s to import, and a pipeline is defined more often than it is run
+    import botocore.session  # takes 0.07 s to import, and a pipeline is defined more often than it is run
 
     session = botocore.session.Session()
     if options.explicit:
@@ -242,7 +242,7 @@ def from_variables(options: S3Options) -> S3Options:
     """The options, completed from environment variables if these contain everything; otherwise unchanged.
 
     They contain everything if they name keys and an endpoint, and there is no profile and no configuration file, as in
-    most containers. Then botocore's session, whose import costs a fifth of the time of a small push, is not needed.
+    most containers. Then botocore's session, whose import costs 0.07 s, is not needed.
     """
     given = os.environ
     endpoint = options.endpoint_url or given.get("AWS_ENDPOINT_URL_S3") or given.get("AWS_ENDPOINT_URL")
